@@ -1,0 +1,277 @@
+"""The configuration: one pydantic model per TOML section. Loading lives in ``config_load.py``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from distcl import registry
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _known(kind: str, name: str) -> str:
+    try:
+        return registry.check(kind, name)
+    except registry.ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random number of the run")
+    out: str = Field("", description="run folder; empty: runs/<name of the config file>")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="arithmetic of the model; fp64 under ddp only, for exactness"
+    )
+    poll_steps: int = Field(
+        20, ge=1, description="steps between two points at which the loop looks at losses"
+    )
+    timeout_seconds: float = Field(
+        300.0, gt=0, description="a collective that takes longer ends the run on all ranks"
+    )
+
+
+class StreamConfig(Section):
+    """Where samples come from, and how they drift."""
+
+    source: str = Field("digits", description="digits, arrays, or package.module:attribute")
+    path: str = Field("", description="arrays: an .npz with x, y and optionally x_test, y_test")
+    x: str = Field("", description="arrays: an .npy of inputs (with y), instead of path")
+    y: str = Field("", description="arrays: an .npy of integer labels")
+    x_test: str = Field("", description="arrays: an .npy of held-out inputs")
+    y_test: str = Field("", description="arrays: an .npy of held-out labels")
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share held out per class where there is no test split"
+    )
+    drift: str | list[str] = Field("rotate", description="drift schedule, or several, in order")
+    experiences: int = Field(5, ge=1, description="number of experiences in the stream")
+    samples_per_experience: int = Field(
+        0, ge=0, description="training samples of an experience; 0: all that the source has"
+    )
+    severity: float = Field(
+        1.0, ge=0, description="strength of the drift, relative to the schedule's own default"
+    )
+    transition: Literal["abrupt", "gradual"] = Field(
+        "abrupt", description="gradual: early samples still come from the concept before"
+    )
+    transition_fraction: float = Field(
+        0.25, gt=0, le=1, description="share of an experience over which a gradual drift spreads"
+    )
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, value: str) -> str:
+        return _known("source", value)
+
+    @field_validator("drift")
+    @classmethod
+    def _drift(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) else value:
+            _known("drift", name)
+        return value
+
+    @property
+    def drifts(self) -> list[str]:
+        """The drift schedules as a list, in the order they are applied."""
+        return [self.drift] if isinstance(self.drift, str) else list(self.drift)
+
+
+class ModelConfig(Section):
+    """The model."""
+
+    name: str = Field("mlp", description="mlp, cnn, or package.module:factory")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the model's factory")
+    pretrained: str = Field("", description="a .safetensors file to start from")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _known("model", value)
+
+
+class OptimizerConfig(Section):
+    """The optimizer."""
+
+    name: Literal["sgd", "adam", "adamw"] = Field("sgd", description="torch's optimizer")
+    lr: float = Field(0.05, gt=0, description="learning rate")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum (sgd)")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    between_rounds: Literal["keep", "reset"] = Field(
+        "keep", description="whether the optimizer's state survives from round to round"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="steps of linear warm-up at the start of every round"
+    )
+
+
+class TrainingConfig(Section):
+    """How long a round trains."""
+
+    batch_size: int = Field(64, ge=1, description="global batch size, over all ranks together")
+    epochs: int = Field(5, ge=1, description="passes of a round, where steps_per_round is 0")
+    steps_per_round: int = Field(0, ge=0, description="steps of a round; 0: epochs decide")
+    pretrain_epochs: int = Field(
+        5, ge=0, description="passes over the first experience, if no pretrained weights are given"
+    )
+    eval_batch_size: int = Field(256, ge=1, description="chunk of an evaluation pass, per rank")
+
+
+class ContinualLearningConfig(Section):
+    """The updater, and what is replayed."""
+
+    update_mode: str = Field("base", description="the updater, or package.module:attribute")
+    importance_weighting: bool = Field(False, description="draw samples by priority")
+    importance_alpha: float = Field(
+        1.0, ge=0, description="exponent of the priorities; 0: uniform draws with replacement"
+    )
+    current_ratio: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="r: a pass draws r·N current and (1-r)·N history samples; 1.0: both in full",
+    )
+    mix_historic_data: bool = Field(
+        False, description="train on earlier experiences along with the current one"
+    )
+    ewc_lambda: float = Field(100.0, ge=0, description="strength of the EWC penalty")
+    ewc_ema_decay: float = Field(
+        0.9, ge=0, lt=1, description="share of the old Fisher that a commit keeps"
+    )
+    ewc_step: Literal["damped", "explicit"] = Field(
+        "damped", description="damped: stable at any lambda; explicit: as published"
+    )
+    fisher_samples: int = Field(
+        1024, ge=1, description="training samples of one Fisher pass, at most"
+    )
+
+    @field_validator("update_mode")
+    @classmethod
+    def _mode(cls, value: str) -> str:
+        return _known("updater", value)
+
+
+class PriorityConfig(Section):
+    """What is scored, and how weights become draws; in force if importance_weighting is true."""
+
+    signal: str = Field("loss_delta", description="what is scored, or package.module:attribute")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the signal")
+    source: Literal["score"] = Field(
+        "score", description="score: one pass over all candidates at the start of a round"
+    )
+    target: Literal["auto", "current", "history", "union"] = Field(
+        "auto", description="auto: current data; history too if the updater takes a history batch"
+    )
+    draw: Literal["multinomial", "systematic", "without_replacement"] = Field(
+        "multinomial", description="how weights become draws"
+    )
+    floor: float = Field(0.0, ge=0, le=1, description="share of uniform draws mixed in")
+    cap: float = Field(0.0, ge=0, description="largest weight, in means; 0: none")
+    min_ess: float = Field(
+        0.0, ge=0, le=1, description="smallest effective sample size, as a share of N; 0: none"
+    )
+    score_batch: int = Field(512, ge=1, description="samples of one forward of the scoring pass")
+
+    @field_validator("signal")
+    @classmethod
+    def _signal(cls, value: str) -> str:
+        return _known("signal", value)
+
+
+class MonitorConfig(Section):
+    """How ``distcl run`` watches the stream."""
+
+    metric: Literal["loss", "error"] = Field(
+        "error", description="what the detector is fed for each sample: its loss, or 0/1 error"
+    )
+    batch_size: int = Field(64, ge=1, description="samples looked at in one step, over all ranks")
+    window: int = Field(
+        1000, ge=1, description="a round learns from at most this many of the newest samples"
+    )
+    collect: int = Field(
+        0, ge=0, description="samples to gather after a drift before its round begins"
+    )
+    holdout_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share of a round's samples kept for evaluation"
+    )
+    pretrain_fraction: float = Field(
+        0.5, gt=0, lt=1, description="share of the first experience that pretraining takes"
+    )
+    warmup: int = Field(0, ge=0, description="samples before the detector may fire")
+    cooldown: int = Field(
+        0, ge=0, description="samples after a round in which the detector does not fire"
+    )
+    reset_detector: bool = Field(True, description="whether a round resets the detector")
+    max_rounds: int = Field(0, ge=0, description="stop after this many rounds; 0: never")
+
+
+class DetectorConfig(Section):
+    """The drift detector."""
+
+    name: str = Field("adwin", description="the detector, or package.module:attribute")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the detector")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return _known("detector", value)
+
+
+class ParallelConfig(Section):
+    """How the work is spread over processes."""
+
+    strategy: Literal["ddp"] = Field("ddp", description="layout of weights and optimizer")
+    processes: int = Field(
+        0, ge=0, description="processes that there must be; 0: as many as were started"
+    )
+
+
+class DataConfig(Section):
+    """How samples are read."""
+
+    workers: int = Field(0, ge=0, description="reading processes per rank; 0: in the main process")
+    pin_memory: bool = Field(False, description="copy batches through pinned memory (CUDA)")
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    save_final: bool = Field(
+        True, description="write checkpoints/final.safetensors when the run is done"
+    )
+
+
+class TrackingConfig(Section):
+    """Where metrics go."""
+
+    kind: Literal["jsonl", "none"] = Field("jsonl", description="jsonl: OUT/metrics.jsonl")
+
+
+class Config(Section):
+    """A whole configuration file."""
+
+    run: RunConfig = RunConfig()
+    stream: StreamConfig = StreamConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    continual_learning: ContinualLearningConfig = ContinualLearningConfig()
+    priority: PriorityConfig = PriorityConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    detector: DetectorConfig = DetectorConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Config:
+        if self.run.precision == "fp64" and self.parallel.strategy != "ddp":
+            raise ValueError("run.precision = 'fp64' works with parallel.strategy = 'ddp' only")
+        return self

@@ -1,0 +1,1 @@
+"""Sources, drift schedules, experiences and history."""

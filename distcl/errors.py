@@ -1,0 +1,35 @@
+"""Errors a user can cause, each with its exit code. The command line turns them into one line."""
+
+
+class DistclError(Exception):
+    """Base of every error whose message is meant for a user; ``exit_code`` ends the process."""
+
+    exit_code = 1
+
+
+class UsageError(DistclError):
+    """A wrong command line, environment or way of starting the processes."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration that cannot be used; the message names the file and the key."""
+
+
+class DataError(DistclError):
+    """Data that cannot be used; the message names the file, shard, member or sample id."""
+
+    exit_code = 3
+
+
+class DivergenceError(DistclError):
+    """Training left the finite numbers; the message names round, step and rank."""
+
+    exit_code = 4
+
+
+class CheckpointError(DistclError):
+    """A checkpoint that cannot be used; the message names the file."""
+
+    exit_code = 5

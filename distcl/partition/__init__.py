@@ -1,0 +1,1 @@
+"""Who owns which slice of the weights, one module per layout."""

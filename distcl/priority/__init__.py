@@ -1,0 +1,1 @@
+"""Priorities: what to score, how to score it on many ranks, and how weights become draws."""

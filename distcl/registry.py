@@ -1,0 +1,130 @@
+"""Every pluggable part by name: one line a part. Nothing here imports torch.
+
+A name that holds a colon, ``package.module:attribute``, is a user's own part; so is one given to
+:func:`register`. Resolving imports only the module that the name points to.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distcl.errors import ConfigError
+
+Factory = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A registry entry: ``target`` is ``package.module:attribute`` or the factory itself."""
+
+    kind: str
+    name: str
+    target: str | Factory
+    description: str
+
+
+_TABLE = (
+    ("updater", "base", "distcl.updaters.base:Updater", "plain training"),
+    ("updater", "none", "distcl.updaters.base:Frozen", "evaluates, never trains"),
+    (
+        "updater",
+        "ewc_online",
+        "distcl.updaters.ewc:EWCOnline",
+        "online elastic weight consolidation",
+    ),
+    ("signal", "loss_delta", "distcl.priority.signals:LossDelta", "loss gained since theta_star"),
+    ("detector", "adwin", "distcl.detectors:adwin", "adaptive windowing"),
+    ("detector", "page_hinkley", "distcl.detectors:page_hinkley", "Page-Hinkley test"),
+    ("source", "digits", "distcl.data.arrays:digits", "scikit-learn's 1,797 handwritten digits"),
+    ("source", "arrays", "distcl.data.arrays:arrays", "x and y from .npz or .npy files"),
+    ("drift", "none", "distcl.data.drift:Identity", "no drift"),
+    ("drift", "rotate", "distcl.data.drift:Rotate", "images turned by an angle per experience"),
+    ("drift", "affine", "distcl.data.drift:Affine", "cumulative random affine maps"),
+    ("drift", "permute", "distcl.data.drift:Permute", "features permuted per experience"),
+    ("drift", "noise", "distcl.data.drift:Noise", "growing Gaussian noise"),
+    ("drift", "blur", "distcl.data.drift:Blur", "growing Gaussian blur"),
+    ("drift", "split", "distcl.data.drift:Split", "new classes per experience"),
+    ("model", "mlp", "distcl.models:mlp", "multi-layer perceptron"),
+    ("model", "cnn", "distcl.models:cnn", "three convolutions with GroupNorm"),
+)
+
+_parts: dict[tuple[str, str], Part] = {(k, n): Part(k, n, t, d) for k, n, t, d in _TABLE}
+
+
+def register(kind: str, name: str, factory: str | Factory, description: str = "") -> None:
+    """Add a part, or replace one. ``factory`` is an object or its ``package.module:attribute``."""
+    if kind not in kinds():
+        raise ConfigError(f"register: unknown kind '{kind}'{nearest(kind, kinds())}")
+    _parts[kind, name] = Part(kind, name, factory, description)
+
+
+def kinds() -> list[str]:
+    """Every kind of part, sorted."""
+    return sorted({k for k, _ in _parts})
+
+
+def parts(kind: str) -> list[Part]:
+    """Every registered part of a kind, in order of registration."""
+    return [p for p in _parts.values() if p.kind == kind]
+
+
+def check(kind: str, name: str) -> str:
+    """Return ``name`` if it is registered or has the form of a user's own; else ConfigError."""
+    if (kind, name) in _parts or name.count(":") == 1:
+        return name
+    known = [p.name for p in parts(kind)]
+    raise ConfigError(
+        f"unknown {kind} '{name}'{nearest(name, known)}; known: {', '.join(known)}, "
+        "or your own as package.module:attribute"
+    )
+
+
+def resolve(kind: str, name: str) -> Factory:
+    """Return the factory of a part, importing its module. Raises ConfigError naming what fails."""
+    check(kind, name)
+    target = _parts[kind, name].target if (kind, name) in _parts else name
+    if not isinstance(target, str):
+        return target
+    module_name, _, attribute = target.partition(":")
+    if "" not in sys.path:  # a console script does not have the user's folder on its path
+        here = str(Path.cwd())
+        sys.path.insert(0, here) if here not in sys.path else None
+    try:
+        found: Any = importlib.import_module(module_name)
+        for piece in attribute.split("."):
+            found = getattr(found, piece)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{kind} '{name}' cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{kind} '{name}' is not callable")
+    return found  # type: ignore[no-any-return]
+
+
+def create(kind: str, name: str, *args: Any, options: dict[str, Any] | None = None) -> Any:
+    """Build a part: its factory is called with ``args`` and, as keywords, the user's ``options``.
+
+    An option the factory does not take raises ConfigError with the nearest one that it does.
+    """
+    factory = resolve(kind, name)
+    options = options or {}
+    signature = inspect.signature(factory)
+    known = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    known = known[len(args) :]
+    for key in options:
+        if key not in known and not takes_any:
+            raise ConfigError(f"{kind} '{name}' has no option '{key}'{nearest(key, known)}")
+    return factory(*args, **options)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``, did you mean 'x'?`` for the known name closest to ``name``, or ''."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f", did you mean '{found[0]}'?" if found else ""

@@ -1,0 +1,176 @@
+"""The values that travel between the parts, and the small protocols that parts implement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+Ids = npt.NDArray[np.int64]
+"""Sample ids, int64 [N]."""
+
+PyTree = Any
+"""A tensor, or a dict, list or tuple of them; every leaf has the batch as its first dimension."""
+
+ROW_BITS = 40
+_TEST_BIT = 62
+
+
+def pack_ids(experience: int, rows: npt.ArrayLike, *, test: bool = False) -> Ids:
+    """Pack (experience, row) into ids, int64 [N].
+
+    The same row under another experience's drift is another sample, so it has another id; so has
+    a row of the test split. ``rows`` are below 2**40, ``experience`` below 2**22.
+    """
+    base = (experience << ROW_BITS) | (int(test) << _TEST_BIT)
+    return np.asarray(rows, dtype=np.int64) | np.int64(base)
+
+
+def unpack_ids(ids: Ids) -> tuple[Ids, Ids, npt.NDArray[np.bool_]]:
+    """Return (experience [N], row [N], is_test [N]) of packed ids."""
+    ids = np.asarray(ids, dtype=np.int64)
+    test = (ids >> _TEST_BIT) & 1 == 1
+    experience = (ids >> ROW_BITS) & ((1 << (_TEST_BIT - ROW_BITS)) - 1)
+    return experience, ids & ((1 << ROW_BITS) - 1), test
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """This rank's part of one global batch.
+
+    ids: int64 [B] (a CPU tensor); x, y: a tensor [B, ...] or a pytree of them. ``total`` is the
+    size of the global batch that this is a part of; it equals B on a single rank. B may be 0.
+    """
+
+    ids: torch.Tensor
+    x: PyTree
+    y: PyTree
+    total: int = 0
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """Move x and y to ``device``; floating-point x (and y) are cast to ``dtype`` if given."""
+        import torch
+        from torch.utils._pytree import tree_map_only
+
+        def move(t: torch.Tensor) -> torch.Tensor:
+            cast = dtype if dtype is not None and t.is_floating_point() else None
+            return t.to(device=device, dtype=cast, non_blocking=True)
+
+        return replace(
+            self,
+            x=tree_map_only(torch.Tensor, move, self.x),
+            y=tree_map_only(torch.Tensor, move, self.y),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DataSpec:
+    """What a model must accept: shape of one sample and the number of classes.
+
+    ``classes`` is 0 for regression; then ``y_shape`` is the shape of one target.
+    """
+
+    x_shape: tuple[int, ...]
+    classes: int
+    y_shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """The data of one round: ids of training and held-out samples, readable from the stream."""
+
+    index: int
+    train: Ids
+    test: Ids
+    name: str = ""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access by id. Local: any rank reads what it likes, no communication."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def read(self, ids: Ids) -> Batch:
+        """Read samples by id, in the order asked; raises DataError naming a bad sample."""
+        ...
+
+
+class Stream(Source, Protocol):
+    """A source of experiences under drift; ids are packed (experience, row)."""
+
+    spec: DataSpec
+    experiences: list[Experience]
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What a model says of a batch: ``loss`` [B] unreduced, ``logits`` [B, ...] or None."""
+
+    loss: torch.Tensor
+    logits: PyTree = None
+
+
+class PrioritySignal(Protocol):
+    """What is scored.
+
+    ``needs_anchor``: theta_star runs too; ``needs_logits``: and its logits are kept.
+    """
+
+    needs_anchor: bool
+    needs_logits: bool
+
+    def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
+        """Return scores [B] >= 0 of the samples of ``batch``; larger is drawn more often."""
+        ...
+
+
+class Detector(Protocol):
+    """Drift detection on one value at a time. Runs on rank 0; the verdict is broadcast."""
+
+    def update(self, value: float) -> bool:
+        """Take the next value of the metric; True when drift is detected."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as JSON-serializable values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        ...
+
+
+UnreducedLoss = Callable[[Any, Any], "torch.Tensor"]
+"""(outputs, y) -> loss of each sample, [B]."""
+
+
+class Progress(Protocol):
+    """Where a run shows that it is alive. Called on rank 0 only, at poll points."""
+
+    def round_begins(self, title: str, steps: int) -> None:
+        """Announce a part of the run that takes ``steps`` steps."""
+        ...
+
+    def step(self, done: int, loss: float, samples_per_second: float) -> None:
+        """Say how far the part has come: steps done, mean loss, rate."""
+        ...
+
+    def message(self, text: str) -> None:
+        """Show one line."""
+        ...

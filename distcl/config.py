@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from distcl import registry
+from distcl.errors import ConfigError
 
 
 class Section(BaseModel):
@@ -18,7 +19,7 @@ class Section(BaseModel):
 def _known(kind: str, name: str) -> str:
     try:
         return registry.check(kind, name)
-    except registry.ConfigError as error:
+    except ConfigError as error:
         raise ValueError(str(error)) from error
 
 

@@ -1,0 +1,153 @@
+"""The scoring pass: every candidate once (or twice), each rank its own slice, all-gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from distcl import registry
+from distcl.anchor import Anchor
+from distcl.data.loader import as_source
+from distcl.errors import ConfigError, DistclError, DivergenceError
+from distcl.inference import ShardedForward, evaluating
+from distcl.partition.base import create_partition
+from distcl.priority.cache import LossCache, fingerprint
+from distcl.runtime import Runtime
+from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedLoss
+
+Weights = npt.NDArray[np.float64]
+
+
+def create_signal(name: str, options: dict[str, Any] | None = None) -> PrioritySignal:
+    """Return a signal by its registered name or ``package.module:attribute``."""
+    signal: PrioritySignal = registry.create("signal", name, options=options)
+    for attribute in ("needs_anchor", "needs_logits", "score"):
+        if not hasattr(signal, attribute):
+            raise ConfigError(f"signal '{name}' has no '{attribute}'; see types.PrioritySignal")
+    return signal
+
+
+class Scorer:
+    """Scores samples by a signal under the weights as they are and, if needed, theta_star."""
+
+    def __init__(
+        self,
+        forward: ShardedForward,
+        anchor: Anchor,
+        signal: PrioritySignal,
+        batch_size: int,
+    ) -> None:
+        self.forward = forward
+        self.anchor = anchor
+        self.signal = signal
+        self.batch_size = batch_size
+        self.cache = LossCache()
+        self._name = type(signal).__name__
+
+    def score(self, source: Source, ids: Ids) -> torch.Tensor:
+        """Return the scores [N] of ``ids``, on every rank, in the model's dtype. Collective.
+
+        Samples whose loss under theta_star is in the cache cost one forward, others two.
+        Raises DivergenceError naming the first id whose score is not finite, ConfigError on a
+        score of the wrong shape.
+        """
+        run, size, n = self.forward.runtime, self.batch_size, len(ids)
+        if n == 0:
+            return torch.empty(0, dtype=run.dtype)
+        self.forward.partition.sync_buffers()
+        mine = self.forward.mine(ids, size)
+        anchors = self._anchor_pass(source, ids, mine) if self.signal.needs_anchor else None
+        rows: list[torch.Tensor] = []
+        with evaluating(self.forward.module), torch.inference_mode():
+            for k, batch in enumerate(self.forward.chunks(source, mine, size)):
+                now = self.forward.outputs(batch)
+                score = self.signal.score(batch, now, anchors[k] if anchors is not None else None)
+                rows.append(torch.stack([self._checked(score, batch), now.loss], dim=1))
+        self.forward.forwards += n
+        empty = torch.empty((0, 2), dtype=run.dtype, device=run.device)
+        both = self.forward.gather(torch.cat([empty, *rows]), n, size)
+        scores, losses = both[:, 0].clone(), both[:, 1].clone()
+        self._require_finite(losses, ids, "the loss", DivergenceError)
+        self._require_finite(scores, ids, f"the score of signal '{self._name}'", ConfigError)
+        if self.signal.needs_anchor:
+            self.cache.put(fingerprint(self.forward.partition.owned(), run), ids, losses)
+        return scores
+
+    def _anchor_pass(self, source: Source, ids: Ids, mine: Ids) -> list[Outputs]:
+        """Return theta_star's outputs for each of my chunks. Collective."""
+        run, size = self.forward.runtime, self.batch_size
+        known, losses = self.cache.get(fingerprint(self.anchor.theta_star, run), ids)
+        if self.signal.needs_logits:  # those are not cached
+            known = torch.zeros_like(known)
+        start = run.share(-(-len(ids) // size))[0] * size
+        hits = known[start : start + len(mine)].split(size)
+        mine_losses = losses[start : start + len(mine)].to(run.device, run.dtype, copy=True)
+        found = [Outputs(loss=loss) for loss in mine_losses.split(size)]
+        if bool(known.all()):
+            return found
+        with self.anchor.swapped_in(), evaluating(self.forward.module), torch.inference_mode():
+            for k, hit in enumerate(hits):
+                missing = mine[k * size : k * size + len(hit)][~hit.numpy()]
+                for batch in self.forward.chunks(source, missing, size):
+                    out = self.forward.outputs(batch)
+                    found[k].loss[(~hit).to(run.device)] = out.loss
+                    if self.signal.needs_logits:
+                        found[k] = out
+        self.forward.forwards += int((~known).sum())
+        return found
+
+    @staticmethod
+    def _require_finite(
+        values: torch.Tensor, ids: Ids, what: str, error: type[DistclError]
+    ) -> None:
+        bad = torch.nonzero(~(torch.isfinite(values) & (values >= 0)))
+        if len(bad):
+            at = int(bad[0])
+            raise error(f"{what} of sample id {int(ids[at])} is {float(values[at])}")
+
+    def _checked(self, score: torch.Tensor, batch: Batch) -> torch.Tensor:
+        if not isinstance(score, torch.Tensor) or score.shape != (len(batch),):
+            shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
+            raise ConfigError(
+                f"signal '{self._name}' returned {shape}; "
+                f"it must return one score per sample, shape ({len(batch)},)"
+            )
+        return score.to(self.forward.runtime.dtype)
+
+
+def priorities(scores: torch.Tensor, alpha: float) -> Weights:
+    """Return clamp(score, min=1e-8) ** alpha, float64 [N]. Local."""
+    scores64 = scores.detach().cpu().numpy().astype(np.float64)
+    return np.power(np.maximum(scores64, 1e-8), alpha)
+
+
+def compute_sample_priorities(
+    model: nn.Module,
+    anchor: Anchor,
+    source: Source | Any,
+    criterion: UnreducedLoss,
+    *,
+    runtime: Runtime,
+    ids: Ids | None = None,
+    alpha: float = 1.0,
+    signal: str = "loss_delta",
+    batch_size: int = 512,
+) -> tuple[Ids, Weights]:
+    """Return (ids int64 [N], priorities float64 [N]) of a dataset's samples. Collective.
+
+    priority_i = clamp(L(w_now, x_i) - L(theta_star, x_i), min=1e-8) ** alpha
+
+    Every rank scores its own contiguous slice; all ranks get the whole result. ``source`` is a
+    Source, or any map-style dataset of (x, y) pairs, whose ids are its positions. ``criterion``
+    returns unreduced losses [B], for example ``CrossEntropyLoss(reduction="none")``. The model
+    runs in eval mode and is left as it was. Call it before ``anchor.refresh()``.
+    """
+    source = as_source(source)
+    ids = np.arange(len(source), dtype=np.int64) if ids is None else ids
+    forward = ShardedForward(runtime, model, create_partition(runtime, model), criterion)
+    scorer = Scorer(forward, anchor, create_signal(signal), batch_size)
+    return ids, priorities(scorer.score(source, ids), alpha)

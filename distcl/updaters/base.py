@@ -1,0 +1,137 @@
+"""The updater's hooks, and the two simplest methods: plain training, and none at all.
+
+A round calls them in this order: ``cl_preprocessing``; for every step ``update_pre_fwd_bwd``,
+``fwd_bwd``, ``update_post_fwd_bwd``, the optimizer's step, ``update_post_optimizer_call``; at the
+end ``cl_postprocessing``. All of them are called on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from distcl.anchor import Anchor
+from distcl.config import ContinualLearningConfig
+from distcl.partition.base import Partition
+from distcl.priority.scoring import Scorer, Weights, priorities
+from distcl.runtime import Runtime
+from distcl.types import Batch, Ids, Source, UnreducedLoss
+
+
+@dataclass(frozen=True, slots=True)
+class UpdaterSetup:
+    """What an updater works with. ``model`` is the prepared one (DDP inside)."""
+
+    config: ContinualLearningConfig
+    runtime: Runtime
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    partition: Partition
+    anchor: Anchor
+    criterion: UnreducedLoss
+    scorer: Scorer
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Per-sample losses [B] of this rank's part, detached, on the device; and their ids [B]."""
+
+    losses: torch.Tensor
+    ids: torch.Tensor
+
+
+class Updater:
+    """Plain training (``base``), and the base class of every method."""
+
+    uses_hist_batch = False
+    """Whether ``fwd_bwd`` wants a batch of history too."""
+    trains = True
+    """Whether rounds take steps."""
+
+    def __init__(self, setup: UpdaterSetup) -> None:
+        self.setup = setup
+        self.config = setup.config
+        self.runtime = setup.runtime
+        self.model = setup.model
+        self.partition = setup.partition
+        self.anchor = setup.anchor
+
+    @property
+    def theta_star(self) -> dict[str, torch.Tensor]:
+        """The weights at the start of the round before, as owned slices; see :class:`Anchor`."""
+        return self.anchor.theta_star
+
+    def compute_sample_priorities(self, source: Source, ids: Ids) -> tuple[Ids, Weights]:
+        """Return (ids [N], priorities float64 [N]). Collective.
+
+        priority_i = clamp(L(w_now, x_i) - L(theta_star, x_i), min=1e-8) ** importance_alpha,
+        or another signal in the place of the difference.
+        """
+        scores = self.setup.scorer.score(source, ids)
+        return ids, priorities(scores, self.config.importance_alpha)
+
+    def cl_preprocessing(self) -> None:
+        """Begin a round: theta_star <- w_now, *after* the round's priorities were computed."""
+        self.anchor.refresh()
+
+    def update_pre_fwd_bwd(self) -> None:
+        """Run before the forward pass of a step."""
+
+    def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
+        """Forward and backward of one step; gradients are the global batch's mean. Collective."""
+        losses = self.losses(batch)
+        self.backward(losses, batch)
+        return StepResult(losses.detach()[: len(batch)], batch.ids)
+
+    def update_post_fwd_bwd(self) -> None:
+        """Add a regularizer's gradient, between backward and the optimizer's step."""
+
+    def update_post_optimizer_call(self) -> None:
+        """Run after the optimizer's step."""
+
+    def cl_postprocessing(self, source: Source, ids: Ids) -> None:
+        """Commit the round on its training samples. It never touches theta_star."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must survive a restart: this rank's slices and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+
+    # -- for the methods -----------------------------------------------------------------------
+
+    def _unreduced_criterion(self, outputs: Any, y: Any) -> torch.Tensor:
+        """Return the loss of each sample, [B]."""
+        return self.setup.criterion(outputs, y)
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Return the losses [B] of a training forward; [1] of zero if this rank has no sample.
+
+        A rank without samples runs a row of zeros through the model in eval mode, so that it joins
+        the collectives of forward and backward; its gradient is exactly zero.
+        """
+        if len(batch):
+            return self._unreduced_criterion(self.model(batch.x), batch.y)
+        x = tree_map_only(torch.Tensor, lambda t: t.new_zeros((1, *t.shape[1:])), batch.x)
+        training = self.model.training
+        self.model.eval()
+        outputs = self.model(x)
+        self.model.train(training)
+        zero = sum(leaf.sum() for leaf in tree_leaves(outputs)) * 0.0
+        return torch.as_tensor(zero).reshape(1)
+
+    def backward(self, losses: torch.Tensor, batch: Batch) -> None:
+        """Backward of sum(losses) · W / B_global: averaging over ranks gives the global mean."""
+        self.runtime.backward(losses.sum() * (self.runtime.world_size / batch.total))
+
+
+class Frozen(Updater):
+    """Evaluates and never trains (``none``): what happens if nothing is done about drift."""
+
+    trains = False

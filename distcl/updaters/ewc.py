@@ -1,0 +1,74 @@
+"""Online elastic weight consolidation (Kirkpatrick et al. 2017; online form: Schwarz et al. 2018).
+
+Penalty  λ/2 · sum_i F_i (w_i - w*_i)²  around the committed weights w*. Those are the weights at
+the start of the round, which is what theta_star holds while the round trains; so no second copy is
+kept. F is held as owned slices, 1/W per rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from distcl.priority.draws import generator
+from distcl.types import Ids, Source
+from distcl.updaters.base import Updater, UpdaterSetup
+from distcl.updaters.fisher import diagonal_fisher
+
+
+class EWCOnline(Updater):
+    """``ewc_online``: F <- d·F + (1-d)·F_new at every commit, d = ``ewc_ema_decay``.
+
+    The first commit takes F_new whole. F_new comes from one uniform pass over at most
+    ``fisher_samples`` training samples of the round, never from training batches (their draws may
+    be prioritized) and never from evaluation.
+    """
+
+    def __init__(self, setup: UpdaterSetup) -> None:
+        super().__init__(setup)
+        self.fisher: dict[str, torch.Tensor] = {}
+        self.commits = 0
+
+    def update_post_fwd_bwd(self) -> None:
+        """Add c_i (w_i - w*_i) to the gradient of my slices.
+
+        explicit: c = λF, as published; diverges where lr·λF > 2. damped: c = λF/(1 + lr·λF), for
+        SGD the proximal (implicit) step of the same penalty, stable at any λ.
+        """
+        if not self.fisher:
+            return
+        strength = self.config.ewc_lambda
+        lr = self.setup.optimizer.param_groups[0]["lr"]
+        penalty: dict[str, torch.Tensor] = {}
+        with torch.no_grad():
+            for name, w in self.partition.trainable().items():
+                curvature = strength * self.fisher[name]
+                if self.config.ewc_step == "damped":
+                    curvature = curvature / (1 + lr * curvature)
+                penalty[name] = curvature * (w - self.theta_star[name])
+        self.partition.add_grad_(penalty)
+
+    def cl_postprocessing(self, source: Source, ids: Ids) -> None:
+        """Fold the round's Fisher in. Collective."""
+        limit = self.config.fisher_samples
+        if len(ids) > limit:
+            draw = generator(self.setup.seed, self.commits, 0xF15E)
+            ids = draw.choice(ids, size=limit, replace=False)
+        new = diagonal_fisher(
+            self.runtime, self.model, self.partition, self.setup.criterion, source, ids
+        )
+        decay = self.config.ewc_ema_decay if self.commits else 0.0
+        for name, value in new.items():
+            old = self.fisher.get(name)
+            self.fisher[name] = value if old is None else decay * old + (1 - decay) * value
+        self.commits += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return my slices of F and the number of commits."""
+        return {"fisher": self.fisher, "commits": self.commits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.fisher = state["fisher"]
+        self.commits = state["commits"]

@@ -26,16 +26,14 @@ def flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
     data = tensor.detach()
     if data.is_contiguous():
         return data.view(-1)
-    view = data.as_strided((data.numel(),), (1,), data.storage_offset())
-    dense = sorted(zip(data.stride(), data.shape, strict=True), reverse=True)
     expected = data.numel()
-    for stride, size in dense:
+    for stride, size in sorted(zip(data.stride(), data.shape, strict=True), reverse=True):
         expected //= size
         if size > 1 and stride != expected:
             raise UsageError(
                 f"model: '{name}' is an expanded or sliced view; it cannot be partitioned"
             )
-    return view
+    return data.as_strided((data.numel(),), (1,), data.storage_offset())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,221 @@
+"""One continual-learning round, top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from distcl.anchor import Anchor
+from distcl.config import Config
+from distcl.data.history import History
+from distcl.inference import ShardedForward
+from distcl.losses import per_sample_error
+from distcl.metrics import AccuracyMatrix
+from distcl.optim import reset, warmup_factor
+from distcl.priority.feed import EMPTY, Feed, RoundWeights, compute_weights
+from distcl.priority.scoring import Scorer
+from distcl.runtime import Runtime
+from distcl.tracking import Tracker
+from distcl.types import Experience, Progress, Stream
+from distcl.updaters import Updater
+from distcl.watch import LossWatch
+
+log = logging.getLogger("distcl")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a trainer works with, built by ``distcl.job.assemble`` from a configuration."""
+
+    runtime: Runtime
+    stream: Stream
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    anchor: Anchor
+    forward: ShardedForward
+    scorer: Scorer
+    updater: Updater
+    feed: Feed
+    tracker: Tracker
+    progress: Progress
+
+
+class ContinuousTrainer:
+    """Runs rounds. Every method is collective: all ranks call it with the same arguments."""
+
+    def __init__(self, parts: Parts, config: Config) -> None:
+        self.parts = parts
+        self.training = config.training
+        self.continual = config.continual_learning
+        self.priority = config.priority
+        self.optimizer_config = config.optimizer
+        self.loss_name = config.model.loss
+        self.pretrained = bool(config.model.pretrained)
+        self.poll_steps = config.run.poll_steps
+        self.history = History()
+        self.matrix = AccuracyMatrix()
+        self.rounds: list[dict[str, Any]] = []
+        self.pretraining: dict[str, Any] | None = None
+        self.evaluate_seconds = 0.0
+        self.samples_trained = 0
+        self.steps = 0
+        self._base_lrs = [group["lr"] for group in parts.optimizer.param_groups]
+
+    def run_round(self, experience: Experience, trigger: str) -> dict[str, Any]:
+        """Train one round on an experience and return its report, as in ``summary.json``."""
+        number = len(self.rounds) + 1
+        updater, feed = self.parts.updater, self.parts.feed
+        if self.optimizer_config.between_rounds == "reset":
+            reset(self.parts.optimizer)
+
+        clock = time.perf_counter()
+        forwards = self.parts.forward.forwards
+        weights = self._compute_priorities(experience)  # 1. priorities
+        scored = self.parts.forward.forwards - forwards
+        priority_seconds = time.perf_counter() - clock
+
+        updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
+
+        feed.rebuild(  # 3. sampler
+            number, experience.train, self.history.ids(), weights, updater.uses_hist_batch
+        )
+
+        clock = time.perf_counter()
+        steps = feed.steps() if updater.trains else 0
+        loss = self._take_steps(number, steps, f"round {number}")  # 4. steps
+
+        if updater.trains:
+            updater.cl_postprocessing(self.parts.stream, experience.train)  # 5. commit
+        train_seconds = time.perf_counter() - clock
+        self.history.add(experience.train)
+
+        candidates = sum(int(r["n"]) for r in weights.report.values())
+        report = {
+            "round": number,
+            "trigger": trigger,
+            "steps": steps,
+            "train_seconds": train_seconds,
+            "priority_seconds": priority_seconds,
+            "forward_passes_per_sample": scored / candidates if candidates else 0.0,
+            "draws_sha256": feed.digest,
+            "final_loss": loss,
+            "priority": weights.report,
+        }
+        self.rounds.append(report)
+        return report
+
+    def pretrain(self, experience: Experience) -> None:
+        """Train plainly on the first experience; afterwards theta_star equals the weights."""
+        updater, feed = self.parts.updater, self.parts.feed
+        feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
+        clock = time.perf_counter()
+        steps = feed.steps(self.training.pretrain_epochs)
+        loss = self._take_steps(0, steps, "pretraining", pretraining=True)
+        self.parts.anchor.refresh()
+        if updater.trains:
+            updater.cl_postprocessing(self.parts.stream, experience.train)
+        self.history.add(experience.train)
+        self.pretraining = {
+            "steps": steps,
+            "train_seconds": time.perf_counter() - clock,
+            "draws_sha256": feed.digest,
+            "final_loss": loss,
+        }
+
+    def evaluate(self, experiences: list[Experience], seen: int) -> list[float]:
+        """Append a row to the accuracy matrix: accuracy on each experience's held-out data.
+
+        6. evaluate. ``seen``: how many of the columns have been trained on.
+        """
+        clock = time.perf_counter()
+        row = [self.accuracy(e) for e in experiences]
+        self.matrix.append(row, seen)
+        seconds = time.perf_counter() - clock
+        self.evaluate_seconds += seconds
+        if self.rounds:
+            self.rounds[-1]["evaluate_seconds"] = seconds
+        values = {f"accuracy/{e.index}": a for e, a in zip(experiences, row, strict=True)}
+        self.parts.tracker.log({"round": len(self.rounds), **values}, self.steps)
+        shown = " ".join(f"{a:.3f}" for a in row)
+        self._say(f"[accuracy] after round {len(self.rounds)}: {shown}")
+        return row
+
+    def accuracy(self, experience: Experience) -> float:
+        """Return the share of held-out samples that the model gets right (1 - mean error)."""
+        errors = self.parts.forward.per_sample(
+            self.parts.stream,
+            experience.test,
+            self.training.eval_batch_size,
+            lambda out, y: per_sample_error(out.logits, y, self.loss_name),
+        )
+        return 1.0 - float(errors.double().mean())
+
+    def _compute_priorities(self, experience: Experience) -> RoundWeights:
+        if not (self.continual.importance_weighting and self.parts.updater.trains):
+            return RoundWeights()
+        weights = compute_weights(
+            self.parts.scorer,
+            self.parts.stream,
+            experience.train,
+            self.history.ids(),
+            alpha=self.continual.importance_alpha,
+            config=self.priority,
+            history_batch=self.parts.updater.uses_hist_batch,
+        )
+        for name, stats in weights.report.items():
+            text = " ".join(f"{key}={value:.6g}" for key, value in stats.items())
+            self._say(f"[priority/{name}] {text}")
+        return weights
+
+    def _take_steps(self, number: int, steps: int, title: str, pretraining: bool = False) -> float:
+        """Train ``steps`` steps; return the global mean loss of the last one (nan if none)."""
+        updater, optimizer = self.parts.updater, self.parts.optimizer
+        watch = LossWatch(self.parts.runtime, number)
+        self.parts.progress.round_begins(title, steps)
+        self.parts.model.train()
+        loss, begun, samples = float("nan"), time.perf_counter(), 0
+        for step, (batch, hist_batch) in enumerate(self.parts.feed.batches(steps)):
+            self._set_rate(step)
+            if pretraining:
+                result = Updater.fwd_bwd(updater, batch, None)
+                self.parts.runtime.unscale(optimizer)
+            else:
+                updater.update_pre_fwd_bwd()
+                result = updater.fwd_bwd(batch, hist_batch)
+                self.parts.runtime.unscale(optimizer)
+                updater.update_post_fwd_bwd()
+            optimizer.step()
+            if not pretraining:
+                updater.update_post_optimizer_call()
+            optimizer.zero_grad(set_to_none=True)
+            watch.add(result, batch.total)
+            samples += batch.total
+            if (step + 1) % self.poll_steps == 0 or step + 1 == steps:
+                losses = watch.poll()
+                loss = losses[-1]
+                rate = samples / (time.perf_counter() - begun)
+                done = self.steps + step + 1
+                self.parts.tracker.log(
+                    {"round": number, "loss": float(np.mean(losses)), "samples_per_second": rate},
+                    done,
+                )
+                self.parts.progress.step(step + 1, loss, rate)
+        self.steps += steps
+        self.samples_trained += samples
+        return loss
+
+    def _set_rate(self, step: int) -> None:
+        factor = warmup_factor(step, self.optimizer_config.warmup_steps)
+        for group, lr in zip(self.parts.optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = lr * factor
+
+    def _say(self, text: str) -> None:
+        if self.parts.runtime.is_main:
+            log.info(text)
+            self.parts.progress.message(text)

@@ -1,0 +1,33 @@
+"""Models for tests, with everything that makes partitioning hard."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Awkward(nn.Module):
+    """Tied weights, BatchNorm (float and integer buffers), odd sizes, a frozen layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 11)
+        self.frozen = nn.Linear(11, 11).requires_grad_(False)
+        self.norm = nn.BatchNorm1d(11)
+        self.tied = nn.Linear(11, 11)
+        self.tied.weight = self.frozen.weight
+        self.head = nn.Linear(11, 3)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("flag", torch.tensor([True, False, True]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.norm(self.frozen(self.first(x))))
+        return self.head(self.tied(h)) * self.scale
+
+
+def awkward(seed: int = 0) -> Awkward:
+    torch.manual_seed(seed)
+    model = Awkward()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    return model

@@ -87,14 +87,22 @@ class StreamConfig(Section):
 class ModelConfig(Section):
     """The model."""
 
-    name: str = Field("mlp", description="mlp, cnn, or package.module:factory")
+    name: str = Field("mlp", description="mlp, cnn, resnet18, vit_tiny, or package.module:factory")
     options: dict[str, Any] = Field({}, description="keyword arguments of the model's factory")
+    loss: str = Field(
+        "cross_entropy", description="cross_entropy, mse, bce, or package.module:attribute"
+    )
     pretrained: str = Field("", description="a .safetensors file to start from")
 
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
         return _known("model", value)
+
+    @field_validator("loss")
+    @classmethod
+    def _loss(cls, value: str) -> str:
+        return _known("loss", value)
 
 
 class OptimizerConfig(Section):

@@ -41,7 +41,9 @@ _TABLE = (
     ),
     ("signal", "loss_delta", "distcl.priority.signals:LossDelta", "loss gained since theta_star"),
     ("detector", "adwin", "distcl.detectors:adwin", "adaptive windowing"),
+    ("detector", "kswin", "distcl.detectors:kswin", "Kolmogorov-Smirnov windowing"),
     ("detector", "page_hinkley", "distcl.detectors:page_hinkley", "Page-Hinkley test"),
+    ("detector", "ensemble", "distcl.detectors:ensemble", "a vote among several detectors"),
     ("source", "digits", "distcl.data.arrays:digits", "scikit-learn's 1,797 handwritten digits"),
     ("source", "arrays", "distcl.data.arrays:arrays", "x and y from .npz or .npy files"),
     ("drift", "none", "distcl.data.drift:Identity", "no drift"),
@@ -53,6 +55,11 @@ _TABLE = (
     ("drift", "split", "distcl.data.drift:Split", "new classes per experience"),
     ("model", "mlp", "distcl.models:mlp", "multi-layer perceptron"),
     ("model", "cnn", "distcl.models:cnn", "three convolutions with GroupNorm"),
+    ("model", "resnet18", "distcl.models:resnet18", "ResNet-18 with a stem for small images"),
+    ("model", "vit_tiny", "distcl.models:vit_tiny", "small vision transformer"),
+    ("loss", "cross_entropy", "distcl.losses:cross_entropy", "softmax cross entropy of classes"),
+    ("loss", "mse", "distcl.losses:mse", "squared difference"),
+    ("loss", "bce", "distcl.losses:bce", "binary cross entropy of logits"),
 )
 
 _parts: dict[tuple[str, str], Part] = {(k, n): Part(k, n, t, d) for k, n, t, d in _TABLE}

@@ -1,0 +1,116 @@
+"""Losses without reduction over the batch: (outputs, y) → Tensor [B].
+
+One number per sample is what priorities, the exact mean over uneven ranks, and a report of which
+samples diverged are made of. Everything here is local.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
+
+from distcl import registry
+from distcl.errors import ConfigError
+from distcl.types import PyTree, UnreducedLoss
+
+
+def cross_entropy(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return -log softmax(outputs)[y], [B].
+
+    outputs [B, C, ...]; y int64 [B, ...], or probabilities in the shape of outputs. Mean over
+    positions, if a sample has several.
+    """
+    return _mean_positions(F.cross_entropy(outputs, y, reduction="none"))
+
+
+def mse(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the squared difference, mean over a sample's values, [B].
+
+    outputs and y have equally many values; y's shape counts, so [B, 1] and [B] fit. Raises
+    ConfigError if they do not.
+    """
+    return _mean_positions((_as_targets("mse", outputs, y) - y) ** 2)
+
+
+def bce(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the binary cross entropy of logits, mean over a sample's labels, [B].
+
+    outputs and y (0, 1, or between) have equally many values, as for ``mse``.
+    """
+    outputs = _as_targets("bce", outputs, y)
+    losses = F.binary_cross_entropy_with_logits(outputs, y.to(outputs.dtype), reduction="none")
+    return _mean_positions(losses)
+
+
+_BUILT_IN = (cross_entropy, mse, bce)
+
+
+def create_loss(name: str) -> UnreducedLoss:
+    """Return a loss by name: (outputs, y) → Tensor [B].
+
+    A user's own is a function, or a class made without arguments, of (outputs, y). If it takes
+    ``reduction``, as torch's do, it is given "none", outputs in the shape of floating-point y where
+    they have as many values, and its mean over a sample's values counts. Otherwise it must return
+    [B] by itself. A loss that does not raises ConfigError when called.
+    """
+    found: Callable[..., Any] = registry.resolve("loss", name)
+    if found in _BUILT_IN:
+        return found
+    reduces = "reduction" in inspect.signature(found).parameters
+    options = {"reduction": "none"} if reduces else {}
+    criterion = found(**options) if isinstance(found, type) else partial(found, **options)
+
+    def checked(outputs: PyTree, y: PyTree) -> torch.Tensor:
+        batch = tree_leaves(outputs)[0].shape[:1]
+        elementwise = reduces and isinstance(outputs, torch.Tensor) and isinstance(y, torch.Tensor)
+        if elementwise and y.is_floating_point() and outputs.numel() == y.numel():
+            outputs = outputs.reshape(y.shape)  # [B, 1] against [B] would broadcast to [B, B]
+        losses = criterion(outputs, y)
+        if not isinstance(losses, torch.Tensor):
+            raise ConfigError(f"model.loss = '{name}' returned {type(losses).__name__}, no tensor")
+        if elementwise and losses.shape == y.shape:
+            return _mean_positions(losses)
+        if losses.shape != batch:
+            raise ConfigError(
+                f"model.loss = '{name}' is a loss without unreduced form: it must return one "
+                f"number per sample, shape {list(batch)}, but returned {list(losses.shape)}"
+            )
+        return losses
+
+    return checked
+
+
+def per_sample_error(outputs: PyTree, y: PyTree, loss_name: str) -> torch.Tensor:
+    """Return how wrong each sample is, floating point [B], without gradient.
+
+    ``cross_entropy``: 1 where the largest output is not the label (the share of wrong positions,
+    if there are several); ``bce``: 1 where any label is on the wrong side of 0.5; every other loss:
+    the loss itself, in its units.
+    """
+    with torch.no_grad():
+        if registry.resolve("loss", loss_name) is cross_entropy:
+            labels = y.argmax(1) if y.shape == outputs.shape else y
+            return _mean_positions((outputs.argmax(1) != labels).to(outputs.dtype))
+        if registry.resolve("loss", loss_name) is bce:
+            wrong = (_as_targets("bce", outputs, y) > 0) != (y > 0.5)
+            return (wrong if wrong.ndim == 1 else wrong.flatten(1).any(1)).to(outputs.dtype)
+        return create_loss(loss_name)(outputs, y)
+
+
+def _mean_positions(values: torch.Tensor) -> torch.Tensor:
+    return values if values.ndim == 1 else values.flatten(1).mean(1)
+
+
+def _as_targets(name: str, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    if outputs.shape[:1] != y.shape[:1] or outputs.numel() != y.numel():
+        raise ConfigError(
+            f"model.loss = '{name}' needs one output per target, but outputs have shape "
+            f"{list(outputs.shape)} and targets {list(y.shape)}"
+        )
+    return outputs.reshape(y.shape)

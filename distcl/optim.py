@@ -1,0 +1,43 @@
+"""The optimizer, its warm-up, and its reset between rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from distcl.config import OptimizerConfig
+from distcl.errors import ConfigError
+
+
+def create_optimizer(
+    config: OptimizerConfig, params: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return the optimizer of the configuration over ``params``. Local.
+
+    Raises ConfigError for a momentum that the optimizer would not use.
+    """
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    if config.momentum:
+        raise ConfigError(
+            f"optimizer.momentum = {config.momentum} is for sgd; {config.name} has its own"
+        )
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(params, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Return what to multiply the learning rate by at ``step`` (from 0) of a round.
+
+    Linear from 1/warmup_steps to 1, which it reaches at the last of ``warmup_steps`` steps.
+    """
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def reset(optimizer: torch.optim.Optimizer) -> None:
+    """Drop momenta, moments and step counts: as if it had never stepped; options stay. Local."""
+    optimizer.state.clear()

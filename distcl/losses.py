@@ -98,7 +98,7 @@ def per_sample_error(outputs: PyTree, y: PyTree, loss_name: str) -> torch.Tensor
             labels = y.argmax(1) if y.shape == outputs.shape else y
             return _mean_positions((outputs.argmax(1) != labels).to(outputs.dtype))
         if registry.resolve("loss", loss_name) is bce:
-            wrong = (_as_targets("bce", outputs, y) > 0) != (y > 0.5)
+            wrong: torch.Tensor = (_as_targets("bce", outputs, y) > 0) != (y > 0.5)
             return (wrong if wrong.ndim == 1 else wrong.flatten(1).any(1)).to(outputs.dtype)
         return create_loss(loss_name)(outputs, y)
 

@@ -14,7 +14,6 @@ import numpy as np
 from distcl.config import TrackingConfig
 from distcl.errors import UsageError
 
-
 _RESERVED = ("step", "time", "nonfinite")
 
 

@@ -1,0 +1,297 @@
+"""Small reference models. Each takes inputs of ``spec.x_shape`` and returns [B, outputs].
+
+``outputs`` is the number of classes or, for regression, of values in a target; the last layer is
+called ``head``. All work under ``torch.func`` (functional_call, vmap, grad) and on empty batches;
+with ``norm = "batch"`` both hold in eval mode only. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from distcl import registry
+from distcl.config import ModelConfig
+from distcl.errors import CheckpointError, ConfigError
+from distcl.options import Count, checked
+from distcl.types import DataSpec
+
+Norm = Literal["group", "batch"]
+
+_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+
+
+def create_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
+    """Build the configured model on the CPU, in float32. Local; equal on every rank.
+
+    A factory is called as ``factory(spec, **options)``. Weights depend on ``seed`` alone and the
+    global random numbers are left as they were. Then ``model.pretrained``, if given, is loaded.
+
+    Raises ConfigError if the factory does not take an option or returns no module, or if there is
+    no such file; CheckpointError if the file does not hold finite weights for this model.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        model = registry.create("model", config.name, spec, options=config.options)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model '{config.name}' must return a torch.nn.Module, not {type(model).__name__}"
+        )
+    if config.pretrained:
+        load_pretrained(model, Path(config.pretrained))
+    return model
+
+
+def load_pretrained(model: nn.Module, path: Path) -> None:
+    """Fill parameters and buffers from a safetensors file, all of them or none. Local.
+
+    Tied weights may be there under one of their names. Raises ConfigError if there is no such
+    file or it is of another kind (pickled files are never read); CheckpointError naming file and
+    key if it is damaged, lacks or adds a tensor, or one has another shape, kind or is not finite.
+    """
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"model.pretrained must be a .safetensors file, not '{path}'")
+    try:
+        loaded = load_file(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"model.pretrained: there is no file '{path}'") from error
+    except OSError as error:
+        raise ConfigError(f"model.pretrained: cannot read '{path}': {error.strerror}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"'{path}' is not a valid safetensors file: {error}") from error
+    own = model.state_dict()
+    present = {own[name].data_ptr() for name in own.keys() & loaded.keys()}
+    for name, tensor in own.items():
+        if name not in loaded and tensor.data_ptr() not in present:
+            raise CheckpointError(f"'{path}' lacks '{name}' of the model")
+    for name, tensor in loaded.items():
+        if name not in own:
+            raise CheckpointError(f"'{path}' has '{name}', which the model has not")
+        if tensor.shape != own[name].shape:
+            raise CheckpointError(
+                f"'{path}': '{name}' has shape {list(tensor.shape)}, "
+                f"the model's has {list(own[name].shape)}"
+            )
+        if tensor.is_floating_point() != own[name].is_floating_point():
+            raise CheckpointError(
+                f"'{path}': '{name}' is {tensor.dtype}, the model's is {own[name].dtype}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"'{path}': '{name}' holds NaN or infinite weights")
+    model.load_state_dict(loaded, strict=False)  # tied names were checked above
+
+
+@checked("model")
+def mlp(
+    spec: DataSpec,
+    hidden: tuple[Count, ...] = (256, 256),
+    activation: Literal["relu", "gelu", "tanh"] = "relu",
+) -> nn.Module:
+    """Multi-layer perceptron on flattened inputs; no hidden layer makes it linear."""
+    return MLP(spec, hidden, activation)
+
+
+@checked("model")
+def cnn(
+    spec: DataSpec,
+    channels: Annotated[tuple[Count, ...], Field(min_length=3, max_length=3)] = (32, 64, 128),
+) -> nn.Module:
+    """Three 3×3 convolutions with GroupNorm, the latter two with stride 2, for images.
+
+    Their maps are averaged to at most 2×2, so that any image size works.
+    """
+    return CNN(spec, channels)
+
+
+@checked("model")
+def resnet18(spec: DataSpec, width: Count = 64, norm: Norm = "group") -> nn.Module:
+    """ResNet-18 (He et al., CVPR 2016) with a stem for small images: 3×3, no pooling.
+
+    width: channels of the first stage; norm: "group", or "batch" as published, which makes results
+    depend on how a batch is split among ranks.
+    """
+    return ResNet18(spec, width, norm)
+
+
+@checked("model")
+def vit_tiny(
+    spec: DataSpec, patch: Count = 4, dim: Count = 192, depth: Count = 12, heads: Count = 3
+) -> nn.Module:
+    """Vision transformer (Dosovitskiy et al., ICLR 2021) in the size DeiT calls tiny.
+
+    patch: side of a patch in pixels, must divide the image; dim: width, must be a multiple of
+    ``heads``; depth: blocks. The mean over patches is classified; there is no class token.
+    """
+    return ViT(spec, patch, dim, depth, heads)
+
+
+def _outputs(spec: DataSpec) -> int:
+    return spec.classes or math.prod(spec.y_shape)
+
+
+class MLP(nn.Module):
+    """See :func:`mlp`."""
+
+    def __init__(self, spec: DataSpec, hidden: tuple[int, ...], activation: str) -> None:
+        super().__init__()
+        self.features = math.prod(spec.x_shape)
+        sizes = [self.features, *hidden]
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Linear(n_in, n_out), _ACTIVATIONS[activation]()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(sizes[-1], _outputs(spec))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, *x_shape] → [B, outputs]."""
+        return self.head(self.body(x.reshape(x.shape[0], self.features)))
+
+
+class _Images(nn.Module):
+    """A model of images, [C, H, W] or [H, W]; sets ``channels``, ``height``, ``width``."""
+
+    def __init__(self, name: str, spec: DataSpec) -> None:
+        super().__init__()
+        if len(spec.x_shape) not in (2, 3):
+            raise ConfigError(
+                f"model '{name}' takes images, [C, H, W] or [H, W], but a sample of this stream "
+                f"has shape {list(spec.x_shape)}; 'mlp' takes any"
+            )
+        self.channels, self.height, self.width = (1, *spec.x_shape)[-3:]
+
+    def images(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, *x_shape] → [B, C, H, W]."""
+        return x.reshape(x.shape[0], self.channels, self.height, self.width)
+
+
+def _norm(channels: int, norm: Norm = "group") -> nn.Module:
+    """BatchNorm, or GroupNorm of at most 8 groups of at least 4 channels."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    return nn.GroupNorm(math.gcd(8, max(1, channels // 4)) if channels % 4 == 0 else 1, channels)
+
+
+def _conv(n_in: int, n_out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
+    """A convolution before a norm: no bias, padded to keep the size."""
+    return nn.Conv2d(n_in, n_out, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class CNN(_Images):
+    """See :func:`cnn`."""
+
+    def __init__(self, spec: DataSpec, channels: tuple[int, ...]) -> None:
+        super().__init__("cnn", spec)
+        layers: list[nn.Module] = []
+        n_in = self.channels
+        for n_out, stride in zip(channels, (1, 2, 2), strict=True):
+            layers += [_conv(n_in, n_out, stride), _norm(n_out), nn.ReLU()]
+            n_in = n_out
+        # A fixed window rather than adaptive pooling, whose gradient varies from run to run on CUDA.
+        size = [-(-side // 4) for side in (self.height, self.width)]
+        window = [-(-side // 2) for side in size]
+        cells = math.prod(-(-s // w) for s, w in zip(size, window, strict=True))
+        layers += [nn.AvgPool2d((window[0], window[1]), ceil_mode=True), nn.Flatten()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(n_in * cells, _outputs(spec))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, *x_shape] → [B, outputs]."""
+        return self.head(self.body(self.images(x)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            _conv(n_in, n_out, stride),
+            _norm(n_out, norm),
+            nn.ReLU(),
+            _conv(n_out, n_out),
+            _norm(n_out, norm),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or n_in != n_out:
+            self.shortcut = nn.Sequential(_conv(n_in, n_out, stride, 1), _norm(n_out, norm))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, n_in, H, W] → [B, n_out, H/stride, W/stride]."""
+        return torch.relu(self.residual(x) + self.shortcut(x))
+
+
+class ResNet18(_Images):
+    """See :func:`resnet18`."""
+
+    def __init__(self, spec: DataSpec, width: int, norm: Norm) -> None:
+        super().__init__("resnet18", spec)
+        self.stem = nn.Sequential(_conv(self.channels, width), _norm(width, norm), nn.ReLU())
+        stages: list[nn.Module] = []
+        n_in = width
+        for n_out, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
+            stages += [BasicBlock(n_in, n_out, stride, norm), BasicBlock(n_out, n_out, 1, norm)]
+            n_in = n_out
+        self.body = nn.Sequential(*stages)
+        self.head = nn.Linear(n_in, _outputs(spec))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, *x_shape] → [B, outputs]."""
+        return self.head(self.body(self.stem(self.images(x))).mean((-2, -1)))
+
+
+class Block(nn.Module):
+    """A transformer block: attention and a perceptron, each behind a LayerNorm."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, dim] → [B, T, dim]."""
+        b, t, dim = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        # Written out: the fused kernel knows neither forward-mode nor second derivatives.
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)).softmax(-1)
+        x = x + self.proj((weights @ v).transpose(1, 2).reshape(b, t, dim))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(_Images):
+    """See :func:`vit_tiny`."""
+
+    def __init__(self, spec: DataSpec, patch: int, dim: int, depth: int, heads: int) -> None:
+        super().__init__("vit_tiny", spec)
+        if self.height % patch or self.width % patch:
+            raise ConfigError(
+                f"model.options.patch: must divide the image, {self.height}×{self.width} pixels, "
+                f"but is {patch}"
+            )
+        if dim % heads:
+            raise ConfigError(
+                f"model.options.dim: must be a multiple of heads ({heads}), but is {dim}"
+            )
+        patches = (self.height // patch) * (self.width // patch)
+        self.embed = nn.Conv2d(self.channels, dim, patch, stride=patch)
+        self.position = nn.Parameter(torch.empty(1, patches, dim))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.body = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, _outputs(spec))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, *x_shape] → [B, outputs]."""
+        tokens = self.embed(self.images(x)).flatten(2).transpose(1, 2) + self.position
+        return self.head(self.norm(self.body(tokens)).mean(1))

@@ -7,6 +7,7 @@ with ``norm = "batch"`` both hold in eval mode only. Nothing here communicates.
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,7 +39,7 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
     no such file; CheckpointError if the file does not hold finite weights for this model.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = registry.create("model", config.name, spec, options=config.options)
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -144,14 +145,15 @@ class MLP(nn.Module):
         self.features = math.prod(spec.x_shape)
         sizes = [self.features, *hidden]
         layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for n_in, n_out in itertools.pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), _ACTIVATIONS[activation]()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(sizes[-1], _outputs(spec))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, *x_shape] → [B, outputs]."""
-        return self.head(self.body(x.reshape(x.shape[0], self.features)))
+        out: torch.Tensor = self.head(self.body(x.reshape(x.shape[0], self.features)))
+        return out
 
 
 class _Images(nn.Module):
@@ -175,7 +177,7 @@ def _norm(channels: int, norm: Norm = "group") -> nn.Module:
     """BatchNorm, or GroupNorm of at most 8 groups of at least 4 channels."""
     if norm == "batch":
         return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(math.gcd(8, max(1, channels // 4)) if channels % 4 == 0 else 1, channels)
+    return nn.GroupNorm(math.gcd(8, channels // 4) if channels % 4 == 0 else 1, channels)
 
 
 def _conv(n_in: int, n_out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
@@ -193,7 +195,7 @@ class CNN(_Images):
         for n_out, stride in zip(channels, (1, 2, 2), strict=True):
             layers += [_conv(n_in, n_out, stride), _norm(n_out), nn.ReLU()]
             n_in = n_out
-        # A fixed window rather than adaptive pooling, whose gradient varies from run to run on CUDA.
+        # A fixed window: on CUDA the gradient of adaptive pooling is not deterministic.
         size = [-(-side // 4) for side in (self.height, self.width)]
         window = [-(-side // 2) for side in size]
         cells = math.prod(-(-s // w) for s, w in zip(size, window, strict=True))
@@ -203,7 +205,8 @@ class CNN(_Images):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, *x_shape] → [B, outputs]."""
-        return self.head(self.body(self.images(x)))
+        out: torch.Tensor = self.head(self.body(self.images(x)))
+        return out
 
 
 class BasicBlock(nn.Module):
@@ -243,7 +246,8 @@ class ResNet18(_Images):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, *x_shape] → [B, outputs]."""
-        return self.head(self.body(self.stem(self.images(x))).mean((-2, -1)))
+        out: torch.Tensor = self.head(self.body(self.stem(self.images(x))).mean((-2, -1)))
+        return out
 
 
 class Block(nn.Module):
@@ -266,7 +270,8 @@ class Block(nn.Module):
         # Written out: the fused kernel knows neither forward-mode nor second derivatives.
         weights = (q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)).softmax(-1)
         x = x + self.proj((weights @ v).transpose(1, 2).reshape(b, t, dim))
-        return x + self.mlp(self.norm2(x))
+        out: torch.Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class ViT(_Images):
@@ -294,4 +299,5 @@ class ViT(_Images):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, *x_shape] → [B, outputs]."""
         tokens = self.embed(self.images(x)).flatten(2).transpose(1, 2) + self.position
-        return self.head(self.norm(self.body(tokens)).mean(1))
+        out: torch.Tensor = self.head(self.norm(self.body(tokens)).mean(1))
+        return out

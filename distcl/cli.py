@@ -1,0 +1,266 @@
+"""The command line: parse, call, print. No logic of a run is here, and no import of torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+from distcl import __version__, registry
+from distcl.config_load import load_with_origins, to_toml
+from distcl.errors import DistclError, UsageError
+
+app = typer.Typer(
+    help="Distributed continual learning with prioritized sampling.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_PARSER_ERROR: Any = typer.BadParameter.__mro__[1]  # typer's UsageError, which it does not export
+
+ConfigArgument = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="A TOML file.", show_default=False)
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="The same as CONFIG.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Set one key; a TOML value, else a bare string. Repeatable.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The run folder. Default: runs/NAME-OF-CONFIG."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the summary as JSON, and nothing else, on stdout.")
+]
+
+
+def main() -> NoReturn:
+    """Run the command line and exit. Under a launcher, only rank 0 prints."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # the outermost place: whatever it is becomes an exit code
+        fail(error)
+    sys.exit(code or 0)
+
+
+def fail(error: Exception) -> NoReturn:
+    """End this process on an error: rank 0 prints one or two lines, every rank its exit code.
+
+    With DISTCL_DEBUG=1 every rank prints the traceback too.
+    """
+    code = 1
+    if isinstance(error, DistclError):
+        code, text = error.exit_code, str(error)
+    elif isinstance(error, _PARSER_ERROR):
+        command = error.ctx.command_path if error.ctx else "distcl"
+        code, text = 2, f"{error.format_message().rstrip('.')}; see '{command} --help'"
+    else:
+        first = str(error).strip().partition("\n")[0]
+        text = f"internal error: {type(error).__name__}: {first}\n"
+        text += "set DISTCL_DEBUG=1 for the traceback"
+    if os.environ.get("DISTCL_DEBUG", "") not in ("", "0"):
+        traceback.print_exception(error)
+    if launch_rank() == 0:
+        complain(text)
+    sys.exit(code)
+
+
+def complain(text: str) -> None:
+    """Tell the user what went wrong, on stderr."""
+    print(f"distcl: {text}", file=sys.stderr, flush=True)
+
+
+def launch_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """Return this process's rank as its launcher tells it; 0 without a launcher."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if environ.get(name, "").isdecimal():
+            return int(environ[name])
+    return 0
+
+
+# -- commands -----------------------------------------------------------------------------------
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        say(f"distcl {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        say(context.get_help())
+
+
+@app.command()
+def run(
+    config: ConfigArgument = None,
+    file: ConfigOption = None,
+    sets: Overrides = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Watch the stream and start a round of training whenever drift is detected."""
+    _execute("run", config, file, sets, out, quiet, as_json)
+
+
+@app.command()
+def train(
+    config: ConfigArgument = None,
+    file: ConfigOption = None,
+    sets: Overrides = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train one round per experience, without a detector."""
+    _execute("train", config, file, sets, out, quiet, as_json)
+
+
+@app.command()
+def detect(
+    config: ConfigArgument = None,
+    file: ConfigOption = None,
+    sets: Overrides = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Watch the stream and report drift, without rounds of training."""
+    _execute("detect", config, file, sets, out, quiet, as_json)
+
+
+@app.command("config")
+def show_config(
+    config: ConfigArgument = None,
+    file: ConfigOption = None,
+    sets: Overrides = None,
+    origins: Annotated[
+        bool, typer.Option("--origins", help="Say where each value came from.")
+    ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print docs/CONFIG.md: every key there is.")
+    ] = False,
+) -> None:
+    """Print the configuration in force: defaults, CONFIG, environment and --set together."""
+    if reference:
+        from distcl.config_text import reference as reference_text
+
+        say(reference_text().rstrip())
+        return
+    loaded, found = load_with_origins(_one_config(config, file), sets or [])
+    say(to_toml(loaded, found if origins else None).rstrip())
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="PATH")] = Path("distcl.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a configuration in which every key is described and stands at its default."""
+    from distcl.config_text import template
+
+    if launch_rank() != 0:
+        return
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as stream:
+            stream.write(template())
+    except FileExistsError:
+        raise UsageError(f"{path} exists; --force overwrites it") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+    say(f"wrote {path}; train with: distcl run {path}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can do and what is misconfigured; exit 1 if something is broken."""
+    from distcl.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        say(f"{finding.level:<8} {finding.topic:<18} {finding.text}")
+    if any(finding.level == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_parts() -> None:
+    """Print every registered part, with a line of description."""
+    for kind in registry.kinds():
+        say(f"{kind}")
+        for part in registry.parts(kind):
+            say(f"  {part.name:<16} {part.description}")
+
+
+def say(text: str) -> None:
+    """Print a result on stdout, by rank 0 only."""
+    if launch_rank() == 0:
+        print(text)
+
+
+def _one_config(argument: Path | None, option: Path | None) -> Path | None:
+    if argument and option and argument != option:
+        raise UsageError(f"two configurations are given, {argument} and --config {option}")
+    return argument or option
+
+
+def _execute(
+    command: Literal["run", "train", "detect"],
+    argument: Path | None,
+    option: Path | None,
+    sets: list[str] | None,
+    out: Path | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    path = _one_config(argument, option)
+    if path is None:
+        raise UsageError(f"distcl {command} needs a CONFIG; 'distcl init' writes one")
+    config, _ = load_with_origins(path, sets or [])
+    folder = out or Path(config.run.out or f"runs/{path.stem}")
+    config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(folder)})})
+
+    from distcl import job
+    from distcl.display import open_display, show_summary
+
+    console = Console(stderr=as_json)
+    display = None if quiet or launch_rank() else open_display(console)
+
+    def tell(message: str) -> None:
+        if display is not None:
+            display.close()
+        complain(message)
+
+    try:
+        summary = job.execute(command, config, folder, display, tell)
+    finally:
+        if display is not None:
+            display.close()
+    if launch_rank() == 0:
+        if as_json:
+            print(json.dumps(summary, indent=2))
+        elif not quiet:
+            show_summary(console, summary)
+            console.print(f"everything is in {folder}", markup=False, highlight=False)

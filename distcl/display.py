@@ -1,0 +1,218 @@
+"""What a person sees of a run: progress while it goes on, tables when it is done.
+
+Nothing here decides anything; it reads ``types.Progress`` calls and the keys of ``summary.json``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 5.0
+"""Least time between two plain lines of one round."""
+
+_CELL = 7  # characters of one column of the accuracy matrix
+_NAMES = 12  # characters of its row names
+
+
+@dataclass
+class _Stage:
+    """A part of the run in progress: a round, pretraining, or watching the stream."""
+
+    title: str
+    steps: int
+    done: int = 0
+    loss: float = float("nan")
+    rate: float = 0.0
+    first: tuple[int, float] | None = None
+    left: float | None = None
+
+    def update(self, done: int, loss: float, rate: float, now: float) -> None:
+        """Take a report; time left is judged by the pace since the first one of this stage."""
+        self.done, self.loss, self.rate = done, loss, rate
+        self.first = self.first or (done, now)
+        since, begun = done - self.first[0], now - self.first[1]
+        self.left = begun / since * (self.steps - done) if since > 0 and self.steps else None
+
+    @property
+    def complete(self) -> bool:
+        return 0 < self.steps <= self.done
+
+    @property
+    def figures(self) -> str:
+        text = f"loss {self.loss:.4f}"
+        if self.rate > 0:
+            text += f"  {self.rate:,.0f} samples/s"
+        if self.left is not None and not self.complete:
+            text += f"  {_clock(self.left)} left"
+        return text
+
+    def __str__(self) -> str:
+        of = f"/{self.steps}" if self.steps else ""
+        return f"{self.title}  {self.done}{of}  {self.figures}"
+
+
+class PlainDisplay:
+    """Lines for a pipe or a log: at most one each few seconds, and one at the end of a round."""
+
+    def __init__(
+        self,
+        console: Console,
+        every: float = PLAIN_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._console = console
+        self._every = every
+        self._clock = clock
+        self._stage = _Stage("", 0)
+        self._shown = clock()
+
+    def round_begins(self, title: str, steps: int) -> None:
+        """Begin a part of ``steps`` steps; nothing is printed yet."""
+        self._stage = _Stage(title, steps)
+
+    def step(self, done: int, loss: float, samples_per_second: float) -> None:
+        """Print a line if the part is complete or the last line is long enough ago."""
+        now = self._clock()
+        self._stage.update(done, loss, samples_per_second, now)
+        if self._stage.complete or now - self._shown >= self._every:
+            self.message(str(self._stage))
+            self._shown = now
+
+    def message(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Do nothing: every line is out already."""
+
+
+class LiveDisplay:
+    """A progress bar on a terminal; rounds that are complete stay as lines above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stage = _Stage("", 0)
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            console=console,
+            transient=True,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=None, figures="", visible=False)
+        self._bar.start()
+
+    def round_begins(self, title: str, steps: int) -> None:
+        """Show an empty bar for a part of ``steps`` steps."""
+        self._stage = _Stage(title, steps)
+        self._bar.reset(
+            self._task, total=steps or None, description=title, figures="", visible=True
+        )
+
+    def step(self, done: int, loss: float, samples_per_second: float) -> None:
+        """Move the bar; a part that is complete becomes a line."""
+        self._stage.update(done, loss, samples_per_second, time.monotonic())
+        self._bar.update(self._task, completed=done, figures=self._stage.figures)
+        if self._stage.complete:
+            self.message(str(self._stage))
+            self._bar.update(self._task, visible=False)
+
+    def message(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bar away and give the cursor back. May be called twice."""
+        self._bar.stop()
+
+
+def open_display(console: Console) -> PlainDisplay | LiveDisplay:
+    """Return a display that fits: a bar on a terminal, lines elsewhere."""
+    live = console.is_terminal and not console.is_dumb_terminal
+    return LiveDisplay(console) if live else PlainDisplay(console)
+
+
+def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
+    """Print the tables of a finished run from the contents of ``summary.json``."""
+    rounds: Sequence[Mapping[str, Any]] = summary.get("rounds") or []
+    accuracy: Sequence[Sequence[float | None]] = summary.get("accuracy") or []
+    console.print()
+    if accuracy and accuracy[0]:
+        before = len(accuracy) - len(rounds)
+        names = ["pretrained"] * before + [f"round {r.get('round')}" for r in rounds]
+        console.print(_matrix(accuracy, names, (console.width - _NAMES) // _CELL))
+    figures = Table.grid(padding=(0, 2))
+    for name, text in [*_metrics(summary), *_drifts(summary), *_times(summary, rounds)]:
+        figures.add_row(name, text)
+    console.print(figures, highlight=False)
+
+
+def _matrix(accuracy: Sequence[Sequence[float | None]], names: list[str], fit: int) -> Table:
+    width = len(accuracy[0])
+    first = max(0, width - max(fit, 1))  # the newest experiences, if not all fit
+    left_out = f"; experiences 1 to {first} are in summary.json" if first else ""
+    table = Table(
+        title=f"accuracy in % (columns: experiences, rows: after training{left_out})",
+        title_justify="left",
+        title_style="",
+        box=None,
+        padding=(0, 0),
+    )
+    table.add_column("", width=_NAMES)
+    for column in range(first, width):
+        table.add_column(str(column + 1), justify="right", width=_CELL)
+    for name, row in zip(names, accuracy, strict=True):
+        table.add_row(name, *(_percent(value) for value in row[first:]))
+    return table
+
+
+def _metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    shares = [
+        ("average accuracy", "average_accuracy", "%"),
+        ("worst experience", "worst_experience_accuracy", "%"),
+        ("forgetting", "average_forgetting", "points"),
+        ("backward transfer", "backward_transfer", "points"),
+        ("forward transfer", "forward_transfer", "points"),
+    ]
+    known = [(name, summary.get(key), unit) for name, key, unit in shares]
+    return [(name, f"{_percent(value)} {unit}") for name, value, unit in known if value is not None]
+
+
+def _drifts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    drifts = summary.get("drifts") or []
+    return [("drifts at", ", ".join(str(position) for position in drifts))] if drifts else []
+
+
+def _times(
+    summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str]]:
+    total = float(summary.get("seconds") or 0.0)
+    stages = [*rounds, summary.get("pretrain") or {}]
+    parts = {
+        name: sum(float(stage.get(f"{key}_seconds") or 0.0) for stage in stages)
+        for name, key in (("training", "train"), ("priorities", "priority"))
+    }
+    evaluated = sum(float(stage.get("evaluate_seconds") or 0.0) for stage in stages)
+    parts["evaluation"] = float(summary.get("evaluate_seconds") or evaluated)
+    parts["the rest"] = max(0.0, total - sum(parts.values()))
+    shown = [f"{name} {s:.1f} s ({s / total:.0%})" for name, s in parts.items() if s and total]
+    return [("time", f"{total:.1f} s: " + ", ".join(shown))] if shown else []
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,218 @@
+"""What this machine can do for distcl, and what is misconfigured. Local; prints nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from distcl.config_load import load_config
+from distcl.errors import UsageError
+
+Level = Literal["ok", "note", "warning", "broken"]
+
+_GIB = 2**30
+_REQUIREMENT = re.compile(r"([\w.-]+)[^;]*(?:;.*extra == [\"']([\w-]+)[\"'])?")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. ``broken``: distcl cannot work; ``warning``: it will surprise."""
+
+    level: Level
+    topic: str
+    text: str
+
+
+def examine(environ: Mapping[str, str] = os.environ, out: Path = Path("runs")) -> list[Finding]:
+    """Look at Python, packages, devices, backends, this machine, and the environment.
+
+    ``out``: where runs would be written. Imports torch. Local: under a launcher, every process
+    looks at its own machine and environment.
+    """
+    return [
+        *_python(),
+        *_packages(),
+        *_torch(),
+        *_machine(environ),
+        *_disk(out),
+        *_launcher(environ),
+        *_configuration(environ),
+    ]
+
+
+def _python() -> Iterator[Finding]:
+    fine = sys.version_info >= (3, 11)
+    text = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield Finding("ok" if fine else "broken", "python", text + ("" if fine else "; 3.11 is needed"))
+
+
+def _packages() -> Iterator[Finding]:
+    try:
+        about = importlib.metadata.metadata("distcl")
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("note", "distcl", "is not installed, but runs from its source folder")
+        return
+    missing: dict[str, list[str]] = {}
+    for requirement in importlib.metadata.requires("distcl") or []:
+        found = _REQUIREMENT.match(requirement)
+        if found is None:
+            continue
+        name, extra = found[1], found[2] or ""
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.setdefault(extra, []).append(name)
+            continue
+        if not extra:
+            yield Finding("ok", name, version)
+    for name in missing.pop("", []):
+        yield Finding("broken", name, f"not installed; type: pip install {name}")
+    for extra in about.get_all("Provides-Extra") or []:
+        lacks = missing.get(extra)
+        text = f"lacks {', '.join(lacks)}; pip install 'distcl[{extra}]'" if lacks else "installed"
+        yield Finding("note" if lacks else "ok", f"extra {extra}", text)
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+        import torch.distributed as dist
+    except (ImportError, OSError) as error:  # OSError: a shared library that does not load
+        yield Finding("broken", "torch", f"cannot be imported: {error}")
+        return
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            memory = f"{about.total_memory / _GIB:.0f} GiB"
+            yield Finding("ok", f"cuda:{index}", f"{about.name}, {memory}")
+    elif torch.version.cuda or torch.version.hip:
+        yield Finding("warning", "cuda", "torch is built for GPUs but sees none; runs use the CPU")
+    else:
+        yield Finding("note", "cuda", "torch is built for the CPU; runs use the CPU")
+    if not dist.is_available():
+        yield Finding("broken", "torch.distributed", "not in this build of torch")
+        return
+    gpus = torch.cuda.device_count()
+    if dist.is_nccl_available():
+        yield Finding("ok", "nccl", "available")
+    else:
+        level: Level = "warning" if gpus > 1 else "note"
+        yield Finding(level, "nccl", f"not in this build of torch ({gpus} GPUs)")
+    if not dist.is_gloo_available():
+        yield Finding("broken", "gloo", "not in this build of torch")
+    elif not dist.is_initialized():
+        yield _try_gloo()
+
+
+def _try_gloo() -> Finding:
+    """Reduce one number in a group of one: fails where gloo finds no network interface."""
+    import torch
+    import torch.distributed as dist
+
+    try:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in __all__
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        dist.all_reduce(torch.ones(1))
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        advice = "set GLOO_SOCKET_IFNAME to a network interface, as lo"
+        return Finding("broken", "gloo", f"does not work: {reason}; {advice}")
+    return Finding("ok", "gloo", "works")
+
+
+def _machine(environ: Mapping[str, str]) -> Iterator[Finding]:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("ok", "cores", f"{usable} usable of {os.cpu_count()}")
+    memory = psutil.virtual_memory()
+    level: Level = "ok" if memory.available > _GIB else "warning"
+    text = f"{memory.available / _GIB:.1f} GiB available of {memory.total / _GIB:.1f}"
+    yield Finding(level, "memory", text)
+    threads = environ.get("OMP_NUM_THREADS", "")
+    local = environ.get("LOCAL_WORLD_SIZE", "1")
+    if threads and not (threads.isdecimal() and int(threads) > 0):
+        yield Finding("warning", "OMP_NUM_THREADS", f"'{threads}' is not a number of threads")
+    elif threads:
+        yield Finding("ok", "OMP_NUM_THREADS", threads)
+    elif local.isdecimal() and int(local) > 1:
+        advice = f"set it to {max(1, (usable or 1) // int(local))}"
+        text = f"not set: {local} processes here would each use all cores; {advice}"
+        yield Finding("warning", "OMP_NUM_THREADS", text)
+    else:
+        text = "not set: right for one process; set it to cores / processes for several"
+        yield Finding("ok", "OMP_NUM_THREADS", text)
+
+
+def _disk(out: Path) -> Iterator[Finding]:
+    where = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not os.access(where, os.W_OK):
+        yield Finding("warning", "disk", f"{where} is not writable; choose another --out")
+        return
+    free = shutil.disk_usage(where).free
+    yield Finding(
+        "ok" if free > _GIB else "warning", "disk", f"{free / _GIB:.1f} GiB free, {where}"
+    )
+
+
+def _launcher(environ: Mapping[str, str]) -> Iterator[Finding]:
+    signs = {
+        "torchrun": "TORCHELASTIC_RUN_ID",
+        "accelerate": "ACCELERATE_MIXED_PRECISION",
+        "slurm": "SLURM_JOB_ID",
+    }
+    found = [name for name, variable in signs.items() if variable in environ]
+    world = environ.get("WORLD_SIZE", "1")
+    yield Finding("ok", "launcher", f"{' in '.join(found) or 'none'}, {world} process(es)")
+    numbers: dict[str, int] = {}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
+        text = environ.get(name, "")
+        if text.isdecimal():
+            numbers[name] = int(text)
+        elif name in environ:
+            yield Finding("broken", name, f"'{text}' is not a number")
+    if "RANK" in numbers and "WORLD_SIZE" not in environ:
+        yield Finding("broken", "launcher", "RANK is set but WORLD_SIZE is not")
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in numbers and size in numbers and numbers[rank] >= numbers[size]:
+            text = f"{rank} = {numbers[rank]} but {size} = {numbers[size]}"
+            yield Finding("broken", "launcher", text)
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if numbers.get("WORLD_SIZE", 1) > 1 and absent:
+        text = f"WORLD_SIZE is {world} but not set: {', '.join(absent)}"
+        yield Finding("broken", "launcher", text)
+    if "WORLD_SIZE" in numbers or "WORLD_SIZE" not in environ:
+        yield from _launch_check(environ)
+    tasks = environ.get("SLURM_NTASKS", "1")
+    in_step = "SLURM_STEP_ID" in environ and tasks.isdecimal() and int(tasks) > 1
+    if in_step and "RANK" not in environ:
+        text = f"srun started {tasks} tasks but RANK and WORLD_SIZE are not set: each runs alone"
+        yield Finding("warning", "launcher", text)
+
+
+def _launch_check(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Ask what the runtime asks at its start."""
+    try:
+        from distcl.runtime import check_launch
+    except (ImportError, OSError):  # torch is broken, which is another finding
+        return
+    try:
+        check_launch(environ)
+    except UsageError as error:
+        yield Finding("broken", "launcher", str(error))
+
+
+def _configuration(environ: Mapping[str, str]) -> Iterator[Finding]:
+    try:
+        load_config(None, (), environ)
+    except UsageError as error:
+        yield Finding("broken", "environment", str(error))

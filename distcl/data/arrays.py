@@ -1,0 +1,203 @@
+"""Arrays as sources: a user's own in memory, files by memory map, scikit-learn's digits."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from distcl.config import StreamConfig
+from distcl.data.npy import Array, open_npy, open_npz
+from distcl.errors import ConfigError, DataError
+from distcl.types import Batch, Ids, PyTree
+
+MAX_CLASSES = 1 << 20
+"""Labels are below this: a larger one is a mistake, not a class."""
+
+_CHUNK_BYTES = 1 << 24
+
+
+class ArraySource:
+    """A source over arrays, in memory or memory-mapped; ids are rows.
+
+    ``x``: an array [N, ...] of numbers, or a pytree of them; ``y``: integer labels [N]. On reading,
+    uint8 becomes float32 in [0, 1], float64 stays, every other type becomes float32; inside a
+    pytree, signed integers and booleans (token ids, masks) keep their type. ``labels``: int64 [N].
+
+    Raises DataError naming ``name``, and the row where one is at fault, on unequal lengths, no
+    samples, values that are NaN or infinite, types that are not numbers, and labels that are not
+    integers in [0, MAX_CLASSES).
+    """
+
+    def __init__(self, x: PyTree, y: npt.ArrayLike, name: str = "arrays") -> None:
+        self.name = name
+        self.labels: Ids = _checked_labels(np.asarray(y), name)
+        self._x = tree_map(np.asarray, x)
+        self._in_tree = not isinstance(self._x, np.ndarray)
+        self._rows: Ids | None = None  # row of the arrays for each id; None: the same
+        for leaf in tree_leaves(self._x):
+            _check_x(leaf, len(self.labels), name)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, ids: Ids) -> Batch:
+        """Read rows: x [B, ...], y int64 [B]. Local. Raises DataError naming an id out of range."""
+        ids = np.array(ids, dtype=np.int64)
+        if len(ids) and ids.view(np.uint64).max() >= len(self):  # negative ids are huge, unsigned
+            bad = ids[(ids < 0) | (ids >= len(self))][0]
+            raise DataError(f"{self.name}: there is no sample {bad} (0…{len(self) - 1})")
+        rows = ids if self._rows is None else self._rows[ids]
+        if self._in_tree:
+            x = tree_map(lambda leaf: self._leaf(leaf, rows), self._x)
+        else:
+            x = self._leaf(self._x, rows)
+        y = torch.from_numpy(self.labels.take(ids))
+        return Batch(torch.from_numpy(ids), x, y, len(ids))
+
+    def holdout(self, fraction: float) -> tuple[ArraySource, ArraySource]:
+        """Split into sources (train, test) over the same arrays, without copying them.
+
+        ``fraction`` of each class goes to test. The split depends on the labels alone. A class of
+        one sample is in train only. Raises DataError if that leaves test empty.
+        """
+        train, test = _stratified(self.labels, fraction)
+        if len(test) == 0:
+            raise DataError(
+                f"{self.name}: no class has two samples, so none can be held out for testing"
+            )
+        return self._restrict(train), self._restrict(test)
+
+    def _restrict(self, ids: Ids) -> ArraySource:
+        part = copy.copy(self)
+        part.labels = self.labels[ids]
+        part._rows = ids if self._rows is None else self._rows[ids]
+        return part
+
+    def _leaf(self, leaf: Array, rows: Ids) -> torch.Tensor:
+        taken = leaf.take(rows, axis=0)
+        if taken.dtype == np.uint8:
+            taken = np.divide(taken, np.float32(255), dtype=np.float32)
+        elif not (self._in_tree and taken.dtype.kind in "ib"):
+            double = taken.dtype.kind == "f" and taken.dtype.itemsize == 8
+            taken = taken.astype(np.float64 if double else np.float32, copy=False)
+        else:
+            taken = taken.astype(taken.dtype.newbyteorder("="), copy=False)
+        return torch.from_numpy(taken)
+
+
+def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
+    """Return (train, test) of scikit-learn's 1,797 digits: x float32 [N, 1, 8, 8] in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+    return ArraySource(x, y, "digits").holdout(config.test_fraction)
+
+
+def arrays(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
+    """Return (train, test) of ``stream.path`` (.npz) or of ``stream.x``, ``stream.y``, … (.npy).
+
+    x is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer. Files
+    without a test split hold out ``test_fraction`` of each class. Raises ConfigError on keys that
+    do not go together, DataError naming the file, and the row where one is at fault, on bad data.
+    """
+    found = _from_npz(config) if config.path else _from_npy(config)
+    x, y, name = found[0]
+    train = ArraySource(_as_samples(x, name), y, name)
+    if len(found) == 1:
+        return train.holdout(config.test_fraction)
+    x, y, name = found[1]
+    test = ArraySource(_as_samples(x, name), y, name)
+    return train, test
+
+
+_Split = tuple[Array, Array, str]  # x, y, and how messages name them
+
+
+def _from_npz(config: StreamConfig) -> list[_Split]:
+    if config.x or config.y or config.x_test or config.y_test:
+        raise ConfigError("stream.path excludes stream.x, stream.y, stream.x_test, stream.y_test")
+    path = Path(config.path).expanduser()
+    found = open_npz(path, ("x", "y"), ("x_test", "y_test"))
+    splits = [(found["x"], found["y"], f"'{path}'")]
+    if len(found) == 3:
+        has, lacks = ("x_test", "y_test") if "x_test" in found else ("y_test", "x_test")
+        raise DataError(f"'{path}' has '{has}' but no '{lacks}'")
+    if len(found) == 4:
+        splits.append((found["x_test"], found["y_test"], f"'{path}' (x_test, y_test)"))
+    return splits
+
+
+def _from_npy(config: StreamConfig) -> list[_Split]:
+    if not (config.x and config.y):
+        raise ConfigError(
+            "stream.source = 'arrays' needs stream.path (an .npz), or stream.x and stream.y (.npy)"
+        )
+    if bool(config.x_test) != bool(config.y_test):
+        raise ConfigError("stream.x_test and stream.y_test are given together or not at all")
+    splits = []
+    for x, y in ((config.x, config.y), (config.x_test, config.y_test)):
+        if x:
+            paths = Path(x).expanduser(), Path(y).expanduser()
+            splits.append((open_npy(paths[0]), open_npy(paths[1]), f"'{x}' with '{y}'"))
+    return splits
+
+
+def _as_samples(x: Array, name: str) -> Array:
+    if x.ndim < 2:
+        raise DataError(
+            f"{name}: x has shape {x.shape}; [N, D], [N, H, W] or [N, C, H, W] is needed"
+        )
+    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] == x.shape[2] not in (1, 3, 4):
+        raise DataError(
+            f"{name}: x has shape {x.shape}, channels last; save np.moveaxis(x, -1, 1) instead"
+        )
+    return x[:, None] if x.ndim == 3 else x
+
+
+def _checked_labels(y: Array, name: str) -> Ids:
+    if y.dtype.kind not in "iub":
+        raise DataError(f"{name}: labels have type {y.dtype}; integers are needed")
+    if y.ndim != 1:
+        raise DataError(f"{name}: labels have shape {y.shape}; one per sample, [N], is needed")
+    if len(y) == 0:
+        raise DataError(f"{name}: there are no samples")
+    bad = (y < 0) | (y >= MAX_CLASSES)
+    if bad.any():
+        row = int(bad.argmax())
+        raise DataError(
+            f"{name}: label {y[row]} at row {row} is out of range (0…{MAX_CLASSES - 1})"
+        )
+    return y.astype(np.int64)
+
+
+def _check_x(x: Array, n: int, name: str) -> None:
+    if x.dtype.kind not in "biuf":
+        raise DataError(f"{name}: x has type {x.dtype}; numbers are needed")
+    if x.ndim == 0 or len(x) != n:
+        raise DataError(f"{name}: x has {x.shape[0] if x.ndim else 0} samples but y has {n} labels")
+    if x.size == 0:
+        raise DataError(f"{name}: samples of shape {x.shape[1:]} are empty")
+    if x.dtype.kind != "f":
+        return
+    size = max(1, _CHUNK_BYTES // max(1, x[:1].nbytes))
+    for start in range(0, n, size):
+        finite = np.isfinite(x[start : start + size])
+        if not finite.all():
+            row = start + int(finite.reshape(len(finite), -1).all(axis=1).argmin())
+            raise DataError(f"{name}: x has a value that is NaN or infinite at row {row}")
+
+
+def _stratified(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
+    """Return the rows (train, test), each ascending, with ``fraction`` of every class in test."""
+    order = np.lexsort((np.random.default_rng(0).random(len(labels)), labels))
+    counts = np.bincount(labels)
+    held = np.minimum(np.maximum(np.rint(fraction * counts), 1), np.maximum(counts - 1, 0))
+    place = np.arange(len(labels)) - (counts.cumsum() - counts)[labels[order]]  # within its class
+    test = place < held[labels[order]]
+    return np.sort(order[~test]), np.sort(order[test])

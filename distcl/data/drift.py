@@ -1,0 +1,260 @@
+"""Drift schedules: what changes from one experience to the next.
+
+A schedule is one subclass of :class:`Drift` that overrides ``apply`` (what a sample looks like),
+``members`` (which samples there are), or both. The registry calls its constructor with (severity,
+seed, spec, experiences). Everything a schedule draws is a function of the seed.
+
+``apply`` must give a sample the same bits in whatever batch and order it comes. So schedules here
+use elementwise arithmetic, table look-ups, and ``grid_sample``, whose CPU kernel goes sample by
+sample; matrix products are out, since their blocking depends on the batch size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from distcl.errors import ConfigError
+from distcl.types import DataSpec, Ids
+
+Mask = npt.NDArray[np.bool_]
+
+_DEGREES = 30.0  # of rotation, per experience
+_AFFINE_DEGREES, _AFFINE_SHARE = 15.0, 0.1  # of one random map: turn; scale, shear and shift
+_NOISE_STD = 0.1  # per experience, in units of x
+_BLUR_PIXELS = 0.5  # standard deviation, per experience
+_AFFINE, _PERMUTE, _SPLIT = 1, 2, 3  # tell apart what different schedules draw from one seed
+
+
+class Drift:
+    """Base of every schedule; by itself nothing drifts.
+
+    ``severity``: strength relative to the schedule's default; ``spec``: of the undrifted samples;
+    ``experiences``: how many there are. A constructor raises ConfigError, naming the key, where
+    the schedule does not fit the data.
+    """
+
+    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
+        self.severity = severity
+        self.seed = seed
+        self.spec = spec
+        self.experiences = experiences
+
+    def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
+        """Return floating-point x [B, ...] as it looks under ``concept``, same shape and type.
+
+        ``concept`` counts from 0, undrifted. ``ids`` [B] are packed sample ids, for what differs
+        from sample to sample. ``x`` itself must not change. Local, in any process.
+        """
+        return x
+
+    def members(self, labels: Ids, concept: int) -> Mask:
+        """Return which samples, bool [N], of those with ``labels`` [N] are there in ``concept``."""
+        return np.ones(len(labels), dtype=np.bool_)
+
+
+class Identity(Drift):
+    """No drift."""
+
+
+class _Warp:
+    """Moves pixels, bilinearly, zeros from outside of the image.
+
+    ``maps``: float64 [experiences, 3, 3], from output to input position, in pixels around the
+    image's centre, x before y. ``name`` is the schedule's, for the error if ``spec`` has no images.
+    """
+
+    def __init__(self, name: str, spec: DataSpec, maps: npt.NDArray[np.float64]) -> None:
+        self._height, self._width = _image_size(name, spec)
+        self._maps = maps
+        self._grids: dict[int, torch.Tensor] = {}
+
+    def __call__(self, x: torch.Tensor, concept: int) -> torch.Tensor:
+        if concept == 0:
+            return x
+        grid = self._grids.get(concept)
+        if grid is None:
+            grid = self._grids[concept] = self._grid(concept)
+        grid = grid.to(x.dtype).expand(len(x), -1, -1, -1)
+        return F.grid_sample(x, grid, mode="bilinear", align_corners=False)
+
+    def _grid(self, concept: int) -> torch.Tensor:
+        half = np.array([self._width / 2, self._height / 2, 1.0])  # affine_grid counts in halves
+        theta = (self._maps[concept] * half / half[:, None])[:2]
+        size = [1, 1, self._height, self._width]
+        return F.affine_grid(torch.from_numpy(theta)[None], size, align_corners=False).float()
+
+
+class Rotate(Drift):
+    """Images turned about their centre, counterclockwise, by 30° x severity x concept."""
+
+    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
+        super().__init__(severity, seed, spec, experiences)
+        angles = np.radians(_DEGREES * severity) * np.arange(experiences)
+        self._warp = _Warp("rotate", spec, np.stack([_turn(a) for a in angles]))
+
+    def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
+        """See :meth:`Drift.apply`."""
+        return self._warp(x, concept)
+
+
+class Affine(Drift):
+    """The composition of one more random affine map for each concept.
+
+    Each map turns by up to 15°, stretches either axis by up to exp(±0.1), shears by up to 0.1 and
+    shifts by up to 0.1 of half the image; all uniform, and times severity.
+    """
+
+    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
+        super().__init__(severity, seed, spec, experiences)
+        height, width = _image_size("affine", spec)
+        rng = np.random.default_rng([seed, _AFFINE])
+        maps = [np.eye(3)]
+        for _ in range(1, experiences):
+            turn, *rest = severity * rng.uniform(-1, 1, 6)
+            stretch_x, stretch_y, shear, dx, dy = _AFFINE_SHARE * np.array(rest)
+            small = np.array(
+                [
+                    [math.exp(stretch_x), shear, dx * width / 2],
+                    [0.0, math.exp(stretch_y), dy * height / 2],
+                    [0.0, 0.0, 1.0],
+                ]
+            )
+            maps.append(maps[-1] @ _turn(math.radians(_AFFINE_DEGREES) * turn) @ small)
+        self._warp = _Warp("affine", spec, np.stack(maps))
+
+    def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
+        """See :meth:`Drift.apply`."""
+        return self._warp(x, concept)
+
+
+class Permute(Drift):
+    """One fixed permutation of all features for each concept; 0 is the identity.
+
+    Severity below 1 permutes only that share of the features, drawn at random.
+    """
+
+    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
+        super().__init__(severity, seed, spec, experiences)
+        self._orders: dict[int, torch.Tensor] = {}
+
+    def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
+        """See :meth:`Drift.apply`."""
+        if concept == 0:
+            return x
+        order = self._orders.get(concept)
+        if order is None:
+            order = self._orders[concept] = self._order(concept)
+        return x.flatten(1).index_select(1, order).view_as(x)
+
+    def _order(self, concept: int) -> torch.Tensor:
+        rng = np.random.default_rng([self.seed, _PERMUTE, concept])
+        features = math.prod(self.spec.x_shape)
+        moved = rng.permutation(features)[: round(min(self.severity, 1.0) * features)]
+        order = np.arange(features)
+        order[np.sort(moved)] = moved
+        return torch.from_numpy(order)
+
+
+class Noise(Drift):
+    """Gaussian noise of standard deviation 0.1 x severity x concept, in units of x.
+
+    A sample's noise is a function of (seed, id): four 16-bit words of a splitmix64 hash at a time,
+    each looked up among 65,536 equally likely normal quantiles (Steele, Lea & Flood 2014, "Fast
+    splittable pseudorandom number generators").
+    """
+
+    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
+        super().__init__(severity, seed, spec, experiences)
+        middles = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+        self._quantiles = torch.special.ndtri(middles).float().numpy()
+        self._key = _splitmix(np.array([seed], dtype=np.uint64))
+        words = -(-math.prod(spec.x_shape) // 4)
+        self._counters = np.arange(1, words + 1, dtype=np.uint64) * _GOLDEN
+
+    def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
+        """See :meth:`Drift.apply`."""
+        if concept == 0:
+            return x
+        keys = _splitmix(ids.view(np.uint64) ^ self._key)
+        words = _splitmix(keys[:, None] + self._counters).view(np.uint16)
+        normal = torch.from_numpy(self._quantiles.take(words[:, : math.prod(x.shape[1:])]))
+        return x + normal.mul_(_NOISE_STD * self.severity * concept).view_as(x)
+
+
+class Blur(Drift):
+    """Gaussian blur of standard deviation 0.5 pixels x severity x concept; edges are repeated."""
+
+    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
+        super().__init__(severity, seed, spec, experiences)
+        _image_size("blur", spec)
+
+    def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
+        """See :meth:`Drift.apply`."""
+        sigma = _BLUR_PIXELS * self.severity * concept
+        if sigma == 0:
+            return x
+        radius = math.ceil(3 * sigma)
+        kernel = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(radius + 1)]
+        total = kernel[0] + 2 * sum(kernel[1:])
+        for dim in (-1, -2):  # a sum of shifted images is faster than conv2d on a CPU, and exact
+            size = x.shape[dim]
+            padded = x.index_select(dim, torch.arange(-radius, size + radius).clamp(0, size - 1))
+            x = padded.narrow(dim, radius, size) * (kernel[0] / total)
+            for k in range(1, radius + 1):
+                pair = padded.narrow(dim, radius - k, size) + padded.narrow(dim, radius + k, size)
+                x += pair.mul_(kernel[k] / total)
+        return x
+
+
+class Split(Drift):
+    """New classes in each experience: classes in a random order, dealt out evenly.
+
+    Severity has no meaning here.
+    """
+
+    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
+        super().__init__(severity, seed, spec, experiences)
+        if spec.classes < experiences:
+            raise ConfigError(
+                f"stream.experiences = {experiences}, but stream.drift = 'split' deals out whole "
+                f"classes and the data have {spec.classes}"
+            )
+        order = np.random.default_rng([seed, _SPLIT]).permutation(spec.classes)
+        self._experience_of = np.empty(spec.classes, dtype=np.int64)
+        for concept, classes in enumerate(np.array_split(order, experiences)):
+            self._experience_of[classes] = concept
+
+    def members(self, labels: Ids, concept: int) -> Mask:
+        """See :meth:`Drift.members`."""
+        return np.equal(self._experience_of[labels], concept)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _splitmix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Mix 64 bits into 64 that look random; arithmetic modulo 2**64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _turn(angle: float) -> npt.NDArray[np.float64]:
+    """Return the map from output to input of a counterclockwise turn; y points down."""
+    c, s = math.cos(angle), math.sin(angle)
+    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def _image_size(name: str, spec: DataSpec) -> tuple[int, int]:
+    """Return (height, width) of the samples, or raise ConfigError if they are not images."""
+    if len(spec.x_shape) != 3:
+        raise ConfigError(
+            f"stream.drift = '{name}' needs images [C, H, W], but samples have shape "
+            f"{list(spec.x_shape)}"
+        )
+    return spec.x_shape[1], spec.x_shape[2]

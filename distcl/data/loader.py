@@ -1,0 +1,170 @@
+"""From ids to batches on the device: worker processes, datasets as sources, evaluation chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from distcl.errors import DataError, DistclError
+from distcl.types import Batch, Ids, PyTree, Source
+
+T = TypeVar("T")
+
+
+class BatchPlan(Protocol):
+    """What :class:`BatchLoader` needs of a sampler, DistributedWeightedSampler for one."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this rank's ids of one global batch after another; a part may be empty."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of global batches of an epoch."""
+        ...
+
+    def global_batch(self, step: int) -> Ids:
+        """Return the ids of global batch ``step`` of this epoch, over all ranks."""
+        ...
+
+
+class BatchLoader:
+    """Yields this rank's part of each global batch, on ``device``; iterate once per epoch. Local.
+
+    ``Batch.total`` is the size of the global batch. A rank without samples in a step gets a batch
+    of none, with the trailing shapes of any other. Floating-point tensors are cast to ``dtype``.
+
+    ``workers`` processes read ahead; they keep the copy of ``source`` that they started with, so a
+    source that changes needs a new loader. ``pin_memory`` matters with CUDA only. What ``read``
+    raises of distcl's own errors arrives as it was, also out of a worker.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sampler: BatchPlan,
+        *,
+        workers: int = 0,
+        pin_memory: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self._plan = _Steps(sampler)
+        self._loader: DataLoader[Any] = DataLoader(
+            _Reads(source),
+            batch_size=None,
+            sampler=self._plan,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory and self._device.type == "cuda",
+            collate_fn=_unchanged,
+        )
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for read in self._loader:
+            if isinstance(read, DistclError):
+                raise read
+            yield Batch(*read).to(self._device, self._dtype)
+
+
+class _Steps:
+    """The plan's steps as (ids, size of the global batch)."""
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self._plan = plan
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __iter__(self) -> Iterator[tuple[list[int], int]]:
+        for step, ids in enumerate(self._plan):
+            yield ids, len(self._plan.global_batch(step))
+
+
+class _Reads(Dataset[Any]):
+    """Reads whole batches. Returns errors, since DataLoader rewrites those that workers raise."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitem__(
+        self, step: tuple[list[int], int]
+    ) -> tuple[torch.Tensor, PyTree, PyTree, int] | DistclError:
+        ids, total = step
+        try:
+            batch = self._source.read(np.asarray(ids, dtype=np.int64))
+        except DistclError as error:
+            return error
+        return batch.ids, batch.x, batch.y, total  # a tuple, which DataLoader knows how to pin
+
+
+def _unchanged(read: T) -> T:
+    return read
+
+
+def iterate_chunks(source: Source, ids: Ids, size: int) -> Iterator[Batch]:
+    """Yield batches of ``size`` ids, in order, the last one smaller. Local."""
+    for start in range(0, len(ids), size):
+        yield source.read(ids[start : start + size])
+
+
+def as_source(data: Source | Dataset[Any]) -> Source:
+    """Return ``data`` if it is a source, else a source over a map-style dataset of (x, y) pairs.
+
+    Ids are then positions; tensors keep their types. A TensorDataset is read by index, any other
+    dataset sample by sample. Raises DataError if ``data`` is neither, or has no samples.
+    """
+    return data if isinstance(data, Source) else _DatasetSource(data)
+
+
+class _DatasetSource:
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self._name = type(dataset).__name__
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise DataError(
+                f"{self._name} is neither a Source nor a map-style dataset of (x, y) pairs"
+            )
+        self._dataset = dataset
+        self._len = len(dataset)
+        if self._len == 0:
+            raise DataError(f"{self._name} has no samples")
+
+    def __len__(self) -> int:
+        return self._len
+
+    def read(self, ids: Ids) -> Batch:
+        """See :meth:`distcl.types.Source.read`."""
+        ids = np.array(ids, dtype=np.int64)
+        outside = (ids < 0) | (ids >= self._len)
+        if outside.any():
+            raise DataError(
+                f"{self._name}: there is no sample {ids[outside][0]} (0…{self._len - 1})"
+            )
+        if len(ids) == 0:
+            one = self.read(np.zeros(1, dtype=np.int64))
+            x, y = tree_map(lambda t: t[:0], (one.x, one.y))
+            return Batch(torch.from_numpy(ids), x, y)
+        pair = self._pair(ids)
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise DataError(f"{self._name}: a sample must be a pair (x, y)")
+        return Batch(torch.from_numpy(ids), pair[0], pair[1], len(ids))
+
+    def _pair(self, ids: Ids) -> Any:
+        if isinstance(self._dataset, TensorDataset):
+            return self._dataset[torch.from_numpy(ids)]
+        samples = [self._dataset[i] for i in ids.tolist()]
+        try:
+            return default_collate(samples)
+        except (TypeError, RuntimeError) as error:
+            raise DataError(
+                f"{self._name}: samples {ids.tolist()[:8]} do not make a batch ({error})"
+            ) from error

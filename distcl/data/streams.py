@@ -1,0 +1,212 @@
+"""Experiences under drift over any source, and how a configuration becomes such a stream."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from distcl import registry
+from distcl.config import StreamConfig
+from distcl.data.drift import Drift, Mask
+from distcl.data.loader import as_source, iterate_chunks
+from distcl.errors import ConfigError, DataError
+from distcl.types import Batch, DataSpec, Experience, Ids, PyTree, Source, pack_ids, unpack_ids
+
+_ORDER = 4  # tells the stream's own draws from those of the drifts
+_CHUNK = 1024
+
+
+def create_stream(config: StreamConfig, seed: int) -> DriftStream:
+    """Return the stream that ``[stream]`` describes. Local.
+
+    The source's factory, built in or the user's own, takes the StreamConfig and returns two
+    sources, (train, test); see :class:`distcl.types.Source`. Raises ConfigError or DataError.
+    """
+    made = registry.create("source", config.source, config)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ConfigError(
+            f"stream.source = '{config.source}' must return two sources, (train, test)"
+        )
+    return DriftStream(*made, config, seed)
+
+
+class DriftStream:
+    """A stream (:class:`distcl.types.Stream`): ``config.experiences`` views of (train, test).
+
+    An id packs the experience and the row of the base source, and alone determines its sample:
+    ``read`` gives the same bits for it in whatever batch it comes. Ids of an experience's training
+    samples are unique and in stream order (a shuffle by seed); held-out ids are in row order.
+
+    ``transition = "gradual"``: along the first ``transition_fraction`` of the stream order, samples
+    still come from the concept before, with a probability that falls from 1 to 0 linearly. Where
+    the two concepts have the same rows, such a sample is its row under the older drift; where they
+    do not (split), its place is taken by a row of the older concept.
+
+    Sources may have ``labels``, int64 [N]; of others every sample is read once to learn them.
+
+    Raises ConfigError naming the key that does not fit the data, DataError on bad data.
+    """
+
+    def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
+        self._train, self._test = as_source(train), as_source(test)
+        labels = _labels_of(self._train, "train"), _labels_of(self._test, "test")
+        self.spec = _spec_of(self._train, self._test, labels)
+        self._config = config
+        self._seed = seed
+        drifts = [
+            _create_drift(name, config, seed, self.spec, self._train) for name in config.drifts
+        ]
+        self._members = [d.members for d in drifts if type(d).members is not Drift.members]
+        self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
+        gradual = config.transition == "gradual"
+        self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
+        """Whether a row of an experience still comes from the concept before."""
+        self.experiences = [self._experience(e, *labels) for e in range(config.experiences)]
+
+    def __len__(self) -> int:
+        return sum(len(e.train) for e in self.experiences)
+
+    def read(self, ids: Ids) -> Batch:
+        """Read samples by id, in the order asked. Local. Raises DataError naming a bad id."""
+        ids = np.array(ids, dtype=np.int64)
+        rows, concept, test = self._locate(ids)
+        group = concept * 2 + test if self._apply else test.astype(np.int64)
+        if len(ids) == 0 or (group == group[0]).all():
+            x, y = self._read_group(ids, rows, int(group[0]) if len(ids) else 0)
+            return Batch(torch.from_numpy(ids), x, y, len(ids))
+        places = [np.flatnonzero(group == g) for g in np.unique(group)]
+        parts = [self._read_group(ids[p], rows[p], int(group[p[0]])) for p in places]
+        back = torch.from_numpy(np.argsort(np.concatenate(places)))
+        x, y = tree_map(lambda *some: torch.cat(some).index_select(0, back), *parts)
+        return Batch(torch.from_numpy(ids), x, y, len(ids))
+
+    def _locate(self, ids: Ids) -> tuple[Ids, Ids, Mask]:
+        """Return (base row [B], concept [B], is_test [B]) of ids that are in the stream."""
+        experience, rows, test = unpack_ids(ids)
+        sizes = np.where(test, len(self._test), len(self._train))
+        bad = (ids < 0) | (experience >= self._config.experiences) | (rows >= sizes)
+        if bad.any():
+            i = int(bad.argmax())
+            raise DataError(
+                f"sample {ids[i]} is not in the stream: experience {experience[i]} of "
+                f"{self._config.experiences}, {'test' if test[i] else 'train'} row {rows[i]} of "
+                f"{sizes[i]}"
+            )
+        if len(self._older):
+            experience = experience - (self._older[experience, np.where(test, 0, rows)] & ~test)
+        return rows, experience, test
+
+    def _read_group(self, ids: Ids, rows: Ids, group: int) -> tuple[PyTree, PyTree]:
+        """Read samples that share their split and concept, and let them drift."""
+        concept, test = divmod(group, 2)
+        base = (self._test if test else self._train).read(rows)
+        if not self._apply or len(ids) == 0:
+            return base.x, base.y
+        (x,), tree = tree_flatten(base.x)
+        shape = x.shape
+        for apply in self._apply:
+            x = apply(x, concept, ids)
+            if x.shape != shape:
+                raise ConfigError(
+                    f"stream.drift = {self._config.drift!r} turned x {list(shape)} into "
+                    f"{list(x.shape)}"
+                )
+        return tree_unflatten([x], tree), base.y
+
+    def _experience(self, e: int, train_labels: Ids, test_labels: Ids) -> Experience:
+        rng = np.random.default_rng([self._seed, _ORDER, e])
+        here = self._members_of(train_labels, e)
+        rows = rng.permutation(np.flatnonzero(here))
+        wanted = self._config.samples_per_experience
+        if wanted > len(rows):
+            raise ConfigError(
+                f"stream.samples_per_experience = {wanted}, but experience {e} has {len(rows)}"
+            )
+        held_out = np.flatnonzero(self._members_of(test_labels, e))
+        if len(rows) == 0 or len(held_out) == 0:
+            part = "training" if len(rows) == 0 else "test"
+            raise DataError(f"experience {e} has no {part} samples")
+        rows = rows[: wanted or None]
+        if e > 0 and len(self._older):
+            self._blend(e, rows, here, self._members_of(train_labels, e - 1), rng)
+        name = f"{'+'.join(self._config.drifts)} {e}"
+        return Experience(e, pack_ids(e, rows), pack_ids(e, held_out, test=True), name)
+
+    def _members_of(self, labels: Ids, concept: int) -> Mask:
+        mask = np.ones(len(labels), dtype=np.bool_)
+        for members in self._members:
+            mask &= members(labels, concept)
+        return mask
+
+    def _blend(self, e: int, rows: Ids, here: Mask, before: Mask, rng: np.random.Generator) -> None:
+        """Let early places of the stream order ``rows`` come from the concept before, in place."""
+        n = int(np.ceil(self._config.transition_fraction * len(rows)))
+        older = np.flatnonzero(rng.random(n) < 1 - np.arange(n) / n)
+        foreign = older[~before[rows[older]]]
+        pool = rng.permutation(np.flatnonzero(before & ~here))
+        if len(foreign) > len(pool):
+            raise ConfigError(
+                f"stream.transition_fraction = {self._config.transition_fraction} asks for "
+                f"{len(foreign)} samples of experience {e - 1} in experience {e}, but there are "
+                f"{len(pool)}"
+            )
+        rows[foreign] = pool[: len(foreign)]
+        self._older[e, rows[older]] = True
+
+
+def _create_drift(
+    name: str, config: StreamConfig, seed: int, spec: DataSpec, source: Source
+) -> Drift:
+    drift = registry.create("drift", name, config.severity, seed, spec, config.experiences)
+    if not isinstance(drift, Drift):
+        raise ConfigError(f"stream.drift = '{name}' is not a distcl.data.drift.Drift")
+    if type(drift).apply is not Drift.apply:
+        leaves = tree_leaves(source.read(np.empty(0, dtype=np.int64)).x)
+        if len(leaves) != 1:
+            raise ConfigError(
+                f"stream.drift = '{name}' changes one tensor, but samples have {len(leaves)}"
+            )
+        if not leaves[0].is_floating_point():
+            raise ConfigError(
+                f"stream.drift = '{name}' needs floating-point samples, not {leaves[0].dtype}"
+            )
+    return drift
+
+
+def _spec_of(train: Source, test: Source, labels: tuple[Ids, Ids]) -> DataSpec:
+    """Return the spec of samples; ``x_shape`` is () where a sample is several tensors."""
+    shapes = []
+    for source in (train, test):
+        leaves, tree = tree_flatten(source.read(np.empty(0, dtype=np.int64)).x)
+        shapes.append((tree, [tuple(leaf.shape[1:]) for leaf in leaves]))
+    if shapes[0] != shapes[1]:
+        raise DataError(
+            f"training samples have shape {shapes[0][1]} but test samples {shapes[1][1]}"
+        )
+    x_shapes = shapes[0][1]
+    classes = int(max(part.max() for part in labels)) + 1
+    return DataSpec(x_shapes[0] if len(x_shapes) == 1 else (), classes)
+
+
+def _labels_of(source: Source, split: str) -> Ids:
+    if len(source) == 0:
+        raise DataError(f"the {split} source has no samples")
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        chunks = iterate_chunks(source, np.arange(len(source)), _CHUNK)
+        parts = [batch.y for batch in chunks]
+        if not isinstance(parts[0], torch.Tensor):
+            raise DataError(f"labels of the {split} source are a {type(parts[0]).__name__}")
+        labels = torch.cat(parts).numpy()
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.shape != (len(source),):
+        raise DataError(
+            f"labels of the {split} source have type {labels.dtype} and shape {labels.shape}; "
+            f"integers of shape ({len(source)},) are needed"
+        )
+    if labels.min() < 0:
+        raise DataError(
+            f"label {labels.min()} of the {split} source, row {labels.argmin()}, is negative"
+        )
+    return labels.astype(np.int64)

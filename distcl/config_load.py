@@ -142,13 +142,14 @@ def _read_file(path: Path, raw: dict[str, dict[str, Any]], origins: dict[str, Or
     for section, values in tree.items():
         origin = Origin("file", _at(path, lines, section))
         if section not in SECTIONS:
-            raise ConfigError(f"{origin}: {_unknown([section])}")
+            parts = [section, *values][:2] if isinstance(values, dict) else [section]
+            raise ConfigError(f"{origin}: {_unknown(parts)}")
         if not isinstance(values, dict):
             raise ConfigError(f"{origin}: {section} must be a section, [{section}]")
         for key, value in values.items():
             _check([section, key], Origin("file", _at(path, lines, f"{section}.{key}")))
-            inner = value if _schema(section)[key].get("type") == "object" else None
-            for name in [key, *(f"{key}.{k}" for k in inner or ())]:
+            inner = value if isinstance(value, dict) else ()
+            for name in [key, *(f"{key}.{k}" for k in inner)]:
                 dotted = f"{section}.{name}"
                 origins[dotted] = Origin("file", _at(path, lines, dotted))
         raw[section] = values

@@ -26,10 +26,11 @@ Array = npt.NDArray[Any]
 
 _MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 1 << 16
+_MOST_DIMENSIONS = 16
 _NUMERIC = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 _DESCR = re.compile(rb"['\"]descr['\"]\s*:\s*(?:['\"]([^'\"]*)['\"]|\[)")
 _ORDER = re.compile(rb"['\"]fortran_order['\"]\s*:\s*(True|False)")
-_SHAPE = re.compile(rb"['\"]shape['\"]\s*:\s*\(((?:\s*\d{1,18}\s*,?)*)\s*\)")
+_SHAPE = re.compile(rb"['\"]shape['\"]\s*:\s*\(\s*((?:\d{1,18}\s*,\s*)*(?:\d{1,18}\s*)?)\)")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of name and extra
 _DAMAGED = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
@@ -108,8 +109,6 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: 
 def _map(path: Path, header: _Header, start: int, size: int, where: str) -> Array:
     """Map an array whose .npy form takes ``size`` bytes of the file from ``start``."""
     _require(size - header.length, header.nbytes, where)
-    if header.nbytes == 0:
-        return np.empty(header.shape, header.dtype)
     return np.asarray(
         np.memmap(path, header.dtype, "r", start + header.length, header.shape, header.order)
     )
@@ -132,7 +131,8 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
     if len(text) < text_length:
         raise DataError(f"{where} is truncated: its header is incomplete")
     descr, order, shape = (p.search(text) for p in (_DESCR, _ORDER, _SHAPE))
-    if descr is None or order is None or shape is None:
+    sizes = tuple(int(n) for n in shape[1].split(b",") if n.strip()) if shape else ()
+    if descr is None or order is None or shape is None or len(sizes) > _MOST_DIMENSIONS:
         raise DataError(f"{where} has a damaged .npy header")
     kind = (descr[1] or b"structured").decode("latin-1")
     if "O" in kind:
@@ -141,7 +141,8 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
         )
     if not _NUMERIC.fullmatch(kind):
         raise DataError(f"{where} has type '{kind}'; numbers are needed")
-    sizes = tuple(int(n) for n in shape[1].split(b",") if n.strip())
+    if 0 in sizes:
+        raise DataError(f"{where} has shape {sizes}, no data")
     return _Header(
         np.dtype(kind), sizes, "F" if order[1] == b"True" else "C", 8 + width + text_length
     )

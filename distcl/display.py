@@ -123,8 +123,8 @@ class LiveDisplay:
         self._stage.update(done, loss, samples_per_second, time.monotonic())
         self._bar.update(self._task, completed=done, figures=self._stage.figures)
         if self._stage.complete:
-            self.message(str(self._stage))
             self._bar.update(self._task, visible=False)
+            self.message(str(self._stage))
 
     def message(self, text: str) -> None:
         """Print one line above the bar."""
@@ -149,24 +149,22 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     if accuracy and accuracy[0]:
         before = len(accuracy) - len(rounds)
         names = ["pretrained"] * before + [f"round {r.get('round')}" for r in rounds]
-        console.print(_matrix(accuracy, names, (console.width - _NAMES) // _CELL))
+        names = names[-len(accuracy) :]
+        fit = max((console.width - _NAMES) // _CELL, 1)
+        first = max(0, len(accuracy[0]) - fit)  # the newest experiences, if not all fit
+        console.print("accuracy in %; columns: experiences", highlight=False)
+        console.print(_matrix(accuracy, names, first))
+        if first:
+            console.print(f"experiences 1 to {first} are in summary.json", highlight=False)
     figures = Table.grid(padding=(0, 2))
     for name, text in [*_metrics(summary), *_drifts(summary), *_times(summary, rounds)]:
         figures.add_row(name, text)
     console.print(figures, highlight=False)
 
 
-def _matrix(accuracy: Sequence[Sequence[float | None]], names: list[str], fit: int) -> Table:
+def _matrix(accuracy: Sequence[Sequence[float | None]], names: list[str], first: int) -> Table:
     width = len(accuracy[0])
-    first = max(0, width - max(fit, 1))  # the newest experiences, if not all fit
-    left_out = f"; experiences 1 to {first} are in summary.json" if first else ""
-    table = Table(
-        title=f"accuracy in % (columns: experiences, rows: after training{left_out})",
-        title_justify="left",
-        title_style="",
-        box=None,
-        padding=(0, 0),
-    )
+    table = Table(box=None, padding=(0, 0))
     table.add_column("", width=_NAMES)
     for column in range(first, width):
         table.add_column(str(column + 1), justify="right", width=_CELL)

@@ -117,7 +117,8 @@ def resolve(kind: str, name: str) -> Factory:
 def create(kind: str, name: str, *args: Any, options: dict[str, Any] | None = None) -> Any:
     """Build a part: its factory is called with ``args`` and, as keywords, the user's ``options``.
 
-    An option the factory does not take raises ConfigError with the nearest one that it does.
+    An option that the factory does not take raises ConfigError with the nearest one that it does;
+    so does one that it needs and is not given.
     """
     factory = resolve(kind, name)
     options = options or {}
@@ -128,6 +129,10 @@ def create(kind: str, name: str, *args: Any, options: dict[str, Any] | None = No
     for key in options:
         if key not in known and not takes_any:
             raise ConfigError(f"{kind} '{name}' has no option '{key}'{nearest(key, known)}")
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        raise ConfigError(f"{kind} '{name}': {error}") from error
     return factory(*args, **options)
 
 

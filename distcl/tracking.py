@@ -64,7 +64,7 @@ class JsonlTracker:
     def log(self, values: dict[str, Any], step: int) -> None:
         """Write one line; the round is taken from ``values``, null if it is not there."""
         if not values.keys().isdisjoint(_RESERVED):
-            raise ValueError(f"values may not be named {' or '.join(_RESERVED)}")
+            raise ValueError("values may not be named step, time or nonfinite")
         nonfinite: dict[str, str] = {}
         record: dict[str, Any] = {"round": None, "step": step, "time": time.time()}
         record |= {name: _plain(value, name, nonfinite) for name, value in values.items()}

@@ -166,14 +166,18 @@ def test_a_users_factory_gets_spec_and_options_and_must_return_a_module(tmp_path
         "from torch import nn\n"
         "def wide(spec, width=2):\n"
         "    return nn.Linear(spec.x_shape[0], width * spec.classes)\n"
+        "def needs(spec, depth):\n"
+        "    pass\n"
         "def wrong(spec):\n"
         "    return spec\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config = ModelConfig(name="their_model:wide", options={"width": 3})
     assert create_model(config, DataSpec((4,), 5), 0).weight.shape == (15, 4)
-    with pytest.raises(ConfigError, match="'their_model:wrong' must return a torch.nn.Module, not"):
+    with pytest.raises(ConfigError, match=r"wrong' must return a torch\.nn\.Module, not"):
         create_model(ModelConfig(name="their_model:wrong"), DIGITS, 0)
+    with pytest.raises(ConfigError, match=r"'their_model:needs': missing .*'depth'"):
+        create_model(ModelConfig(name="their_model:needs"), DIGITS, 0)
     with pytest.raises(ConfigError, match="'their_model:absent' cannot be imported"):
         create_model(ModelConfig(name="their_model:absent"), DIGITS, 0)
     sys.modules.pop("their_model")

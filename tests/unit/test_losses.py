@@ -1,0 +1,154 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distcl.config import ModelConfig
+from distcl.errors import ConfigError
+from distcl.losses import create_loss, per_sample_error
+
+THEIR_LOSSES = """
+import torch
+from torch import nn
+
+def fine(outputs, y):
+    return ((outputs[:, 0] - y) ** 2)
+
+def scalar(outputs, y):
+    return fine(outputs, y).mean()
+
+def elementwise(outputs, y):
+    return (outputs - y[:, None]) ** 2
+
+def number(outputs, y):
+    return 1.0
+
+def nested(outputs, y):
+    return fine(outputs["a"], y["b"])
+
+class Module(nn.Module):
+    def forward(self, outputs, y):
+        return fine(outputs, y)
+"""
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def theirs(tmp_path, monkeypatch):
+    (tmp_path / "their_losses.py").write_text(THEIR_LOSSES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_cross_entropy_is_minus_the_log_probability_of_the_label():
+    loss, z, y = create_loss("cross_entropy"), randn(5, 4), torch.tensor([0, 3, 1, 2, 2])
+    wanted = -(z.exp() / z.exp().sum(1, keepdim=True)).log()[torch.arange(5), y]
+    torch.testing.assert_close(loss(z, y), wanted)
+    torch.testing.assert_close(loss(z, F.one_hot(y, 4).double()), wanted)
+    maps, labels = randn(2, 4, 3, 3), torch.randint(0, 4, (2, 3, 3))
+    per_pixel = loss(maps.movedim(1, -1).reshape(-1, 4), labels.reshape(-1))
+    torch.testing.assert_close(loss(maps, labels), per_pixel.reshape(2, 9).mean(1))
+
+
+def test_mse_is_the_mean_squared_difference_of_a_samples_values():
+    loss, a, b = create_loss("mse"), randn(5, 6), randn(5, 2, 3, seed=1)
+    wanted = (a.reshape(5, 2, 3) - b).square().mean((1, 2))
+    torch.testing.assert_close(loss(a, b), wanted)
+    torch.testing.assert_close(loss(a[:, :1], b[:, 0, 0]), (a[:, 0] - b[:, 0, 0]) ** 2)
+
+
+def test_bce_is_the_mean_over_labels():
+    loss, z = create_loss("bce"), randn(5, 3)
+    y = (randn(5, 3, seed=1) > 0).long()
+    p = 1 / (1 + (-z).exp())
+    wanted = -(y * p.log() + (1 - y) * (1 - p).log()).mean(1)
+    torch.testing.assert_close(loss(z, y), wanted)
+    torch.testing.assert_close(loss(z[:, :1], y[:, 0]), loss(z[:, :1], y[:, :1]))
+
+
+@pytest.mark.parametrize("name", ["mse", "bce"])
+def test_targets_of_another_size_are_refused(name):
+    with pytest.raises(ConfigError, match=rf"'{name}' .*shape \[5, 3\] and targets \[5\]"):
+        create_loss(name)(randn(5, 3), randn(5))
+
+
+def test_empty_batches_give_no_losses():
+    for name in ("cross_entropy", "torch.nn.functional:cross_entropy"):
+        assert create_loss(name)(randn(0, 4), torch.empty(0, dtype=torch.long)).shape == (0,)
+    for name in ("mse", "bce", "torch.nn:L1Loss"):
+        assert create_loss(name)(randn(0, 4), randn(0, 4)).shape == (0,)
+        assert create_loss(name)(randn(0, 1), randn(0)).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["torch.nn:L1Loss", "torch.nn.functional:l1_loss"])
+def test_torchs_own_losses_are_used_unreduced(name):
+    a, b = randn(5, 6), randn(5, 2, 3, seed=1)
+    torch.testing.assert_close(create_loss(name)(a, b), (a.reshape(5, 2, 3) - b).abs().mean((1, 2)))
+    torch.testing.assert_close(
+        create_loss(name)(a[:, :1], b[:, 0, 0]), (a[:, 0] - b[:, 0, 0]).abs()
+    )
+    z, y = randn(5, 4), torch.tensor([0, 3, 1, 2, 2])
+    entropy = create_loss("torch.nn:CrossEntropyLoss")(z, y)
+    torch.testing.assert_close(entropy, create_loss("cross_entropy")(z, y))
+
+
+def test_a_users_own_loss(theirs):
+    z, y = randn(5, 1), randn(5, seed=1)
+    wanted = (z[:, 0] - y) ** 2
+    torch.testing.assert_close(create_loss("their_losses:fine")(z, y), wanted)
+    torch.testing.assert_close(create_loss("their_losses:Module")(z, y), wanted)
+    torch.testing.assert_close(create_loss("their_losses:nested")({"a": z}, {"b": y}), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "message"),
+    [
+        ("scalar", (5, 1), r"without unreduced form: .*shape \[5\], but returned \[\]"),
+        ("scalar", (1, 1), r"without unreduced form: .*shape \[1\], but returned \[\]"),
+        ("elementwise", (5, 3), r"without unreduced form: .*shape \[5\], but returned \[5, 3\]"),
+        ("elementwise", (5, 5), r"without unreduced form: .*shape \[5\], but returned \[5, 5\]"),
+        ("number", (5, 1), "returned float, no tensor"),
+    ],
+)
+def test_a_loss_without_unreduced_form_is_refused(theirs, name, outputs, message):
+    loss = create_loss(f"their_losses:{name}")
+    with pytest.raises(ConfigError, match=f"model.loss = 'their_losses:{name}' .*{message}"):
+        loss(randn(*outputs), randn(outputs[0]))
+
+
+def test_an_unknown_loss_is_refused_with_the_nearest(theirs):
+    with pytest.raises(ConfigError, match="unknown loss 'crossentropy', did you mean"):
+        create_loss("crossentropy")
+    with pytest.raises(ValueError, match="unknown loss 'mae'"):
+        ModelConfig(loss="mae")
+    with pytest.raises(ConfigError, match="loss 'their_losses:absent' cannot be imported"):
+        create_loss("their_losses:absent")
+
+
+def test_error_of_classes_is_zero_or_one():
+    z = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 1.0]])
+    y = torch.tensor([0, 1, 1])
+    error = per_sample_error(z, y, "cross_entropy")
+    assert error.dtype is z.dtype
+    assert error.tolist() == [0.0, 1.0, 0.0]
+    assert per_sample_error(z, F.one_hot(y, 3).float(), "cross_entropy").tolist() == [0, 1, 0]
+    two = torch.stack([z, z], 2)  # [B, C, 2]
+    labels = torch.stack([y, torch.tensor([1, 1, 1])], 1)
+    assert per_sample_error(two, labels, "cross_entropy").tolist() == [0.5, 1.0, 0.0]
+    assert per_sample_error(z[:0], y[:0], "cross_entropy").shape == (0,)
+
+
+def test_error_of_labels_is_whether_any_is_wrong():
+    z = torch.tensor([[2.0, -1.0], [0.1, -0.1], [-3.0, -1.0]])
+    y = torch.tensor([[1, 0], [1, 1], [1, 1]])
+    assert per_sample_error(z, y, "bce").tolist() == [0.0, 1.0, 1.0]
+    assert per_sample_error(z[:, :1], y[:, 0], "bce").tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["mse", "torch.nn:L1Loss"])
+def test_error_of_a_regression_is_its_loss(name):
+    z = randn(5, 3).requires_grad_()
+    error = per_sample_error(z, randn(5, 3, seed=1), name)
+    torch.testing.assert_close(error, create_loss(name)(z, randn(5, 3, seed=1)).detach())
+    assert not error.requires_grad

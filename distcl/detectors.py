@@ -141,7 +141,7 @@ class _Kswin(RiverDetector):
     def _load(self, fresh: Any, state: dict[str, Any]) -> None:
         version, words, gauss = state["rng"]
         fresh._rng.setstate((version, tuple(words), gauss))
-        fresh.window.extend(float(value) for value in state["window"])
+        fresh.window.extend(_finite(value) for value in state["window"])
         fresh.n = int(state["n"])
 
 
@@ -163,9 +163,15 @@ class _PageHinkley(RiverDetector):
     def _load(self, fresh: Any, state: dict[str, Any]) -> None:
         if state["n"] == 0:
             return
-        fresh._x_mean.n, fresh._x_mean._mean = float(state["n"]), float(state["mean"])
+        fresh._x_mean.n, fresh._x_mean._mean = _finite(state["n"]), _finite(state["mean"])
         for name in self._SUMS:
-            setattr(fresh, name, float(state[name]))
+            setattr(fresh, name, _finite(state[name]))
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {value}")
+    return float(value)
 
 
 @checked("detector")

@@ -142,6 +142,8 @@ def damage(state):
         yield {k: v for k, v in state.items() if k != key}
         yield {**state, key: None}
         yield {**state, key: {"no": "such"}}
+        if isinstance(value, float):
+            yield {**state, key: float("nan")}
         if isinstance(value, dict):
             yield from ({**state, key: inner} for inner in damage(value))
 

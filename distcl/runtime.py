@@ -187,8 +187,9 @@ class Runtime:
             yield
         except BaseException as error:
             if self.relay is not None:
-                first = self.relay.report(describe(error, self.rank))
-                if first.rank != self.rank:
+                own = describe(error, self.rank)
+                first = self.relay.report(own)
+                if first.rank != self.rank or is_connection_loss(error):
                     raise PeerFailure(first) from error
             raise
         self.close()
@@ -205,7 +206,7 @@ class Runtime:
 
 
 class PeerFailure(DistclError):
-    """Another rank failed first; the message and the exit code are its."""
+    """Another rank failed first, or is gone; message and exit code are the first cause's."""
 
     def __init__(self, cause: Cause) -> None:
         super().__init__(f"rank {cause.rank}: {cause.message}")
@@ -218,11 +219,12 @@ def describe(error: BaseException, rank: int) -> Cause:
         return Cause(rank, error.exit_code, str(error))
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
-    if isinstance(error, RuntimeError) and _is_connection_loss(str(error)):
+    if is_connection_loss(error):
         return Cause(rank, 1, f"lost contact with another rank, which is gone or hangs ({first})")
     return Cause(rank, 1, f"{type(error).__name__}: {first}")
 
 
-def _is_connection_loss(text: str) -> bool:
-    signs = ("closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "NCCL")
-    return any(sign in text for sign in signs)
+def is_connection_loss(error: BaseException) -> bool:
+    """Tell whether an exception is a backend's word for a peer that is gone or hangs."""
+    signs = ("closed by peer", "onnection reset", "imed out", "Broken pipe", "NCCL", "refused")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -72,7 +72,10 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         for read in self._loader:
             if isinstance(read, DistclError):
-                raise read
+                try:
+                    raise read
+                finally:
+                    del read  # else the traceback is in a cycle, and workers take seconds to end
             yield Batch(*read).to(self._device, self._dtype)
 
 

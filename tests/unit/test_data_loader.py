@@ -124,17 +124,6 @@ def test_a_reading_error_arrives_as_it_was(workers):
     assert caught.value.exit_code == 3
 
 
-class Broken(ArraySource):
-    def read(self, ids):
-        raise ZeroDivisionError("in the source")
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_that_is_not_ours_keeps_its_type(workers):
-    with pytest.raises(ZeroDivisionError, match="in the source"):
-        list(BatchLoader(Broken(X, Y), Plan([[0]]), workers=workers))
-
-
 def test_sources_can_be_sent_to_spawned_workers():
     made = pickle.loads(pickle.dumps(drifting()))
     ids = made.experiences[2].train[:5]

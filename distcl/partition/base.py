@@ -30,6 +30,13 @@ class Partition(Protocol):
         """Return those of :meth:`owned` that are parameters and take gradients. Local."""
         ...
 
+    def grads(self) -> dict[str, torch.Tensor]:
+        """Return my slices of the global mean gradient, 1-D live views, after backward. Local.
+
+        Names as in :meth:`trainable`, less parameters that have no gradient.
+        """
+        ...
+
     def add_grad_(self, slices: Slices) -> None:
         """Add to the global mean gradient, each rank for its own slices. Collective.
 

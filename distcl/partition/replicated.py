@@ -97,17 +97,23 @@ class Replicated:
         grads = {n for n, p in self._parameters.items() if p.requires_grad}
         return {name: view for name, view in self.owned().items() if name in grads}
 
+    def grads(self) -> dict[str, torch.Tensor]:
+        """My slices of the gradients, live views."""
+        mine = {n: ab for group in self._groups.values() for n, ab in group.mine.items()}
+        return {
+            name: self._flat_grad(name, parameter)[slice(*mine[name])]
+            for name, parameter in self._parameters.items()
+            if name in mine and parameter.grad is not None
+        }
+
     def add_grad_(self, slices: Mapping[str, torch.Tensor]) -> None:
         """Add my slices, gathered from all ranks, to the gradients. Collective."""
         grads: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
-            if not parameter.requires_grad:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.stride() != parameter.stride():
-                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-            grads[name] = flat(name, parameter.grad)
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                grads[name] = self._flat_grad(name, parameter)
 
         def add(name: str, a: int, b: int, values: torch.Tensor) -> None:
             if name in grads:
@@ -159,6 +165,14 @@ class Replicated:
                 self._runtime.all_reduce(buffer.data).div_(self._runtime.world_size)
             elif buffer.dtype != torch.bool:
                 self._runtime.all_reduce(buffer.data, "max")
+
+    @staticmethod
+    def _flat_grad(name: str, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the gradient as a live 1-D view in the order of the parameter's memory."""
+        assert parameter.grad is not None
+        if parameter.grad.stride() != parameter.stride():
+            parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        return flat(name, parameter.grad)
 
     # -- moving slices to all ranks ------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+RANK_0_FIRST = 2.0
+"""Seconds that another rank waits before it exits on an error: a launcher ends all processes as
+soon as one is gone, and rank 0 must have told why."""
 
 _PARSER_ERROR: Any = typer.BadParameter.__mro__[1]  # typer's UsageError, which it does not export
 
@@ -81,6 +86,8 @@ def fail(error: Exception) -> NoReturn:
         traceback.print_exception(error)
     if launch_rank() == 0:
         complain(text)
+    else:
+        time.sleep(RANK_0_FIRST)
     sys.exit(code)
 
 
@@ -90,8 +97,12 @@ def complain(text: str) -> None:
 
 
 def launch_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Return this process's rank as its launcher tells it; 0 without a launcher."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+    """Return this process's rank as its launcher tells it; 0 without a launcher.
+
+    A RANK without WORLD_SIZE is a leftover, not a launcher's, and must not make a run silent.
+    """
+    launched = ("RANK", "LOCAL_RANK") if "WORLD_SIZE" in environ else ()
+    for name in (*launched, "SLURM_PROCID"):
         if environ.get(name, "").isdecimal():
             return int(environ[name])
     return 0

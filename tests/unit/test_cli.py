@@ -23,6 +23,7 @@ SUMMARY = {"status": "done", "rounds": [], "accuracy": [[0.5]], "average_accurac
 def plain_environment(monkeypatch):
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cli, "RANK_0_FIRST", 0.0)
 
 
 @pytest.fixture
@@ -181,6 +182,7 @@ def test_debug_adds_the_traceback(distcl_command, job, config_file, monkeypatch)
 @pytest.mark.parametrize("variable", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])
 def test_other_ranks_print_nothing(distcl_command, job, config_file, monkeypatch, variable):
     monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert distcl_command("run", config_file, "--json") == (0, "", "")
     assert job.asked[0][3] is None
     job.act = fails_with(DataError("x"))
@@ -188,6 +190,13 @@ def test_other_ranks_print_nothing(distcl_command, job, config_file, monkeypatch
     assert distcl_command("trian") == (2, "", "")
     assert distcl_command("config") == (0, "", "")
     assert distcl_command("doctor")[1:] == ("", "")
+
+
+def test_a_leftover_rank_does_not_make_the_command_silent(distcl_command, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    code, out, _ = distcl_command("doctor")
+    assert code == 1
+    assert "RANK is set but WORLD_SIZE is not" in out
 
 
 def test_another_ranks_failure_is_told_on_stderr(distcl_command, job, config_file):

@@ -137,7 +137,7 @@ class Feed:
         cur_draws = len(current) if ratio == 1.0 else max(1, int(ratio * len(current)))
         hist_draws = len(history) if ratio == 1.0 else int((1 - ratio) * len(history))
         groups = [Group(current, weights.current, cur_draws)]
-        if mixed:
+        if mixed and hist_draws:
             groups.append(Group(history, weights.history, hist_draws))
             if self._priority.target == "union" and weights.current is not None:
                 groups = [_union(groups)]

@@ -84,9 +84,9 @@ class Scorer:
         if self.signal.needs_logits:  # those are not cached
             known = torch.zeros_like(known)
         start = run.share(-(-len(ids) // size))[0] * size
-        hits = known[start : start + len(mine)].split(size)
+        hits = torch.split(known[start : start + len(mine)], size)
         mine_losses = losses[start : start + len(mine)].to(run.device, run.dtype, copy=True)
-        found = [Outputs(loss=loss) for loss in mine_losses.split(size)]
+        found = [Outputs(loss=loss) for loss in torch.split(mine_losses, size)]
         if bool(known.all()):
             return found
         with self.anchor.swapped_in(), evaluating(self.forward.module), torch.inference_mode():

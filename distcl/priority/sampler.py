@@ -1,0 +1,369 @@
+"""A weighted sampler for any number of processes, whose weights may change at any time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Sampler
+
+from distcl.errors import UsageError
+from distcl.priority import draws
+from distcl.types import Ids
+
+ArrayLike = npt.ArrayLike | torch.Tensor
+
+_DRAWS = {
+    "multinomial": draws.multinomial,
+    "systematic": draws.systematic,
+    "without_replacement": draws.without_replacement,
+}
+_IDENTITY = ("seed", "stream", "draw", "global_batch_size", "num_samples", "drop_last")
+_DIGEST_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A part of what is drawn in an epoch: exactly ``draws`` of ``ids``, by ``weights``.
+
+    ids: int64 [N], or an int N for 0 … N-1; weights: [N], or None for uniform permutations.
+    """
+
+    ids: ArrayLike | int
+    weights: ArrayLike | None
+    draws: int
+
+
+class DistributedWeightedSampler(Sampler[list[int]]):
+    """Yields this rank's part, a list of ids, of each global batch: a ``batch_sampler``.
+
+    ``DataLoader(dataset, batch_sampler=sampler)`` works in any training loop; ids are then
+    positions in the dataset. Every method is local: all ranks compute the same plan, a pure
+    function of (seed, stream, round, epoch, draw, ids, weights), and each takes its part. So
+    weights must be equal on all ranks to the last bit (gather scores first; broadcast the weights
+    if the ranks' CPUs differ), and ranks draw the same global batches at every world size.
+
+    A global batch of b ids is cut into contiguous parts whose sizes differ by at most one, larger
+    ones first. The last batch of an epoch may be smaller, and a rank's part of it empty; the rank
+    has the step all the same. (torch's default collate refuses an empty list: in a loop that
+    cannot take one, use ``drop_last``.)
+
+    As with torch's DistributedSampler, call ``set_epoch`` before each epoch.
+
+    Accelerate must not shard it a second time: on several processes ``accelerator.prepare`` of
+    its DataLoader raises UsageError (at world_size > 1), so leave the loader out of ``prepare``
+    and move batches with ``.to(accelerator.device)``. On one process ``prepare`` keeps the
+    batches as they are, but its loader sets the epoch by a count of its own: when resuming, set
+    ``loader.iteration = sampler.epoch``.
+
+    Args:
+        batch_size: samples of a global batch, over all ranks; at least ``world_size``.
+        num_samples: draws of an epoch; None: as many as there are ids.
+        rank: this process, below ``world_size``.
+        world_size: number of processes.
+        seed: from 0 to 2**64 - 1.
+        draw: ``multinomial``, ``systematic`` or ``without_replacement``, see draws.py.
+        round_index: see ``set_round``.
+        drop_last: leave out a smaller last batch.
+        stream: keeps apart samplers that share a seed, such as current and history data.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        num_samples: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        draw: str = "multinomial",
+        round_index: int = 0,
+        drop_last: bool = False,
+        stream: int = 0,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank must be from 0 to world_size - 1 = {world_size - 1}, not {rank}"
+            )
+        if batch_size < world_size:
+            raise ValueError(
+                f"a global batch of {batch_size} cannot be split over {world_size} ranks"
+            )
+        if num_samples is not None and num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+        if draw not in _DRAWS:
+            raise ValueError(f"unknown draw '{draw}'; known: {', '.join(_DRAWS)}")
+        self.global_batch_size = batch_size
+        self.num_samples = num_samples
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.draw = draw
+        self.drop_last = drop_last
+        self.stream = stream
+        self.round_index = round_index
+        self.epoch = 0
+        self._ids: Ids | int = 0  # an int n stands for range(n)
+        self._weights: list[draws.Weights | None] = []  # of each group, in the order of _ids
+        self._sizes: list[int] = []  # ids of each group
+        self._quotas: list[int] = []  # draws of each group in an epoch
+        self._kept: list[int] = []  # those of them that are in _drawn
+        self._total = 0  # draws of an epoch
+        self._restart()
+
+    def _restart(self, step: int = 0) -> None:
+        """Forget the plan; the next iterator begins at ``step``."""
+        self._begin = self._handed_out = step
+        self._revision = 0
+        self._drawn = np.empty(0, dtype=np.int64)  # ids drawn from weights since replaced
+        self._kept = [0] * len(self._sizes)
+        self._positions: draws.Positions | None = None  # what follows, once drawn
+        self._plan = object()  # a new plan, to iterators of an old one
+
+    # ------------------------------------------------------------ what is drawn
+
+    def set_weights(
+        self,
+        ids: ArrayLike | int,
+        weights: ArrayLike | None = None,
+        *,
+        from_step: int = 0,
+    ) -> None:
+        """Replace what is drawn: ``ids`` int64 [N], or an int N for 0 … N-1, and weights [N].
+
+        ``weights`` None draws uniformly without replacement (permutations). Both are copied.
+        The plan begins anew at step 0, unless ``from_step`` is given: then batches before that
+        step stay as they were drawn, and the rest of the epoch is drawn from the new weights.
+        Steps that were already handed out, a DataLoader's prefetching included, must stay. Raises
+        ValueError for weights that are NaN, infinite, negative or all zero, naming the id.
+        """
+        number = int(ids) if isinstance(ids, int | np.integer) else int(np.prod(np.shape(ids)))
+        self.set_groups([Group(ids, weights, self.num_samples or number)], from_step=from_step)
+
+    def set_groups(self, groups: Sequence[Group], *, from_step: int = 0) -> None:
+        """Replace what is drawn by several groups, each with its own number of draws an epoch.
+
+        The groups' draws are shuffled together. Otherwise as :meth:`set_weights`; with
+        ``from_step`` the groups must be as many as before, with the same draws each.
+        """
+        ids, weights = [], []
+        for group in groups:
+            ids.append(_copy_ids(group.ids))
+            number = _size(ids[-1])
+            if number < 1 or group.draws < 0:
+                raise ValueError("there are no ids to draw from")
+            weights.append(None if group.weights is None else _copy_weights(group.weights))
+            if (given := weights[-1]) is not None:
+                if given.shape != (number,):
+                    raise ValueError(f"weights of shape {given.shape} for {number} ids")
+                draws.check_weights(given, None if isinstance(ids[-1], int) else ids[-1])
+        quotas = [group.draws for group in groups]
+        if from_step:
+            self._keep_until(from_step, quotas)
+        self._ids = ids[0] if len(ids) == 1 else np.concatenate([_as_array(i) for i in ids])
+        self._weights, self._sizes = weights, [_size(i) for i in ids]
+        if not from_step:
+            self._quotas, self._total = quotas, sum(quotas)
+            self._restart()
+
+    def _keep_until(self, step: int, quotas: list[int]) -> None:
+        """Fix the batches before ``step``; the others are to be drawn anew."""
+        if not self._handed_out <= step <= len(self):
+            raise ValueError(
+                f"from_step must be from {self._handed_out}, the steps handed out so far, to "
+                f"{len(self)}, the steps of the epoch, not {step}"
+            )
+        if quotas != self._quotas:
+            raise ValueError(
+                f"an epoch of {self._quotas} draws cannot go on with {quotas}; give num_samples "
+                "if the number of ids changes within an epoch"
+            )
+        end = min(step * self.global_batch_size, self._total)
+        drawn = self._read(0, end).copy()
+        if self._positions is not None:
+            fresh = self._positions[: end - len(self._drawn)]
+            ends = np.cumsum(self._sizes)
+            counts = np.bincount(np.searchsorted(ends, fresh, side="right"), minlength=len(ends))
+            self._kept = [kept + int(n) for kept, n in zip(self._kept, counts, strict=True)]
+        self._drawn = drawn
+        self._positions = None
+        self._revision += 1
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin another epoch, with other draws; no effect if it is the present one."""
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self._restart()
+
+    def set_round(self, round_index: int) -> None:
+        """Begin another round, with other draws, at epoch 0; no effect if it is the present one."""
+        if round_index != self.round_index:
+            self.round_index, self.epoch = round_index, 0
+            self._restart()
+
+    # ------------------------------------------------------------ the plan
+
+    def __len__(self) -> int:
+        """Return the number of steps of an epoch, equal on all ranks."""
+        if not self._total:
+            raise UsageError("the sampler has nothing to draw from: call set_weights first")
+        full, rest = divmod(self._total, self.global_batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this rank's part of each batch; after ``load_state_dict``, of those not consumed.
+
+        Raises UsageError when the plan is replaced before the iterator is through.
+        """
+        plan, first = self._plan, self._begin
+        self._begin, self._handed_out = 0, first
+        for step in range(first, len(self)):
+            if self._plan is not plan:
+                raise UsageError(
+                    "the sampler's plan was replaced while it was iterated over: begin a new "
+                    "iteration, or give set_weights a from_step"
+                )
+            self._handed_out = step + 1
+            begin, end = self._span(step)
+            size, extra = divmod(end - begin, self.world_size)
+            begin += self.rank * size + min(self.rank, extra)
+            yield self._read(begin, begin + size + (self.rank < extra)).tolist()
+
+    @property
+    def batch_size(self) -> int:
+        """The global batch size, on one process. With several, what reads this shards again."""
+        if self.world_size > 1:
+            raise UsageError(
+                "DistributedWeightedSampler already gives each rank its part of every batch: leave "
+                "its DataLoader out of accelerator.prepare, and move batches with "
+                ".to(accelerator.device)"
+            )
+        return self.global_batch_size
+
+    def global_batch(self, step: int) -> Ids:
+        """Return the ids of all ranks' parts of a batch, int64 [b], in order of rank."""
+        return self._read(*self._span(step)).copy()
+
+    def plan_digest(self, steps: int | None = None) -> str:
+        """Return the SHA-256, in hex, of the ids of the first ``steps`` global batches (or all).
+
+        Digested as little-endian int64, so it is equal on every rank and at every world size.
+        """
+        digest = hashlib.sha256()
+        steps = len(self) if steps is None else steps
+        end = self._span(steps - 1)[1] if steps else 0
+        for begin in range(0, end, _DIGEST_BLOCK):
+            ids = self._read(begin, min(begin + _DIGEST_BLOCK, end))
+            digest.update(ids.astype("<i8", copy=False).tobytes())
+        return digest.hexdigest()
+
+    def _span(self, step: int) -> tuple[int, int]:
+        """Return the first draw of a step and the one after its last."""
+        if not 0 <= step < len(self):
+            raise ValueError(f"step {step} is not among the {len(self)} steps of the epoch")
+        begin = step * self.global_batch_size
+        return begin, min(begin + self.global_batch_size, self._total)
+
+    def _read(self, begin: int, end: int) -> Ids:
+        """Return the ids of draws ``begin`` to ``end``."""
+        kept = len(self._drawn)
+        if end <= kept:
+            return self._drawn[begin:end]
+        if self._positions is None:
+            self._positions = self._draw()
+        positions = self._positions[max(begin - kept, 0) : end - kept]
+        ids = positions if isinstance(self._ids, int) else self._ids[positions]
+        return ids if begin >= kept else np.concatenate([self._drawn[begin:kept], ids])
+
+    def _draw(self) -> draws.Positions:
+        """Return positions in ``_ids``: of each group what it has left to draw, shuffled."""
+        rng = draws.generator(self.seed, self.stream, self.round_index, self.epoch, self._revision)
+        parts, offset = [], 0
+        for size, weights, quota, kept in zip(
+            self._sizes, self._weights, self._quotas, self._kept, strict=True
+        ):
+            n = quota - kept
+            if weights is None:
+                part = draws.uniform(size, n, rng)
+            else:
+                part = _DRAWS[self.draw](weights, n, rng)
+            parts.append(part + offset if offset else part)
+            offset += size
+        return parts[0] if len(parts) == 1 else rng.permutation(np.concatenate(parts))
+
+    # ------------------------------------------------------------ state
+
+    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+        """Return all that a resume needs: ints, strings and tensors (ids and weights included).
+
+        ``consumed``: the steps trained on so far. None takes the steps handed out, which a
+        DataLoader with workers lets run ahead. The same at every rank and world size.
+        """
+        step = self._handed_out if consumed is None else consumed
+        if not 0 <= step <= len(self):
+            raise ValueError(f"consumed must be from 0 to {len(self)} steps, not {step}")
+        ids = self._ids if isinstance(self._ids, int) else torch.from_numpy(self._ids)
+        weights = [None if w is None else torch.from_numpy(w) for w in self._weights]
+        return {
+            **{name: getattr(self, name) for name in _IDENTITY},
+            "round": self.round_index,
+            "epoch": self.epoch,
+            "step": step,
+            "revision": self._revision,
+            "sizes": self._sizes,
+            "quotas": self._quotas,
+            "kept": self._kept,
+            "ids": ids,
+            "weights": weights,
+            "drawn": torch.from_numpy(self._drawn),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was called, at any world size.
+
+        Raises ValueError if this sampler would draw other batches: constructed with another
+        batch size, seed, stream, draw, num_samples or drop_last.
+        """
+        for name in _IDENTITY:
+            if name not in state or state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the sampler's state was saved with {name} = {state.get(name)!r}, but this "
+                    f"sampler has {getattr(self, name)!r}"
+                )
+        self._ids = _copy_ids(state["ids"])
+        self._weights = [None if w is None else _copy_weights(w) for w in state["weights"]]
+        self._sizes, self._quotas = list(state["sizes"]), list(state["quotas"])
+        self._total = sum(self._quotas)
+        self.round_index, self.epoch = state["round"], state["epoch"]
+        self._restart(state["step"])
+        self._kept, self._revision = list(state["kept"]), state["revision"]
+        self._drawn = _as_array(_copy_ids(state["drawn"]))
+
+
+def _copy_ids(values: ArrayLike | int) -> Ids | int:
+    if isinstance(values, int | np.integer):
+        return int(values)
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    array = np.asarray(array)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"ids must be one row of integers, not {array.dtype} {array.shape}")
+    return np.array(array, dtype=np.int64)
+
+
+def _size(ids: Ids | int) -> int:
+    return ids if isinstance(ids, int) else len(ids)
+
+
+def _as_array(ids: Ids | int) -> Ids:
+    return np.arange(ids, dtype=np.int64) if isinstance(ids, int) else ids
+
+
+def _copy_weights(values: ArrayLike) -> draws.Weights:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().double().numpy()
+    return np.array(values, dtype=np.float64)

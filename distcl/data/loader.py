@@ -19,6 +19,11 @@ T = TypeVar("T")
 class BatchPlan(Protocol):
     """What :class:`BatchLoader` needs of a sampler, DistributedWeightedSampler for one."""
 
+    @property
+    def first_step(self) -> int:
+        """The step at which the next iteration begins."""
+        ...
+
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's ids of one global batch after another; a part may be empty."""
         ...
@@ -89,7 +94,7 @@ class _Steps:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[tuple[list[int], int]]:
-        for step, ids in enumerate(self._plan):
+        for step, ids in enumerate(self._plan, self._plan.first_step):
             yield ids, len(self._plan.global_batch(step))
 
 

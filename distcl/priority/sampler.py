@@ -215,6 +215,11 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         full, rest = divmod(self._total, self.global_batch_size)
         return full + (rest > 0 and not self.drop_last)
 
+    @property
+    def first_step(self) -> int:
+        """The step at which the next iteration begins: 0, or where a loaded state goes on."""
+        return self._begin
+
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's part of each batch; after ``load_state_dict``, of those not consumed.
 

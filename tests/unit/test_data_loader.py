@@ -10,6 +10,7 @@ from distcl.data.arrays import ArraySource
 from distcl.data.loader import BatchLoader, as_source, iterate_chunks
 from distcl.data.streams import DriftStream
 from distcl.errors import DataError, DistclError
+from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.types import Source
 
 X = np.random.default_rng(0).random((50, 1, 4, 4), dtype=np.float32)
@@ -19,6 +20,8 @@ SOURCE = ArraySource(X, Y)
 
 class Plan:
     """Global batches of given ids, cut among ranks."""
+
+    first_step = 0
 
     def __init__(self, batches, rank=0, world=1):
         self.batches = [np.asarray(b, dtype=np.int64) for b in batches]
@@ -88,6 +91,25 @@ def test_an_epoch_left_early_starts_anew():
         if batch.ids.item() == 3:
             break
     assert [batch.ids.item() for batch in loader] == list(range(9))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sampler_resumed_in_mid_epoch_keeps_the_sizes_of_its_batches(workers):
+    def sampler(rank):
+        made = DistributedWeightedSampler(8, rank=rank, world_size=3, seed=1)
+        made.set_weights(50, np.arange(1.0, 51.0))
+        return made
+
+    state = sampler(0).state_dict(consumed=4)
+    for rank in range(3):
+        whole = list(BatchLoader(SOURCE, sampler(rank), workers=workers))
+        assert [batch.total for batch in whole] == [8] * 6 + [2]
+        resumed = sampler(rank)
+        resumed.load_state_dict(state)
+        loader = BatchLoader(SOURCE, resumed, workers=workers)
+        for begin in (4, 0):  # the epoch after the resumed one is whole again
+            for batch, wanted in zip(loader, whole[begin:], strict=True):
+                assert torch.equal(batch.ids, wanted.ids) and batch.total == wanted.total
 
 
 def test_floating_point_is_cast_and_labels_are_not():

@@ -27,15 +27,16 @@ class _Stage:
 
     title: str
     steps: int
+    metric: str = "loss"
     done: int = 0
-    loss: float = float("nan")
+    value: float = float("nan")
     rate: float = 0.0
     first: tuple[int, float] | None = None
     left: float | None = None
 
-    def update(self, done: int, loss: float, rate: float, now: float) -> None:
+    def update(self, done: int, value: float, rate: float, now: float) -> None:
         """Take a report; time left is judged by the pace since the first one of this stage."""
-        self.done, self.loss, self.rate = done, loss, rate
+        self.done, self.value, self.rate = done, value, rate
         self.first = self.first or (done, now)
         since, begun = done - self.first[0], now - self.first[1]
         self.left = begun / since * (self.steps - done) if since > 0 and self.steps else None
@@ -46,7 +47,7 @@ class _Stage:
 
     @property
     def figures(self) -> str:
-        text = f"loss {self.loss:.4f}"
+        text = f"{self.metric} {self.value:.4f}"
         if self.rate > 0:
             text += f"  {self.rate:,.0f} samples/s"
         if self.left is not None and not self.complete:
@@ -73,14 +74,14 @@ class PlainDisplay:
         self._stage = _Stage("", 0)
         self._shown = clock()
 
-    def round_begins(self, title: str, steps: int) -> None:
+    def round_begins(self, title: str, steps: int, metric: str = "loss") -> None:
         """Begin a part of ``steps`` steps; nothing is printed yet."""
-        self._stage = _Stage(title, steps)
+        self._stage = _Stage(title, steps, metric)
 
-    def step(self, done: int, loss: float, samples_per_second: float) -> None:
+    def step(self, done: int, value: float, samples_per_second: float) -> None:
         """Print a line if the part is complete or the last line is long enough ago."""
         now = self._clock()
-        self._stage.update(done, loss, samples_per_second, now)
+        self._stage.update(done, value, samples_per_second, now)
         if self._stage.complete or now - self._shown >= self._every:
             self.message(str(self._stage))
             self._shown = now
@@ -111,16 +112,16 @@ class LiveDisplay:
         self._task = self._bar.add_task("", total=None, figures="", visible=False)
         self._bar.start()
 
-    def round_begins(self, title: str, steps: int) -> None:
+    def round_begins(self, title: str, steps: int, metric: str = "loss") -> None:
         """Show an empty bar for a part of ``steps`` steps."""
-        self._stage = _Stage(title, steps)
+        self._stage = _Stage(title, steps, metric)
         self._bar.reset(
             self._task, total=steps or None, description=title, figures="", visible=True
         )
 
-    def step(self, done: int, loss: float, samples_per_second: float) -> None:
+    def step(self, done: int, value: float, samples_per_second: float) -> None:
         """Move the bar; a part that is complete becomes a line."""
-        self._stage.update(done, loss, samples_per_second, time.monotonic())
+        self._stage.update(done, value, samples_per_second, time.monotonic())
         self._bar.update(self._task, completed=done, figures=self._stage.figures)
         if self._stage.complete:
             self._bar.update(self._task, visible=False)

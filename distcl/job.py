@@ -45,10 +45,10 @@ log = logging.getLogger("distcl")
 class Quiet:
     """A progress display that shows nothing."""
 
-    def round_begins(self, title: str, steps: int) -> None:
+    def round_begins(self, title: str, steps: int, metric: str = "loss") -> None:
         """Ignore it."""
 
-    def step(self, done: int, loss: float, samples_per_second: float) -> None:
+    def step(self, done: int, value: float, samples_per_second: float) -> None:
         """Ignore it."""
 
     def message(self, text: str) -> None:

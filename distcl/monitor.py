@@ -66,7 +66,7 @@ class Monitor:
         progress = self.trainer.parts.progress
         quiet_until = begin + self.config.warmup
         round_at: int | None = None
-        progress.round_begins("watching the stream", total)
+        progress.round_begins("watching the stream", total, self.config.metric)
         while self.watched < total:
             ids = self._order[self.watched : self.watched + self.config.batch_size]
             values = self._metric(ids)
@@ -91,7 +91,7 @@ class Monitor:
             round_at = None
             if start_round is not None:
                 start_round()
-                progress.round_begins("watching the stream", total)
+                progress.round_begins("watching the stream", total, self.config.metric)
             if self.config.reset_detector or start_round is None:
                 self.detector.reset()
             quiet_until = self.watched + self.config.cooldown

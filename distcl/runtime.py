@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -108,7 +109,9 @@ class Runtime:
     def prepare(self, model: nn.Module) -> nn.Module:
         """Move a model to the device and wrap it for training. Collective."""
         model = model.to(self.device, self.dtype)
-        return self.accelerator.prepare(model)  # type: ignore[no-any-return]
+        with warnings.catch_warnings():  # accelerate has no word for DDP's newer option yet
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            return self.accelerator.prepare(model)  # type: ignore[no-any-return]
 
     def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Wrap an optimizer, such that loss scaling (fp16) is handled. Local."""
@@ -152,7 +155,7 @@ class Runtime:
         padded = mine.new_zeros((each, *mine.shape[1:]))
         padded[: len(mine)] = mine
         out = mine.new_empty((each * self.world_size, *mine.shape[1:]))
-        dist.all_gather_into_tensor(out, padded)
+        dist.all_gather_single(out, padded)
         return out[:n]
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
@@ -189,7 +192,7 @@ class Runtime:
             if self.relay is not None:
                 own = describe(error, self.rank)
                 first = self.relay.report(own)
-                if first.rank != self.rank or is_connection_loss(error):
+                if first.message != own.message or is_connection_loss(error):
                     raise PeerFailure(first) from error
             raise
         self.close()
@@ -217,6 +220,8 @@ def describe(error: BaseException, rank: int) -> Cause:
     """Return what to tell of an exception: our own errors as they are, others with their type."""
     if isinstance(error, DistclError):
         return Cause(rank, error.exit_code, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return Cause(rank, 130, "interrupted from the keyboard")
     text = str(error).strip().splitlines()
     first = text[0] if text else ""
     if is_connection_loss(error):

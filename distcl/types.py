@@ -163,12 +163,12 @@ UnreducedLoss = Callable[[Any, Any], "torch.Tensor"]
 class Progress(Protocol):
     """Where a run shows that it is alive. Called on rank 0 only, at poll points."""
 
-    def round_begins(self, title: str, steps: int) -> None:
-        """Announce a part of the run that takes ``steps`` steps."""
+    def round_begins(self, title: str, steps: int, metric: str = "loss") -> None:
+        """Announce a part of the run that takes ``steps`` steps, and what ``step`` will tell."""
         ...
 
-    def step(self, done: int, loss: float, samples_per_second: float) -> None:
-        """Say how far the part has come: steps done, mean loss, rate."""
+    def step(self, done: int, value: float, samples_per_second: float) -> None:
+        """Say how far the part has come: steps done, the metric's mean, rate (0: none)."""
         ...
 
     def message(self, text: str) -> None:

@@ -218,7 +218,7 @@ class Replicated:
             everyone = bucket
             if world > 1:  # as bytes: backends gather few dtypes
                 everyone = bucket.new_empty(world * size)
-                dist.all_gather_into_tensor(everyone.view(torch.uint8), bucket.view(torch.uint8))
+                dist.all_gather_single(everyone.view(torch.uint8), bucket.view(torch.uint8))
             for r in range(world):
                 lo = r * group.each + at
                 part = everyone[r * size : (r + 1) * size]

@@ -179,7 +179,7 @@ class Feed:
         epoch = 0
         while True:
             sampler.set_epoch(epoch)
-            for step, batch in enumerate(loader):
+            for step, batch in enumerate(loader, start=sampler.first_step):
                 self._digest.update(sampler.global_batch(step).astype("<i8").tobytes())
                 yield batch
             epoch += 1

@@ -164,6 +164,12 @@ class Runtime:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
         return tensor
 
+    def reduce(self, tensor: torch.Tensor, to: int) -> torch.Tensor:
+        """Sum over ranks into the tensor of rank ``to``; other ranks' are spoilt. Collective."""
+        if self.world_size > 1:
+            dist.reduce(tensor, to)
+        return tensor
+
     def broadcast(self, value: T) -> T:
         """Return rank 0's value (any picklable object) on every rank. Collective."""
         if self.world_size == 1:

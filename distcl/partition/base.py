@@ -44,6 +44,15 @@ class Partition(Protocol):
         """
         ...
 
+    def add_full_grads_(self, grads: Mapping[str, torch.Tensor], owners: Mapping[str, int]) -> None:
+        """Add to the global mean gradient, whole parameters at a time, each from one rank.
+
+        ``owners``: parameter name -> the rank that gives its tensor; the same on every rank.
+        ``grads``: the tensors that this rank gives, in the parameters' own shapes. Collective; call
+        it after backward and before the optimizer's step, on every rank.
+        """
+        ...
+
     def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum full-size tensors over ranks and return my slices of the sums. Collective."""
         ...

@@ -126,6 +126,31 @@ class Replicated:
             if dtype.is_floating_point:
                 self._spread(dtype, group, take, add)
 
+    def add_full_grads_(self, grads: Mapping[str, torch.Tensor], owners: Mapping[str, int]) -> None:
+        """Broadcast each rank's tensors, a bucket at a time, and add them. Collective."""
+        buckets: dict[tuple[int, torch.dtype], list[list[str]]] = {}
+        for name, owner in owners.items():
+            parameter = self._parameters[name]
+            given = buckets.setdefault((owner, parameter.dtype), [[]])
+            filled = sum(self._parameters[n].numel() for n in given[-1])
+            if given[-1] and filled + parameter.numel() > BUCKET_ELEMENTS:
+                given.append([])
+            given[-1].append(name)
+        for (owner, dtype), given in buckets.items():
+            for names in given:
+                sizes = [self._parameters[n].numel() for n in names]
+                if owner == self._runtime.rank:
+                    bucket = torch.cat([grads[n].reshape(-1).to(dtype) for n in names])
+                else:
+                    bucket = torch.empty(sum(sizes), dtype=dtype, device=self._runtime.device)
+                if self._runtime.world_size > 1:
+                    dist.broadcast(bucket, owner)
+                for name, values in zip(names, bucket.split(sizes), strict=True):
+                    parameter = self._parameters[name]
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    parameter.grad += values.view(parameter.shape)
+
     def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum over ranks, bucket by bucket; keep my slices. Collective."""
         mine: dict[str, torch.Tensor] = {}

@@ -145,7 +145,7 @@ class Replicated:
                     bucket = torch.empty(sum(sizes), dtype=dtype, device=self._runtime.device)
                 if self._runtime.world_size > 1:
                     dist.broadcast(bucket, owner)
-                for name, values in zip(names, bucket.split(sizes), strict=True):
+                for name, values in zip(names, torch.split(bucket, sizes), strict=True):
                     parameter = self._parameters[name]
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)

@@ -159,6 +159,16 @@ class ContinualLearningConfig(Section):
     fisher_samples: int = Field(
         1024, ge=1, description="training samples of one Fisher pass, at most"
     )
+    kfac_lambda: float = Field(100.0, ge=0, description="strength of the K-FAC penalty")
+    kfac_ema_decay: float = Field(
+        0.9, ge=0, lt=1, description="share of the old Kronecker factors that a commit keeps"
+    )
+    kfac_every: int = Field(
+        20, ge=1, description="steps from one that counts for the Kronecker factors to the next"
+    )
+    kfac_step: Literal["damped", "explicit"] = Field(
+        "damped", description="damped: stable at any lambda; explicit: as published"
+    )
 
     @field_validator("update_mode")
     @classmethod

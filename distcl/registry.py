@@ -39,6 +39,12 @@ _TABLE = (
         "distcl.updaters.ewc:EWCOnline",
         "online elastic weight consolidation",
     ),
+    (
+        "updater",
+        "kfac_online",
+        "distcl.updaters.kfac:KFACOnline",
+        "penalty by Kronecker factors of each layer",
+    ),
     ("signal", "loss_delta", "distcl.priority.signals:LossDelta", "loss gained since theta_star"),
     ("detector", "adwin", "distcl.detectors:adwin", "adaptive windowing"),
     ("detector", "kswin", "distcl.detectors:kswin", "Kolmogorov-Smirnov windowing"),

@@ -113,10 +113,9 @@ def cap_weights(weights: npt.ArrayLike, cap: float) -> Weights:
     finitely many steps since the right side is concave and piecewise linear. With fewer than
     N/cap positive weights there is no such t; then these become equal.
     """
-    array = check_weights(weights)
     if not 1 <= cap < math.inf:
         raise ValueError(f"the cap is in means, so it must be at least 1, not {cap}")
-    array = _scaled(array)
+    array = _scaled(check_weights(weights))
     over, threshold = 0, cap * float(array.mean())
     while (above := int(np.count_nonzero(array > threshold))) > over:
         over, room = above, array.size - cap * above
@@ -175,10 +174,9 @@ def temper(weights: npt.ArrayLike, min_ess: float) -> Weights:
 
 def mix_floor(weights: npt.ArrayLike, share: float) -> Weights:
     """Return (1 - share) w / sum w + share / N: a ``share`` in [0, 1] of uniform draws."""
-    array = check_weights(weights)
     if not 0 <= share <= 1:
         raise ValueError(f"the floor is a share, so it must be from 0 to 1, not {share}")
-    array = _scaled(array)
+    array = _scaled(check_weights(weights))
     array *= (1 - share) / float(array.sum())
     array += share / array.size
     return array
@@ -196,26 +194,29 @@ def _scaled(weights: Weights) -> Weights:
 def multinomial(weights: npt.ArrayLike, n: int, rng: np.random.Generator) -> Positions:
     """Draw ``n`` positions independently, with replacement, each i with probability w_i / sum w.
 
-    n uniforms come out sorted, without a sort, as S_k / S_{n+1} of partial sums of exponentials
-    (Devroye 1986, V.3.1), so that one walk along the float64 cumulative weights inverts them all;
-    then they are shuffled. O(N + n); no limit of 2**24 categories.
+    A block of weights at a time: the number of draws that fall into it is binomial, given those
+    of earlier blocks; these draws come out sorted, without a sort, as partial sums of exponentials
+    over their total (Devroye 1986, V.3.1), so that one walk along the block's cumulative weights
+    inverts them all. Then all are shuffled. O(N + n); no limit of 2**24 categories.
     """
     _check_number(n)
-    cumulative = _scaled(check_weights(weights))
-    np.cumsum(cumulative, out=cumulative)
-    keys = rng.standard_exponential(n + 1)
-    np.cumsum(keys, out=keys)
-    keys = np.multiply(keys[:-1], cumulative[-1] / keys[-1], out=keys[:-1])
-    np.minimum(keys, np.nextafter(cumulative[-1], 0), out=keys)
+    array = check_weights(weights)
+    largest = array.max()
+    starts = range(0, array.size, _BLOCK)
+    masses = np.array([(array[start : start + _BLOCK] / largest).sum() for start in starts])
+    remaining = np.cumsum(masses[::-1])[::-1]
 
     def found() -> Iterator[Positions]:
-        low = 0
-        for first in range(0, n, _BLOCK):
-            block = keys[first : first + _BLOCK]
-            high = low + int(np.searchsorted(cumulative[low:], block[-1], "right")) + 1
-            positions = np.searchsorted(cumulative[low:high], block, "right") + low
-            yield positions
-            low = int(positions[-1])
+        left = n
+        for start, mass, mass_left in zip(starts, masses.tolist(), remaining.tolist(), strict=True):
+            if not left or not (count := int(rng.binomial(left, mass / mass_left))):
+                continue
+            left -= count
+            cumulative = np.cumsum(array[start : start + _BLOCK] / largest)
+            keys = np.cumsum(rng.standard_exponential(count + 1))
+            keys *= cumulative[-1] / keys[-1]
+            np.minimum(keys, np.nextafter(cumulative[-1], 0), out=keys)
+            yield np.searchsorted(cumulative, keys[:-1], "right") + start
 
     return _shuffled(found(), n, rng)
 

@@ -149,6 +149,28 @@ class ContinualLearningConfig(Section):
     mix_historic_data: bool = Field(
         False, description="train on earlier experiences along with the current one"
     )
+    buffer_size: int = Field(
+        0, ge=0, description="most samples that the history keeps, a fair sample; 0: all"
+    )
+    history_store: Literal["ids", "copy"] = Field(
+        "ids",
+        description="ids: samples of the history are read again; copy: kept in memory, for sources "
+        "that do not stay",
+    )
+    replay_batch_size: int = Field(
+        0,
+        ge=0,
+        description="global batch of history for updaters that take one; 0: training.batch_size",
+    )
+    der_alpha: float = Field(0.5, ge=0, description="weight of the stored logits (der)")
+    der_beta: float = Field(0.5, ge=0, description="weight of the history batch's loss (der)")
+    lwf_alpha: float = Field(1.0, ge=0, description="weight of the distillation (lwf)")
+    lwf_temperature: float = Field(2.0, gt=0, description="temperature of both softmaxes (lwf)")
+    si_c: float = Field(0.1, ge=0, description="strength of the penalty (si)")
+    si_xi: float = Field(0.1, gt=0, description="keeps the importance finite, in weights² (si)")
+    si_step: Literal["damped", "explicit"] = Field(
+        "damped", description="damped: stable at any si_c; explicit: as published"
+    )
     ewc_lambda: float = Field(100.0, ge=0, description="strength of the EWC penalty")
     ewc_ema_decay: float = Field(
         0.9, ge=0, lt=1, description="share of the old Fisher that a commit keeps"
@@ -168,6 +190,21 @@ class ContinualLearningConfig(Section):
     )
     kfac_step: Literal["damped", "explicit"] = Field(
         "damped", description="damped: stable at any lambda; explicit: as published"
+    )
+    jvp_rho_theta: float = Field(
+        0.05, ge=0, description="jvp_reg: distance that the weights are moved uphill (L2)"
+    )
+    jvp_rho_x: float = Field(
+        0.05, ge=0, description="jvp_reg: distance that each sample's input is moved uphill"
+    )
+    jvp_data_sign: bool = Field(
+        False, description="jvp_reg: move inputs by the gradient's sign, not its L2 direction"
+    )
+    jvp_lambda: float = Field(
+        1.0, ge=0, description="jvp_penalty: strength of the penalty on squared slopes"
+    )
+    jvp_deltax_norm: float = Field(
+        1.0, gt=0, description="jvp_penalty: length of the step towards a history sample (L2)"
     )
 
     @field_validator("update_mode")

@@ -19,6 +19,7 @@ from distcl import registry
 from distcl.anchor import Anchor
 from distcl.config import Config
 from distcl.config_load import to_toml
+from distcl.data.history import CopyingStream
 from distcl.data.streams import create_stream
 from distcl.errors import ConfigError, UsageError
 from distcl.failure import Cause
@@ -64,6 +65,8 @@ def assemble(
 ) -> Parts:
     """Build every part of a trainer. Collective."""
     seed = config.run.seed
+    if config.continual_learning.history_store == "copy":
+        stream = CopyingStream(stream)
     criterion = create_loss(config.model.loss)
     model = runtime.prepare(create_model(config.model, stream.spec, seed))
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -85,6 +88,7 @@ def assemble(
             criterion=criterion,
             scorer=scorer,
             seed=seed,
+            pretrained=bool(config.model.pretrained),
         ),
     )
     feed = Feed(
@@ -150,6 +154,12 @@ def _check(command: Command, config: Config, runtime: Runtime) -> None:
         raise ConfigError(
             f"training.batch_size = {config.training.batch_size} is smaller than the number of "
             f"processes, {runtime.world_size}; it is the global batch"
+        )
+    replayed = config.continual_learning.replay_batch_size
+    if 0 < replayed < runtime.world_size:
+        raise ConfigError(
+            f"continual_learning.replay_batch_size = {replayed} is smaller than the number of "
+            f"processes, {runtime.world_size}; it is a global batch"
         )
 
 

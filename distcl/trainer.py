@@ -13,7 +13,7 @@ from torch import nn
 
 from distcl.anchor import Anchor
 from distcl.config import Config
-from distcl.data.history import History
+from distcl.data.history import CopyingStream, History
 from distcl.inference import ShardedForward
 from distcl.losses import per_sample_error
 from distcl.metrics import AccuracyMatrix
@@ -23,7 +23,7 @@ from distcl.priority.scoring import Scorer
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
 from distcl.types import Experience, Progress, Stream
-from distcl.updaters import Updater
+from distcl.updaters import Round, Updater
 from distcl.watch import LossWatch
 
 log = logging.getLogger("distcl")
@@ -58,7 +58,8 @@ class ContinuousTrainer:
         self.loss_name = config.model.loss
         self.pretrained = bool(config.model.pretrained)
         self.poll_steps = config.run.poll_steps
-        self.history = History()
+        copies = parts.stream if isinstance(parts.stream, CopyingStream) else None
+        self.history = History(self.continual.buffer_size, config.run.seed, copies)
         self.matrix = AccuracyMatrix()
         self.rounds: list[dict[str, Any]] = []
         self.pretraining: dict[str, Any] | None = None
@@ -80,6 +81,7 @@ class ContinuousTrainer:
         scored = self.parts.forward.forwards - forwards
         priority_seconds = time.perf_counter() - clock
 
+        updater.begin_round(self._outlook(experience))
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
 
         feed.rebuild(  # 3. sampler
@@ -93,7 +95,7 @@ class ContinuousTrainer:
         if updater.trains:
             updater.cl_postprocessing(self.parts.stream, experience.train)  # 5. commit
         train_seconds = time.perf_counter() - clock
-        self.history.add(experience.train)
+        self._remember(experience)
 
         candidates = sum(int(r["n"]) for r in weights.report.values())
         report = {
@@ -113,14 +115,15 @@ class ContinuousTrainer:
     def pretrain(self, experience: Experience) -> None:
         """Train plainly on the first experience; afterwards theta_star equals the weights."""
         updater, feed = self.parts.updater, self.parts.feed
+        updater.begin_round(self._outlook(experience))
         feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
         clock = time.perf_counter()
         steps = feed.steps(self.training.pretrain_epochs)
         loss = self._take_steps(0, steps, "pretraining", pretraining=True)
-        self.parts.anchor.refresh()
         if updater.trains:
             updater.cl_postprocessing(self.parts.stream, experience.train)
-        self.history.add(experience.train)
+        self.parts.anchor.refresh()
+        self._remember(experience)
         self.pretraining = {
             "steps": steps,
             "train_seconds": time.perf_counter() - clock,
@@ -156,6 +159,14 @@ class ContinuousTrainer:
         )
         return 1.0 - float(errors.double().mean())
 
+    def _outlook(self, experience: Experience) -> Round:
+        ids, history = experience.train, self.history
+        return Round(self.parts.stream, ids, history.ids(), history.after(ids))
+
+    def _remember(self, experience: Experience) -> None:
+        """Add to the history; what is kept of samples by id goes with those it lets go."""
+        self.parts.scorer.cache.drop(self.history.add(experience.train))
+
     def _compute_priorities(self, experience: Experience) -> RoundWeights:
         if not (self.continual.importance_weighting and self.parts.updater.trains):
             return RoundWeights()
@@ -182,19 +193,17 @@ class ContinuousTrainer:
         loss, begun, samples = float("nan"), time.perf_counter(), 0
         for step, (batch, hist_batch) in enumerate(self.parts.feed.batches(steps)):
             self._set_rate(step)
+            updater.update_pre_fwd_bwd()
             if pretraining:
                 result = Updater.fwd_bwd(updater, batch, None)
-                self.parts.runtime.unscale(optimizer)
             else:
-                updater.update_pre_fwd_bwd()
                 result = updater.fwd_bwd(batch, hist_batch)
-                self.parts.runtime.unscale(optimizer)
-                updater.update_post_fwd_bwd()
+            self.parts.runtime.unscale(optimizer)
+            updater.update_post_fwd_bwd()
             optimizer.step()
-            if not pretraining:
-                updater.update_post_optimizer_call()
+            updater.update_post_optimizer_call()
             optimizer.zero_grad(set_to_none=True)
-            watch.add(result, batch.total)
+            watch.add(result)
             samples += batch.total
             if (step + 1) % self.poll_steps == 0 or step + 1 == steps:
                 losses = watch.poll()

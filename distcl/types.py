@@ -56,6 +56,18 @@ class Batch:
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
+    def joined(self, other: Batch) -> Batch:
+        """Return both as one batch: these samples, then the other's; ``total`` is of both."""
+        import torch
+        from torch.utils._pytree import tree_map
+
+        ids, x, y = tree_map(
+            lambda a, b: torch.cat([a, b]),
+            (self.ids, self.x, self.y),
+            (other.ids, other.x, other.y),
+        )
+        return Batch(ids, x, y, self.total + other.total)
+
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """Move x and y to ``device``; floating-point x (and y) are cast to ``dtype`` if given."""
         import torch

@@ -19,12 +19,12 @@ class LossWatch:
     def __init__(self, runtime: Runtime, round_index: int) -> None:
         self._runtime = runtime
         self._round = round_index
-        self._window: list[tuple[StepResult, int]] = []
+        self._window: list[StepResult] = []
         self._steps = 0
 
-    def add(self, result: StepResult, total: int) -> None:
-        """Take one step's losses; ``total`` is the global batch size. No host synchronization."""
-        self._window.append((result, total))
+    def add(self, result: StepResult) -> None:
+        """Take one step's losses. No host synchronization."""
+        self._window.append(result)
 
     def poll(self) -> list[float]:
         """Return the global mean loss of every step since the last poll. Collective.
@@ -34,7 +34,7 @@ class LossWatch:
         """
         if not self._window:
             return []
-        sums = [r.losses.sum(dtype=torch.float64) / total for r, total in self._window]
+        sums = [r.losses.sum(dtype=torch.float64) / r.total for r in self._window]
         means: list[float] = self._runtime.all_reduce(torch.stack(sums)).tolist()
         for k, mean in enumerate(means):
             if not math.isfinite(mean):
@@ -44,7 +44,7 @@ class LossWatch:
         return means
 
     def _diverged(self, k: int, mean: float) -> None:
-        result = self._window[k][0]
+        result = self._window[k]
         bad = result.ids[~torch.isfinite(result.losses).cpu()][:_NAMED_IDS]
         mine = torch.full((1, _NAMED_IDS), -1, dtype=torch.int64, device=self._runtime.device)
         mine[0, : len(bad)] = bad

@@ -1,13 +1,18 @@
-"""What earlier experiences were: ids, not copies."""
+"""What earlier experiences were: ids, and copies of the samples if their source does not stay."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.utils._pytree import tree_map
 
-from distcl.types import Ids
+from distcl.data.loader import iterate_chunks
+from distcl.types import Batch, DataSpec, Experience, Ids, PyTree, Stream
+
+_CHUNK = 1024
 
 
 class History:
@@ -15,17 +20,46 @@ class History:
 
     Every rank holds the same, if every rank adds the same. The stream reads the samples again
     when they are replayed, so a sample costs eight bytes.
+
+    ``capacity`` K > 0 bounds it: of all distinct ids ever added it holds K, every set of K equally
+    likely over seeds, as Vitter's reservoir (1985, algorithm R) does. The K with the smallest
+    keys stay, a key being a hash of (seed, id). So nothing need be counted or remembered, the
+    result does not depend on the order or grouping of additions, and an id that comes again after
+    it was let go stays out.
+
+    ``copies``: keeps copies of exactly the samples held.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, capacity: int = 0, seed: int = 0, copies: CopyingStream | None = None
+    ) -> None:
+        self.capacity = capacity
+        self._seed = seed
+        self._copies = copies
         self._ids: Ids = np.empty(0, dtype=np.int64)
 
-    def add(self, ids: Ids) -> None:
-        """Append the ids [N] of an experience, in their order; those already held are left out."""
+    def after(self, ids: Ids) -> Ids:
+        """Return the ids that would be held after ``add(ids)``, int64 [H]."""
         ids = np.asarray(ids, dtype=np.int64)
-        first = np.sort(np.unique(ids, return_index=True)[1])
-        fresh = ids[first]
-        self._ids = np.concatenate([self._ids, fresh[~np.isin(fresh, self._ids)]])
+        fresh = ids[np.sort(np.unique(ids, return_index=True)[1])]
+        held = np.concatenate([self._ids, fresh[~np.isin(fresh, self._ids)]])
+        if not 0 < self.capacity < len(held):
+            return held
+        keys = _keys(held, self._seed)
+        return held[np.sort(np.argpartition(keys, self.capacity - 1)[: self.capacity])]
+
+    def add(self, ids: Ids) -> Ids:
+        """Append the ids [N] of an experience, in their order; those already held are left out.
+
+        Returns the ids let go, int64 [M]: those of earlier and of these that are not held now.
+        Whoever keeps something by id drops it for them.
+        """
+        held = self.after(ids)
+        gone = np.setdiff1d(np.concatenate([self._ids, np.asarray(ids, dtype=np.int64)]), held)
+        self._ids = held
+        if self._copies is not None:
+            self._copies.keep(held)
+        return gone
 
     def ids(self) -> Ids:
         """Return every id held, int64 [H]."""
@@ -35,9 +69,75 @@ class History:
         return len(self._ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return {"ids": int64 tensor [H]}."""
-        return {"ids": torch.from_numpy(self._ids.copy())}
+        """Return {"ids": int64 tensor [H], "copies": the copies' state or None}."""
+        return {
+            "ids": torch.from_numpy(self._ids.copy()),
+            "copies": None if self._copies is None else self._copies.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self._ids = state["ids"].numpy().astype(np.int64)
+        if self._copies is not None:
+            self._copies.load_state_dict(state["copies"])
+
+
+def _keys(ids: Ids, seed: int) -> npt.NDArray[np.uint64]:
+    """Return a hash of (seed, id) for each id, uint64 [N]: SplitMix64's finalizer, twice."""
+    return _mix(_mix(ids.astype(np.uint64)) ^ _mix(np.full(1, seed, dtype=np.uint64)))
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+class CopyingStream:
+    """A stream whose samples are copied when :meth:`keep` says so, then read from the copies.
+
+    For ``history_store = "copy"``: the stream itself need not be able to read them again. The
+    copies lie in host memory and whole on every rank, since any rank may draw any id: H samples a
+    rank. Held-out samples are not copied. Local.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.spec: DataSpec = stream.spec
+        self.experiences: list[Experience] = stream.experiences
+        self._ids: Ids = np.empty(0, dtype=np.int64)  # sorted
+        self._copies: tuple[PyTree, PyTree] = (None, None)  # x and y, leaves [H, ...]
+
+    def __len__(self) -> int:
+        return len(self._stream)
+
+    def read(self, ids: Ids) -> Batch:
+        """Read samples, in the order asked: kept ones from the copies, others from the stream."""
+        ids = np.asarray(ids, dtype=np.int64)
+        held = np.isin(ids, self._ids)
+        if not held.any():
+            return self._stream.read(ids)
+        rows = torch.from_numpy(np.searchsorted(self._ids, ids[held]))
+        x, y = tree_map(lambda t: t[rows], self._copies)
+        if not held.all():
+            other = self._stream.read(ids[~held])
+            back = torch.from_numpy(np.argsort(np.argsort(~held, kind="stable")))
+            x, y = tree_map(lambda a, b: torch.cat([a, b])[back], (x, y), (other.x, other.y))
+        return Batch(torch.from_numpy(ids.copy()), x, y, len(ids))
+
+    def keep(self, ids: Ids) -> None:
+        """Hold copies of these samples [H] and no others; those not yet held are read now."""
+        ids = np.unique(ids)
+        parts = [(b.x, b.y) for b in iterate_chunks(self, ids, _CHUNK)]
+        self._copies = tree_map(lambda *some: torch.cat(some), *parts) if parts else (None, None)
+        self._ids = ids
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ids int64 [H] and the samples."""
+        return {"ids": torch.from_numpy(self._ids), "x": self._copies[0], "y": self._copies[1]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._ids = state["ids"].numpy()
+        self._copies = (state["x"], state["y"])

@@ -32,51 +32,51 @@ def fingerprint(slices: Mapping[str, torch.Tensor], runtime: Runtime) -> int:
 
 
 class LossCache:
-    """Losses [N] by id under one set of weights; the same on every rank."""
+    """Losses [N] by id under two sets of weights: theta_star's and those being scored now.
+
+    The same on every rank. A third set of weights drops the oldest.
+    """
 
     def __init__(self) -> None:
-        self._ids: Ids = np.empty(0, dtype=np.int64)
-        self._losses = torch.empty(0)
-        self._weights: int | None = None
+        self._tables: dict[int, tuple[Ids, torch.Tensor]] = {}
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return sum(len(ids) for ids, _ in self._tables.values())
 
     def clear(self) -> None:
         """Forget everything."""
-        self.__init__()  # type: ignore[misc]
+        self._tables.clear()
 
     def put(self, weights: int, ids: Ids, losses: torch.Tensor) -> None:
-        """Add losses [N] of ``ids`` under the weights with that fingerprint; drop all others'."""
-        if weights != self._weights:
-            self.clear()
-        self._weights = weights
-        ids = np.concatenate([self._ids, ids])
-        both = torch.cat([self._losses.to(losses), losses])
-        self._ids, first = np.unique(ids, return_index=True)
-        self._losses = both[torch.from_numpy(first).to(both.device)]
+        """Add losses [N] of ``ids`` under the weights with that fingerprint."""
+        if weights in self._tables:
+            old_ids, old_losses = self._tables.pop(weights)
+            ids = np.concatenate([old_ids, ids])
+            losses = torch.cat([old_losses.to(losses), losses])
+        unique, first = np.unique(ids, return_index=True)
+        self._tables[weights] = unique, losses[torch.from_numpy(first).to(losses.device)]
+        while len(self._tables) > 2:
+            del self._tables[next(iter(self._tables))]
 
     def get(self, weights: int, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (known bool [N], losses [N], 0 where unknown) under those weights."""
-        known = torch.zeros(len(ids), dtype=torch.bool)
-        losses = self._losses.new_zeros(len(ids))
-        if weights != self._weights or len(self._ids) == 0:
-            return known, losses
-        at = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1)
-        known = torch.from_numpy(self._ids[at] == ids)
-        found = self._losses[torch.from_numpy(at).to(self._losses.device)]
-        return known, torch.where(known.to(found.device), found, losses)
+        known_ids, losses = self._tables.get(weights, (np.empty(0, dtype=np.int64), torch.empty(0)))
+        if len(known_ids) == 0:
+            return torch.zeros(len(ids), dtype=torch.bool), losses.new_zeros(len(ids))
+        at = np.searchsorted(known_ids, ids).clip(max=len(known_ids) - 1)
+        known = torch.from_numpy(known_ids[at] == ids)
+        found = losses[torch.from_numpy(at).to(losses.device)]
+        return known, torch.where(known.to(found.device), found, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ids, losses and the weights' fingerprint."""
+        """Return fingerprints, ids and losses, oldest first."""
         return {
-            "ids": torch.from_numpy(self._ids),
-            "losses": self._losses,
-            "weights": self._weights,
+            "tables": [
+                {"weights": weights, "ids": torch.from_numpy(ids), "losses": losses}
+                for weights, (ids, losses) in self._tables.items()
+            ]
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self._ids = state["ids"].numpy()
-        self._losses = state["losses"]
-        self._weights = state["weights"]
+        self._tables = {t["weights"]: (t["ids"].numpy(), t["losses"]) for t in state["tables"]}

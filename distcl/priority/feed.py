@@ -110,14 +110,17 @@ class Feed:
         self._data = data
         samplers = [
             DistributedWeightedSampler(
-                training.batch_size,
+                size,
                 rank=runtime.rank,
                 world_size=runtime.world_size,
                 seed=seed,
                 draw=priority.draw,
                 stream=stream,
             )
-            for stream in (0, _HISTORY_STREAM)
+            for stream, size in (
+                (0, training.batch_size),
+                (_HISTORY_STREAM, continual.replay_batch_size or training.batch_size),
+            )
         ]
         self.sampler, self.hist_sampler = samplers
         self._hist = False

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from distcl import registry
-from distcl.updaters.base import StepResult, Updater, UpdaterSetup
+from distcl.updaters.base import Round, StepResult, Updater, UpdaterSetup
 
-__all__ = ["StepResult", "Updater", "UpdaterSetup", "create_updater"]
+__all__ = ["Round", "StepResult", "Updater", "UpdaterSetup", "create_updater"]
 
 
 def create_updater(name: str, setup: UpdaterSetup) -> Updater:

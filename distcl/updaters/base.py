@@ -1,8 +1,9 @@
 """The updater's hooks, and the two simplest methods: plain training, and none at all.
 
-A round calls them in this order: ``cl_preprocessing``; for every step ``update_pre_fwd_bwd``,
-``fwd_bwd``, ``update_post_fwd_bwd``, the optimizer's step, ``update_post_optimizer_call``; at the
-end ``cl_postprocessing``. All of them are called on every rank.
+A round calls them in this order: ``begin_round``, ``cl_preprocessing``; for every step
+``update_pre_fwd_bwd``, ``fwd_bwd``, ``update_post_fwd_bwd``, the optimizer's step,
+``update_post_optimizer_call``; at the end ``cl_postprocessing``. Pretraining calls the same but for
+``cl_preprocessing``, and takes the plain ``fwd_bwd``. All are called on every rank.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from distcl.anchor import Anchor
 from distcl.config import ContinualLearningConfig
 from distcl.partition.base import Partition
 from distcl.priority.scoring import Scorer, Weights, priorities
 from distcl.runtime import Runtime
-from distcl.types import Batch, Ids, Source, UnreducedLoss
+from distcl.types import Batch, Ids, PyTree, Source, UnreducedLoss
 
 
 @dataclass(frozen=True, slots=True)
 class UpdaterSetup:
-    """What an updater works with. ``model`` is the prepared one (DDP inside)."""
+    """What an updater works with. ``model`` is the prepared one (DDP inside).
+
+    ``pretrained``: the model started from trained weights (``model.pretrained``).
+    """
 
     config: ContinualLearningConfig
     runtime: Runtime
@@ -35,14 +39,33 @@ class UpdaterSetup:
     criterion: UnreducedLoss
     scorer: Scorer
     seed: int
+    pretrained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Per-sample losses [B] of this rank's part, detached, on the device; and their ids [B]."""
+    """Per-sample losses [B] of this rank's part, detached, on the device; and their ids [B].
+
+    ``total``: the number of losses over all ranks together.
+    """
 
     losses: torch.Tensor
     ids: torch.Tensor
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a round trains on, for methods that look ahead.
+
+    ids: its training samples [N]; history: the ids held as it begins [H]; kept: those that will be
+    held after it. All are readable from ``source``.
+    """
+
+    source: Source
+    ids: Ids
+    history: Ids
+    kept: Ids
 
 
 class Updater:
@@ -75,6 +98,10 @@ class Updater:
         scores = self.setup.scorer.score(source, ids)
         return ids, priorities(scores, self.config.importance_alpha)
 
+    def begin_round(self, round_: Round) -> None:
+        """Learn what the round (or the pretraining) trains on; comes first. Local."""
+        self.round = round_
+
     def cl_preprocessing(self) -> None:
         """Begin a round: theta_star <- w_now, *after* the round's priorities were computed."""
         self.anchor.refresh()
@@ -86,7 +113,7 @@ class Updater:
         """Forward and backward of one step; gradients are the global batch's mean. Collective."""
         losses = self.losses(batch)
         self.backward(losses, batch)
-        return StepResult(losses.detach()[: len(batch)], batch.ids)
+        return StepResult(losses.detach(), batch.ids, batch.total)
 
     def update_post_fwd_bwd(self) -> None:
         """Add a regularizer's gradient, between backward and the optimizer's step."""
@@ -106,25 +133,32 @@ class Updater:
 
     # -- for the methods -----------------------------------------------------------------------
 
-    def _unreduced_criterion(self, outputs: Any, y: Any) -> torch.Tensor:
-        """Return the loss of each sample, [B]."""
+    def _unreduced_criterion(self, outputs: PyTree, y: PyTree) -> torch.Tensor:
+        """Return the loss of each sample, [B]; of no sample, [0] with a gradient (of zero)."""
+        leaves = tree_leaves(outputs)
+        if len(leaves[0]) == 0:
+            return torch.stack([leaf.sum() for leaf in leaves]).sum().expand(0)
         return self.setup.criterion(outputs, y)
 
-    def losses(self, batch: Batch) -> torch.Tensor:
-        """Return the losses [B] of a training forward; [1] of zero if this rank has no sample.
+    def forward(self, batch: Batch) -> PyTree:
+        """Return the outputs [B, ...] of a training forward. Collective.
 
-        A rank without samples runs a row of zeros through the model in eval mode, so that it joins
-        the collectives of forward and backward; its gradient is exactly zero.
+        A rank without samples runs a row of zeros through the model in eval mode and cuts the
+        outputs to none, so that it joins the collectives of forward and backward; its gradient is
+        exactly zero.
         """
         if len(batch):
-            return self._unreduced_criterion(self.model(batch.x), batch.y)
+            return self.model(batch.x)
         x = tree_map_only(torch.Tensor, lambda t: t.new_zeros((1, *t.shape[1:])), batch.x)
         training = self.model.training
         self.model.eval()
         outputs = self.model(x)
         self.model.train(training)
-        zero = sum(leaf.sum() for leaf in tree_leaves(outputs)) * 0.0
-        return torch.as_tensor(zero).reshape(1)
+        return tree_map(lambda t: t[:0], outputs)
+
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """Return the losses [B] of a training forward; see :meth:`forward`. Collective."""
+        return self._unreduced_criterion(self.forward(batch), batch.y)
 
     def backward(self, losses: torch.Tensor, batch: Batch) -> None:
         """Backward of sum(losses) · W / B_global: averaging over ranks gives the global mean."""

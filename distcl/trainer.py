@@ -95,7 +95,7 @@ class ContinuousTrainer:
         if updater.trains:
             updater.cl_postprocessing(self.parts.stream, experience.train)  # 5. commit
         train_seconds = time.perf_counter() - clock
-        self._remember(experience)
+        self.history.add(experience.train)
 
         candidates = sum(int(r["n"]) for r in weights.report.values())
         report = {
@@ -123,7 +123,7 @@ class ContinuousTrainer:
         if updater.trains:
             updater.cl_postprocessing(self.parts.stream, experience.train)
         self.parts.anchor.refresh()
-        self._remember(experience)
+        self.history.add(experience.train)
         self.pretraining = {
             "steps": steps,
             "train_seconds": time.perf_counter() - clock,
@@ -162,10 +162,6 @@ class ContinuousTrainer:
     def _outlook(self, experience: Experience) -> Round:
         ids, history = experience.train, self.history
         return Round(self.parts.stream, ids, history.ids(), history.after(ids))
-
-    def _remember(self, experience: Experience) -> None:
-        """Add to the history; what is kept of samples by id goes with those it lets go."""
-        self.parts.scorer.cache.drop(self.history.add(experience.train))
 
     def _compute_priorities(self, experience: Experience) -> RoundWeights:
         if not (self.continual.importance_weighting and self.parts.updater.trains):

@@ -138,9 +138,10 @@ class DistributedWeightedSampler(Sampler[list[int]]):
 
         ``weights`` None draws uniformly without replacement (permutations). Both are copied.
         The plan begins anew at step 0, unless ``from_step`` is given: then batches before that
-        step stay as they were drawn, and the rest of the epoch is drawn from the new weights.
-        Steps that were already handed out, a DataLoader's prefetching included, must stay. Raises
-        ValueError for weights that are NaN, infinite, negative or all zero, naming the id.
+        step stay as they were drawn, and the rest of the epoch is drawn from the new weights (and
+        may repeat ids drawn before, without replacement too). Steps that were already handed out,
+        a DataLoader's prefetching included, or that an earlier ``from_step`` fixed, must stay.
+        Raises ValueError for weights that are NaN, infinite, negative or all zero, naming the id.
         """
         number = int(ids) if isinstance(ids, int | np.integer) else int(np.prod(np.shape(ids)))
         self.set_groups([Group(ids, weights, self.num_samples or number)], from_step=from_step)
@@ -151,12 +152,16 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         The groups' draws are shuffled together. Otherwise as :meth:`set_weights`; with
         ``from_step`` the groups must be as many as before, with the same draws each.
         """
+        if not groups:
+            raise ValueError("there are no groups to draw from")
         ids, weights = [], []
         for group in groups:
             ids.append(_copy_ids(group.ids))
             number = _size(ids[-1])
-            if number < 1 or group.draws < 0:
+            if number < 1:
                 raise ValueError("there are no ids to draw from")
+            if group.draws < 0:
+                raise ValueError(f"a group's draws must not be negative, not {group.draws}")
             weights.append(None if group.weights is None else _copy_weights(group.weights))
             if (given := weights[-1]) is not None:
                 if given.shape != (number,):
@@ -173,10 +178,11 @@ class DistributedWeightedSampler(Sampler[list[int]]):
 
     def _keep_until(self, step: int, quotas: list[int]) -> None:
         """Fix the batches before ``step``; the others are to be drawn anew."""
-        if not self._handed_out <= step <= len(self):
+        fixed = max(self._handed_out, -(-len(self._drawn) // self.global_batch_size))
+        if not fixed <= step <= len(self):
             raise ValueError(
-                f"from_step must be from {self._handed_out}, the steps handed out so far, to "
-                f"{len(self)}, the steps of the epoch, not {step}"
+                f"from_step must be from {fixed} to {len(self)}, not {step}: the steps before were "
+                "handed out, or fixed by an earlier from_step"
             )
         if quotas != self._quotas:
             raise ValueError(

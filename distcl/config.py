@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -42,17 +43,33 @@ class RunConfig(Section):
 class StreamConfig(Section):
     """Where samples come from, and how they drift."""
 
-    source: str = Field("digits", description="digits, arrays, or package.module:attribute")
-    path: str = Field("", description="arrays: an .npz with x, y and optionally x_test, y_test")
+    source: str = Field(
+        "digits", description="digits, arrays, mnist, cifar10, cifar100, hf, or your own"
+    )
+    path: str = Field(
+        "",
+        description="arrays, mnist: an .npz; mnist, cifar10, cifar100: the folder of the files; "
+        "hf: a folder, or a name on the hub",
+    )
     x: str = Field("", description="arrays: an .npy of inputs (with y), instead of path")
-    y: str = Field("", description="arrays: an .npy of integer labels")
+    y: str = Field("", description="arrays: an .npy of integer labels, or of float targets")
     x_test: str = Field("", description="arrays: an .npy of held-out inputs")
-    y_test: str = Field("", description="arrays: an .npy of held-out labels")
+    y_test: str = Field("", description="arrays: an .npy of held-out labels or targets")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the source's factory")
+    sha256: dict[str, str] = Field(
+        {}, description="SHA-256 that files must have, by name, relative to path; hexadecimal"
+    )
     test_fraction: float = Field(
         0.2, gt=0, lt=1, description="share held out per class where there is no test split"
     )
     drift: str | list[str] = Field("rotate", description="drift schedule, or several, in order")
+    drift_options: dict[str, dict[str, Any]] = Field(
+        {}, description="keyword arguments of a drift schedule, by its name"
+    )
     experiences: int = Field(5, ge=1, description="number of experiences in the stream")
+    recurring: int = Field(
+        0, ge=0, description="K: experience e has concept e mod K, so concepts come again; 0: never"
+    )
     samples_per_experience: int = Field(
         0, ge=0, description="training samples of an experience; 0: all that the source has"
     )
@@ -78,6 +95,23 @@ class StreamConfig(Section):
             _known("drift", name)
         return value
 
+    @field_validator("sha256")
+    @classmethod
+    def _sha256(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, digest in value.items():
+            if not re.fullmatch("[0-9a-fA-F]{64}", digest):
+                raise ValueError(f"'{digest}' of '{name}' is not 64 hexadecimal digits")
+        return value
+
+    @model_validator(mode="after")
+    def _drift_options(self) -> StreamConfig:
+        for name in self.drift_options:
+            if name not in self.drifts:
+                raise ValueError(
+                    f"stream.drift_options.{name}: '{name}' is not in stream.drift = {self.drift!r}"
+                )
+        return self
+
     @property
     def drifts(self) -> list[str]:
         """The drift schedules as a list, in the order they are applied."""
@@ -87,7 +121,9 @@ class StreamConfig(Section):
 class ModelConfig(Section):
     """The model."""
 
-    name: str = Field("mlp", description="mlp, cnn, resnet18, vit_tiny, or package.module:factory")
+    name: str = Field(
+        "mlp", description="mlp, cnn, resnet18, vit_tiny, timm:NAME, or package.module:factory"
+    )
     options: dict[str, Any] = Field({}, description="keyword arguments of the model's factory")
     loss: str = Field(
         "cross_entropy", description="cross_entropy, mse, bce, or package.module:attribute"
@@ -243,15 +279,25 @@ class PriorityConfig(Section):
 class MonitorConfig(Section):
     """How ``distcl run`` watches the stream."""
 
-    metric: Literal["loss", "error"] = Field(
-        "error", description="what the detector is fed for each sample: its loss, or 0/1 error"
+    metric: str = Field(
+        "error",
+        description="what the detector is fed of each sample: loss, error, accuracy, entropy, "
+        "input_distance, or package.module:attribute",
+    )
+    metric_options: dict[str, Any] = Field({}, description="keyword arguments of the metric")
+    label_delay: int = Field(
+        0,
+        ge=-1,
+        description="samples that come between a sample and its label; -1: labels never come",
     )
     batch_size: int = Field(64, ge=1, description="samples looked at in one step, over all ranks")
     window: int = Field(
-        1000, ge=1, description="a round learns from at most this many of the newest samples"
+        1000,
+        ge=2,
+        description="a round learns from at most this many of the newest labelled samples",
     )
     collect: int = Field(
-        0, ge=0, description="samples to gather after a drift before its round begins"
+        0, ge=0, description="labelled samples to gather after a drift before its round begins"
     )
     holdout_fraction: float = Field(
         0.2, gt=0, lt=1, description="share of a round's samples kept for evaluation"
@@ -265,6 +311,11 @@ class MonitorConfig(Section):
     )
     reset_detector: bool = Field(True, description="whether a round resets the detector")
     max_rounds: int = Field(0, ge=0, description="stop after this many rounds; 0: never")
+
+    @field_validator("metric")
+    @classmethod
+    def _metric(cls, value: str) -> str:
+        return _known("metric", value)
 
 
 class DetectorConfig(Section):

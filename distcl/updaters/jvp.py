@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distcl.errors import ConfigError, DataError
+from distcl.errors import ConfigError
 from distcl.types import Batch, PyTree
 from distcl.updaters.base import StepResult, Updater
 
@@ -46,7 +46,7 @@ class JVPReg(Updater):
         Raises ConfigError if ``jvp_rho_x`` > 0 and x has no floating-point tensor.
         """
         rho_theta, rho_x = self.config.jvp_rho_theta, self.config.jvp_rho_x
-        both = batch if hist_batch is None else joined(batch, hist_batch)
+        both = batch if hist_batch is None else batch.joined(hist_batch)
         weights = torch.ones(len(both), dtype=self.runtime.dtype, device=self.runtime.device)
         if hist_batch is not None:  # so that the mean over both is the sum of the two means
             weights[: len(batch)] = both.total / batch.total
@@ -93,27 +93,6 @@ class JVPReg(Updater):
         for name, g in grads.items():
             uphill[name] += g.double() * scale
         return uphill
-
-
-def joined(batch: Batch, hist_batch: Batch) -> Batch:
-    """Return both batches as one. Local."""
-
-    def join(current: torch.Tensor, past: torch.Tensor) -> torch.Tensor:
-        alike(current, past)
-        return torch.cat([current, past])
-
-    x, y = tree_map(join, (batch.x, batch.y), (hist_batch.x, hist_batch.y))
-    ids = torch.cat([batch.ids, hist_batch.ids])
-    return Batch(ids, x, y, batch.total + hist_batch.total)
-
-
-def alike(current: torch.Tensor, past: torch.Tensor) -> None:
-    """Raise DataError unless samples of two batches have the same shape."""
-    if current.shape[1:] != past.shape[1:]:
-        raise DataError(
-            f"a sample of the current batch has shape {list(current.shape[1:])}, one of the "
-            f"history batch {list(past.shape[1:])}; this updater needs equal shapes"
-        )
 
 
 def floating(x: PyTree, key: str) -> list[torch.Tensor]:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distcl.errors import ConfigError
+from distcl.errors import ConfigError, DataError
 from distcl.types import Batch
 from distcl.updaters.base import StepResult, Updater
-from distcl.updaters.jvp import alike, floating, normalized, with_floating
+from distcl.updaters.jvp import floating, normalized, with_floating
 
 
 class JVPPenalty(Updater):
@@ -70,7 +70,11 @@ class JVPPenalty(Updater):
         """
         past = floating(hist_batch.x, "jvp_lambda")
         for x, h in zip(here, past, strict=True):
-            alike(x, h)
+            if x.shape[1:] != h.shape[1:]:
+                raise DataError(
+                    "jvp_penalty needs samples of equal shape; current ones have "
+                    f"{list(x.shape[1:])}, those of the history {list(h.shape[1:])}"
+                )
         if hist_batch.total != batch.total:
             world = self.runtime.world_size
             starts = [_start(hist_batch.total, rank, world) for rank in range(world + 1)]

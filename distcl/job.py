@@ -72,9 +72,16 @@ def assemble(
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = runtime.prepare_optimizer(create_optimizer(config.optimizer, trainable))
     partition = create_partition(runtime, model)
-    anchor = Anchor(partition)
     forward = ShardedForward(runtime, model, partition, criterion)
-    signal = create_signal(config.priority.signal, config.priority.options)
+    signal = create_signal(
+        config.priority.signal,
+        config.priority.options,
+        criterion=criterion,
+        loss=config.model.loss,
+        classes=stream.spec.classes,
+    )
+    importance = config.continual_learning.importance_weighting
+    anchor = Anchor(partition, keep=getattr(signal, "anchors", 1) if importance else 1)
     scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
     updater = create_updater(
         config.continual_learning.update_mode,

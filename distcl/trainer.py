@@ -122,7 +122,7 @@ class ContinuousTrainer:
         loss = self._take_steps(0, steps, "pretraining", pretraining=True)
         if updater.trains:
             updater.cl_postprocessing(self.parts.stream, experience.train)
-        self.parts.anchor.refresh()
+        self.parts.anchor.restart()
         self.history.add(experience.train)
         self.pretraining = {
             "steps": steps,

@@ -17,13 +17,14 @@ from torch import nn
 
 from distcl.data.history import History
 from distcl.data.streams import create_stream
+from distcl.errors import DistclError
 from distcl.job import assemble, train
 from distcl.models import create_model
 from distcl.runtime import Runtime
 from distcl.trainer import ContinuousTrainer
 from distcl.types import Experience, Ids
 from distcl.updaters import Round, create_updater
-from tests.small import small
+from tests.small import execute, small
 from tests.spawn import run_ranks
 
 CASES = {
@@ -35,13 +36,14 @@ CASES = {
     "si damped": ("si_c=30.0", "si_xi=0.01"),
 }
 SIZES = [(7, 5), (2, 4), (1, 1), (6, 2), (3, 3)]  # of current and history batches, a step each
+QUIET = ("run.precision=fp64", 'tracking.kind="none"')
 CAPACITY, SEED = 25, 5
 Steps = list[tuple[Ids, Ids]]
 
 
 def _config(case: str) -> Any:
     keys = (*CASES[case], f"update_mode={case.split()[0]}")
-    return small("run.precision=fp64", *(f"continual_learning.{key}" for key in keys))
+    return small(*QUIET, *(f"continual_learning.{key}" for key in keys))
 
 
 def _plan(experiences: list[Experience], mixed: bool) -> Iterator[tuple[Round, Steps]]:
@@ -273,6 +275,7 @@ JOBS = {
     "der": ("continual_learning.importance_weighting=false",),
     "lwf": ("continual_learning.mix_historic_data=true",),
     "si": ("optimizer.momentum=0.5", "continual_learning.si_c=2.0"),
+    "si pretraining": ("stream.experiences=1",),
 }
 
 
@@ -281,7 +284,7 @@ def _jobs() -> dict[str, dict[str, Any]]:
     runtime = _runtime()
     for name, keys in JOBS.items():
         config = small(
-            "run.precision=fp64",
+            *QUIET,
             "continual_learning.buffer_size=97",
             f"continual_learning.update_mode={name.split()[0]}",
             *keys,
@@ -294,7 +297,7 @@ def _jobs() -> dict[str, dict[str, Any]]:
         result["history"] = trainer.history.ids()
         if name == "der":
             result["stored"] = trainer.parts.updater.stored.ids
-        if name == "si":
+        if "si" in name:
             important = sum(float(v.sum()) for v in trainer.parts.updater.importance.values())
             result["important"] = important
         results[name] = result
@@ -322,6 +325,25 @@ def test_stored_logits_are_of_exactly_the_samples_that_history_holds() -> None:
     (alone,) = _job_results(1)
     assert len(alone["der"]["history"]) == 97
     assert alone["der"]["stored"].tolist() == sorted(alone["der"]["history"].tolist())
+
+
+def test_synaptic_intelligence_learns_from_pretraining() -> None:
+    (alone,) = _job_results(1)
+    assert alone["si pretraining"]["digests"] == []  # no round
+    assert 0 < alone["si pretraining"]["important"] < np.inf
+
+
+def _refusal(out: Path) -> str:
+    try:
+        execute("train", ("continual_learning.replay_batch_size=1",), out)
+    except DistclError as error:
+        return str(error)
+    return ""
+
+
+def test_a_replay_batch_smaller_than_the_number_of_ranks_is_refused(tmp_path: Path) -> None:
+    for message in run_ranks(2, _refusal, tmp_path):
+        assert "continual_learning.replay_batch_size = 1 is smaller than the number of" in message
 
 
 def test_copies_train_the_same_weights_as_ids() -> None:

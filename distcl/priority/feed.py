@@ -105,11 +105,18 @@ class Feed:
     def _from_ledger(self, ledger: Ledger, round_index: int, update: int) -> RoundWeights:
         """Return weights by the table as it is, over a fresh pool of the history if asked."""
         current, history = self._weighted
-        pool, size = None, self._priority.pool
+        size, chosen, pool = self._priority.pool, None, None
         if history is not None and 0 < size < len(history):
             rng = generator(self._seed, _POOL, round_index, update)
-            pool = history[rng.choice(len(history), size, replace=False, shuffle=False)]
-        return weigh(self._shape, ledger.table.read, current, history, pool)
+            chosen = rng.choice(len(history), size, replace=False, shuffle=False)
+            pool = history[chosen]
+
+        def read(ids: Ids) -> Weights:
+            if ids is pool and history is not None:
+                return ledger.table.read(history, chosen)
+            return ledger.table.read(ids)
+
+        return weigh(self._shape, read, current, history, pool, report=not update)
 
     # ------------------------------------------------------------ 3. sampler
 

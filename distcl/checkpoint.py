@@ -93,6 +93,11 @@ class CheckpointStore:
         self._writing = writing
 
     @property
+    def pending(self) -> bool:
+        """Whether a checkpoint waits for its name; the same on every rank. Local."""
+        return self._writing is not None
+
+    @property
     def written(self) -> bool:
         """Whether this rank has nothing (more) to write. Local."""
         return self._writing is None or not self._writing.thread.is_alive()

@@ -1,13 +1,13 @@
-"""What a checkpoint holds, by name and place, so that any layout on any number of ranks reads it.
+"""Reads a checkpoint by name and place, so that any layout on any number of ranks can go on.
 
-Sliced state (theta_star, optimizer, statistics) is saved by each rank with the place of each slice
-in its tensor; a reader asks for elements [start, stop) of a tensor and gets them from whichever
-ranks' files have them.
+Sliced state (theta_star, optimizer, statistics) is saved by each rank as its slices, beside a table
+of where in each tensor they lie. A reader asks for elements [start, stop) of a tensor and gets them
+from whichever ranks' files have them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,82 +18,66 @@ from distcl.checkpoint import MODEL, SHARED, load, rank_file
 from distcl.errors import CheckpointError
 from distcl.partition.base import Fetch, Partition
 
-Ranges = Mapping[str, tuple[int, int]]
-
-
-def pack(slices: Mapping[str, torch.Tensor], ranges: Ranges) -> dict[str, Any]:
-    """Return slices with the place where each begins, as :class:`Reader` finds them. Local."""
-    return {
-        name: {"start": ranges[name][0], "data": value}
-        for name, value in slices.items()
-        if name in ranges
-    }
-
 
 class Reader:
-    """Reads a verified checkpoint. Local; files are memory-mapped."""
+    """A verified checkpoint. Local; tensors are memory-mapped."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
-        self.manifest = manifest
         self.shared: dict[str, Any] = load(path / SHARED)
         self.ranks: list[dict[str, Any]] = [
             load(path / rank_file(rank)) for rank in range(int(manifest["world_size"]))
         ]
 
-    def weights(self) -> Fetch:
-        """Return the reader of weights and buffers."""
+    def weights(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements of a parameter or buffer, 1-D."""
+        path = self.path / MODEL
+        with safe_open(path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118  (it is no mapping)
+                raise CheckpointError(f"checkpoint '{path}' has no '{name}'")
+            whole: torch.Tensor = file.get_tensor(name)
+        if whole.numel() < stop:
+            raise CheckpointError(
+                f"checkpoint '{path}' has {whole.numel()} elements of '{name}', but {stop} are "
+                "needed: it is of another model"
+            )
+        return whole.reshape(-1)[start:stop]
 
-        def fetch(name: str, start: int, stop: int) -> torch.Tensor:
-            with safe_open(self.path / MODEL, framework="pt") as file:
-                if name not in file.keys():  # noqa: SIM118 (it is no mapping)
-                    raise CheckpointError(f"checkpoint '{self.path / MODEL}' has no '{name}'")
-                whole: torch.Tensor = file.get_tensor(name)
-            if whole.numel() < stop:
-                raise CheckpointError(
-                    f"checkpoint '{self.path / MODEL}' has {whole.numel()} elements of '{name}', "
-                    f"{stop} are needed: is it of another model?"
-                )
-            return whole.reshape(-1)[start:stop]
-
-        return fetch
-
-    def slices(self, *keys: str) -> Fetch:
-        """Return the reader of sliced state that lies under ``keys`` in the ranks' files."""
+    def slices(self, *keys: str | int) -> Fetch:
+        """Return the reader of the sliced state under ``keys`` in the ranks' files."""
+        parts = [(_under(state, keys), state["ranges"]) for state in self.ranks]
 
         def fetch(name: str, start: int, stop: int) -> torch.Tensor:
             out: torch.Tensor | None = None
-            left = stop - start
-            for state in self.ranks:
-                for key in keys:
-                    state = state.get(key, {})
-                part = state.get(name)
-                if part is None:
+            found = 0
+            for slices, ranges in parts:
+                if name not in slices:
                     continue
-                data, at = part["data"], int(part["start"])
+                data, at = slices[name], ranges[name][0]
                 lo, hi = max(start, at), min(stop, at + data.numel())
                 if lo < hi:
                     out = data.new_empty(stop - start) if out is None else out
                     out[lo - start : hi - start] = data[lo - at : hi - at]
-                    left -= hi - lo
-            if out is None or left != 0:
-                raise CheckpointError(
-                    f"checkpoint '{self.path}' lacks {'/'.join(keys)} of '{name}' [{start}:{stop})"
-                )
+                    found += hi - lo
+            if out is None or found != stop - start:
+                where = "/".join(str(k) for k in keys)
+                raise CheckpointError(f"checkpoint '{self.path}' lacks {where} of '{name}'")
             return out
 
         return fetch
 
-    def cut(self, keys: Iterable[str], partition: Partition) -> dict[str, torch.Tensor]:
+    def cut(self, partition: Partition, *keys: str | int) -> dict[str, torch.Tensor]:
         """Return my slices of a sliced state, under the partition in force."""
         fetch = self.slices(*keys)
-        saved: set[str] = set()
-        for state in self.ranks:
-            for key in keys:
-                state = state.get(key, {})
-            saved |= set(state)
-        return {
-            name: fetch(name, start, stop)
-            for name, (start, stop) in partition.ranges().items()
-            if name in saved
-        }
+        saved = {name for state in self.ranks for name in _under(state, keys)}
+        mine = partition.ranges().items()
+        return {name: fetch(name, start, stop) for name, (start, stop) in mine if name in saved}
+
+
+def _under(state: Any, keys: tuple[str | int, ...]) -> dict[str, torch.Tensor]:
+    for key in keys:
+        if isinstance(key, str) and key not in state:
+            return {}
+        state = state[key]
+    found: dict[str, torch.Tensor] = state
+    return found

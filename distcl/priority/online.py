@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,15 +251,34 @@ class Ledger:
         self.table.label(unseen, labels.cpu().numpy())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the table, and what this rank observed since the last :meth:`gather`."""
-        window = [{f: getattr(seen, f) for f in _Seen.__slots__} for seen in self._window]
-        return {"table": self.table.state_dict(), "round": self._round, "window": window}
+        """Return the table, the same on every rank; see also :meth:`observed`."""
+        return {"table": self.table.state_dict(), "round": self._round}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, on the same rank."""
+    def observed(self) -> list[dict[str, Any]]:
+        """Return what this rank observed since the last :meth:`gather`, a dict a forward."""
+        return [{f: getattr(seen, f) for f in _Seen.__slots__} for seen in self._window]
+
+    def load_state_dict(
+        self, state: dict[str, Any], observed: Sequence[list[dict[str, Any]]]
+    ) -> None:
+        """Restore ``state_dict``; ``observed`` is what each rank had observed, at any world size.
+
+        On another number of ranks than before, rank 0 gets what all of them had.
+        """
         self.table.load_state_dict(state["table"])
         self._round = state["round"]
-        self._window = [_Seen(**seen) for seen in state["window"]]
+        run = self._runtime
+        if len(observed) == run.world_size:
+            self._window = [_Seen(**seen) for seen in observed[run.rank]]
+            return
+        self._window = []
+        for parts in zip(*observed, strict=True):
+            rows = {
+                name: torch.cat([part[name] for part in parts])[: None if run.rank == 0 else 0]
+                for name in ("ids", "scores", "losses", "labels")
+            }
+            # one rank holds a whole batch: make room for it, see _of_all_ranks
+            self._window.append(_Seen(**rows, total=parts[0]["total"] * run.world_size))
 
 
 def _is_label(y: PyTree) -> bool:

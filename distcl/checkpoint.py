@@ -162,6 +162,11 @@ class CheckpointStore:
         for path in self.folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(path, ignore_errors=True)
 
+    def clear(self) -> None:
+        """Remove every checkpoint: a run begins anew. Local to rank 0."""
+        for path in self.all():
+            shutil.rmtree(path)
+
     def newest(self) -> Path | None:
         """Return the newest checkpoint that verifies, or None; say which ones do not."""
         found: Path | None = None

@@ -50,6 +50,24 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="The run folder. Default: runs/NAME-OF-CONFIG."),
 ]
+Resume = Annotated[
+    str,
+    typer.Option(
+        "--resume",
+        metavar="auto|PATH|never",
+        help="auto: go on from the newest good checkpoint in the run folder, if any; never: begin "
+        "anew and replace it.",
+    ),
+]
+AllowChanged = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-changed",
+        metavar="SECTION.KEY",
+        help="Resume although this key differs from the checkpoint's. Repeatable.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the summary as JSON, and nothing else, on stdout.")
@@ -129,11 +147,13 @@ def run(
     file: ConfigOption = None,
     sets: Overrides = None,
     out: Out = None,
+    resume: Resume = "never",
+    allow_changed: AllowChanged = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Watch the stream and start a round of training whenever drift is detected."""
-    _execute("run", config, file, sets, out, quiet, as_json)
+    _execute("run", config, file, sets, out, resume, allow_changed, quiet, as_json)
 
 
 @app.command()
@@ -142,11 +162,13 @@ def train(
     file: ConfigOption = None,
     sets: Overrides = None,
     out: Out = None,
+    resume: Resume = "never",
+    allow_changed: AllowChanged = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train one round per experience, without a detector."""
-    _execute("train", config, file, sets, out, quiet, as_json)
+    _execute("train", config, file, sets, out, resume, allow_changed, quiet, as_json)
 
 
 @app.command()
@@ -155,11 +177,13 @@ def detect(
     file: ConfigOption = None,
     sets: Overrides = None,
     out: Out = None,
+    resume: Resume = "never",
+    allow_changed: AllowChanged = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Watch the stream and report drift, without rounds of training."""
-    _execute("detect", config, file, sets, out, quiet, as_json)
+    _execute("detect", config, file, sets, out, resume, allow_changed, quiet, as_json)
 
 
 @app.command("config")
@@ -243,6 +267,8 @@ def _execute(
     option: Path | None,
     sets: list[str] | None,
     out: Path | None,
+    resume: str,
+    allow_changed: list[str] | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -265,7 +291,7 @@ def _execute(
         complain(message)
 
     try:
-        summary = job.execute(command, config, folder, display, tell)
+        summary = job.execute(command, config, folder, display, tell, resume, allow_changed or [])
     finally:
         if display is not None:
             display.close()

@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -72,11 +71,11 @@ class Keeper:
         runtime: Runtime,
         store: CheckpointStore,
         config: CheckpointConfig,
-        max_minutes: float,
+        preemption: Preemption,
         contents: Callable[[], Contents],
         steps: Callable[[], int],
     ) -> None:
-        self.preemption = Preemption(max_minutes)
+        self.preemption = preemption
         self._runtime = runtime
         self._store = store
         self._config = config
@@ -122,10 +121,9 @@ class Keeper:
             self.save()
         self.poll()
 
-    def close(self) -> None:
-        """Finish what is being written. Collective."""
+    def finish(self) -> None:
+        """Wait for what is being written. Collective."""
         self._store.finish()
-        self.preemption.remove()
 
     def _stop(self) -> None:
         self._store.finish()
@@ -166,8 +164,3 @@ def set_random_state(state: dict[str, Any], runtime: Runtime) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
     if "cuda" in state and runtime.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], runtime.device)
-
-
-def checkpoints(out: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return out / "checkpoints"

@@ -42,6 +42,7 @@ class JobState:
     baseline: list[float] = field(default_factory=list)
     seconds: float = 0.0
     rollbacks: int = 0
+    """Rollbacks whose smaller step the learning rates have."""
 
 
 def collect(
@@ -128,16 +129,18 @@ def restore(
     partition.load_optimizer_state(
         parts.optimizer, {key: reader.slices("optimizer", key) for key in keys}, plain
     )
+    parts.scorer.cache.load_state_dict(shared["cache"])
+    parts.forward.forwards = shared["forwards"]
+    parts.feed.load_ledger(shared["ledger"], [state["observed"] for state in reader.ranks])
+    trainer.load_state_dict(shared["trainer"])
+    if trainer.stage is not None:  # what the round trains on; what it found out comes next
+        trainer.announce(trainer.stage.experience)
     states = [state["updater"] for state in reader.ranks]
     parts.updater.load_state_dict(
         own["updater"]
         if same and _same_layout(own, partition.ranges())
         else parts.updater.merged(states, lambda key: reader.cut(partition, "updater", key))
     )
-    parts.scorer.cache.load_state_dict(shared["cache"])
-    parts.forward.forwards = shared["forwards"]
-    parts.feed.load_ledger(shared["ledger"], [state["observed"] for state in reader.ranks])
-    trainer.load_state_dict(shared["trainer"])
     trainer.loop.base_lrs[:] = shared["lrs"]
     if monitor is not None:
         monitor.load_state_dict(shared["monitor"])

@@ -125,7 +125,7 @@ class ContinuousTrainer:
         scored = self.parts.forward.forwards - forwards
         priority_seconds = time.perf_counter() - clock
 
-        self._announce(experience)
+        self.announce(experience)
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
 
         feed.rebuild(  # 3. sampler
@@ -158,9 +158,9 @@ class ContinuousTrainer:
 
     def _report(self, stage: Stage, accepted: bool) -> dict[str, Any]:
         feed = self.parts.feed
-        for line in feed.weights.lines() if feed.scored else ():
+        for line in feed.weights.lines() if feed.forwards else ():
             self._say(line)
-        scored = stage.report["scored"] + feed.scored
+        scored = stage.report["scored"] + feed.forwards
         candidates = sum(int(r["n"]) for r in feed.weights.report.values())
         return {
             "round": stage.number,
@@ -179,7 +179,7 @@ class ContinuousTrainer:
         """Train plainly on the first experience; afterwards theta_star equals the weights."""
         updater, feed = self.parts.updater, self.parts.feed
         if self.stage is None:
-            self._announce(experience)
+            self.announce(experience)
             feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
             steps = feed.steps(self.training.pretrain_epochs)
             self.stage = Stage(0, "pretraining", experience, steps)
@@ -220,7 +220,7 @@ class ContinuousTrainer:
         """Return the share of held-out samples that the model gets right; in regression, R²."""
         return self._evaluator.score(experience, f"after round {len(self.rounds)}")
 
-    def _announce(self, experience: Experience) -> None:
+    def announce(self, experience: Experience) -> None:
         """Tell the updater what the round trains on."""
         ids, history = experience.train, self.history
         self.parts.updater.begin_round(

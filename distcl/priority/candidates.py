@@ -26,7 +26,8 @@ class Chooser:
     evenly: a rank trains on those that it has scored, as far as its part reaches; only what is left
     over is read again, by a rank with room.
 
-    ``scored`` counts candidates over all ranks, ``seconds`` the time that choosing took.
+    ``forwards`` counts samples passed through the model, over all ranks together; ``seconds`` is
+    the time that choosing took.
     """
 
     def __init__(
@@ -38,8 +39,9 @@ class Chooser:
         self._of = of
         self._seed = seed
         self._stream = stream
-        self.scored = 0
+        self.forwards = 0
         self.seconds = 0.0
+        self._number = 0
         self._low, self._high, self._sums = np.inf, 0.0, np.zeros(3)
 
     def choose(
@@ -47,7 +49,7 @@ class Chooser:
     ) -> Iterator[tuple[Batch, Ids]]:
         """Yield (this rank's part, all ids) of what is kept of each (part, all ids). Collective."""
         for step, (batch, ids) in enumerate(batches, start=first_step):
-            clock = time.perf_counter()
+            clock, forwards = time.perf_counter(), self._scorer.forward.forwards
             scores = self._scorer.score_batch(batch, ids).cpu().numpy().astype(np.float64)
             weights = self._shape.weights(scores, ids)
             rng = generator(self._seed, self._stream, round_index, step)
@@ -55,6 +57,7 @@ class Chooser:
             self._note(self._shape.priorities(scores), weights)
             part = self._dealt(batch, ids, kept)
             self.seconds += time.perf_counter() - clock
+            self.forwards += self._scorer.forward.forwards - forwards
             yield part, ids[kept]
 
     def _dealt(self, batch: Batch, ids: Ids, kept: Ids) -> Batch:
@@ -77,15 +80,15 @@ class Chooser:
 
     def _note(self, priorities: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> None:
         n = len(weights)
-        self.scored += n
+        self._number += n
         self._low, self._high = min(self._low, priorities.min()), max(self._high, priorities.max())
         self._sums += [priorities.sum(), np.square(priorities).sum(), n * ess_fraction(weights)]
 
     def statistics(self) -> dict[str, float]:
         """Return n, min, mean, max, std of all priorities, and the mean ESS of a step's weights."""
-        mean, square, ess = self._sums / self.scored
+        mean, square, ess = self._sums / self._number
         return {
-            "n": self.scored,
+            "n": self._number,
             "min": float(self._low),
             "mean": float(mean),
             "max": float(self._high),
@@ -96,15 +99,17 @@ class Chooser:
     def state_dict(self) -> dict[str, Any]:
         """Return what has been counted so far."""
         return {
-            "scored": self.scored,
+            "forwards": self.forwards,
             "seconds": self.seconds,
+            "number": self._number,
             "range": [float(self._low), float(self._high)],
             "sums": self._sums.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.scored, self.seconds = state["scored"], state["seconds"]
+        self.forwards, self.seconds = state["forwards"], state["seconds"]
+        self._number = state["number"]
         self._low, self._high = state["range"]
         self._sums = np.array(state["sums"])
 

@@ -249,9 +249,9 @@ class Feed:
         return self._weights
 
     @property
-    def scored(self) -> int:
-        """How many candidates the steps of this round have scored so far, over all ranks."""
-        return sum(chooser.scored for chooser in self._choosers.values())
+    def forwards(self) -> int:
+        """Samples passed through the model to choose this round's batches, over all ranks."""
+        return sum(chooser.forwards for chooser in self._choosers.values())
 
     @property
     def priority_seconds(self) -> float:

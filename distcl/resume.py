@@ -122,6 +122,7 @@ def restore(
                 reader.cut(partition, "anchor", "older", k)
                 for k in range(len(own["anchor"]["older"]))
             ],
+            "begun": own["anchor"]["begun"],
         }
     )
     keys = {key for state in reader.ranks for key in state["optimizer"]}

@@ -186,6 +186,64 @@ def detect(
     _execute("detect", config, file, sets, out, resume, allow_changed, quiet, as_json)
 
 
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's weights, or a checkpoint's, on every experience of its stream."""
+    from distcl.artifacts import evaluate as evaluate_weights
+
+    result = evaluate_weights(path)
+    if as_json:
+        say(json.dumps(result, indent=2))
+        return
+    say(f"{result['metric']} of {result['weights']}")
+    for k, value in enumerate(result["accuracy"]):
+        say(f"  experience {k}  {value:.4f}")
+    say(f"  average       {result['average_accuracy']:.4f}")
+
+
+checkpoint = typer.Typer(help="Look at, verify and export checkpoints.")
+app.add_typer(checkpoint, name="checkpoint")
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's folder.")]
+
+
+@checkpoint.command("inspect")
+def inspect_checkpoint(path: CheckpointArgument) -> None:
+    """Say what a checkpoint holds."""
+    from distcl.artifacts import describe
+
+    for key, value in describe(path).items():
+        if isinstance(value, dict):
+            for name, size in value.items():
+                say(f"{name:<24} {size:,} bytes")
+        else:
+            say(f"{key:<24} {value}")
+
+
+@checkpoint.command("verify")
+def verify_checkpoint(path: CheckpointArgument) -> None:
+    """Check every file of a checkpoint against its manifest; exit 5 if one does not match."""
+    from distcl.checkpoint import verify
+
+    say(f"{path}: {len(verify(path)['files'])} files are as they were written")
+
+
+@checkpoint.command("export")
+def export_checkpoint(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run folder.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to write.")] = Path(
+        "export"
+    ),
+) -> None:
+    """Write the weights as one safetensors file and config.toml, readable without distcl."""
+    from distcl.artifacts import export
+
+    for file in export(path, to):
+        say(f"wrote {file}")
+
+
 @app.command("config")
 def show_config(
     config: ConfigArgument = None,

@@ -50,6 +50,24 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="The run folder. Default: runs/NAME-OF-CONFIG."),
 ]
+Resume = Annotated[
+    str,
+    typer.Option(
+        "--resume",
+        metavar="auto|PATH|never",
+        help="auto: go on from the newest good checkpoint in the run folder, if any; never: begin "
+        "anew and replace it.",
+    ),
+]
+AllowChanged = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-changed",
+        metavar="SECTION.KEY",
+        help="Resume although this key differs from the checkpoint's. Repeatable.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the summary as JSON, and nothing else, on stdout.")
@@ -129,11 +147,13 @@ def run(
     file: ConfigOption = None,
     sets: Overrides = None,
     out: Out = None,
+    resume: Resume = "never",
+    allow_changed: AllowChanged = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Watch the stream and start a round of training whenever drift is detected."""
-    _execute("run", config, file, sets, out, quiet, as_json)
+    _execute("run", config, file, sets, out, resume, allow_changed, quiet, as_json)
 
 
 @app.command()
@@ -142,11 +162,13 @@ def train(
     file: ConfigOption = None,
     sets: Overrides = None,
     out: Out = None,
+    resume: Resume = "never",
+    allow_changed: AllowChanged = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train one round per experience, without a detector."""
-    _execute("train", config, file, sets, out, quiet, as_json)
+    _execute("train", config, file, sets, out, resume, allow_changed, quiet, as_json)
 
 
 @app.command()
@@ -155,11 +177,71 @@ def detect(
     file: ConfigOption = None,
     sets: Overrides = None,
     out: Out = None,
+    resume: Resume = "never",
+    allow_changed: AllowChanged = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Watch the stream and report drift, without rounds of training."""
-    _execute("detect", config, file, sets, out, quiet, as_json)
+    _execute("detect", config, file, sets, out, resume, allow_changed, quiet, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's weights, or a checkpoint's, on every experience of its stream."""
+    from distcl.artifacts import evaluate as evaluate_weights
+
+    result = evaluate_weights(path)
+    if as_json:
+        say(json.dumps(result, indent=2))
+        return
+    say(f"{result['metric']} of {result['weights']}")
+    for k, value in enumerate(result["accuracy"]):
+        say(f"  experience {k}  {value:.4f}")
+    say(f"  average       {result['average_accuracy']:.4f}")
+
+
+checkpoint = typer.Typer(help="Look at, verify and export checkpoints.")
+app.add_typer(checkpoint, name="checkpoint")
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's folder.")]
+
+
+@checkpoint.command("inspect")
+def inspect_checkpoint(path: CheckpointArgument) -> None:
+    """Say what a checkpoint holds."""
+    from distcl.artifacts import describe
+
+    for key, value in describe(path).items():
+        if isinstance(value, dict):
+            for name, size in value.items():
+                say(f"{name:<24} {size:,} bytes")
+        else:
+            say(f"{key:<24} {value}")
+
+
+@checkpoint.command("verify")
+def verify_checkpoint(path: CheckpointArgument) -> None:
+    """Check every file of a checkpoint against its manifest; exit 5 if one does not match."""
+    from distcl.checkpoint import verify
+
+    say(f"{path}: {len(verify(path)['files'])} files are as they were written")
+
+
+@checkpoint.command("export")
+def export_checkpoint(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run folder.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to write.")] = Path(
+        "export"
+    ),
+) -> None:
+    """Write the weights as one safetensors file and config.toml, readable without distcl."""
+    from distcl.artifacts import export
+
+    for file in export(path, to):
+        say(f"wrote {file}")
 
 
 @app.command("config")
@@ -243,6 +325,8 @@ def _execute(
     option: Path | None,
     sets: list[str] | None,
     out: Path | None,
+    resume: str,
+    allow_changed: list[str] | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -265,7 +349,7 @@ def _execute(
         complain(message)
 
     try:
-        summary = job.execute(command, config, folder, display, tell)
+        summary = job.execute(command, config, folder, display, tell, resume, allow_changed or [])
     finally:
         if display is not None:
             display.close()

@@ -35,6 +35,9 @@ class RunConfig(Section):
     poll_steps: int = Field(
         20, ge=1, description="steps between two points at which the loop looks at losses"
     )
+    max_minutes: float = Field(
+        0.0, ge=0, description="save and stop with exit code 75 after this long; 0: never"
+    )
     timeout_seconds: float = Field(
         300.0, gt=0, description="a collective that takes longer ends the run on all ranks"
     )
@@ -169,6 +172,16 @@ class TrainingConfig(Section):
     pretrain_epochs: int = Field(
         5, ge=0, description="passes over the first experience, if no pretrained weights are given"
     )
+    accept: Literal["always", "improves"] = Field(
+        "always",
+        description="improves: a round that makes held-out data of old and new experiences worse "
+        "is taken back",
+    )
+    on_divergence: Literal["stop", "rollback"] = Field(
+        "stop",
+        description="rollback: go back to the last checkpoint with half the learning rate",
+    )
+    max_rollbacks: int = Field(2, ge=1, description="rollbacks of a run, at most")
     eval_batch_size: int = Field(256, ge=1, description="chunk of an evaluation pass, per rank")
 
 
@@ -389,6 +402,16 @@ class CheckpointConfig(Section):
 
     save_final: bool = Field(
         True, description="write checkpoints/final.safetensors when the run is done"
+    )
+    every_round: bool = Field(True, description="save the whole state at the end of every round")
+    every_minutes: float = Field(
+        10.0, ge=0, description="save the whole state within a round this often; 0: never"
+    )
+    every_steps: int = Field(
+        0, ge=0, description="save the whole state within a round this often; 0: never"
+    )
+    keep: int = Field(
+        2, ge=1, description="newest checkpoints that stay, besides the most accurate one"
     )
 
 

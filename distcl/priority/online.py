@@ -154,6 +154,7 @@ class Ledger:
         self._waiting: list[tuple[PyTree, ...]] = []  # ids, x, y, outputs, losses: not scored yet
         self._elements = 0  # of the outputs that wait
         self._seen: list[_Seen] = []
+        self._heard = False  # of any training forward
         self._round = -1
 
     def observe(self, batch: Batch, outputs: PyTree, losses: torch.Tensor) -> None:
@@ -184,13 +185,21 @@ class Ledger:
         labels = y if self._classes and _is_label(y) else torch.full_like(loss, _UNKNOWN)
         self._seen.append(_Seen(ids, checked(self._signal, scores, len(ids)), loss, labels))
 
+    @property
+    def waits(self) -> bool:
+        """Whether something was observed since the last :meth:`gather`; equal on all ranks."""
+        return bool(self._sizes)
+
     def gather(self) -> None:
         """Put what was observed since the last time into the table. Collective.
 
-        Samples are written in the order in which they were drawn. One whose loss is not finite is
-        left to the loss watch. Raises ConfigError naming signal and sample id for a bad score.
+        How often it is called makes no difference to the table. Samples are written in the order
+        in which they were drawn. One whose loss is not finite is left to the loss watch. Raises
+        ConfigError naming signal and sample id for a bad score.
         """
         self._score()
+        if not self._sizes and self._heard:
+            return
         if not self._sizes:
             raise ConfigError(
                 "priority.source = 'online' has had no training forward to take scores from; "
@@ -198,7 +207,7 @@ class Ledger:
                 "Updater.losses_of"
             )
         ids, scores, labels = self._gathered()
-        self._sizes, self._seen = [], []
+        self._sizes, self._seen, self._heard = [], [], True
         if not (np.isfinite(scores) & (scores >= 0)).all():
             what = f"the score of signal '{type(self._signal).__name__}'"
             require_finite(torch.from_numpy(scores), ids, what, ConfigError)
@@ -259,20 +268,13 @@ class Ledger:
         self.table.label(unseen, labels.cpu().numpy())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the table, and what this rank observed since the last :meth:`gather`."""
-        self._score()
-        return {
-            "table": self.table.state_dict(),
-            "round": self._round,
-            "sizes": self._sizes,
-            "seen": [{f: getattr(seen, f) for f in _Seen.__slots__} for seen in self._seen],
-        }
+        """Return the table, the same on every rank. Call it when nothing waits: :meth:`gather`."""
+        return {"table": self.table.state_dict(), "round": self._round, "heard": self._heard}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, on the same rank."""
+        """Restore what ``state_dict`` returned, at any world size."""
         self.table.load_state_dict(state["table"])
-        self._round, self._sizes = state["round"], list(state["sizes"])
-        self._seen = [_Seen(**seen) for seen in state["seen"]]
+        self._round, self._heard = state["round"], state["heard"]
 
 
 def _cat(some: tuple[PyTree, ...]) -> PyTree:

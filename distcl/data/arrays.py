@@ -65,7 +65,7 @@ class ArraySource:
         ``fraction`` of each class goes to test. The split depends on the labels alone. A class of
         one sample is in train only. Raises DataError if that leaves test empty.
         """
-        train, test = _stratified(self.labels, fraction)
+        train, test = stratified(self.labels, fraction)
         if len(test) == 0:
             raise DataError(
                 f"{self.name}: no class has two samples, so none can be held out for testing"
@@ -79,15 +79,21 @@ class ArraySource:
         return part
 
     def _leaf(self, leaf: Array, rows: Ids) -> torch.Tensor:
-        taken = leaf.take(rows, axis=0)
-        if taken.dtype == np.uint8:
-            taken = np.divide(taken, np.float32(255), dtype=np.float32)
-        elif not (self._in_tree and taken.dtype.kind in "ib"):
-            double = taken.dtype.kind == "f" and taken.dtype.itemsize == 8
-            taken = taken.astype(np.float64 if double else np.float32, copy=False)
-        else:
-            taken = taken.astype(taken.dtype.newbyteorder("="), copy=False)
-        return torch.from_numpy(taken)
+        return torch.from_numpy(as_numbers(leaf.take(rows, axis=0), self._in_tree))
+
+
+def as_numbers(values: Array, in_tree: bool) -> Array:
+    """Return values as a model takes them, in this machine's byte order.
+
+    uint8 becomes float32 in [0, 1], float64 stays, every other type becomes float32; ``in_tree``,
+    where a sample is several tensors, signed integers and booleans keep their type.
+    """
+    if values.dtype == np.uint8:
+        return np.divide(values, np.float32(255), dtype=np.float32)
+    if in_tree and values.dtype.kind in "ib":
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+    double = values.dtype.kind == "f" and values.dtype.itemsize == 8
+    return values.astype(np.float64 if double else np.float32, copy=False)
 
 
 def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
@@ -193,7 +199,7 @@ def _check_x(x: Array, n: int, name: str) -> None:
             raise DataError(f"{name}: x has a value that is NaN or infinite at row {row}")
 
 
-def _stratified(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
+def stratified(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
     """Return the rows (train, test), each ascending, with ``fraction`` of every class in test."""
     order = np.lexsort((np.random.default_rng(0).random(len(labels)), labels))
     counts = np.bincount(labels)

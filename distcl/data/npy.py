@@ -8,6 +8,8 @@ the file really holds. Mapped data are not checked against the archive's CRC.
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 import re
 import struct
@@ -82,6 +84,22 @@ def open_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -
                 raise DataError(f"'{path}' has no array '{key}'; it has {has}")
         wanted = [key for key in (*required, *optional) if key in members]
         return {key: _member(path, archive, members[key], f"'{path}', '{key}'") for key in wanted}
+
+
+def parse_npy(data: bytes) -> Array:
+    """Return the array that the bytes of an .npy file hold, read-only, without copying. Local.
+
+    Raises DataError if they are truncated, not an .npy, or not numeric.
+    """
+    width = 2 if data[6:7] == b"\x01" else 4
+    header = _header_of(data[: 8 + width + int.from_bytes(data[8 : 8 + width], "little")])
+    _require(len(data) - header.length, header.nbytes, "it")
+    return np.ndarray(header.shape, header.dtype, data, header.length, order=header.order)
+
+
+@functools.lru_cache(64)
+def _header_of(head: bytes) -> _Header:
+    return _read_header(io.BytesIO(head), "it")
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Array:

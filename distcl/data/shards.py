@@ -1,0 +1,292 @@
+"""Indexed WebDataset shards as a source: random reads by id, at the speed of the storage."""
+
+from __future__ import annotations
+
+import copy
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._pytree import tree_map
+
+from distcl.config import DataConfig, StreamConfig
+from distcl.data.arrays import as_numbers, stratified
+from distcl.data.decode import Decoder, Sample
+from distcl.data.index import (
+    CRC_MASK,
+    Manifest,
+    Shard,
+    key_of,
+    labels_in,
+    open_index,
+    read_manifest,
+)
+from distcl.data.npy import Array
+from distcl.data.tars import read_members
+from distcl.errors import ConfigError, DataError
+from distcl.types import Batch, Ids, PyTree
+
+_MOST_OPEN = 64
+
+
+class ShardSource:
+    """A source over one split of a folder of indexed shards; ids are 0 … N-1 in shard order.
+
+    Reads are sorted by shard and offset, one per different sample, and decoded in the process that
+    calls ``read``. x is one tensor [B, ...] or, for samples of several arrays, a dict of them by
+    ext (NAME for NAME.npy), with the types of :class:`distcl.data.arrays.ArraySource`; y is int64
+    [B]. An index costs 16 bytes a sample, memory-mapped.
+
+    ``usable``: bool [N], False for samples known to be bad; None if all are sound. With
+    ``data.on_bad_sample = "skip"``, a sample that turns out bad in ``read`` is replaced by the next
+    sound one, and ``Batch.ids`` has that one's id. Otherwise DataError names shard,
+    member and id.
+    """
+
+    def __init__(
+        self, folder: Path, shards: Sequence[Shard], data: DataConfig, name: str = "shards"
+    ) -> None:
+        self.name = name
+        self.shards = list(shards)
+        self._data = data
+        self._decode = Decoder(data.transforms)
+        self._files = _Files(folder)
+        self._firsts = np.array([s.first_id for s in shards] + [sum(s.samples for s in shards)])
+        self._rows: Ids | None = None  # row of the split for each id; None: the same
+        self._empty: tuple[PyTree, PyTree] | None = None
+        self.problems: list[str] = []
+        """What is known to be bad, in words; filled by opening, with ``on_bad_sample = "skip"``."""
+        self._indexes: list[Array | None] = [self._open(folder, shard) for shard in shards]
+        if not any(index is not None for index in self._indexes):
+            raise DataError(f"{name}: there are no samples" + "".join(self.problems[:1]))
+
+    def _open(self, folder: Path, shard: Shard) -> Array | None:
+        """Return a shard's index, None if the shard cannot be used."""
+        try:
+            index = open_index(folder / shard.name, shard.samples, shard.bytes)
+        except DataError as error:
+            last = shard.first_id + max(shard.samples - 1, 0)
+            fault = f"{error} (ids {shard.first_id}…{last})"
+            if self._data.on_bad_sample == "error":
+                raise DataError(fault) from None
+            self.problems.append(fault)
+            return None
+        for row in np.flatnonzero(labels_in(index) < 0).tolist():
+            extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
+            fault = f"{_where(shard, extent, row)}: it has no label, or is marked as bad"
+            if self._data.on_bad_sample == "error":
+                raise DataError(fault)
+            self.problems.append(fault)
+        return index
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1]) if self._rows is None else len(self._rows)
+
+    @property
+    def labels(self) -> Ids:
+        """Labels, int64 [N]; 0 for samples that are not usable."""
+        return np.maximum(self._column(), 0)
+
+    @property
+    def usable(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+        """Which samples can be used, bool [N]; None: all."""
+        return self._column() >= 0 if self.problems else None
+
+    @property
+    def shard_of(self) -> Ids:
+        """The number of each sample's shard within the split, int64 [N]."""
+        counts = np.diff(self._firsts)
+        numbers = np.repeat(np.arange(len(counts)), counts)
+        return numbers if self._rows is None else numbers[self._rows]
+
+    def _column(self) -> Ids:
+        parts = [
+            np.full(shard.samples, -1) if index is None else labels_in(index)
+            for shard, index in zip(self.shards, self._indexes, strict=True)
+        ]
+        labels = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return labels if self._rows is None else labels[self._rows]
+
+    def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:
+        """Split into (train, test), as :meth:`distcl.data.arrays.ArraySource.holdout` does."""
+        train, test = stratified(self.labels, fraction)
+        if len(test) == 0:
+            raise DataError(f"{self.name}: no class has two samples, so none can be held out")
+        return self._restrict(train), self._restrict(test)
+
+    def _restrict(self, ids: Ids) -> ShardSource:
+        part = copy.copy(self)
+        part._rows = ids if self._rows is None else self._rows[ids]
+        return part
+
+    def read(self, ids: Ids) -> Batch:
+        """Read samples by id, in the order asked. Local. Raises DataError naming a bad sample."""
+        ids = np.array(ids, dtype=np.int64)
+        outside = (ids < 0) | (ids >= len(self))
+        if outside.any():
+            raise DataError(
+                f"{self.name}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
+            )
+        if len(ids) == 0:
+            if self._empty is None:
+                one = self.read(self._first_usable())
+                self._empty = tree_map(lambda t: t[:0], (one.x, one.y))
+            return Batch(torch.from_numpy(ids), *self._empty)
+        unique, back = np.unique(ids, return_inverse=True)
+        found = [self._sample(i) for i in unique.tolist()]
+        got = np.array([i for i, _ in found])
+        x, y = self._stack([sample for _, sample in found], got)
+        if len(unique) < len(ids) or (np.diff(ids) < 0).any():
+            order = torch.from_numpy(back)
+            x, y = tree_map(lambda t: t.index_select(0, order), (x, y))
+            got = got[back]
+        return Batch(torch.from_numpy(got), x, y, len(ids))
+
+    def _first_usable(self) -> Ids:
+        usable = self.usable
+        return np.zeros(1, np.int64) if usable is None else np.flatnonzero(usable)[:1]
+
+    def _sample(self, id_: int) -> tuple[int, Sample]:
+        """Return (id, decoded sample): of another id where the one asked is bad and may be."""
+        try:
+            return id_, self.decoded(id_)
+        except DataError:
+            if self._data.on_bad_sample == "error":
+                raise
+        for step in range(1, len(self)):
+            other = (id_ + step) % len(self)
+            try:
+                return other, self.decoded(other)
+            except DataError:
+                continue
+        raise DataError(f"{self.name}: not one sample can be read")
+
+    def decoded(self, id_: int) -> Sample:
+        """Return one sample's arrays by ext and its label, ``cls``. Local.
+
+        Raises DataError naming shard, member and id.
+        """
+        shard, row, extent = self.extent(id_)
+        try:
+            index = self._indexes[shard]
+            assert index is not None
+            if self._data.verify and zlib.crc32(extent) != index[1, row] & CRC_MASK:
+                raise DataError("its bytes have changed since the index was made")
+            key, members = read_members(extent)
+            label = int(index[1, row] >> 32)
+            if label < 0:
+                raise DataError("it has no label, or is marked as bad")
+            return self._decode(key, id_, label, members)
+        except DataError as error:
+            raise DataError(f"{_where(self.shards[shard], extent, row)}: {error}") from error
+
+    def extent(self, id_: int) -> tuple[int, int, bytes]:
+        """Return (shard, row in the shard, the sample's bytes in its archive). Local."""
+        row = id_ if self._rows is None else int(self._rows[id_])
+        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        shard, index = self.shards[number], self._indexes[number]
+        row -= shard.first_id
+        if index is None:
+            raise DataError(f"shard '{shard.name}', id {id_}: the shard cannot be used")
+        begin, end = index[0, row : row + 2].tolist()
+        return number, row, self._files.read(shard.name, begin, end)
+
+    def _stack(self, samples: list[Sample], ids: Ids) -> tuple[PyTree, torch.Tensor]:
+        """Return x and y of decoded samples."""
+        exts = sorted(samples[0].keys() - {"cls"})
+        for id_, sample in zip(ids.tolist(), samples, strict=True):
+            for ext in exts:
+                like = samples[0][ext]
+                if ext not in sample or (like.shape, like.dtype) != (
+                    sample[ext].shape,
+                    sample[ext].dtype,
+                ):
+                    what = "is missing"
+                    if ext in sample:
+                        what = f"has shape {sample[ext].shape} and type {sample[ext].dtype}"
+                    raise DataError(
+                        f"{self.name}: '{ext}' of sample {id_} {what}, but of sample {ids[0]} "
+                        f"shape {like.shape} and type {like.dtype}; data.transforms can crop"
+                    )
+        leaves = {
+            ext.removesuffix(".npy"): torch.from_numpy(
+                as_numbers(np.stack([s[ext] for s in samples]), len(exts) > 1)
+            )
+            for ext in exts
+        }
+        y = torch.from_numpy(np.array([s["cls"] for s in samples], dtype=np.int64))
+        return next(iter(leaves.values())) if len(exts) == 1 else leaves, y
+
+
+def _where(shard: Shard, extent: bytes, row: int) -> str:
+    return f"shard '{shard.name}', sample '{key_of(extent)}', id {shard.first_id + row}"
+
+
+class _Files:
+    """Open archives of a folder, the most recently used ones; good in forked processes too."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Return bytes begin … end of an archive. Raises DataError naming it if it is cut short."""
+        file = self._open.get(name)
+        if file is None:
+            file = self._add(name)
+        else:
+            self._open.move_to_end(name)
+        data = os.pread(file, end - begin, begin)
+        while len(data) < end - begin:
+            more = os.pread(file, end - begin - len(data), begin + len(data))
+            if not more:
+                raise DataError(f"shard '{name}' is truncated: it ends before byte {end}")
+            data += more
+        return data
+
+    def _add(self, name: str) -> int:
+        try:
+            file = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise DataError(f"shard '{name}' is missing from '{self._folder}'") from None
+        except OSError as error:
+            raise DataError(f"shard '{name}' cannot be read: {error.strerror}") from error
+        self._open[name] = file
+        if len(self._open) > _MOST_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        return file
+
+    def __getstate__(self) -> Path:
+        return self._folder
+
+    def __setstate__(self, folder: Path) -> None:
+        self.__init__(folder)  # type: ignore[misc]
+
+    def __del__(self) -> None:
+        for file in self._open.values():
+            os.close(file)
+
+
+def shards(config: StreamConfig, data: DataConfig) -> tuple[ShardSource, ShardSource]:
+    """Return (train, test) of the folder of shards ``stream.path``.
+
+    Folders without test shards hold out ``stream.test_fraction`` of each class. Raises ConfigError
+    or DataError.
+    """
+    if not config.path:
+        raise ConfigError("stream.source = 'shards' needs stream.path, a folder of shards")
+    folder = Path(config.path).expanduser()
+    manifest: Manifest = read_manifest(folder)
+    found = [
+        ShardSource(folder, part, data, f"'{folder}' ({split})")
+        for split in ("train", "test")
+        if (part := manifest.split(split))
+    ]
+    if len(found) == 2:
+        return found[0], found[1]
+    return found[0].holdout(config.test_fraction)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
-from distcl.partition.base import Partition
+from distcl.partition.base import Partition, create_partition
+from distcl.runtime import Runtime
 
 
 class Anchor:
@@ -18,6 +20,11 @@ class Anchor:
     def __init__(self, partition: Partition) -> None:
         self._partition = partition
         self.theta_star = {name: view.clone() for name, view in partition.owned().items()}
+
+    @classmethod
+    def of(cls, runtime: Runtime, model: nn.Module) -> Anchor:
+        """Return the anchor of a model that ``runtime.prepare`` returned. Local."""
+        return cls(create_partition(runtime, model))
 
     def refresh(self) -> None:
         """theta_star <- the current weights. Local.

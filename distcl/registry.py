@@ -45,6 +45,18 @@ _TABLE = (
         "distcl.updaters.kfac:KFACOnline",
         "penalty by Kronecker factors of each layer",
     ),
+    ("updater", "si", "distcl.updaters.si:SynapticIntelligence", "synaptic intelligence"),
+    ("updater", "lwf", "distcl.updaters.lwf:LwF", "learning without forgetting: distillation"),
+    ("updater", "er", "distcl.updaters.er:ExperienceReplay", "replay of a history batch"),
+    ("updater", "der", "distcl.updaters.der:DarkExperienceReplay", "DER++: replay of logits"),
+    ("updater", "jvp_reg", "distcl.updaters.jvp:JVPReg", "steps robust to weights and inputs"),
+    (
+        "updater",
+        "jvp_penalty",
+        "distcl.updaters.jvp_penalty:JVPPenalty",
+        "penalty on the loss's slope towards the history",
+    ),
+    ("updater", "agem", "distcl.updaters.agem:AGEM", "averaged gradient episodic memory (A-GEM)"),
     ("signal", "loss_delta", "distcl.priority.signals:LossDelta", "loss gained since theta_star"),
     ("detector", "adwin", "distcl.detectors:adwin", "adaptive windowing"),
     ("detector", "kswin", "distcl.detectors:kswin", "Kolmogorov-Smirnov windowing"),
@@ -52,6 +64,10 @@ _TABLE = (
     ("detector", "ensemble", "distcl.detectors:ensemble", "a vote among several detectors"),
     ("source", "digits", "distcl.data.arrays:digits", "scikit-learn's 1,797 handwritten digits"),
     ("source", "arrays", "distcl.data.arrays:arrays", "x and y from .npz or .npy files"),
+    ("source", "mnist", "distcl.data.idx:mnist", "MNIST and its like: IDX files, or an .npz"),
+    ("source", "cifar10", "distcl.data.cifar:cifar10", "CIFAR-10, binary version"),
+    ("source", "cifar100", "distcl.data.cifar:cifar100", "CIFAR-100, binary version, 100 classes"),
+    ("source", "hf", "distcl.data.hf:hf", "a Hugging Face dataset, on disk or from the hub"),
     ("source", "shards", "distcl.data.shards:shards", "a folder of WebDataset shards"),
     ("transform", "crop", "distcl.data.decode:crop", "a square of each image"),
     ("transform", "flip", "distcl.data.decode:flip", "half of the images mirrored"),
@@ -63,6 +79,17 @@ _TABLE = (
     ("drift", "noise", "distcl.data.drift:Noise", "growing Gaussian noise"),
     ("drift", "blur", "distcl.data.drift:Blur", "growing Gaussian blur"),
     ("drift", "split", "distcl.data.drift:Split", "new classes per experience"),
+    ("drift", "label_shift", "distcl.data.drift:LabelShift", "other shares of the classes"),
+    ("metric", "loss", "distcl.stream_metrics:Loss", "loss of each sample"),
+    ("metric", "error", "distcl.stream_metrics:Error", "1 where the model is wrong, else 0"),
+    ("metric", "accuracy", "distcl.stream_metrics:Accuracy", "1 where the model is right, else 0"),
+    ("metric", "entropy", "distcl.stream_metrics:Entropy", "of the outputs; needs no labels"),
+    (
+        "metric",
+        "input_distance",
+        "distcl.stream_metrics:InputDistance",
+        "of a sample to those trained on; needs no labels",
+    ),
     ("model", "mlp", "distcl.models:mlp", "multi-layer perceptron"),
     ("model", "cnn", "distcl.models:cnn", "three convolutions with GroupNorm"),
     ("model", "resnet18", "distcl.models:resnet18", "ResNet-18 with a stem for small images"),
@@ -132,7 +159,10 @@ def create(kind: str, name: str, *args: Any, options: dict[str, Any] | None = No
     """
     factory = resolve(kind, name)
     options = options or {}
-    signature = inspect.signature(factory)
+    try:
+        signature = inspect.signature(factory)
+    except ValueError:  # a builtin that does not tell what it takes
+        return factory(*args, **options)
     known = [p.name for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     known = known[len(args) :]

@@ -178,6 +178,14 @@ class Runtime:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def gather_objects(self, value: T) -> list[T]:
+        """Return every rank's value (any picklable object) on every rank. Collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
         if self.world_size > 1:

@@ -81,7 +81,7 @@ class ContinuousTrainer:
         scored = self.parts.forward.forwards - forwards
         priority_seconds = time.perf_counter() - clock
 
-        updater.begin_round(self._outlook(experience))
+        self._begin(experience)
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
 
         feed.rebuild(  # 3. sampler
@@ -115,7 +115,7 @@ class ContinuousTrainer:
     def pretrain(self, experience: Experience) -> None:
         """Train plainly on the first experience; afterwards theta_star equals the weights."""
         updater, feed = self.parts.updater, self.parts.feed
-        updater.begin_round(self._outlook(experience))
+        self._begin(experience)
         feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
         clock = time.perf_counter()
         steps = feed.steps(self.training.pretrain_epochs)
@@ -159,9 +159,12 @@ class ContinuousTrainer:
         )
         return 1.0 - float(errors.double().mean())
 
-    def _outlook(self, experience: Experience) -> Round:
+    def _begin(self, experience: Experience) -> None:
+        """Tell the updater what the round trains on."""
         ids, history = experience.train, self.history
-        return Round(self.parts.stream, ids, history.ids(), history.after(ids))
+        self.parts.updater.begin_round(
+            Round(self.parts.stream, ids, history.ids(), history.after(ids))
+        )
 
     def _compute_priorities(self, experience: Experience) -> RoundWeights:
         if not (self.continual.importance_weighting and self.parts.updater.trains):

@@ -15,6 +15,7 @@ from distcl.priority.draws import generator
 from distcl.types import Ids, Source
 from distcl.updaters.base import Updater, UpdaterSetup
 from distcl.updaters.fisher import diagonal_fisher
+from distcl.updaters.quadratic import add_pull
 
 
 class EWCOnline(Updater):
@@ -31,23 +32,9 @@ class EWCOnline(Updater):
         self.commits = 0
 
     def update_post_fwd_bwd(self) -> None:
-        """Add c_i (w_i - w*_i) to the gradient of my slices.
-
-        explicit: c = λF, as published; diverges where lr·λF > 2. damped: c = λF/(1 + lr·λF), for
-        SGD the proximal (implicit) step of the same penalty, stable at any λ.
-        """
-        if not self.fisher:
-            return
-        strength = self.config.ewc_lambda
-        lr = self.setup.optimizer.param_groups[0]["lr"]
-        penalty: dict[str, torch.Tensor] = {}
-        with torch.no_grad():
-            for name, w in self.partition.trainable().items():
-                curvature = strength * self.fisher[name]
-                if self.config.ewc_step == "damped":
-                    curvature = curvature / (1 + lr * curvature)
-                penalty[name] = curvature * (w - self.theta_star[name])
-        self.partition.add_grad_(penalty)
+        """Add λF(w - w*) to the gradient of my slices, damped by ``ewc_step``. Collective."""
+        if self.commits:
+            add_pull(self, self.fisher, self.config.ewc_lambda, self.config.ewc_step)
 
     def cl_postprocessing(self, source: Source, ids: Ids) -> None:
         """Fold the round's Fisher in. Collective."""

@@ -121,7 +121,7 @@ class KFACOnline(Updater):
         args: tuple[torch.Tensor, ...],
         kwargs: dict[str, torch.Tensor],
         output: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
         """Keep the input until the output's gradient comes: only their pair is counted.
 
         Autograd keeps most inputs anyway, and frees the output when its gradient is there: so this
@@ -145,6 +145,7 @@ class KFACOnline(Updater):
 
         if output.requires_grad:
             output.register_hook(see_gradient)  # type: ignore[no-untyped-call]
+        return output.clone()  # a view that is changed in place, by a ReLU say, loses its hooks
 
     def _see_scale(self, g: torch.Tensor) -> None:
         """Learn d(what is differentiated)/d(loss of a sample), the same for each: W / B_global."""

@@ -195,10 +195,10 @@ def find_layers(model: nn.Module, updater: str) -> tuple[list[Layer], list[str]]
         if not trainable:
             continue
         reason = _refusal(module)
-        for parameter in trainable.values() if isinstance(module, nn.Linear | nn.Conv2d) else ():
-            others = [u for u in users[id(parameter)] if u != name]
+        if reason is None and isinstance(module, nn.Linear | nn.Conv2d):
+            others = {u for p in trainable.values() for u in users[id(p)]} - {name}
             if others:
-                reason = f"it shares weights with '{others[0]}'"
+                reason = f"it shares weights with '{min(others)}'"
         if reason is not None:
             raise ConfigError(
                 f"continual_learning.update_mode = '{updater}' cannot work with layer '{name}' "

@@ -120,8 +120,10 @@ def test_importance_off_is_byte_identical_to_a_config_without_the_keys(tmp_path:
         "continual_learning.mix_historic_data=true",
     )
     plain = (off[0], off[-1])
-    summaries = [run_ranks(2, execute, "train", keys, tmp_path / str(k))[0] for k, keys in
-                 enumerate((off, plain))]
+    summaries = [
+        run_ranks(2, execute, "train", keys, tmp_path / str(k))[0]
+        for k, keys in enumerate((off, plain))
+    ]
     files = [(tmp_path / str(k) / "checkpoints" / "final.safetensors").read_bytes() for k in (0, 1)]
     assert files[0] == files[1]
     for summary in summaries:
@@ -131,8 +133,11 @@ def test_importance_off_is_byte_identical_to_a_config_without_the_keys(tmp_path:
 
 
 def test_the_loss_cache_saves_a_pass_and_changes_nothing(tmp_path: Path) -> None:
-    overrides = ("run.precision=fp64", "priority.target=union",
-                 "continual_learning.mix_historic_data=true")
+    overrides = (
+        "run.precision=fp64",
+        "priority.target=union",
+        "continual_learning.mix_historic_data=true",
+    )
 
     def rounds(drop_cache: bool) -> ContinuousTrainer:
         trainer = _trainer(small(*overrides), tmp_path)

@@ -1,8 +1,14 @@
-import numpy as np
-import torch
+from itertools import combinations
 
-from distcl.data.history import History
-from distcl.types import pack_ids
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2, chisquare
+
+from distcl.data.history import CopyingStream, History
+from distcl.errors import DataError
+from distcl.priority.cache import LossCache
+from distcl.types import Batch, DataSpec, Experience, pack_ids, unpack_ids
 
 
 def test_history_keeps_ids_in_order_and_once():
@@ -35,3 +41,116 @@ def test_history_survives_a_weights_only_checkpoint(tmp_path):
     assert np.array_equal(again.ids(), history.ids())
     again.add(pack_ids(4, [0]))
     assert len(again) == 3 and len(history) == 2
+
+
+def test_a_full_history_is_any_set_of_its_size_with_equal_probability():
+    ids = np.concatenate([pack_ids(0, range(4)), pack_ids(3, range(4))])
+    subsets = {s: k for k, s in enumerate(combinations(ids.tolist(), 3))}
+    counts = np.zeros(len(subsets))
+    for seed in range(5600):
+        history = History(3, seed)
+        history.add(ids[:5])
+        history.add(ids[5:])
+        counts[subsets[tuple(history.ids().tolist())]] += 1
+    assert 1e-3 < chisquare(counts).pvalue < 1 - 1e-3
+
+
+def test_ids_of_a_large_stream_are_kept_equally_often():
+    n, capacity, seeds = 2000, 300, 400
+    counts = np.zeros(n)
+    for seed in range(seeds):
+        history = History(capacity, seed)
+        history.add(np.arange(n))
+        counts[history.ids()] += 1
+    p = capacity / n
+    statistic = ((counts - seeds * p) ** 2).sum() / (seeds * p * (1 - p)) * (n - 1) / n
+    assert 1e-3 < chi2.sf(statistic, n - 1) < 1 - 1e-3
+
+
+def test_what_a_full_history_holds_does_not_depend_on_how_it_was_filled():
+    ids = np.random.default_rng(0).permutation(500)
+    whole, parts = History(40, seed=7), History(40, seed=7)
+    whole.add(ids)
+    for part in np.array_split(ids, 9):
+        parts.add(part)
+    assert np.array_equal(whole.ids(), parts.ids())  # and both oldest first
+    assert np.array_equal(np.isin(ids, whole.ids()), np.isin(ids, parts.ids()))
+    assert not np.array_equal(History(40, seed=8).after(ids), whole.ids())
+
+
+def test_a_full_history_tells_what_it_lets_go_and_says_so_beforehand():
+    history = History(10, seed=1)
+    assert history.add(np.arange(8)).tolist() == []
+    before = history.ids()
+    expected = history.after(np.arange(8, 30))
+    assert np.array_equal(history.ids(), before)
+    gone = history.add(np.arange(8, 30))
+    assert np.array_equal(history.ids(), expected) and len(history) == 10
+    assert sorted([*gone, *history.ids()]) == list(range(30))
+    assert history.add(gone).tolist() == gone.tolist()  # what was let go stays out
+    assert np.array_equal(history.ids(), expected)
+
+
+class Leaving:
+    """A stream whose experiences cannot be read once a later one has begun."""
+
+    def __init__(self) -> None:
+        self.spec = DataSpec((3,), 2)
+        self.experiences: list[Experience] = []
+        self.now = 0
+
+    def __len__(self) -> int:
+        return 100
+
+    def read(self, ids):
+        experience, rows, _ = unpack_ids(ids)
+        if (experience != self.now).any():
+            raise DataError(f"experience {experience.min()} is gone")
+        values = torch.from_numpy(100.0 * experience + rows)
+        x = {"a": values[:, None].expand(-1, 3).clone(), "b": values.long()}
+        return Batch(torch.from_numpy(ids), x, values.long() % 2, len(ids))
+
+
+def test_copies_serve_what_the_history_holds_and_the_stream_the_rest():
+    leaving = Leaving()
+    stream = CopyingStream(leaving)
+    history = History(12, seed=3, copies=stream)
+    for experience in range(3):
+        leaving.now = experience
+        ids = pack_ids(experience, np.arange(10))
+        wanted = np.random.default_rng(experience).permutation(np.r_[ids, history.ids()])
+        batch = stream.read(wanted)
+        e, rows, _ = unpack_ids(wanted)
+        assert batch.ids.tolist() == wanted.tolist() and batch.total == len(wanted)
+        assert batch.x["b"].tolist() == (100 * e + rows).tolist()
+        assert batch.x["a"][:, 2].tolist() == batch.x["b"].tolist()
+        assert batch.y.tolist() == (rows % 2).tolist()
+        history.add(ids)
+    leaving.now = 3
+    assert len(stream.read(history.ids())) == 12
+    gone = np.setdiff1d(pack_ids(0, np.arange(10)), history.ids())
+    with pytest.raises(DataError, match="experience 0 is gone"):
+        stream.read(gone[:1])
+
+
+def test_copies_survive_a_weights_only_checkpoint(tmp_path):
+    leaving = Leaving()
+    history = History(0, copies=CopyingStream(leaving))
+    history.add(pack_ids(0, np.arange(5)))
+    torch.save(history.state_dict(), tmp_path / "history.pt")
+    leaving.now = 1
+    stream = CopyingStream(leaving)
+    again = History(0, copies=stream)
+    again.load_state_dict(torch.load(tmp_path / "history.pt", weights_only=True))
+    assert stream.read(pack_ids(0, [4, 2])).x["b"].tolist() == [4, 2]
+
+
+def test_losses_of_samples_let_go_leave_the_cache():
+    cache = LossCache()
+    for weights in (5, 6):
+        cache.put(weights, np.arange(10), torch.arange(10.0) + weights)
+    cache.drop(np.array([3, 7, 99]))
+    for weights in (5, 6):
+        known, losses = cache.get(weights, np.array([2, 3, 8]))
+        assert known.tolist() == [True, False, True]
+        assert losses.tolist() == [2.0 + weights, 0.0, 8.0 + weights]

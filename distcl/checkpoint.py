@@ -1,0 +1,272 @@
+"""Checkpoints on disk: whole folders, written under a temporary name, verified before use.
+
+A checkpoint is ``checkpoints/step-NNNNNNNN/`` with a file per rank, shared files from rank 0, and
+``manifest.json``, which has the size and SHA-256 of each. It is written into a folder whose name
+begins with ``.partial-`` and renamed when every file is on disk; so what has the final name is
+whole. Files are loaded with ``weights_only=True``: tensors and plain values, nothing executable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from distcl.errors import CheckpointError
+from distcl.runtime import Runtime
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+SHARED = "shared.pt"
+_PARTIAL = ".partial-"
+_BLOCK = 1 << 20
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of a rank's file."""
+    return f"rank-{rank:05d}.pt"
+
+
+@dataclass
+class _Writing:
+    """A checkpoint on its way to the disk: the thread that writes, and what came of it."""
+
+    step: int
+    partial: Path
+    meta: dict[str, Any]
+    thread: threading.Thread = field(init=False)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: str = ""
+
+
+class CheckpointStore:
+    """The checkpoints of a run. Methods are collective unless they say otherwise.
+
+    ``keep``: how many of the newest stay; the one with the best ``score`` stays too. ``warn`` takes
+    one line on rank 0.
+    """
+
+    def __init__(
+        self, runtime: Runtime, folder: Path, keep: int, warn: Callable[[str], None]
+    ) -> None:
+        self._runtime = runtime
+        self.folder = folder
+        self._keep = keep
+        self._warn = warn
+        self._writing: _Writing | None = None
+
+    def save(
+        self,
+        step: int,
+        mine: Mapping[str, Any],
+        shared: Mapping[str, Any],
+        model: Mapping[str, torch.Tensor],
+        meta: Mapping[str, Any],
+    ) -> None:
+        """Begin to write a checkpoint; returns when everything is copied to CPU memory.
+
+        ``mine``: this rank's state; ``shared`` and ``model``: rank 0's are written. ``meta`` goes
+        into the manifest; ``meta["score"]`` (a number or None) tells the best one. Call
+        :meth:`poll` until it is finished. One that is still being written is finished first.
+        """
+        self.finish()
+        partial = self.folder / f"{_PARTIAL}{step:08d}"
+        writing = _Writing(step, partial, dict(meta))
+        files: dict[str, Any] = {rank_file(self._runtime.rank): _to_cpu(mine)}
+        if self._runtime.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            files[SHARED] = _to_cpu(shared)
+            files[MODEL] = _to_cpu(model)
+        self._runtime.barrier()
+        writing.thread = threading.Thread(target=_write, args=(writing, files), daemon=True)
+        writing.thread.start()
+        self._writing = writing
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has nothing (more) to write. Local."""
+        return self._writing is None or not self._writing.thread.is_alive()
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint being written, and give it its name.
+
+        Returns whether it is good (True if there was none). If a rank could not write, ``warn``
+        tells why and the folder goes; older checkpoints stay.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return True
+        writing.thread.join()
+        found = self._runtime.gather_objects((writing.files, writing.error))
+        failed = [f"rank {r}: {e}" for r, (_, e) in enumerate(found) if e]
+        if self._runtime.is_main and not failed:
+            files = {name: entry for part, _ in found for name, entry in part.items()}
+            failed = self._publish(writing, files)
+        if self._runtime.is_main and failed:
+            shutil.rmtree(writing.partial, ignore_errors=True)
+            self._warn(f"the checkpoint of step {writing.step} was not written ({failed[0]})")
+        return self._runtime.broadcast(not failed)
+
+    def _publish(self, writing: _Writing, files: dict[str, Any]) -> list[str]:
+        """Write the manifest, sync, rename, and drop what is no longer kept. Local to rank 0."""
+        manifest = {
+            "schema": SCHEMA,
+            "step": writing.step,
+            "world_size": self._runtime.world_size,
+            **writing.meta,
+            "files": files,
+        }
+        final = self.folder / f"step-{writing.step:08d}"
+        try:
+            path = writing.partial / MANIFEST
+            path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+            _sync(path)
+            _sync(writing.partial)
+            shutil.rmtree(final, ignore_errors=True)
+            writing.partial.rename(final)
+            _sync(self.folder)
+        except OSError as error:
+            return [f"rank 0: {error.strerror or error}"]
+        self._prune()
+        return []
+
+    def _prune(self) -> None:
+        kept = self.all()
+        scores = {path: score for path in kept if (score := _score(path)) is not None}
+        best = max(scores, key=lambda p: (scores[p], p.name)) if scores else None
+        for path in kept[: -self._keep]:
+            if path != best:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def all(self) -> list[Path]:
+        """Return every finished checkpoint, oldest first. Local."""
+        return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
+
+    def clean(self) -> None:
+        """Remove what an interrupted writer left. Local to rank 0; call before the first save."""
+        for path in self.folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def newest(self) -> Path | None:
+        """Return the newest checkpoint that verifies, or None; say which ones do not."""
+        found: Path | None = None
+        if self._runtime.is_main:
+            for path in reversed(self.all()):
+                try:
+                    verify(path)
+                except CheckpointError as error:
+                    self._warn(f"{error}; falling back to the one before")
+                else:
+                    found = path
+                    break
+        return self._runtime.broadcast(found)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest. Raises CheckpointError naming what is wrong. Local."""
+    manifest_path = path / MANIFEST
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise CheckpointError(f"checkpoint '{manifest_path}' cannot be read: {reason}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointError(f"checkpoint '{manifest_path}' is not a manifest")
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"checkpoint '{path}' has schema {manifest.get('schema')}; this version reads {SCHEMA}"
+        )
+    return manifest
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest, and return that. Local.
+
+    Raises CheckpointError naming the first file that is missing, of the wrong size, or changed.
+    """
+    manifest = read_manifest(path)
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if Path(name).name != name or not isinstance(entry, dict):
+            raise CheckpointError(f"checkpoint '{path}' names a file outside itself: '{name}'")
+        if not file.is_file():
+            raise CheckpointError(f"checkpoint file '{file}' is missing")
+        if file.stat().st_size != entry.get("bytes"):
+            raise CheckpointError(
+                f"checkpoint file '{file}' has {file.stat().st_size} bytes, "
+                f"not {entry.get('bytes')}"
+            )
+        if _sha256(file) != entry.get("sha256"):
+            raise CheckpointError(f"checkpoint file '{file}' is damaged: its SHA-256 differs")
+    return manifest
+
+
+def load(path: Path) -> Any:
+    """Read one file of a checkpoint: tensors and plain values only. Local."""
+    try:
+        if path.name == MODEL:
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the readers raise on a damaged file
+        raise CheckpointError(f"checkpoint file '{path}' cannot be read: {error}") from error
+
+
+def _write(writing: _Writing, files: Mapping[str, Any]) -> None:
+    try:
+        writing.partial.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            path = writing.partial / name
+            if name == MODEL:
+                save_file(content, str(path))
+            else:
+                torch.save(content, path)
+            _sync(path)
+            writing.files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        writing.error = reason.splitlines()[0]
+
+
+def _to_cpu(value: Any) -> Any:
+    """Copy tensors to CPU memory, so that training may go on changing them."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, Mapping):
+        return {k: _to_cpu(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_cpu(v) for v in value]
+    return value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _score(path: Path) -> float | None:
+    try:
+        score = read_manifest(path).get("score")
+    except CheckpointError:
+        return None
+    return float(score) if isinstance(score, int | float) else None

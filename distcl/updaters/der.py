@@ -1,0 +1,75 @@
+"""Dark experience replay, DER++ (Buzzega et al. 2020)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from distcl.types import Batch, Ids, Source
+from distcl.updaters.base import Round, StepResult, Updater, UpdaterSetup
+from distcl.updaters.logits import LastLogits, LogitTable, compute_logits, one_tensor
+
+
+class DarkExperienceReplay(Updater):
+    """``der``: replay of history samples along with the logits that they had (DER++, eq. 6).
+
+    mean_cur ℓ + α · mean_hist ‖z - h(x)‖²/C + β · mean_hist ℓ
+
+    z: the logits that the sample got in the last training batch of its own round that held it, as
+    in the paper: along the trajectory, not at its end. Those that were never drawn, or are of the
+    pretraining, get theirs by a forward at the commit. The squared distance is the mean over a
+    sample's C outputs. The paper draws two history batches, one for each term; here one serves
+    both, which has the same mean and costs half the forwards.
+
+    Logits are kept of exactly the ids that the history keeps: [H, C] in the host memory of every
+    rank, and while a round trains [H_new, C] on the device.
+    """
+
+    uses_hist_batch = True
+
+    def __init__(self, setup: UpdaterSetup) -> None:
+        super().__init__(setup)
+        self.stored = LogitTable()
+        self.last = LastLogits(self.stored.ids, self.runtime)
+
+    def begin_round(self, round_: Round) -> None:
+        """Get ready to note the logits of samples that the history will keep. Local."""
+        super().begin_round(round_)
+        self.last = LastLogits(np.setdiff1d(round_.kept, self.stored.ids), self.runtime)
+
+    def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
+        """One forward on the union; the losses returned are of both. Collective."""
+        both = batch if hist_batch is None else batch.joined(hist_batch)
+        outputs = one_tensor(self.forward(both), "der")
+        losses = self._unreduced_criterion(outputs, both.y)
+        n = len(batch)
+        loss = losses[:n].sum() / batch.total
+        if hist_batch is not None:
+            z = self.stored.of(hist_batch.ids, outputs)
+            distance = (outputs[n:] - z).square().sum() / outputs.shape[1:].numel()
+            replay = self.config.der_alpha * distance + self.config.der_beta * losses[n:].sum()
+            loss = loss + replay / hist_batch.total
+        self.runtime.backward(loss * self.runtime.world_size)
+        self.last.note(batch.ids, outputs[:n])
+        return StepResult(losses.detach(), both.ids, both.total)
+
+    def cl_postprocessing(self, source: Source, ids: Ids) -> None:
+        """Store the logits of what the history keeps, forget the others'. Collective."""
+        noted, logits = self.last.merge()
+        unseen = self.last.ids[~noted.numpy()]
+        self.stored.keep(self.round.kept)
+        if logits is not None:
+            self.stored.put(self.last.ids[noted.numpy()], logits[noted.to(logits.device)])
+        if len(unseen):
+            self.stored.put(unseen, compute_logits(self.setup.scorer, source, unseen, "der"))
+        self.last = LastLogits(self.last.ids[:0], self.runtime)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the stored logits, and those that this rank noted in the round."""
+        return {"stored": self.stored.state_dict(), "last": self.last.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.stored.load_state_dict(state["stored"])
+        self.last.load_state_dict(state["last"])

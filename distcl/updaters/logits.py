@@ -1,0 +1,140 @@
+"""Logits by sample id: a table of them, and the last ones that training gave a sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from distcl.errors import ConfigError, UsageError
+from distcl.priority.scoring import Scorer
+from distcl.runtime import Runtime
+from distcl.types import Ids, PyTree, Source
+
+_BLOCK = 1 << 16
+
+
+def one_tensor(outputs: PyTree, method: str) -> torch.Tensor:
+    """Return a model's outputs if they are one tensor; else ConfigError naming the method."""
+    if not isinstance(outputs, torch.Tensor):
+        raise ConfigError(
+            f"continual_learning.update_mode = '{method}' needs a model that returns one tensor, "
+            f"not a {type(outputs).__name__}"
+        )
+    return outputs
+
+
+def compute_logits(scorer: Scorer, source: Source, ids: Ids, method: str) -> torch.Tensor:
+    """Return the logits [N, ...] of ``ids`` (at least one), eval mode, in host memory. Collective.
+
+    Each rank computes those of its chunks, cut as for scoring; all ranks get all.
+    """
+    forward, size, dtype = scorer.forward, scorer.batch_size, scorer.forward.runtime.dtype
+    blocks = [
+        forward.per_sample(
+            source, ids[at : at + _BLOCK], size, lambda out, y: one_tensor(out.logits, method)
+        ).to("cpu", dtype)
+        for at in range(0, len(ids), _BLOCK)
+    ]
+    return torch.cat(blocks)
+
+
+class LogitTable:
+    """Logits [M, ...] by id, in host memory, the same on every rank. Local."""
+
+    def __init__(self) -> None:
+        self.ids: Ids = np.empty(0, dtype=np.int64)  # sorted
+        self.logits = torch.empty(0)
+
+    def put(self, ids: Ids, logits: torch.Tensor) -> None:
+        """Add logits [N, ...] of ids [N], none of which is held."""
+        both = np.concatenate([self.ids, ids])
+        order = np.argsort(both)
+        logits = logits.cpu()
+        rows = torch.cat([self.logits, logits]) if len(self.ids) else logits
+        self.ids, self.logits = both[order], rows[torch.from_numpy(order)]
+
+    def keep(self, ids: Ids) -> None:
+        """Forget all but these ids [N]; ids not held are passed over."""
+        held = np.isin(self.ids, ids)
+        self.ids, self.logits = self.ids[held], self.logits[torch.from_numpy(held)]
+
+    def of(self, ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, ...] of ids [B] (on the CPU), on ``like``'s device, in its dtype.
+
+        Raises UsageError naming the first id that is not held.
+        """
+        if len(ids) == 0:
+            return like[:0].detach()
+        wanted = ids.numpy()
+        at = np.searchsorted(self.ids, wanted).clip(max=max(len(self.ids) - 1, 0))
+        missing = self.ids[at] != wanted if len(self.ids) else np.ones(len(wanted), dtype=np.bool_)
+        if missing.any():
+            raise UsageError(f"no logits are kept of sample id {wanted[missing][0]}")
+        return self.logits[torch.from_numpy(at)].to(like, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ids int64 [M] and logits [M, ...]."""
+        return {"ids": torch.from_numpy(self.ids), "logits": self.logits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.ids, self.logits = state["ids"].numpy(), state["logits"]
+
+
+class LastLogits:
+    """The logits of the last training batch that held each of ``ids``, noted by whoever had it.
+
+    Every rank notes its own samples; :meth:`merge` puts the ranks together. Memory per rank: [M,
+    ...] logits on the device.
+    """
+
+    def __init__(self, ids: Ids, runtime: Runtime) -> None:
+        self.ids = np.sort(ids)
+        self._runtime = runtime
+        self._step = 0
+        self._noted = torch.full((len(ids),), -1, dtype=torch.int64, device=runtime.device)
+        self._logits: torch.Tensor | None = None
+
+    def note(self, ids: torch.Tensor, logits: torch.Tensor) -> None:
+        """Note logits [B, ...] of one step; every rank calls it in every step. Local, no sync."""
+        if len(self.ids) == 0:
+            return
+        if self._logits is None:
+            self._logits = logits.new_zeros((len(self.ids), *logits.shape[1:]))
+        at = np.searchsorted(self.ids, ids.numpy()).clip(max=len(self.ids) - 1)
+        mine = np.flatnonzero(self.ids[at] == ids.numpy())
+        rows = torch.from_numpy(at[mine]).to(logits.device, non_blocking=True)
+        columns = torch.from_numpy(mine).to(logits.device, non_blocking=True)
+        self._logits[rows] = logits.detach()[columns]
+        self._noted[rows] = self._step
+        self._step += 1
+
+    def merge(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return (noted bool [M] on the CPU, logits [M, ...] or None before any step). Collective.
+
+        The latest step wins, on the lowest rank if several had the sample. Two all-reduces.
+        """
+        if self._logits is None:
+            return torch.zeros(len(self.ids), dtype=torch.bool), None
+        world, rank = self._runtime.world_size, self._runtime.rank
+        stamp = torch.where(self._noted >= 0, self._noted * world + world - 1 - rank, -1)
+        latest = self._runtime.all_reduce(stamp.clone(), "max")
+        lost = (stamp != latest) | (latest < 0)
+        self._logits[lost] = 0
+        return (latest >= 0).cpu(), self._runtime.all_reduce(self._logits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this rank noted."""
+        return {
+            "ids": torch.from_numpy(self.ids),
+            "step": self._step,
+            "noted": self._noted,
+            "logits": self._logits,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, on the same rank."""
+        self.ids = state["ids"].numpy()
+        self._step, self._noted, self._logits = state["step"], state["noted"], state["logits"]

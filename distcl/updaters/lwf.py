@@ -1,0 +1,86 @@
+"""Learning without forgetting (Li & Hoiem 2016): distillation from theta_star."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from distcl.errors import ConfigError
+from distcl.losses import bce, mse
+from distcl.types import Batch, Ids, Source
+from distcl.updaters.base import StepResult, Updater, UpdaterSetup
+from distcl.updaters.logits import LogitTable, compute_logits, one_tensor
+
+
+class LwF(Updater):
+    """``lwf``: the model keeps answering on new data as it did before the round.
+
+    mean_cur [ℓ + λ T² KL(softmax(t/T) ‖ softmax(h(x)/T))],  λ = ``lwf_alpha``, T = the temperature
+
+    t: logits of the teacher theta_star. While a round trains, theta_star is the weights at its
+    start; so one eval pass over the round's samples as it begins, shared among ranks, gives every
+    t exactly, and no step swaps weights. The logits take [N, C] of every rank's host memory until
+    the commit (and [H, C] where ``mix_historic_data`` puts history into the batches). The softmax
+    is over dimension 1; of several positions the mean counts.
+
+    A model that is not trained yet is no teacher: the first round is plain, unless the weights
+    were given (``model.pretrained``).
+    """
+
+    def __init__(self, setup: UpdaterSetup) -> None:
+        super().__init__(setup)
+        for criterion in (mse, bce):
+            if setup.criterion is criterion:
+                raise ConfigError(
+                    "continual_learning.update_mode = 'lwf' distils class probabilities, which "
+                    f"model.loss = '{criterion.__name__}' has not"
+                )
+        self.teacher = LogitTable()
+        self.commits = 0
+
+    def cl_preprocessing(self) -> None:
+        """theta_star <- w_now; ask it about the round's samples. Collective."""
+        super().cl_preprocessing()
+        if self.commits or self.setup.pretrained:
+            mixed = [self.round.history] if self.config.mix_historic_data else []
+            ids = np.unique(np.concatenate([self.round.ids, *mixed]))
+            self.teacher.put(ids, compute_logits(self.setup.scorer, self.round.source, ids, "lwf"))
+
+    def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
+        """Forward and backward with the distillation; the losses returned are without. Collective.
+
+        Raises ConfigError if the model returns anything but a tensor.
+        """
+        outputs = one_tensor(self.forward(batch), "lwf")
+        losses = self._unreduced_criterion(outputs, batch.y)
+        if len(self.teacher.ids):
+            t = self.teacher.of(batch.ids, outputs)
+            self.backward(losses + self.config.lwf_alpha * self._distillation(t, outputs), batch)
+        else:
+            self.backward(losses, batch)
+        return StepResult(losses.detach(), batch.ids, batch.total)
+
+    def cl_postprocessing(self, source: Source, ids: Ids) -> None:
+        """Forget the teacher's answers. Local."""
+        self.teacher = LogitTable()
+        self.commits += 1
+
+    def _distillation(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        """Return T² KL(softmax(teacher/T) ‖ softmax(student/T)), [B]."""
+        temperature = self.config.lwf_temperature
+        target = (teacher / temperature).log_softmax(1)
+        answer = (student / temperature).log_softmax(1)
+        each = F.kl_div(answer, target, reduction="none", log_target=True).sum(1)
+        return temperature**2 * (each if each.ndim == 1 else each.flatten(1).mean(1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the teacher's answers, while a round trains, and the number of commits."""
+        return {"teacher": self.teacher.state_dict(), "commits": self.commits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.teacher.load_state_dict(state["teacher"])
+        self.commits = state["commits"]

@@ -1,0 +1,83 @@
+"""Online EWC on real ranks against the dense formula, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distcl.data.streams import create_stream
+from distcl.job import assemble
+from distcl.models import create_model
+from distcl.runtime import Runtime
+from tests.small import small
+from tests.spawn import run_ranks
+
+LAMBDA, DECAY, LR = 50.0, 0.6, 0.2
+KEYS = (
+    "run.precision=fp64",
+    "continual_learning.update_mode=ewc_online",
+    f"continual_learning.ewc_lambda={LAMBDA}",
+    f"continual_learning.ewc_ema_decay={DECAY}",
+)
+
+
+def _penalty(step: str, out: Path) -> dict[str, Any]:
+    """Commit on two experiences, move the weights, and return the penalty's gradient."""
+    config = small(*KEYS, f'continual_learning.ewc_step="{step}"')
+    runtime = Runtime(config.run, config.parallel)
+    stream = create_stream(config.stream, config.run.seed)
+    parts = assemble(config, runtime, stream, out)
+    for experience in stream.experiences[:2]:
+        parts.updater.cl_postprocessing(stream, experience.train)
+    module = runtime.unwrap(parts.model)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.3)
+    parts.updater.update_post_fwd_bwd()
+    return {
+        "grad": {n: p.grad.numpy() for n, p in module.named_parameters()},
+        "held": sum(v.numel() for v in parts.updater.fisher.values()),
+    }
+
+
+def _dense(step: str) -> dict[str, np.ndarray]:
+    """c·(w - w*), F of the two experiences sample by sample: mean of squared gradients."""
+    config = small(*KEYS)
+    stream = create_stream(config.stream, config.run.seed)
+    model = create_model(config.model, stream.spec, config.run.seed).double()
+    fishers = []
+    for experience in stream.experiences[:2]:
+        batch = stream.read(experience.train)
+        total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+        for x, y in zip(batch.x.double(), batch.y, strict=True):
+            model.zero_grad()
+            nn.functional.cross_entropy(model(x[None]), y[None]).backward()
+            for n, p in model.named_parameters():
+                total[n] += p.grad**2 / len(batch)
+        fishers.append(total)
+    result = {}
+    for n, p in model.named_parameters():
+        c = LAMBDA * (DECAY * fishers[0][n] + (1 - DECAY) * fishers[1][n])
+        c = c / (1 + LR * c) if step == "damped" else c
+        result[n] = (c * (1.3 * p - p)).detach().numpy()
+    return result
+
+
+@pytest.mark.parametrize(("step", "world"), [("damped", 2), ("explicit", 2), ("damped", 3)])
+def test_the_penalty_equals_the_dense_formula_and_fisher_is_cut_over_ranks(
+    step: str, world: int, tmp_path: Path
+) -> None:
+    expected = _dense(step)
+    total = sum(v.size for v in expected.values())
+    results = run_ranks(world, _penalty, step, tmp_path)
+    for result in results:
+        for name, value in expected.items():
+            np.testing.assert_allclose(result["grad"][name], value, rtol=0, atol=1e-10)
+        assert result["held"] <= -(-total // world)
+    assert sum(r["held"] for r in results) == total
+    assert max(np.abs(v).max() for v in expected.values()) > 0.1

@@ -172,7 +172,7 @@ def _run(
 ) -> dict[str, Any]:
     begun = time.perf_counter()
     torch.manual_seed(config.run.seed + runtime.rank)
-    stream = create_stream(config.stream, config.run.seed)
+    stream = create_stream(config.stream, config.run.seed, config.data)
     parts = assemble(config, runtime, stream, folder.path, progress)
     trainer = ContinuousTrainer(parts, config)
     drifts: list[int] = []
@@ -243,6 +243,7 @@ def summarize(
         "average_anytime_accuracy": matrix.average_anytime_accuracy(),
         "worst_experience_accuracy": matrix.worst_experience_accuracy(),
         "drifts": drifts,
+        "bad_samples": trainer.bad.count,
         "pretrain": trainer.pretraining,
         "evaluate_seconds": trainer.evaluate_seconds,
         "rounds": trainer.rounds,

@@ -13,6 +13,7 @@ from torch import nn
 
 from distcl.anchor import Anchor
 from distcl.config import Config
+from distcl.data.faults import BadSamples
 from distcl.data.history import CopyingStream, History
 from distcl.inference import ShardedForward
 from distcl.losses import per_sample_error
@@ -60,6 +61,7 @@ class ContinuousTrainer:
         self.poll_steps = config.run.poll_steps
         copies = parts.stream if isinstance(parts.stream, CopyingStream) else None
         self.history = History(self.continual.buffer_size, config.run.seed, copies)
+        self.bad = BadSamples(parts.stream, parts.runtime)
         self.matrix = AccuracyMatrix()
         self.rounds: list[dict[str, Any]] = []
         self.pretraining: dict[str, Any] | None = None
@@ -71,6 +73,7 @@ class ContinuousTrainer:
     def run_round(self, experience: Experience, trigger: str) -> dict[str, Any]:
         """Train one round on an experience and return its report, as in ``summary.json``."""
         number = len(self.rounds) + 1
+        experience = self.bad.clear(self.history, experience)
         updater, feed = self.parts.updater, self.parts.feed
         if self.optimizer_config.between_rounds == "reset":
             reset(self.parts.optimizer)
@@ -153,7 +156,7 @@ class ContinuousTrainer:
         """Return the share of held-out samples that the model gets right (1 - mean error)."""
         errors = self.parts.forward.per_sample(
             self.parts.stream,
-            experience.test,
+            self.bad.without(experience.test),
             self.training.eval_batch_size,
             lambda out, y: per_sample_error(out.logits, y, self.loss_name),
         )
@@ -178,6 +181,9 @@ class ContinuousTrainer:
             config=self.priority,
             history_batch=self.parts.updater.uses_hist_batch,
         )
+        self.bad.update()  # scoring has read every candidate
+        self.bad.silence(experience.train, weights.current)
+        self.bad.silence(self.history.ids(), weights.history)
         for name, stats in weights.report.items():
             text = " ".join(f"{key}={value:.6g}" for key, value in stats.items())
             self._say(f"[priority/{name}] {text}")

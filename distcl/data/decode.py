@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from distcl import registry
-from distcl.data.arrays import as_numbers
+from distcl.data.arrays import as_tensor
 from distcl.data.npy import Array, parse_npy
 from distcl.errors import ConfigError, DataError, DistclError
 
@@ -50,7 +50,9 @@ class Decoder:
             if ext != "cls":
                 sample[ext] = decode(ext, data)
         if self._transforms:
-            sample = {e: as_numbers(v, True) if _is_array(v) else v for e, v in sample.items()}
+            sample = {
+                ext: as_tensor(v, True).numpy() if _is_array(v) else v for ext, v in sample.items()
+            }
         sample["cls"] = label
         for name, transform in self._transforms:
             try:

@@ -61,6 +61,12 @@ class History:
             self._copies.keep(held)
         return gone
 
+    def retain(self, ids: Ids) -> None:
+        """Let go of all ids but these."""
+        self._ids = self._ids[np.isin(self._ids, ids)]
+        if self._copies is not None:
+            self._copies.keep(self._ids)
+
     def ids(self) -> Ids:
         """Return every id held, int64 [H]."""
         return self._ids.copy()
@@ -106,6 +112,9 @@ class CopyingStream:
         self._stream = stream
         self.spec: DataSpec = stream.spec
         self.experiences: list[Experience] = stream.experiences
+        self.replaces = bool(getattr(stream, "replaces", False))
+        self.replaced: set[int] = getattr(stream, "replaced", set())
+        self.unusable = int(getattr(stream, "unusable", 0))
         self._ids: Ids = np.empty(0, dtype=np.int64)  # sorted
         self._copies: tuple[PyTree, PyTree] = (None, None)  # x and y, leaves [H, ...]
 

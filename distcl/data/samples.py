@@ -15,7 +15,7 @@ from distcl.config import StreamConfig
 from distcl.data.decode import IMAGES, decode
 from distcl.data.index import index_path, split_of
 from distcl.data.loader import as_source
-from distcl.data.npy import Array, open_npz
+from distcl.data.npy import Array, npz_keys, open_npz
 from distcl.data.tars import scan
 from distcl.data.writing import Members, Samples
 from distcl.errors import ConfigError, DataError, UsageError
@@ -63,8 +63,10 @@ class ArraySamples:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        found = open_npz(path, ("x", "y"), ("x_test", "y_test"))
-        self._splits = {"train": (found["x"], found["y"])}
+        keys = npz_keys(path)
+        names = ("x_train", "y_train") if "x_train" in keys and "x" not in keys else ("x", "y")
+        found = open_npz(path, names, ("x_test", "y_test"))
+        self._splits = {"train": (found[names[0]], found[names[1]])}
         if "x_test" in found and "y_test" in found:
             self._splits["test"] = found["x_test"], found["y_test"]
         elif len(found) > 2:

@@ -15,8 +15,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.arrays import as_numbers, stratified
+from distcl.data.arrays import as_tensor, stratified
 from distcl.data.decode import Decoder, Sample
+from distcl.data.groups import assign_groups
 from distcl.data.index import (
     CRC_MASK,
     Manifest,
@@ -52,6 +53,8 @@ class ShardSource:
         self, folder: Path, shards: Sequence[Shard], data: DataConfig, name: str = "shards"
     ) -> None:
         self.name = name
+        self.groups: Ids | None = None
+        """The concept of each sample, int64 [N]; None: no restriction."""
         self.shards = list(shards)
         self._data = data
         self._decode = Decoder(data.transforms)
@@ -104,6 +107,11 @@ class ShardSource:
         numbers = np.repeat(np.arange(len(counts)), counts)
         return numbers if self._rows is None else numbers[self._rows]
 
+    @property
+    def replaces(self) -> bool:
+        """Whether ``read`` may put another sample in the place of a bad one."""
+        return self._data.on_bad_sample == "skip"
+
     def _column(self) -> Ids:
         parts = [
             np.full(shard.samples, -1) if index is None else labels_in(index)
@@ -122,6 +130,7 @@ class ShardSource:
     def _restrict(self, ids: Ids) -> ShardSource:
         part = copy.copy(self)
         part._rows = ids if self._rows is None else self._rows[ids]
+        part.groups = None if self.groups is None else self.groups[ids]
         return part
 
     def read(self, ids: Ids) -> Batch:
@@ -214,8 +223,8 @@ class ShardSource:
                         f"shape {like.shape} and type {like.dtype}; data.transforms can crop"
                     )
         leaves = {
-            ext.removesuffix(".npy"): torch.from_numpy(
-                as_numbers(np.stack([s[ext] for s in samples]), len(exts) > 1)
+            ext.removesuffix(".npy"): as_tensor(
+                np.stack([s[ext] for s in samples]), keep_integers=len(exts) > 1
             )
             for ext in exts
         }
@@ -272,11 +281,19 @@ class _Files:
             os.close(file)
 
 
-def shards(config: StreamConfig, data: DataConfig) -> tuple[ShardSource, ShardSource]:
+def shards(
+    config: StreamConfig, data: DataConfig, experiences: str = ""
+) -> tuple[ShardSource, ShardSource]:
     """Return (train, test) of the folder of shards ``stream.path``.
 
-    Folders without test shards hold out ``stream.test_fraction`` of each class. Raises ConfigError
-    or DataError.
+    Folders without test shards hold out ``stream.test_fraction`` of each class.
+
+    ``experiences``: which samples make an experience. Empty: all; ``shards``: equal ranges of the
+    shards, in their order; ``key:FIELD``: those of one value of a field of their JSON, in sorted
+    order; ``time:FIELD``: equal numbers, in order of a field that is a number or an ISO date (test
+    samples fall between the same times).
+
+    Raises ConfigError or DataError.
     """
     if not config.path:
         raise ConfigError("stream.source = 'shards' needs stream.path, a folder of shards")
@@ -287,6 +304,9 @@ def shards(config: StreamConfig, data: DataConfig) -> tuple[ShardSource, ShardSo
         for split in ("train", "test")
         if (part := manifest.split(split))
     ]
+    if experiences:
+        concepts = min(config.recurring or config.experiences, config.experiences)
+        assign_groups(found, experiences, concepts)
     if len(found) == 2:
         return found[0], found[1]
     return found[0].holdout(config.test_fraction)

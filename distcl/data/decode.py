@@ -45,32 +45,34 @@ class Decoder:
         Raises DataError naming the member that cannot be decoded; what a user's transform raises
         arrives as DataError too, with the transform's name.
         """
-        sample: Sample = {"__key__": key, "__id__": id_}
-        for ext, data in members.items():
-            if ext != "cls":
-                sample[ext] = decode(ext, data)
-        if self._transforms:
-            sample = {
-                ext: as_tensor(v, True).numpy() if _is_array(v) else v for ext, v in sample.items()
-            }
+        sample: Sample = {e: decode(e, data) for e, data in members.items() if e != "cls"}
         sample["cls"] = label
-        for name, transform in self._transforms:
-            try:
-                sample = transform(sample)
-                if not isinstance(sample, dict):
-                    raise TypeError(f"it returned a {type(sample).__name__}, not the sample")
-            except DistclError:
-                raise
-            except Exception as error:  # whatever a user's function raises
-                raise DataError(f"transform '{name}': {type(error).__name__}: {error}") from error
-        found = {ext: _numbers(ext, v) for ext, v in sample.items() if _is_array(v)}
-        if not found.keys() - {"cls"}:
+        if self._transforms:
+            sample = self._transform(sample | {"__key__": key, "__id__": id_})
+        label = int(sample.pop("cls"))
+        found: Sample = {e: _numbers(e, v) for e, v in sample.items() if _is_array(v)}
+        if not found:
             raise DataError(
                 f"there is nothing to feed a model with in {', '.join(members)}: no npy, png, jpg "
                 "or webp, and no transform makes an array of them"
             )
-        found["cls"] = np.asarray(sample["cls"], dtype=np.int64)
+        found["cls"] = label
         return found
+
+    def _transform(self, sample: Sample) -> Sample:
+        for ext, value in sample.items():
+            if _is_array(value):
+                sample[ext] = as_tensor(value, True).numpy()
+        for name, transform in self._transforms:
+            try:
+                sample = transform(sample)
+                if not isinstance(sample, dict) or "cls" not in sample:
+                    raise TypeError("it must return the sample, a dict with a label under 'cls'")
+            except DistclError:
+                raise
+            except Exception as error:  # whatever a user's function raises
+                raise DataError(f"transform '{name}': {type(error).__name__}: {error}") from error
+        return sample
 
 
 def _is_array(value: Any) -> bool:

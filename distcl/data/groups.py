@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
@@ -27,8 +27,8 @@ class Grouped(Protocol):
         """The number of each sample's shard, int64 [N]."""
         ...
 
-    def extent(self, id_: int) -> tuple[int, int, bytes]:
-        """Return (shard, row, bytes) of a sample."""
+    def extents(self, ids: Ids) -> Iterator[bytes]:
+        """Yield the bytes of samples."""
         ...
 
 
@@ -64,7 +64,7 @@ def _values(source: Grouped, field: str, time: bool) -> list[Any]:
     found: list[Any] = []
     for id_ in range(len(source.shard_of)):
         try:
-            key, members = read_members(source.extent(id_)[2])
+            key, members = read_members(next(source.extents(np.array([id_]))))
         except DataError:
             found.append(None)
             continue

@@ -6,7 +6,7 @@ import copy
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ from distcl.errors import ConfigError, DataError
 from distcl.types import Batch, Ids, PyTree
 
 _MOST_OPEN = 64
+
+
+_Place = tuple[int, int, int, int, int, int]
+"""(id, number of the shard, row in it, first byte, end, word of the index)."""
 
 
 class ShardSource:
@@ -147,7 +151,7 @@ class ShardSource:
                 self._empty = tree_map(lambda t: t[:0], (one.x, one.y))
             return Batch(torch.from_numpy(ids), *self._empty)
         unique, back = np.unique(ids, return_inverse=True)
-        found = [self._sample(i) for i in unique.tolist()]
+        found = [self._sample(*place) for place in self._places(unique)]
         got = np.array([i for i, _ in found])
         x, y = self._stack([sample for _, sample in found], got)
         if len(unique) < len(ids) or (np.diff(ids) < 0).any():
@@ -160,50 +164,64 @@ class ShardSource:
         usable = self.usable
         return np.zeros(1, np.int64) if usable is None else np.flatnonzero(usable)[:1]
 
-    def _sample(self, id_: int) -> tuple[int, Sample]:
+    def _places(self, ids: Ids) -> list[_Place]:
+        """Return where the samples lie."""
+        rows = ids if self._rows is None else self._rows[ids]
+        numbers = np.searchsorted(self._firsts, rows, side="right") - 1
+        rows = rows - self._firsts[numbers]
+        places: list[_Place] = []
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            found, index = rows[here], self._indexes[number]
+            if index is None:
+                bounds = np.zeros((3, len(found)), dtype=np.int64)
+            else:
+                bounds = np.stack([index[0, found], index[0, found + 1], index[1, found]])
+            columns = (ids[here].tolist(), found.tolist(), *bounds.tolist())
+            places += [(i, number, *rest) for i, *rest in zip(*columns, strict=True)]
+        return places
+
+    def _sample(self, id_: int, *place: int) -> tuple[int, Sample]:
         """Return (id, decoded sample): of another id where the one asked is bad and may be."""
         try:
-            return id_, self.decoded(id_)
+            return id_, self._decoded(id_, *place)
         except DataError:
             if self._data.on_bad_sample == "error":
                 raise
         for step in range(1, len(self)):
             other = (id_ + step) % len(self)
             try:
-                return other, self.decoded(other)
+                return other, self._decoded(*self._places(np.array([other]))[0])
             except DataError:
                 continue
         raise DataError(f"{self.name}: not one sample can be read")
 
-    def decoded(self, id_: int) -> Sample:
-        """Return one sample's arrays by ext and its label, ``cls``. Local.
-
-        Raises DataError naming shard, member and id.
-        """
-        shard, row, extent = self.extent(id_)
+    def _decoded(self, id_: int, number: int, row: int, begin: int, end: int, word: int) -> Sample:
+        """Return a sample's arrays by ext, and its label; DataError names shard, member and id."""
+        extent = self._extent(id_, number, begin, end)
         try:
-            index = self._indexes[shard]
-            assert index is not None
-            if self._data.verify and zlib.crc32(extent) != index[1, row] & CRC_MASK:
+            if self._data.verify and zlib.crc32(extent) != word & CRC_MASK:
                 raise DataError("its bytes have changed since the index was made")
             key, members = read_members(extent)
-            label = int(index[1, row] >> 32)
-            if label < 0:
+            if word < 0:
                 raise DataError("it has no label, or is marked as bad")
-            return self._decode(key, id_, label, members)
+            return self._decode(key, id_, word >> 32, members)
         except DataError as error:
-            raise DataError(f"{_where(self.shards[shard], extent, row)}: {error}") from error
+            raise DataError(f"{_where(self.shards[number], extent, row)}: {error}") from error
 
-    def extent(self, id_: int) -> tuple[int, int, bytes]:
-        """Return (shard, row in the shard, the sample's bytes in its archive). Local."""
-        row = id_ if self._rows is None else int(self._rows[id_])
-        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
-        shard, index = self.shards[number], self._indexes[number]
-        row -= shard.first_id
-        if index is None:
-            raise DataError(f"shard '{shard.name}', id {id_}: the shard cannot be used")
-        begin, end = index[0, row : row + 2].tolist()
-        return number, row, self._files.read(shard.name, begin, end)
+    def _extent(self, id_: int, number: int, begin: int, end: int) -> bytes:
+        name = self.shards[number].name
+        if self._indexes[number] is None:
+            raise DataError(f"shard '{name}', id {id_}: the shard cannot be used")
+        return self._files.read(name, begin, end)
+
+    def extents(self, ids: Ids) -> Iterator[bytes]:
+        """Yield the bytes of samples in their archives, in order of id. Local.
+
+        Raises DataError naming a shard that cannot be read.
+        """
+        for id_, number, _, begin, end, _ in self._places(np.unique(ids)):
+            yield self._extent(id_, number, begin, end)
 
     def _stack(self, samples: list[Sample], ids: Ids) -> tuple[PyTree, torch.Tensor]:
         """Return x and y of decoded samples."""

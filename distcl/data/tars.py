@@ -7,6 +7,7 @@ bytes in the archive, headers included, so one read gets all of it.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import tarfile
@@ -20,7 +21,7 @@ BLOCK = 512
 END = bytes(2 * BLOCK)
 """What closes an archive."""
 
-_NAME = re.compile(r"(?:\./)*((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
+_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
 _REGULAR = (0x30, 0)  # type '0', or NUL in old archives
 _PICKLES = ("pickle", "pkl", "pyd", "pt", "pth", "joblib", "dill")
 
@@ -39,18 +40,12 @@ class Extent:
     fault: str
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """Return (key, ext) of a member's name; None for files that are no part of a sample.
-
-    Raises DataError for an ext that would have to be unpickled.
-    """
-    found = _NAME.fullmatch(name)
-    if found is None:
-        return None
-    key, ext = found[1], found[2].lower()
-    if ext.rpartition(".")[2] in _PICKLES:
-        raise DataError(f"member '{name}' is a pickle, which is refused: it could run any code")
-    return key, ext
+@functools.lru_cache(1024)
+def check_ext(ext: str) -> str:
+    """Return an ext in lower case. Raises DataError if such a member would have to be unpickled."""
+    if ext.lower().rpartition(".")[2] in _PICKLES:
+        raise DataError(f"a member '.{ext}' is a pickle, which is refused: it could run any code")
+    return ext.lower()
 
 
 def read_members(extent: bytes) -> tuple[str, dict[str, bytes]]:
@@ -88,16 +83,17 @@ def _read_slowly(extent: bytes) -> tuple[str, dict[str, bytes]]:
 
 
 def _collect(name: str, data: bytes, size: int, key: str, members: dict[str, bytes]) -> str:
-    """Add a member to ``members``; return the key."""
+    """Add a member to ``members``, unless it is no part of a sample; return the key."""
     if len(data) < size:
         raise DataError(f"member '{name}' is truncated: {len(data)} of {size} bytes are there")
-    pieces = split_name(name)
-    if pieces is None:
+    dot = name.find(".", name.rfind("/") + 1)
+    own, ext = name[:dot], name[dot + 1 :]
+    if dot <= 0 or own[-1] == "/" or not ext:
         return key
-    if key and pieces[0] != key:
+    if key and own != key:
         raise DataError(f"member '{name}' is where '{key}' should be: the index is of another file")
-    members[pieces[1]] = data
-    return pieces[0]
+    members[check_ext(ext)] = data
+    return own
 
 
 def _complete(key: str, members: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
@@ -134,9 +130,9 @@ def scan(path: Path) -> Iterator[Extent]:
                 if ext in members:
                     fault = fault or f"member '{info.name}' occurs twice"
                 try:
-                    split_name(info.name)
+                    check_ext(found[2])
                 except DataError as error:
-                    fault = fault or str(error)
+                    fault = fault or f"member '{info.name}': {error}"
                 file.seek(info.offset_data)
                 members[ext] = file.read(info.size)
             end = archive.offset

@@ -107,7 +107,7 @@ def scan(path: Path) -> Iterator[Extent]:
 
     Samples with a fault of their own (a pickle, a key or a member that occurs twice) say so.
     Raises DataError naming the shard when it is missing, not a tar, compressed, truncated, damaged
-    or without samples; what is sound before that place has been yielded by then.
+    or without samples; all but the last sample before that place have been yielded by then.
     """
     where = f"shard '{path.name}'"
     seen: set[str] = set()
@@ -136,8 +136,6 @@ def scan(path: Path) -> Iterator[Extent]:
                 file.seek(info.offset_data)
                 members[ext] = file.read(info.size)
             end = archive.offset
-            if key:
-                yield Extent(key, begin, end, members, fault)
             file.seek(end)
             closing = file.read(BLOCK)
     except FileNotFoundError:
@@ -148,11 +146,12 @@ def scan(path: Path) -> Iterator[Extent]:
         last = f" in or after sample '{key}'" if key else ""
         raise DataError(f"{where} is truncated, or no uncompressed tar{last} ({error})") from None
     if len(closing) < BLOCK:
-        raise DataError(f"{where} is truncated after sample '{key}': the end mark is missing")
+        raise DataError(f"{where} is truncated in or after sample '{key}': the end mark is missing")
     if closing.strip(b"\0"):
         raise DataError(f"{where}: the header at byte {end}, after sample '{key}', is damaged")
-    if not seen:
+    if not key:
         raise DataError(f"{where} is empty: there are no samples in it")
+    yield Extent(key, begin, end, members, fault)
 
 
 def member_bytes(name: str, data: bytes) -> bytes:

@@ -174,7 +174,7 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
                     f"'{folder}' has unfinished shards of another input or other options "
                     f"({_PLAN}); delete it or choose another folder"
                 )
-            for part in folder.glob(".*.tar.*"):
+            for part in folder.glob(".*.[0-9]*"):
                 part.unlink()
         elif any(folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty; choose another folder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +16,14 @@ class Anchor:
     """theta_star over parameters and buffers. A new anchor equals the weights as they are.
 
     ``theta_star``: name -> 1-D tensor, the slices that this rank owns (``Partition.owned``).
+    ``older``: what theta_star was before, newest first, at most ``keep`` - 1 of them; 1/W each.
     """
 
-    def __init__(self, partition: Partition) -> None:
+    def __init__(self, partition: Partition, keep: int = 1) -> None:
         self._partition = partition
+        self._keep = keep
         self.theta_star = {name: view.clone() for name, view in partition.owned().items()}
+        self.older: list[dict[str, torch.Tensor]] = []
 
     @classmethod
     def of(cls, runtime: Runtime, model: nn.Module) -> Anchor:
@@ -32,23 +36,35 @@ class Anchor:
         Call it after the round's priorities are computed and before its first step; see
         ``Updater.cl_preprocessing``.
         """
+        if self._keep > 1:
+            self.older.insert(0, {name: value.clone() for name, value in self.theta_star.items()})
+            del self.older[self._keep - 1 :]
+        self._take()
+
+    def restart(self) -> None:
+        """theta_star <- the current weights, and forget what it was before. Local."""
+        self.older.clear()
+        self._take()
+
+    def _take(self) -> None:
         with torch.no_grad():
             for name, view in self._partition.owned().items():
                 self.theta_star[name].copy_(view)
 
-    def swapped_in(self) -> AbstractContextManager[None]:
+    def swapped_in(self, back: int = 0) -> AbstractContextManager[None]:
         """Return a context in which the model computes with theta_star, in place. Collective.
 
-        The weights are put back exactly, also when the body raises. Enter
-        ``torch.inference_mode`` inside it, not outside.
+        ``back`` > 0 takes ``older[back - 1]`` instead. The weights are put back exactly, also when
+        the body raises. Enter ``torch.inference_mode`` inside it, not outside.
         """
-        return self._partition.swapped(self.theta_star)
+        return self._partition.swapped(self.older[back - 1] if back else self.theta_star)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return this rank's slices (not copies)."""
-        return dict(self.theta_star)
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's slices (not copies): theta_star, and the older ones."""
+        return {"theta_star": dict(self.theta_star), "older": [dict(old) for old in self.older]}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the slices of the same rank of the same number of ranks."""
         for name, value in self.theta_star.items():
-            value.copy_(state[name])
+            value.copy_(state["theta_star"][name])
+        self.older = [{n: v.clone() for n, v in old.items()} for old in state["older"]]

@@ -128,16 +128,22 @@ class Stream(Source, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What a model says of a batch: ``loss`` [B] unreduced, ``logits`` [B, ...] or None."""
+    """What a model says of a batch: ``loss`` [B] unreduced, ``logits`` [B, ...] or None.
+
+    ``older``: of theta_star's outputs, those under the anchors before it, newest first, for a
+    signal whose attribute ``anchors`` is above 1.
+    """
 
     loss: torch.Tensor
     logits: PyTree = None
+    older: tuple[Outputs, ...] = ()
 
 
 class PrioritySignal(Protocol):
     """What is scored.
 
-    ``needs_anchor``: theta_star runs too; ``needs_logits``: and its logits are kept.
+    ``needs_anchor``: theta_star runs too; ``needs_logits``: and its logits are kept. An attribute
+    ``anchors`` = K > 1 asks for the last K anchors; the first is theta_star.
     """
 
     needs_anchor: bool

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +26,29 @@ from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedL
 Weights = npt.NDArray[np.float64]
 
 
-def create_signal(name: str, options: dict[str, Any] | None = None) -> PrioritySignal:
-    """Return a signal by its registered name or ``package.module:attribute``."""
-    signal: PrioritySignal = registry.create("signal", name, options=options)
+def create_signal(
+    name: str,
+    options: dict[str, Any] | None = None,
+    *,
+    criterion: UnreducedLoss | None = None,
+    loss: str = "cross_entropy",
+    classes: int = 0,
+) -> PrioritySignal:
+    """Return a signal by its registered name or ``package.module:attribute``.
+
+    Its factory gets the user's ``options`` and, if it takes them, ``criterion``, ``loss`` and
+    ``classes``; see signals.py. Raises ConfigError for one that does not fit the loss.
+    """
+    factory = registry.resolve("signal", name)
+    try:
+        takes = inspect.signature(factory).parameters.keys()
+    except ValueError:  # a builtin does not tell
+        takes = {}.keys()
+    given = {"criterion": criterion, "loss": loss, "classes": classes}
+    given = {key: value for key, value in given.items() if key in takes}
+    for key in given.keys() & (options or {}).keys():
+        raise ConfigError(f"priority.options.{key} is no option: signals are given the model's own")
+    signal: PrioritySignal = registry.create("signal", name, options={**(options or {}), **given})
     for attribute in ("needs_anchor", "needs_logits", "score"):
         if not hasattr(signal, attribute):
             raise ConfigError(f"signal '{name}' has no '{attribute}'; see types.PrioritySignal")
@@ -60,22 +84,46 @@ class Scorer:
             return torch.empty(0, dtype=run.dtype)
         self.forward.partition.sync_buffers()
         mine = self.forward.mine(ids, size)
-        anchors = self._anchor_pass(source, ids, mine) if self.signal.needs_anchor else None
+        anchors = self._anchor_passes(source, ids, mine) if self.signal.needs_anchor else None
         rows: list[torch.Tensor] = []
         with evaluating(self.forward.module), torch.inference_mode():
             for k, batch in enumerate(self.forward.chunks(source, mine, size)):
-                now = self.forward.outputs(batch)
-                score = self.signal.score(batch, now, anchors[k] if anchors is not None else None)
-                rows.append(torch.stack([self._checked(score, batch), now.loss], dim=1))
+                rows.append(self._row(batch, anchors[k] if anchors is not None else None))
         self.forward.forwards += n
         empty = torch.empty((0, 2), dtype=run.dtype, device=run.device)
-        both = self.forward.gather(torch.cat([empty, *rows]), n, size)
-        scores, losses = both[:, 0].clone(), both[:, 1].clone()
-        self._require_finite(losses, ids, "the loss", DivergenceError)
-        self._require_finite(scores, ids, f"the score of signal '{self._name}'", ConfigError)
-        if self.signal.needs_anchor:
+        scores, losses = self._split(self.forward.gather(torch.cat([empty, *rows]), n, size), ids)
+        if self.signal.needs_anchor and not self.signal.needs_logits:
             self.cache.put(fingerprint(self.forward.partition.owned(), run), ids, losses)
         return scores
+
+    def _row(self, batch: Batch, anchor: Outputs | None) -> torch.Tensor:
+        """Return score and loss, [B, 2], of a chunk under the weights as they are."""
+        now = self.forward.outputs(batch)
+        score = checked(self.signal, self.signal.score(batch, now, anchor), len(batch))
+        return torch.stack([score.to(now.loss), now.loss], dim=1)
+
+    def _split(self, both: torch.Tensor, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores [N] and losses [N], once they are known to be good."""
+        scores, losses = both[:, 0].clone(), both[:, 1].clone()
+        require_finite(losses, ids, "the loss", DivergenceError)
+        require_finite(scores, ids, f"the score of signal '{self._name}'", ConfigError)
+        return scores, losses
+
+    def _anchor_passes(self, source: Source, ids: Ids, mine: Ids) -> list[Outputs]:
+        """Return theta_star's outputs for each of my chunks, older anchors' in them. Collective."""
+        found = self._anchor_pass(source, ids, mine)
+        for back in range(1, 1 + len(self.anchor.older)):
+            with self._under_anchor(back):
+                for k, batch in enumerate(self.forward.chunks(source, mine, self.batch_size)):
+                    older = (*found[k].older, self.forward.outputs(batch))
+                    found[k] = replace(found[k], older=older)
+            self.forward.forwards += len(ids)
+        return found
+
+    @contextmanager
+    def _under_anchor(self, back: int = 0) -> Iterator[None]:
+        with self.anchor.swapped_in(back), evaluating(self.forward.module), torch.inference_mode():
+            yield
 
     def _anchor_pass(self, source: Source, ids: Ids, mine: Ids) -> list[Outputs]:
         """Return theta_star's outputs for each of my chunks. Collective."""
@@ -89,7 +137,7 @@ class Scorer:
         found = [Outputs(loss=loss) for loss in torch.split(mine_losses, size)]
         if bool(known.all()):
             return found
-        with self.anchor.swapped_in(), evaluating(self.forward.module), torch.inference_mode():
+        with self._under_anchor():
             for k, hit in enumerate(hits):
                 missing = mine[k * size : k * size + len(hit)][~hit.numpy()]
                 for batch in self.forward.chunks(source, missing, size):
@@ -100,23 +148,24 @@ class Scorer:
         self.forward.forwards += int((~known).sum())
         return found
 
-    @staticmethod
-    def _require_finite(
-        values: torch.Tensor, ids: Ids, what: str, error: type[DistclError]
-    ) -> None:
-        bad = torch.nonzero(~(torch.isfinite(values) & (values >= 0)))
-        if len(bad):
-            at = int(bad[0])
-            raise error(f"{what} of sample id {int(ids[at])} is {float(values[at])}")
 
-    def _checked(self, score: torch.Tensor, batch: Batch) -> torch.Tensor:
-        if not isinstance(score, torch.Tensor) or score.shape != (len(batch),):
-            shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
-            raise ConfigError(
-                f"signal '{self._name}' returned {shape}; "
-                f"it must return one score per sample, shape ({len(batch)},)"
-            )
-        return score.to(self.forward.runtime.dtype)
+def require_finite(values: torch.Tensor, ids: Ids, what: str, error: type[DistclError]) -> None:
+    """Raise ``error`` naming the first id whose value [N] is NaN, infinite or negative."""
+    bad = torch.nonzero(~(torch.isfinite(values) & (values >= 0)))
+    if len(bad):
+        at = int(bad[0])
+        raise error(f"{what} of sample id {int(ids[at])} is {float(values[at])}")
+
+
+def checked(signal: PrioritySignal, score: Any, number: int) -> torch.Tensor:
+    """Return what a signal returned, if it is one score a sample; else raise ConfigError."""
+    if not isinstance(score, torch.Tensor) or score.shape != (number,):
+        shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
+        raise ConfigError(
+            f"signal '{type(signal).__name__}' returned {shape}; "
+            f"it must return one score per sample, shape ({number},)"
+        )
+    return score
 
 
 def priorities(scores: torch.Tensor, alpha: float) -> Weights:
@@ -149,5 +198,5 @@ def compute_sample_priorities(
     source = as_source(source)
     ids = np.arange(len(source), dtype=np.int64) if ids is None else ids
     forward = ShardedForward(runtime, model, create_partition(runtime, model), criterion)
-    scorer = Scorer(forward, anchor, create_signal(signal), batch_size)
+    scorer = Scorer(forward, anchor, create_signal(signal, criterion=criterion), batch_size)
     return ids, priorities(scorer.score(source, ids), alpha)

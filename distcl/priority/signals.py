@@ -1,10 +1,23 @@
-"""What a sample's priority is made of. A signal is a class with ``score``; see PrioritySignal."""
+"""What a sample's priority is made of: one small class a signal; see ``types.PrioritySignal``.
+
+Each says what it computes from the unreduced loss [B] and the outputs z of a batch: [B, C, ...]
+for classes, [B, ...] for independent labels. Of several positions of a sample the mean counts, as
+in the loss. All is local, without gradient; none changes what it is given. Half precision is
+computed in float32.
+
+A factory that takes ``loss`` (the name of model.loss), ``classes`` (the stream's number of classes,
+0 for none) or ``criterion`` (the unreduced loss itself) is given them.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from distcl.types import Batch, Outputs
+from distcl import losses, registry
+from distcl.errors import ConfigError
+from distcl.types import Batch, Outputs, PyTree, UnreducedLoss
 
 
 class LossDelta:
@@ -21,3 +34,163 @@ class LossDelta:
         if anchor is None:
             raise ValueError("loss_delta needs the losses of theta_star")
         return (now.loss - anchor.loss).clamp(min=1e-8)
+
+
+class Loss:
+    """The loss itself, L(w_now, x_i) (Loshchilov & Hutter 2016, who rank by it)."""
+
+    needs_anchor = False
+    needs_logits = False
+
+    def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
+        """Return scores [B]."""
+        return now.loss
+
+
+class GradNorm:
+    """An upper bound on the norm of a sample's gradient, up to a factor common to all samples.
+
+    score_i = ‖∂ℓ_i/∂z_i‖₂, z the last layer's pre-activations (Katharopoulos & Fleuret 2018,
+    section 3.2). For cross entropy that is ‖softmax(z) - onehot(y)‖₂. Computed by autograd of the
+    unreduced loss with respect to the outputs alone, so it fits any loss; no backward through the
+    model.
+    """
+
+    needs_anchor = False
+    needs_logits = False
+
+    def __init__(self, criterion: UnreducedLoss) -> None:
+        self._criterion = criterion
+
+    def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
+        """Return scores [B]."""
+        with torch.inference_mode(False), torch.enable_grad():  # clones are not inference tensors
+            outputs = tree_map(lambda z: _full(z).clone().detach().requires_grad_(), now.logits)
+            y = tree_map_only(torch.Tensor, torch.Tensor.clone, batch.y)
+            total = self._criterion(outputs, y).sum()
+            grads = torch.autograd.grad(total, tree_leaves(outputs), materialize_grads=True)
+        squares = [g.reshape(len(g), -1).square().sum(1) for g in grads]
+        return torch.stack(squares).sum(0).sqrt()
+
+
+class Entropy:
+    """How unsure the model is of a sample, in nats, whatever its label.
+
+    Classes: score_i = -Σ_c p_c ln p_c, p = softmax(z_i) (uncertainty sampling; Settles 2009,
+    section 3.1). Independent labels (bce): the sum of their binary entropies, p = sigmoid(z_i).
+    """
+
+    needs_anchor = False
+    needs_logits = True
+
+    def __init__(self, loss: str = "cross_entropy", classes: int = 0) -> None:
+        self._labelwise = _labelwise("entropy", loss, classes)
+
+    def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
+        """Return scores [B]."""
+        return _entropy(_probabilities("entropy", now, self._labelwise), self._labelwise)
+
+
+class Fisher:
+    """The trace of the Fisher information that a sample carries about the last pre-activations.
+
+    score_i = E_{y~p} ‖∂ln p(y|z_i)/∂z_i‖² = Σ_c p_c (1 - p_c), with p as for ``entropy``: the trace
+    of the last layer's Fisher (Ash et al. 2021) for an input of norm one. The labels are
+    drawn from the model, so it is the Fisher, not the empirical one (Kunstner et al. 2019), and
+    label noise does not reach it. No gradient is computed.
+    """
+
+    needs_anchor = False
+    needs_logits = True
+
+    def __init__(self, loss: str = "cross_entropy", classes: int = 0) -> None:
+        self._labelwise = _labelwise("fisher", loss, classes)
+
+    def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
+        """Return scores [B]."""
+        p = _probabilities("fisher", now, self._labelwise)
+        return _of_samples(p * (1 - p), self._labelwise)
+
+
+class Disagreement:
+    """How far the present weights and those of the last K rounds' starts are apart on a sample.
+
+    score_i = 1/M Σ_m KL(p_m ‖ p̄) = H(p̄) - 1/M Σ_m H(p_m): query by committee (McCallum & Nigam
+    1998), the committee being w_now, theta_star and the anchors before it, as many as
+    there are yet, M ≤ K + 1; p̄ is the mean of its probabilities. ``anchors`` is K; each costs a
+    forward and 1/W of the model's memory per rank.
+    """
+
+    needs_anchor = True
+    needs_logits = True
+
+    def __init__(self, anchors: int = 3, loss: str = "cross_entropy", classes: int = 0) -> None:
+        if anchors < 1:
+            raise ConfigError(f"priority.options.anchors must be at least 1, not {anchors}")
+        self.anchors = anchors
+        self._labelwise = _labelwise("disagreement", loss, classes)
+
+    def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
+        """Return scores [B]; ``anchor`` holds theta_star's outputs, and ``older`` ones."""
+        if anchor is None:
+            raise ValueError("disagreement needs the outputs of theta_star")
+        members = torch.stack(
+            [
+                _probabilities("disagreement", outputs, self._labelwise)
+                for outputs in (now, anchor, *anchor.older)
+            ]
+        )
+        within = [_entropy(p, self._labelwise) for p in members]
+        return (_entropy(members.mean(0), self._labelwise) - torch.stack(within).mean(0)).clamp(0)
+
+
+def _labelwise(signal: str, loss: str, classes: int) -> bool:
+    """Tell whether each output is a label of its own (sigmoid), or all are classes (softmax).
+
+    Raises ConfigError naming signal and loss if they are neither: regression.
+    """
+    found = registry.resolve("loss", loss)
+    if found is losses.bce:
+        return True
+    if found is losses.cross_entropy or (found is not losses.mse and classes):
+        return False
+    raise ConfigError(
+        f"priority.signal = '{signal}' needs outputs that are probabilities; with model.loss = "
+        f"'{loss}' they are values of a regression: use loss, loss_delta or grad_norm"
+    )
+
+
+def _probabilities(signal: str, outputs: Outputs, labelwise: bool) -> torch.Tensor:
+    """Return probabilities in the shape of the logits; ConfigError if there can be none."""
+    logits: PyTree = outputs.logits
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+        kind = str(logits.dtype) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"priority.signal = '{signal}' needs a model that returns one tensor of logits, "
+            f"not {kind}"
+        )
+    if labelwise:
+        return _full(logits).sigmoid()
+    if logits.ndim < 2 or logits.shape[1] < 2:
+        raise ConfigError(
+            f"priority.signal = '{signal}' needs logits of two classes or more in dimension 1, "
+            f"not outputs of shape {list(logits.shape)}"
+        )
+    return F.softmax(_full(logits), dim=1)
+
+
+def _entropy(p: torch.Tensor, labelwise: bool) -> torch.Tensor:
+    terms = torch.special.entr(p)  # -p ln p, 0 at 0
+    return _of_samples(terms + torch.special.entr(1 - p) if labelwise else terms, labelwise)
+
+
+def _of_samples(terms: torch.Tensor, labelwise: bool) -> torch.Tensor:
+    """Sum over classes, mean over positions; or sum over all labels: [B]."""
+    if labelwise:
+        return terms.reshape(len(terms), -1).sum(1)
+    sums = terms.sum(1)
+    return sums if sums.ndim == 1 else sums.flatten(1).mean(1)
+
+
+def _full(z: torch.Tensor) -> torch.Tensor:
+    return z if z.dtype == torch.float64 else z.float()

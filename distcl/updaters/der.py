@@ -20,7 +20,7 @@ class DarkExperienceReplay(Updater):
     in the paper: along the trajectory, not at its end. Those that were never drawn, or are of the
     pretraining, get theirs by a forward at the commit. The squared distance is the mean over a
     sample's C outputs. The paper draws two history batches, one for each term; here one serves
-    both, which has the same mean and costs half the forwards.
+    both, which has the same mean and saves a third of the forwards (batches of equal size).
 
     Logits are kept of exactly the ids that the history keeps: [H, C] in the host memory of every
     rank, and while a round trains [H_new, C] on the device.

@@ -143,7 +143,10 @@ class Sums(NamedTuple):
 
 
 class Curvature(NamedTuple):
-    """A = U_a diag(l_a) U_aᵀ and G = U_g diag(l_g) U_gᵀ, as eigenvectors and eigenvalues."""
+    """A = U_a diag(l_a) U_aᵀ and G = U_g diag(l_g) U_gᵀ, without the eigenvalues that are zero.
+
+    u_a [n, p], l_a [p], u_g [m, q], l_g [q]: p and q are the ranks of A and G.
+    """
 
     u_a: torch.Tensor
     l_a: torch.Tensor
@@ -152,10 +155,13 @@ class Curvature(NamedTuple):
 
     @classmethod
     def of(cls, a: torch.Tensor, g: torch.Tensor) -> Curvature:
-        """Decompose in float64; what rounding made negative becomes 0."""
-        (l_a, u_a), (l_g, u_g) = (torch.linalg.eigh(f.double()) for f in (a, g))
-        parts = (u_a, l_a.clamp(min=0), u_g, l_g.clamp(min=0))
-        return cls(*(part.to(a.dtype) for part in parts))
+        """Decompose, in float64; what is within rounding of zero in the factors' dtype is zero."""
+        parts: list[torch.Tensor] = []
+        for factor in (a, g):
+            values, vectors = torch.linalg.eigh(factor.double())
+            keep = values > values[-1] * torch.finfo(factor.dtype).eps
+            parts += [vectors[:, keep].to(factor.dtype), values[keep].to(factor.dtype)]
+        return cls(*parts)
 
     @property
     def a(self) -> torch.Tensor:

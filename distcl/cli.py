@@ -56,7 +56,7 @@ Json = Annotated[
 ]
 _SOURCE_HELP = (
     "An .npz, a folder of class folders of images, archives, a Hugging Face dataset on disk, a "
-    "config (.toml) or the name of a source."
+    "config (.toml), or the name of a source, configured with --set stream.KEY=VALUE."
 )
 _MOST_PROBLEMS = 20
 
@@ -281,6 +281,9 @@ def shard(
         folder, stream = dest, None
         if source.endswith(".toml"):
             stream = load_with_origins(Path(source), sets or [])[0].stream
+        elif ":" in source or source in {part.name for part in registry.parts("source")}:
+            named = [*(sets or []), f"stream.source={source}"]
+            stream = load_with_origins(None, named)[0].stream
         made = samples.open_samples(source, label, stream)
         with counting("writing", quiet, sum(made.sizes.values())) as tell:
             size = int(max_mb * 1e6)

@@ -11,15 +11,15 @@ import numpy as np
 from torch.utils._pytree import tree_flatten_with_path
 
 from distcl import registry
-from distcl.config import StreamConfig
+from distcl.config import DataConfig, StreamConfig
+from distcl.data.arrays import ArraySource
 from distcl.data.decode import IMAGES, decode
 from distcl.data.index import index_path, split_of
-from distcl.data.loader import as_source
 from distcl.data.npy import Array, npz_keys, open_npz
+from distcl.data.streams import create_sources
 from distcl.data.tars import scan
 from distcl.data.writing import Members, Samples
-from distcl.errors import ConfigError, DataError, UsageError
-from distcl.types import Source
+from distcl.errors import DataError, UsageError
 
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _CHUNK = 256
@@ -28,10 +28,9 @@ _CHUNK = 256
 def open_samples(source: str, label: str = "cls", stream: StreamConfig | None = None) -> Samples:
     """Return the samples that SOURCE of ``distcl shard`` names.
 
-    A .toml file, whose [stream] is ``stream``: its source, undrifted. An .npz file; a folder of
-    archives, or one archive; a Hugging Face dataset on disk; a folder of class folders of images;
-    the name of a registered source, or ``package.module:attribute``. Raises UsageError if it is
-    none of these, DataError if it cannot be read.
+    An .npz file; a folder of archives, or one archive; a Hugging Face dataset on disk; a folder of
+    class folders of images. With ``stream``, its source, undrifted. Raises UsageError if it is none
+    of these, DataError if it cannot be read.
     """
     if stream is not None:
         return SourceSamples(stream)
@@ -49,8 +48,6 @@ def open_samples(source: str, label: str = "cls", stream: StreamConfig | None = 
     if path.exists():
         raise UsageError(f"'{source}' is neither an .npz, nor a .tar, nor a folder")
     known = [part.name for part in registry.parts("source")]
-    if source in known or source.count(":") == 1:
-        return SourceSamples(StreamConfig(source=source))
     raise UsageError(
         f"'{source}' does not exist, and is no registered source{registry.nearest(source, known)}"
     )
@@ -191,13 +188,8 @@ class SourceSamples:
 
     def __init__(self, config: StreamConfig) -> None:
         self._config = config
-        made = registry.create("source", config.source, config)
-        parts = made if isinstance(made, tuple) else (made,)
-        if not 1 <= len(parts) <= 2:
-            raise ConfigError(f"source '{config.source}' must return (train, test)")
-        self._parts: dict[str, Source] = dict(
-            zip(("train", "test"), map(as_source, parts), strict=False)
-        )
+        parts = create_sources(config, DataConfig())
+        self._parts = dict(zip(("train", "test"), parts, strict=True))
         self.sizes = {split: len(part) for split, part in self._parts.items()}
 
     def describe(self) -> dict[str, Any]:
@@ -206,10 +198,12 @@ class SourceSamples:
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`distcl.data.writing.Samples`."""
+        part = self._parts[split]
         for start in range(begin, end, _CHUNK):
-            batch = self._parts[split].read(np.arange(start, min(start + _CHUNK, end)))
-            leaves, _ = tree_flatten_with_path(batch.x)
-            named = {_ext(path): leaf.numpy() for path, leaf in leaves}
+            ids = np.arange(start, min(start + _CHUNK, end))
+            batch = part.read(ids)
+            x = part.stored(ids) if isinstance(part, ArraySource) else batch.x
+            named = {_ext(path): np.asarray(leaf) for path, leaf in tree_flatten_with_path(x)[0]}
             for k, label in enumerate(batch.y.tolist()):
                 members = {ext: npy_bytes(values[k]) for ext, values in named.items()}
                 yield members | {"cls": str(label).encode()}

@@ -21,23 +21,28 @@ _CHUNK = 1024
 
 
 def create_stream(config: StreamConfig, seed: int, data: DataConfig | None = None) -> DriftStream:
-    """Return the stream that ``[stream]`` describes. Local.
+    """Return the stream that ``[stream]`` describes. Local. Raises ConfigError or DataError."""
+    return DriftStream(*create_sources(config, data or DataConfig()), config, seed)
+
+
+def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Source]:
+    """Return the sources, (train, test), that ``[stream]`` names, without any drift. Local.
 
     The source's factory, built in or the user's own, takes the StreamConfig and, as keywords,
-    ``stream.options`` and, if it has a parameter ``data``, the DataConfig. It returns two sources,
-    (train, test); see :class:`distcl.types.Source`. Files in ``stream.sha256`` are checked first.
+    ``stream.options`` and, if it has a parameter ``data``, the DataConfig; see
+    :class:`distcl.types.Source` for what it returns. Files in ``stream.sha256`` are checked first.
     Raises ConfigError or DataError.
     """
     check_files(config)
     options = dict(config.options)
     if "data" in inspect.signature(registry.resolve("source", config.source)).parameters:
-        options["data"] = data or DataConfig()
+        options["data"] = data
     made = registry.create("source", config.source, config, options=options)
     if not isinstance(made, tuple) or len(made) != 2:
         raise ConfigError(
             f"stream.source = '{config.source}' must return two sources, (train, test)"
         )
-    return DriftStream(*made, config, seed)
+    return as_source(made[0]), as_source(made[1])
 
 
 class DriftStream:

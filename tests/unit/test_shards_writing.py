@@ -180,7 +180,7 @@ def two_tensors(config: StreamConfig) -> tuple[object, object]:
 
 def test_a_source_of_ones_own_with_several_tensors(tmp_path):
     name = f"{__name__}:two_tensors"
-    write_shards(open_samples(name), tmp_path / "s", per_shard=5)
+    write_shards(open_samples(name, stream=StreamConfig(source=name)), tmp_path / "s", per_shard=5)
     train, _ = shards(StreamConfig(path=str(tmp_path / "s")), DataConfig())
     ours = two_tensors(StreamConfig())[0].read(np.array([7, 2]))
     batch = train.read(np.array([7, 2]))

@@ -1,0 +1,109 @@
+"""Whole runs over shards, from the command line: as over arrays, at every world size, with faults."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distcl.data.samples import ArraySamples
+from distcl.data.writing import write_shards
+from tests.spawn import distcl
+
+ROOT = Path(__file__).parents[2]
+SHORT = [
+    "--set=training.epochs=2",
+    "--set=training.pretrain_epochs=2",
+    "--set=stream.experiences=3",
+    "--set=model.options.hidden=[16]",
+    "--set=run.precision=fp64",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits in an .npz and in three shards."""
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("data")
+    x, y = load_digits(return_X_y=True)
+    x = (x * 15.9).astype(np.uint8).reshape(-1, 8, 8)
+    np.savez(folder / "digits.npz", x=x[:600], y=y[:600])
+    write_shards(ArraySamples(folder / "digits.npz"), folder / "shards", per_shard=250)
+    return folder
+
+
+def train(config: str, out: Path, *sets: str, ranks: int = 1) -> dict[str, Any]:
+    options = [f"--set={s}" for s in sets]
+    done = distcl("train", config, *SHORT, *options, "--quiet", "--out", str(out), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
+
+
+def essence(summary: dict[str, Any]) -> Any:
+    return summary["accuracy"], [r["draws_sha256"] for r in summary["rounds"]]
+
+
+def test_shards_give_the_draws_and_accuracies_of_the_same_arrays(data, tmp_path):
+    config = "configs/digits.toml"
+    arrays = train(
+        config, tmp_path / "a", "stream.source=arrays", f"stream.path={data / 'digits.npz'}"
+    )
+    over = ["stream.source=shards", f"stream.path={data / 'shards'}", "data.verify=true"]
+    one = train(config, tmp_path / "b", *over, "data.workers=2")
+    two = train(config, tmp_path / "c", *over, ranks=2)
+    assert essence(arrays) == essence(one) == essence(two)
+    assert one["bad_samples"] == 0
+
+
+def test_bad_samples_are_skipped_and_counted_the_same_at_every_world_size(data, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in (data / "shards").iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    tar = damaged / "train-000001.tar"
+    content = bytearray(tar.read_bytes())
+    for row in (10, 11, 200):  # of samples of 2,048 bytes: cls, then npy
+        content[row * 2048 + 1700] ^= 0xFF
+    tar.write_bytes(content)
+    over = ["stream.source=shards", f"stream.path={damaged}", "data.verify=true"]
+    options = [f"--set={s}" for s in over]
+    out = ["--out", str(tmp_path / "error")]
+    done = distcl("train", "configs/digits.toml", *SHORT, *options, *out, ranks=2)
+    assert done.returncode != 0
+    status = json.loads((tmp_path / "error" / "status.json").read_text())
+    assert status["exit_code"] == 3
+    assert "shard 'train-000001.tar', sample '000000" in status["reason"]
+    over.append("data.on_bad_sample=skip")
+    one = train("configs/digits.toml", tmp_path / "one", *over, "data.workers=1")
+    two = train("configs/digits.toml", tmp_path / "two", *over, ranks=2)
+    assert essence(one) == essence(two)
+    assert one["bad_samples"] == two["bad_samples"] == 3
+    assert "[bad samples]" in (tmp_path / "two" / "log.txt").read_text()
+
+
+def test_the_shipped_config_runs_after_the_command_it_names(tmp_path):
+    made = distcl("shard", "digits", str(tmp_path / "s"), "--per-shard", "300")
+    assert made.returncode == 0, made.stderr
+    summary = train("configs/shards-digits.toml", tmp_path / "out", f"stream.path={tmp_path / 's'}")
+    assert summary["bad_samples"] == 0 and summary["average_accuracy"] > 0.5
+    batches = tmp_path / "cifar"
+    batches.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("data_batch_1.bin", "test_batch.bin"):
+        rows = rng.integers(0, 256, (40, 3073)).astype(np.uint8)
+        rows[:, 0] = np.arange(40) % 10
+        (batches / name).write_bytes(rows.tobytes())
+    path = f"stream.path={batches}"
+    made = distcl("shard", "cifar10", str(tmp_path / "c"), "--workers", "2", "--set", path)
+    assert made.returncode == 0, made.stderr
+    done = distcl(
+        *("train", "configs/cifar10-shards.toml", f"--set=stream.path={tmp_path / 'c'}"),
+        *("--set=stream.samples_per_experience=8", "--set=stream.experiences=2"),
+        *("--set=training.batch_size=8", "--set=training.epochs=1", "--set=data.workers=1"),
+        *("--set=training.pretrain_epochs=1", "--set=model.name=mlp"),
+        *("--quiet", "--out", str(tmp_path / "cifar-out")),
+    )
+    assert done.returncode == 0, done.stderr

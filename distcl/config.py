@@ -387,6 +387,12 @@ class DataConfig(Section):
     on_bad_sample: Literal["error", "skip"] = Field(
         "error", description="shards: end the run at a bad sample, or leave it out and count it"
     )
+    lanes: int = Field(
+        8, ge=1, description="streamed shards: sequences read side by side, shared out over ranks"
+    )
+    shuffle_buffer: int = Field(
+        1024, ge=1, description="streamed shards: samples of a lane that are shuffled together"
+    )
     transforms: list[str | dict[str, Any]] = Field(
         [],
         description="shards: crop, flip, normalize or package.module:function, in order; a table "

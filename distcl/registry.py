@@ -83,7 +83,7 @@ _TABLE = (
     ("source", "cifar10", "distcl.data.cifar:cifar10", "CIFAR-10, binary version"),
     ("source", "cifar100", "distcl.data.cifar:cifar100", "CIFAR-100, binary version, 100 classes"),
     ("source", "hf", "distcl.data.hf:hf", "a Hugging Face dataset, on disk or from the hub"),
-    ("source", "shards", "distcl.data.shards:shards", "a folder of WebDataset shards"),
+    ("source", "shards", "distcl.data.opening:shards", "a folder of WebDataset shards"),
     ("transform", "crop", "distcl.data.decode:crop", "a square of each image"),
     ("transform", "flip", "distcl.data.decode:flip", "half of the images mirrored"),
     ("transform", "normalize", "distcl.data.decode:normalize", "minus mean, by deviation"),

@@ -130,6 +130,7 @@ class CopyingStream:
         self.replaces = bool(getattr(stream, "replaces", False))
         self.replaced: set[int] = getattr(stream, "replaced", set())
         self.unusable = int(getattr(stream, "unusable", 0))
+        self.sequential = bool(getattr(stream, "sequential", False))
         self._ids: Ids = np.empty(0, dtype=np.int64)  # sorted
         self._copies: tuple[PyTree, PyTree] = (None, None)  # x and y, leaves [H, ...]
 
@@ -149,6 +150,10 @@ class CopyingStream:
             back = torch.from_numpy(np.argsort(np.argsort(~held, kind="stable")))
             x, y = tree_map(lambda a, b: torch.cat([a, b])[back], (x, y), (other.x, other.y))
         return Batch(torch.from_numpy(ids.copy()), x, y, len(ids))
+
+    def lanes_of(self, ids: Ids, lanes: int) -> Ids:
+        """See :meth:`distcl.data.streams.DriftStream.lanes_of`."""
+        return self._stream.lanes_of(ids, lanes)  # type: ignore[attr-defined, no-any-return]
 
     def keep(self, ids: Ids) -> None:
         """Hold copies of these samples [H] and no others; those not yet held are read now."""

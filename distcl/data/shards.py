@@ -14,22 +14,19 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from distcl.config import DataConfig, StreamConfig
+from distcl.config import DataConfig
 from distcl.data.arrays import as_tensor, stratified
 from distcl.data.decode import Decoder, Sample
-from distcl.data.groups import assign_groups
 from distcl.data.index import (
     CRC_MASK,
-    Manifest,
     Shard,
     key_of,
     labels_in,
     open_index,
-    read_manifest,
 )
 from distcl.data.npy import Array
 from distcl.data.tars import read_members
-from distcl.errors import ConfigError, DataError
+from distcl.errors import DataError
 from distcl.types import Batch, Ids, PyTree
 
 _MOST_OPEN = 64
@@ -53,6 +50,9 @@ class ShardSource:
     member and id.
     """
 
+    sequential = False
+    """Whether reading far from where one is costs much more than reading on."""
+
     def __init__(
         self, folder: Path, shards: Sequence[Shard], data: DataConfig, name: str = "shards"
     ) -> None:
@@ -69,8 +69,8 @@ class ShardSource:
         self.problems: list[str] = []
         """What is known to be bad, in words; filled by opening, with ``on_bad_sample = "skip"``."""
         self._indexes: list[Array | None] = [self._open(folder, shard) for shard in shards]
-        if not any(index is not None for index in self._indexes):
-            raise DataError(f"{name}: there are no samples" + "".join(self.problems[:1]))
+        if len(self.problems) >= len(shards) and not any(i is not None for i in self._indexes):
+            raise DataError(f"{name}: there are no samples; {self.problems[0]}")
 
     def _open(self, folder: Path, shard: Shard) -> Array | None:
         """Return a shard's index, None if the shard cannot be used."""
@@ -297,34 +297,3 @@ class _Files:
     def __del__(self) -> None:
         for file in self._open.values():
             os.close(file)
-
-
-def shards(
-    config: StreamConfig, data: DataConfig, experiences: str = ""
-) -> tuple[ShardSource, ShardSource]:
-    """Return (train, test) of the folder of shards ``stream.path``.
-
-    Folders without test shards hold out ``stream.test_fraction`` of each class.
-
-    ``experiences``: which samples make an experience. Empty: all; ``shards``: equal ranges of the
-    shards, in their order; ``key:FIELD``: those of one value of a field of their JSON, in sorted
-    order; ``time:FIELD``: equal numbers, in order of a field that is a number or an ISO date (test
-    samples fall between the same times).
-
-    Raises ConfigError or DataError.
-    """
-    if not config.path:
-        raise ConfigError("stream.source = 'shards' needs stream.path, a folder of shards")
-    folder = Path(config.path).expanduser()
-    manifest: Manifest = read_manifest(folder)
-    found = [
-        ShardSource(folder, part, data, f"'{folder}' ({split})")
-        for split in ("train", "test")
-        if (part := manifest.split(split))
-    ]
-    if experiences:
-        concepts = min(config.recurring or config.experiences, config.experiences)
-        assign_groups(found, experiences, concepts)
-    if len(found) == 2:
-        return found[0], found[1]
-    return found[0].holdout(config.test_fraction)

@@ -66,7 +66,9 @@ class DriftStream:
     Two more attributes that sources may have say which samples an experience takes: ``usable``,
     bool [N], leaves bad ones out, and ``groups``, int64 [N], is each sample's concept (None: no
     restriction). A source whose ``replaces`` is true may read another sample in the place of a bad
-    one, and says so by its id; ``replaced`` remembers the ids asked for.
+    one, and says so by its id; ``replaced`` remembers the ids asked for. One that is ``sequential``
+    keeps its own order as the stream order, and tells by ``shard_of`` which parts can be read side
+    by side.
 
     Raises ConfigError naming the key that does not fit the data, DataError on bad data.
     """
@@ -90,6 +92,7 @@ class DriftStream:
         self.replaces = any(getattr(s, "replaces", False) for s in (self._train, self._test))
         self.replaced: set[int] = set()
         """Ids that were asked for and turned out bad, in this process."""
+        self.sequential = bool(getattr(self._train, "sequential", False))
         known_bad = (getattr(s, "usable", None) for s in (self._train, self._test))
         self.unusable = sum(int((~u).sum()) for u in known_bad if u is not None)
         """How many samples are left out of all experiences, known to be bad from the start."""
@@ -116,6 +119,15 @@ class DriftStream:
         back = torch.from_numpy(np.argsort(np.concatenate(places)))
         x, y = tree_map(lambda *some: torch.cat(some).index_select(0, back), *parts)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
+
+    def lanes_of(self, ids: Ids, lanes: int) -> Ids:
+        """Return which of ``lanes`` equal runs of shards each training sample is in, [N]. Local.
+
+        For sequential sources only.
+        """
+        shard = self._train.shard_of  # type: ignore[attr-defined]
+        lane: Ids = shard * lanes // (int(shard[-1]) + 1)
+        return lane[unpack_ids(ids)[1]]
 
     def _locate(self, ids: Ids) -> tuple[Ids, Ids, Mask]:
         """Return (base row [B], concept [B], is_test [B]) of ids that are in the stream."""
@@ -174,6 +186,8 @@ class DriftStream:
             part = "training" if len(rows) == 0 else "test"
             raise DataError(f"experience {e} has no {part} samples")
         rows = rows[: wanted or None]
+        if self.sequential:
+            rows.sort()
         if e > 0 and len(self._older) and self._concepts > 1:
             self._blend(e, rows, self._members_of(self._train, train_labels, e - 1), rng)
         name = f"{'+'.join(self._config.drifts)} {e}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ BLOCK = 512
 END = bytes(2 * BLOCK)
 """What closes an archive."""
 
-_NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
 _REGULAR = (0x30, 0)  # type '0', or NUL in old archives
 _PICKLES = ("pickle", "pkl", "pyd", "pt", "pth", "joblib", "dill")
 
@@ -48,23 +46,43 @@ def check_ext(ext: str) -> str:
     return ext.lower()
 
 
+class UnusualHeaderError(ValueError):
+    """A header that only some writers use: long names, sizes from 8 GiB, folders, links."""
+
+
+def parse_header(header: bytes) -> tuple[str, int]:
+    """Return (name, size) of a plain member's 512 bytes; else UnusualHeaderError."""
+    if header[156] not in _REGULAR or header[124] & 0x80 or header[345]:
+        raise UnusualHeaderError("not a plain file, or a long name")
+    name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
+    try:
+        return name, int(header[124:136].strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        raise DataError(f"member '{name}' has a damaged header") from None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return (key, ext) of a member's name; None for files that are no part of a sample."""
+    dot = name.find(".", name.rfind("/") + 1)
+    if dot <= 0 or name[dot - 1] == "/" or dot + 1 == len(name):
+        return None
+    return name[:dot], name[dot + 1 :]
+
+
 def read_members(extent: bytes) -> tuple[str, dict[str, bytes]]:
     """Return (key, ext → data) of a sample from the bytes of its extent. Local.
 
     Raises DataError naming the member if it is cut short, of another key, or a pickle.
     """
     key, members, at = "", dict[str, bytes](), 0
-    while at + BLOCK <= len(extent):
-        if extent[at + 156] not in _REGULAR or extent[at + 124] & 0x80 or extent[at + 345]:
-            return _read_slowly(extent)
-        name = extent[at : at + 100].partition(b"\0")[0].decode("utf-8", "replace")
-        try:
-            size = int(extent[at + 124 : at + 136].strip(b"\0 ") or b"0", 8)
-        except ValueError:
-            raise DataError(f"member '{name}' has a damaged header") from None
-        begin = at + BLOCK
-        at = begin + -(-size // BLOCK) * BLOCK
-        key = _collect(name, extent[begin : begin + size], size, key, members)
+    try:
+        while at + BLOCK <= len(extent):
+            name, size = parse_header(extent[at : at + BLOCK])
+            begin = at + BLOCK
+            at = begin + -(-size // BLOCK) * BLOCK
+            key = _collect(name, extent[begin : begin + size], size, key, members)
+    except UnusualHeaderError:
+        return _read_slowly(extent)
     return _complete(key, members)
 
 
@@ -86,14 +104,13 @@ def _collect(name: str, data: bytes, size: int, key: str, members: dict[str, byt
     """Add a member to ``members``, unless it is no part of a sample; return the key."""
     if len(data) < size:
         raise DataError(f"member '{name}' is truncated: {len(data)} of {size} bytes are there")
-    dot = name.find(".", name.rfind("/") + 1)
-    own, ext = name[:dot], name[dot + 1 :]
-    if dot <= 0 or own[-1] == "/" or not ext:
+    pieces = split_name(name)
+    if pieces is None:
         return key
-    if key and own != key:
+    if key and pieces[0] != key:
         raise DataError(f"member '{name}' is where '{key}' should be: the index is of another file")
-    members[check_ext(ext)] = data
-    return own
+    members[check_ext(pieces[1])] = data
+    return pieces[0]
 
 
 def _complete(key: str, members: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
@@ -116,21 +133,21 @@ def scan(path: Path) -> Iterator[Extent]:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
-                found = _NAME.fullmatch(info.name) if info.isreg() else None
+                found = split_name(info.name) if info.isreg() else None
                 if found is None:
                     continue
-                if found[1] != key:
+                if found[0] != key:
                     if key:
                         yield Extent(key, begin, info.offset, members, fault)
-                    key, begin, fault, members = found[1], info.offset, "", {}
+                    key, begin, fault, members = found[0], info.offset, "", {}
                     if key in seen:
                         fault = f"member '{info.name}': another sample has the key '{key}' too"
                     seen.add(key)
-                ext = found[2].lower()
+                ext = found[1].lower()
                 if ext in members:
                     fault = fault or f"member '{info.name}' occurs twice"
                 try:
-                    check_ext(found[2])
+                    check_ext(found[1])
                 except DataError as error:
                     fault = fault or f"member '{info.name}': {error}"
                 file.seek(info.offset_data)

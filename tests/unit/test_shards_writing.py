@@ -18,8 +18,8 @@ from distcl.cli import app
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.arrays import ArraySource, arrays
 from distcl.data.index import index_folder, read_manifest, verify_folder
+from distcl.data.opening import shards
 from distcl.data.samples import ArraySamples, open_samples
-from distcl.data.shards import shards
 from distcl.data.writing import write_shards
 from distcl.errors import DataError, UsageError
 

@@ -45,10 +45,11 @@ class LaneSampler:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        round_index: int = 0,
         stream: int = 0,
     ) -> None:
         self.batch_size = batch_size
-        self.round_index = 0
+        self.round_index = round_index
         self.epoch = 0
         self._lanes = lanes
         self._lanes_of = lanes_of

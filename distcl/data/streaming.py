@@ -6,6 +6,7 @@ import itertools
 import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -189,27 +190,43 @@ def stream_samples(
     """
     done = 0
     try:
-        with open_() as file:
-            for sample in _grouped(_plain_members(file)):
-                yield sample
-                done += 1
-    except UnusualHeaderError:
-        with open_() as file:
-            yield from itertools.islice(_grouped(_any_members(file)), done, None)
+        try:
+            with _opened(open_) as file:
+                for sample in _grouped(_plain_members(file)):
+                    done += 1
+                    yield sample
+        except UnusualHeaderError:
+            with _opened(open_) as file:
+                for sample in itertools.islice(_grouped(_any_members(file)), done, None):
+                    done += 1
+                    yield sample
     except (OSError, EOFError, tarfile.TarError, DataError) as error:
         raise DataError(f"shard '{name}', after {done} samples: {error}") from error
 
 
+@contextmanager
+def _opened(open_: Callable[[], IO[bytes]]) -> Iterator[IO[bytes]]:
+    """Close the stream at the end; how its command ended matters only if all of it was read."""
+    file = open_()
+    try:
+        yield file
+    except BaseException:
+        with suppress(OSError):
+            file.close()
+        raise
+    file.close()
+
+
 def _plain_members(file: IO[bytes]) -> Iterator[Member]:
     """Yield (name, data) of members with the usual headers; UnusualHeaderError at another one."""
-    while True:
+    for number in itertools.count():
         header = file.read(BLOCK)
+        if number == 0 and header[257:262] != b"ustar":
+            raise UnusualHeaderError("an old tar, or a compressed one")
         if len(header) == BLOCK and not header.strip(b"\0"):
             return
         if len(header) < BLOCK:
             raise EOFError("it is truncated: the end mark is missing")
-        if header[257:262] != b"ustar":
-            raise UnusualHeaderError("an old tar, or a compressed one")
         name, size = parse_header(header)
         data = file.read(-(-size // BLOCK) * BLOCK)
         if len(data) < size:

@@ -15,7 +15,7 @@ from distcl.types import Ids, unpack_ids
 
 _BITS = 22  # of the number of an experience
 
-LanesOf = Callable[[Ids], Ids]
+LanesOf = Callable[[Ids, int], Ids]
 
 
 class LaneSampler:
@@ -32,7 +32,7 @@ class LaneSampler:
     world size; a rank's part may be large, small or empty, and every rank has every step. Weights
     must be equal on all ranks. Local.
 
-    ``lanes``: how many; ``lanes_of(ids)`` [N] says which each sample is in, along which ids ascend.
+    ``lanes``: how many; ``lanes_of(ids, lanes)`` [N] says which each sample is in.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class LaneSampler:
         rng = draws.generator(self._seed, self._stream, self.round_index, self.epoch)
         ids = np.concatenate([group[0] for group in self._groups])
         counts = np.concatenate([_counts(*group[1:], len(group[0]), rng) for group in self._groups])
-        lanes = self._lanes_of(ids)
+        lanes = self._lanes_of(ids, self._lanes)
         # a run: one experience's samples in one lane, which one cursor reads
         experience, row, _ = unpack_ids(ids)
         _, run = np.unique(lanes << _BITS | experience, return_inverse=True)

@@ -84,6 +84,17 @@ def test_bad_samples_are_skipped_and_counted_the_same_at_every_world_size(data, 
     assert "[bad samples]" in (tmp_path / "two" / "log.txt").read_text()
 
 
+def test_streams_give_the_same_run_at_one_and_two_ranks(data, tmp_path):
+    folder = tmp_path / "s"
+    made = distcl("shard", "digits", str(folder), "--per-shard", "120")
+    assert made.returncode == 0, made.stderr
+    over = ["stream.source=shards", f"stream.path={folder}", "data.access=stream"]
+    over += ["data.shuffle_buffer=100", "stream.experiences=2", "training.epochs=1"]
+    one = train("configs/digits.toml", tmp_path / "one", *over, "data.workers=1")
+    two = train("configs/digits.toml", tmp_path / "two", *over, ranks=2)
+    assert essence(one) == essence(two) and one["average_accuracy"] > 0.5
+
+
 def test_the_shipped_config_runs_after_the_command_it_names(tmp_path):
     made = distcl("shard", "digits", str(tmp_path / "s"), "--per-shard", "300")
     assert made.returncode == 0, made.stderr

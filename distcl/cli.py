@@ -245,6 +245,9 @@ def shard(
         str, typer.Option(help="Of archives: the member with the label, cls or json:FIELD.")
     ] = "cls",
     sets: Overrides = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the shards of DEST, each when it is whole.")
+    ] = False,
     index_only: Annotated[
         bool, typer.Option("--index-only", help="SOURCE has shards: write index and shards.json.")
     ] = False,
@@ -287,7 +290,10 @@ def shard(
         made = samples.open_samples(source, label, stream)
         with counting("writing", quiet, sum(made.sizes.values())) as tell:
             size = int(max_mb * 1e6)
-            manifest = writing.write_shards(made, folder, per_shard, size, workers, tell)
+            if append:
+                manifest = writing.append_shards(made, folder, per_shard, size, tell)
+            else:
+                manifest = writing.write_shards(made, folder, per_shard, size, workers, tell)
     if not quiet:
         found = manifest.shards
         say(

@@ -131,6 +131,7 @@ class CopyingStream:
         self.replaced: set[int] = getattr(stream, "replaced", set())
         self.unusable = int(getattr(stream, "unusable", 0))
         self.sequential = bool(getattr(stream, "sequential", False))
+        self.live_seconds = float(getattr(stream, "live_seconds", 0.0))
         self._ids: Ids = np.empty(0, dtype=np.int64)  # sorted
         self._copies: tuple[PyTree, PyTree] = (None, None)  # x and y, leaves [H, ...]
 
@@ -150,6 +151,14 @@ class CopyingStream:
             back = torch.from_numpy(np.argsort(np.argsort(~held, kind="stable")))
             x, y = tree_map(lambda a, b: torch.cat([a, b])[back], (x, y), (other.x, other.y))
         return Batch(torch.from_numpy(ids.copy()), x, y, len(ids))
+
+    def arrived(self) -> int:
+        """See :meth:`distcl.data.streams.DriftStream.arrived`."""
+        return int(self._stream.arrived())  # type: ignore[attr-defined]
+
+    def grow(self, more: int) -> Ids:
+        """See :meth:`distcl.data.streams.DriftStream.grow`."""
+        return self._stream.grow(more)  # type: ignore[attr-defined, no-any-return]
 
     def lanes_of(self, ids: Ids, lanes: int) -> Ids:
         """See :meth:`distcl.data.streams.DriftStream.lanes_of`."""

@@ -16,7 +16,11 @@ log = logging.getLogger("distcl")
 
 
 def shards(
-    config: StreamConfig, data: DataConfig, experiences: str = "", url: str = ""
+    config: StreamConfig,
+    data: DataConfig,
+    experiences: str = "",
+    url: str = "",
+    live_seconds: float = 0.0,
 ) -> tuple[ShardSource, ShardSource]:
     """Return (train, test) of the folder of shards ``stream.path``, by its ``shards.json``.
 
@@ -29,6 +33,9 @@ def shards(
 
     ``url``: where the shards are, if not in the folder; see
     :class:`distcl.data.streaming.StreamedSource`.
+
+    ``live_seconds``: at the end of the stream, ``distcl run`` waits so long for another whole shard
+    to be listed in ``shards.json``; it has one experience and is watched in its own order.
 
     Raises ConfigError or DataError.
     """
@@ -48,9 +55,11 @@ def shards(
     if experiences:
         concepts = min(config.recurring or config.experiences, config.experiences)
         assign_groups(found, experiences, concepts)
-    if len(found) == 2:
-        return found[0], found[1]
-    return found[0].holdout(config.test_fraction)
+    train, test = found if len(found) == 2 else found[0].holdout(config.test_fraction)
+    if live_seconds and (config.experiences > 1 or experiences):
+        raise ConfigError("stream.options.live_seconds needs stream.experiences = 1")
+    train.live_seconds = live_seconds
+    return train, test
 
 
 def choose_access(folder: Path, manifest: Manifest, data: DataConfig, url: str) -> str:

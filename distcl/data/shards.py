@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,10 +20,12 @@ from distcl.data.arrays import as_tensor, stratified
 from distcl.data.decode import Decoder, Sample
 from distcl.data.index import (
     CRC_MASK,
+    MANIFEST,
     Shard,
     key_of,
     labels_in,
     open_index,
+    read_manifest,
 )
 from distcl.data.npy import Array
 from distcl.data.tars import read_members
@@ -60,6 +63,9 @@ class ShardSource:
         self.groups: Ids | None = None
         """The concept of each sample, int64 [N]; None: no restriction."""
         self.shards = list(shards)
+        self.live_seconds = 0.0
+        """How long to wait for more shards at the end; 0: there will be no more."""
+        self._folder = folder
         self._data = data
         self._decode = Decoder(data.transforms)
         self._files = _Files(folder)
@@ -92,7 +98,7 @@ class ShardSource:
         return index
 
     def __len__(self) -> int:
-        return int(self._firsts[-1]) if self._rows is None else len(self._rows)
+        return self._total if self._rows is None else len(self._rows)
 
     @property
     def labels(self) -> Ids:
@@ -136,6 +142,39 @@ class ShardSource:
         part._rows = ids if self._rows is None else self._rows[ids]
         part.groups = None if self.groups is None else self.groups[ids]
         return part
+
+    def arrived(self) -> int:
+        """Return how many samples ``shards.json`` has by now that this source has not. Local."""
+        split = self.shards[0].split
+        return sum(s.samples for s in read_manifest(self._folder).split(split)) - self._total
+
+    def grow(self, more: int) -> int:
+        """Take in whole shards that have arrived, ``more`` samples of them; return len before.
+
+        Local. New ids follow the old ones. Raises DataError if ``shards.json`` does not go on from
+        where it was, or (when it lies on another machine's disk) does not show them in a minute.
+        """
+        before, total, known = len(self), self._total + more, len(self.shards)
+        found = read_manifest(self._folder).split(self.shards[0].split)
+        for _ in range(60):
+            if sum(s.samples for s in found) >= total:
+                break
+            time.sleep(1)
+            found = read_manifest(self._folder).split(self.shards[0].split)
+        while sum(s.samples for s in found) > total:  # what came after others looked
+            found.pop()
+        if found[:known] != self.shards or sum(s.samples for s in found) != total:
+            raise DataError(f"{self.name}: {MANIFEST} does not go on from where it was")
+        if self._rows is not None:
+            self._rows = np.concatenate([self._rows, np.arange(total - more, total)])
+        self._indexes = [*self._indexes, *(self._open(self._folder, s) for s in found[known:])]
+        self.shards = found
+        self._firsts = np.array([s.first_id for s in found] + [total])
+        return before
+
+    @property
+    def _total(self) -> int:
+        return int(self._firsts[-1])
 
     def read(self, ids: Ids) -> Batch:
         """Read samples by id, in the order asked. Local. Raises DataError naming a bad sample."""

@@ -68,7 +68,7 @@ class DriftStream:
     restriction). A source whose ``replaces`` is true may read another sample in the place of a bad
     one, and says so by its id; ``replaced`` remembers the ids asked for. One that is ``sequential``
     keeps its own order as the stream order, and tells by ``shard_of`` which parts can be read side
-    by side.
+    by side. One with ``live_seconds`` may be given more samples as time goes by.
 
     Raises ConfigError naming the key that does not fit the data, DataError on bad data.
     """
@@ -93,6 +93,8 @@ class DriftStream:
         self.replaced: set[int] = set()
         """Ids that were asked for and turned out bad, in this process."""
         self.sequential = bool(getattr(self._train, "sequential", False))
+        self.live_seconds = float(getattr(self._train, "live_seconds", 0.0))
+        """How long to wait for more samples at the end of the stream; 0: there are no more."""
         known_bad = (getattr(s, "usable", None) for s in (self._train, self._test))
         self.unusable = sum(int((~u).sum()) for u in known_bad if u is not None)
         """How many samples are left out of all experiences, known to be bad from the start."""
@@ -119,6 +121,30 @@ class DriftStream:
         back = torch.from_numpy(np.argsort(np.concatenate(places)))
         x, y = tree_map(lambda *some: torch.cat(some).index_select(0, back), *parts)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
+
+    def arrived(self) -> int:
+        """Return how many training samples have come since the last look. Local; live streams."""
+        return int(self._train.arrived())  # type: ignore[attr-defined]
+
+    def grow(self, more: int) -> Ids:
+        """Take in ``more`` training samples that have come; return their ids. Local.
+
+        Raises DataError naming a sample of a class that the stream had not at its start.
+        """
+        before = self._train.grow(more)  # type: ignore[attr-defined]
+        rows = np.arange(before, len(self._train))
+        labels = getattr(self._train, "labels", None)
+        if labels is not None and labels[rows].max() >= self.spec.classes:
+            row = int(rows[labels[rows].argmax()])
+            raise DataError(
+                f"sample {row}, new in the stream, has label {labels[row]}; the stream began with "
+                f"labels below {self.spec.classes}"
+            )
+        usable = getattr(self._train, "usable", None)
+        if usable is not None:
+            self.unusable += int((~usable[rows]).sum())
+            rows = rows[usable[rows]]
+        return pack_ids(0, rows)
 
     def lanes_of(self, ids: Ids, lanes: int) -> Ids:
         """Return which of ``lanes`` equal runs of shards each training sample is in, [N]. Local.
@@ -186,7 +212,7 @@ class DriftStream:
             part = "training" if len(rows) == 0 else "test"
             raise DataError(f"experience {e} has no {part} samples")
         rows = rows[: wanted or None]
-        if self.sequential:
+        if self.sequential or self.live_seconds:
             rows.sort()
         if e > 0 and len(self._older) and self._concepts > 1:
             self._blend(e, rows, self._members_of(self._train, train_labels, e - 1), rng)

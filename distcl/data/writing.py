@@ -29,6 +29,7 @@ from distcl.data.index import (
     label_of,
     numbered,
     open_index,
+    read_manifest,
     replace_file,
     write_manifest,
 )
@@ -116,6 +117,35 @@ def write_shards(
     manifest = numbered(samples.label, [shard for k in range(len(ranges)) for shard in done[k]])
     write_manifest(folder, manifest)
     (folder / _PLAN).unlink()
+    return manifest
+
+
+def append_shards(
+    samples: Samples,
+    folder: Path,
+    per_shard: int = 10_000,
+    max_bytes: int = 0,
+    tell: Callable[[str, int], None] | None = None,
+) -> Manifest:
+    """Add shards to a folder of shards; those who watch it see each one when it is whole.
+
+    Arguments and errors as of :func:`write_shards`. After a kill the shards listed in
+    ``shards.json`` are whole, and what was not listed is written over by the next addition.
+    """
+    manifest = read_manifest(folder)
+    if manifest.label != samples.label:
+        raise DataError(f"'{folder}' has labels in '{manifest.label}', not '{samples.label}'")
+    for split, size in samples.sizes.items():
+        for begin in range(0, size, per_shard):
+            number = len(manifest.split(split))
+            while any(s.name.startswith(f"{split}-{number:06d}") for s in manifest.shards):
+                number += 1
+            part = _Range(split, number, begin, min(begin + per_shard, size))
+            found = _write_range(samples, folder, part, max_bytes)
+            manifest = numbered(manifest.label, [*manifest.shards, *found])
+            write_manifest(folder, manifest)
+            if tell is not None:
+                tell(found[0].name, part.end - part.begin)
     return manifest
 
 

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from distcl.data.arrays import MAX_CLASSES
+from distcl.data.decode import decode
 from distcl.data.npy import Array, open_npy
-from distcl.data.tars import scan
+from distcl.data.tars import read_members, scan
 from distcl.errors import DataError
 from distcl.types import Ids
 
@@ -266,18 +267,19 @@ def file_digest(path: Path) -> str:
 def verify_folder(
     folder: Path, tell: Callable[[str, int], None] | None = None
 ) -> tuple[Manifest, list[str]]:
-    """Read everything again; return the manifest and what is wrong, naming shard and id. Local.
+    """Read and decode everything; return manifest and faults, naming shard, sample and id. Local.
 
-    Archives must have the bytes and SHA-256 of the manifest, samples the place, checksum and label
-    of the index. ``tell(shard, samples)`` is called after each shard.
+    Archives must have the bytes and SHA-256 of the manifest, samples the place and checksum of the
+    index, and every member must decode. ``tell(shard, samples)`` is called after each shard.
     """
     manifest, problems = read_manifest(folder), list[str]()
     for shard in manifest.shards:
         tar = folder / shard.name
         try:
-            index = open_index(tar, shard.samples, shard.bytes)
-            if file_digest(tar) != shard.sha256:
-                problems += _differences(tar, index, shard)
+            found = _faults(tar, open_index(tar, shard.samples, shard.bytes), shard)
+            if not found and file_digest(tar) != shard.sha256:
+                found = [f"shard '{tar.name}' has another SHA-256 than {MANIFEST} says"]
+            problems += found
         except DataError as error:
             problems.append(str(error))
         if tell is not None:
@@ -285,18 +287,25 @@ def verify_folder(
     return manifest, problems
 
 
-def _differences(tar: Path, index: Array, shard: Shard) -> list[str]:
-    """Return what differs between an archive and its index, sample by sample."""
+def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
+    """Return what is wrong with the samples of an archive."""
     problems = []
     with tar.open("rb") as file:
         for row in range(shard.samples):
-            begin, end = int(index[0, row]), int(index[0, row + 1])
+            begin, end, word = int(index[0, row]), int(index[0, row + 1]), int(index[1, row])
             file.seek(begin)
             extent = file.read(end - begin)
-            if zlib.crc32(extent) != index[1, row] & CRC_MASK:
+            try:
+                if zlib.crc32(extent) != word & CRC_MASK:
+                    raise DataError("its bytes have changed since the index was made")
+                if word < 0:
+                    raise DataError("it has no label, or is marked as bad")
+                for ext, data in read_members(extent)[1].items():
+                    decode(ext, data)
+            except DataError as error:
                 at = f"shard '{tar.name}', sample '{key_of(extent)}', id {shard.first_id + row}"
-                problems.append(f"{at}: its bytes have changed since the index was made")
-    return problems or [f"shard '{tar.name}' has another SHA-256 than {MANIFEST} says"]
+                problems.append(f"{at}: {error}")
+    return problems
 
 
 def key_of(extent: bytes) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.decode import decode
-from distcl.data.index import index_folder, read_manifest, write_manifest
+from distcl.data.index import index_folder, read_manifest, verify_folder, write_manifest
 from distcl.data.loader import BatchLoader
 from distcl.data.samples import npy_bytes
 from distcl.data.shards import ShardSource
@@ -363,6 +363,8 @@ def test_an_undecodable_sample_is_replaced_and_remembered_also_by_workers(tmp_pa
     samples[7]["npy"] = npy_bytes(np.array([np.nan, 0, 0], np.float32))
     write(tmp_path / "a.tar", samples)
     index_folder(tmp_path)
+    faults = verify_folder(tmp_path)[1]
+    assert len(faults) == 1 and "'a.tar', sample '0005', id 5: member 'npy' cannot" in faults[0]
     with pytest.raises(DataError, match="id 7: member 'npy' has a value that is NaN"):
         source(tmp_path).read(np.array([7]))
     train = source(tmp_path, on_bad_sample="skip")

@@ -189,6 +189,21 @@ def test_a_source_of_ones_own_with_several_tensors(tmp_path):
     assert batch.x["mask"].dtype == torch.bool
 
 
+def test_a_hugging_face_dataset_on_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pixels = [RNG.integers(0, 256, (6, 5), dtype=np.uint8) for _ in range(8)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = {"image": pixels, "label": [0, 1] * 4}
+    saved = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "hf"))
+    write_shards(open_samples(str(tmp_path / "hf")), tmp_path / "s", per_shard=3)
+    train, test = shards(StreamConfig(path=str(tmp_path / "s")), DataConfig())
+    assert len(train) == len(test) == 8
+    batch = train.read(np.array([5]))
+    assert torch.equal(batch.x[0, 0], torch.from_numpy(pixels[5] / np.float32(255)))
+    assert batch.y.tolist() == [1]
+
+
 def test_archives_by_the_webdataset_library_are_indexed_as_they_are(tmp_path):
     wds = pytest.importorskip("webdataset")
     for s in range(3):

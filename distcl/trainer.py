@@ -201,10 +201,8 @@ class ContinuousTrainer:
             self.history.ids(),
             self.parts.updater.uses_hist_batch,
         )
-        self.bad.update()  # scoring has read every candidate
-        self.bad.silence(experience.train, weights.current)
         stored = self.history.ids() if weights.pool is None else weights.pool
-        self.bad.silence(stored, weights.history)
+        self.bad.silence((experience.train, weights.current), (stored, weights.history))
         for line in weights.lines():
             self._say(line)
         return weights

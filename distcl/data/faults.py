@@ -61,10 +61,15 @@ class BadSamples:
         train, test = self.without(experience.train), self.without(experience.test)
         return replace(experience, train=train, test=test)
 
-    def silence(self, ids: Ids, weights: npt.NDArray[np.float64] | None) -> None:
-        """Set the weights [N] of bad ones among ``ids`` [N] to zero, in place. Local."""
-        if weights is not None and len(self._bad):
-            weights[self.among(ids)] = 0
+    def silence(self, *weighted: tuple[Ids, npt.NDArray[np.float64] | None]) -> None:
+        """Set the weights [N] of bad ones among ids [N] to zero, in place. Collective.
+
+        It follows the scoring pass, which has read every candidate.
+        """
+        self.update()
+        for ids, weights in weighted:
+            if weights is not None and len(self._bad):
+                weights[self.among(ids)] = 0
 
     def among(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Return which of ``ids`` [N] are bad, bool [N]. Local."""

@@ -8,10 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from distcl import Anchor, Runtime, compute_sample_priorities
+from distcl.config import DataConfig
+from distcl.data.index import read_manifest
 from distcl.data.samples import ArraySamples
+from distcl.data.shards import ShardSource
+from distcl.data.streaming import StreamedSource
 from distcl.data.writing import append_shards, write_shards
-from tests.spawn import distcl
+from distcl.partition.base import create_partition
+from tests.spawn import distcl, run_ranks
 
 ROOT = Path(__file__).parents[2]
 SHORT = [
@@ -46,6 +53,43 @@ def train(config: str, out: Path, *sets: str, ranks: int = 1) -> dict[str, Any]:
 
 def essence(summary: dict[str, Any]) -> Any:
     return summary["accuracy"], [r["draws_sha256"] for r in summary["rounds"]]
+
+
+def note(sample: dict[str, Any], log: str) -> dict[str, Any]:
+    """A transform that writes down what is decoded."""
+    with open(log, "a") as file:
+        file.write(f"{sample['__id__']}\n")
+    return sample
+
+
+def score(folder: Path, log: Path, access: str) -> list[int]:
+    runtime = Runtime()
+    shards_ = read_manifest(folder).split("train")
+    spec = {"name": f"{__name__}:note", "log": str(log)}
+    data = DataConfig(transforms=[spec], access=access)
+    if access == "stream":
+        source: ShardSource = StreamedSource(folder, shards_, data, "cls", "", "streamed")
+    else:
+        source = ShardSource(folder, shards_, data)
+    model = runtime.prepare(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
+    criterion = torch.nn.CrossEntropyLoss(reduction="none")
+    anchor = Anchor(create_partition(runtime, model))
+    ids, _ = compute_sample_priorities(
+        model, anchor, source, criterion, runtime=runtime, signal="loss", batch_size=64
+    )
+    runtime.close()
+    return [int(i) for i in ids]
+
+
+@pytest.mark.parametrize("access", ["indexed", "stream"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_every_sample_is_scored_once_over_all_ranks(data, tmp_path, count, access):
+    folder = tmp_path / "s"
+    write_shards(ArraySamples(data / "digits.npz"), folder, per_shard=600 // count)
+    ids = run_ranks(2, score, folder, tmp_path / "log", access)
+    assert ids == [list(range(600))] * 2
+    decoded = [int(line) for line in (tmp_path / "log").read_text().split()]
+    assert sorted(decoded) == list(range(600))
 
 
 def test_shards_give_the_draws_and_accuracies_of_the_same_arrays(data, tmp_path):

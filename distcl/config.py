@@ -160,7 +160,11 @@ class TrainingConfig(Section):
     """How long a round trains."""
 
     batch_size: int = Field(64, ge=1, description="global batch size, over all ranks together")
-    epochs: int = Field(5, ge=1, description="passes of a round, where steps_per_round is 0")
+    epochs: int = Field(
+        5,
+        ge=1,
+        description="passes of a round, where steps_per_round is 0; 1: online, each sample once",
+    )
     steps_per_round: int = Field(0, ge=0, description="steps of a round; 0: epochs decide")
     pretrain_epochs: int = Field(
         5, ge=0, description="passes over the first experience, if no pretrained weights are given"

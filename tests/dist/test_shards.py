@@ -12,11 +12,13 @@ import torch
 
 from distcl import Anchor, Runtime, compute_sample_priorities
 from distcl.config import DataConfig
+from distcl.config_load import load_config
 from distcl.data.index import read_manifest
 from distcl.data.samples import ArraySamples
 from distcl.data.shards import ShardSource
 from distcl.data.streaming import StreamedSource
 from distcl.data.writing import append_shards, write_shards
+from distcl.job import execute
 from distcl.partition.base import create_partition
 from tests.spawn import distcl, run_ranks
 from tests.unit.test_data_files import write_cifar
@@ -45,6 +47,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(config: str, out: Path, *sets: str, ranks: int = 1) -> dict[str, Any]:
+    """Run ``distcl train``: in this process, or on real ranks."""
+    if ranks == 1:
+        short = [s.removeprefix("--set=") for s in SHORT]
+        return execute("train", load_config(ROOT / config, [*short, *sets]), out)
     options = [f"--set={s}" for s in sets]
     done = distcl("train", config, *SHORT, *options, "--quiet", "--out", str(out), ranks=ranks)
     assert done.returncode == 0, done.stderr

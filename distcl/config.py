@@ -47,12 +47,12 @@ class StreamConfig(Section):
     """Where samples come from, and how they drift."""
 
     source: str = Field(
-        "digits", description="digits, arrays, mnist, cifar10, cifar100, hf, or your own"
+        "digits", description="digits, arrays, mnist, cifar10, cifar100, hf, shards, or your own"
     )
     path: str = Field(
         "",
         description="arrays, mnist: an .npz; mnist, cifar10, cifar100: the folder of the files; "
-        "hf: a folder, or a name on the hub",
+        "hf: a folder, or a name on the hub; shards: their folder",
     )
     x: str = Field("", description="arrays: an .npy of inputs (with y), instead of path")
     y: str = Field("", description="arrays: an .npy of integer labels, or of float targets")
@@ -395,6 +395,26 @@ class DataConfig(Section):
 
     workers: int = Field(0, ge=0, description="reading processes per rank; 0: in the main process")
     pin_memory: bool = Field(False, description="copy batches through pinned memory (CUDA)")
+    access: Literal["auto", "indexed", "stream"] = Field(
+        "auto", description="shards: random reads by index, or from front to back; auto chooses"
+    )
+    verify: bool = Field(
+        False, description="shards: check every sample's bytes against its checksum when read"
+    )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        "error", description="shards: end the run at a bad sample, or leave it out and count it"
+    )
+    lanes: int = Field(
+        8, ge=1, description="streamed shards: sequences read side by side, shared out over ranks"
+    )
+    shuffle_buffer: int = Field(
+        1024, ge=1, description="streamed shards: samples of a lane that are shuffled together"
+    )
+    transforms: list[str | dict[str, Any]] = Field(
+        [],
+        description="shards: crop, flip, normalize or package.module:function, in order; a table "
+        "{ name = …, … } gives options",
+    )
 
 
 class CheckpointConfig(Section):

@@ -266,7 +266,7 @@ class Job:
         config, runtime, folder = self._config, self._runtime, self._folder
         begun = time.perf_counter()
         torch.manual_seed(config.run.seed + runtime.rank)
-        stream = create_stream(config.stream, config.run.seed)
+        stream = create_stream(config.stream, config.run.seed, config.data)
         parts = assemble(config, runtime, stream, folder.path, self._progress, path is not None)
         trainer = ContinuousTrainer(parts, config)
         monitor = None if self._command == "train" else self._monitor(trainer)
@@ -380,6 +380,7 @@ def summarize(
         "average_anytime_accuracy": matrix.average_anytime_accuracy(),
         "worst_experience_accuracy": matrix.worst_experience_accuracy(),
         "drifts": drifts,
+        "bad_samples": trainer.bad.count,
         "pretrain": trainer.pretraining,
         "evaluate_seconds": trainer.evaluate_seconds,
         "rounds": trainer.rounds,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from distcl.config import MonitorConfig
+from distcl.data.live import LiveEnd
 from distcl.errors import ConfigError
 from distcl.priority.draws import generator
 from distcl.steps import pack_experience, unpack_experience
@@ -64,6 +65,7 @@ class Monitor:
         self.measured = 0
         """Samples of the stream whose metric the detector has been fed, or that it skips."""
         self._order = np.concatenate([e.train for e in trainer.parts.stream.experiences])
+        self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime)
         self._pretrained_on = 0  # samples of the stream, all labelled, before watching begins
         self._last_round = 0  # samples of the stream that rounds have learned from, or let pass
         self._quiet_until = 0  # the sample from which on the detector may fire
@@ -118,16 +120,19 @@ class Monitor:
 
     def _watch(self, rounds: bool) -> None:
         """Go through the stream. ``rounds``: drifts start rounds; else they are only noted."""
-        total, progress = len(self._order), self.trainer.parts.progress
+        total = 0 if self._live.open else len(self._order)
+        progress = self.trainer.parts.progress
         if self.trainer.stage is not None:  # a resumed run goes on with its round
             self._deal_with_drift(rounds)
         progress.round_begins("watching the stream", total, self.metric_name)
-        while self.watched < total and not self._enough:
-            self.watched = min(self.watched + self.config.batch_size, total)
+        while self.watched < len(self._order) and not self._enough:
+            self.watched = min(self.watched + self.config.batch_size, len(self._order))
             fired = self._measure(self._labelled if self.metric.needs_labels else self.watched)
             if fired is not None and self._due is None:
                 self._note(fired)
                 self._due = _Due(fired, fired + self.config.collect + 1)
+            if self.watched == len(self._order):
+                self._order = np.concatenate([self._order, self._live.wait()])
             if self._due is not None and self._ready(self._due, rounds):
                 self._due = None
                 self._deal_with_drift(rounds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from distcl.anchor import Anchor
 from distcl.config import Config
+from distcl.data.faults import BadSamples
 from distcl.data.history import CopyingStream, History
 from distcl.evaluation import Evaluator
 from distcl.inference import ShardedForward
@@ -68,6 +69,7 @@ class ContinuousTrainer:
         self.pretrained = bool(config.model.pretrained)
         copies = parts.stream if isinstance(parts.stream, CopyingStream) else None
         self.history = History(self.continual.buffer_size, config.run.seed, copies)
+        self.bad = BadSamples(parts.stream, parts.runtime)
         self.matrix = AccuracyMatrix()
         self.rounds: list[dict[str, Any]] = []
         self.pretraining: dict[str, Any] | None = None
@@ -115,6 +117,7 @@ class ContinuousTrainer:
         self, experience: Experience, trigger: str, held_out: Sequence[Experience]
     ) -> Stage:
         number = len(self.rounds) + 1
+        experience = self.bad.clear(self.history, experience)
         updater, feed = self.parts.updater, self.parts.feed
         if self.optimizer_config.between_rounds == "reset":
             reset(self.parts.optimizer)
@@ -218,7 +221,10 @@ class ContinuousTrainer:
 
     def accuracy(self, experience: Experience) -> float:
         """Return the share of held-out samples that the model gets right; in regression, R²."""
-        return self._evaluator.score(experience, f"after round {len(self.rounds)}")
+        test = self.bad.without(experience.test)
+        return self._evaluator.score(
+            replace(experience, test=test), f"after round {len(self.rounds)}"
+        )
 
     def announce(self, experience: Experience) -> None:
         """Tell the updater what the round trains on."""
@@ -236,6 +242,8 @@ class ContinuousTrainer:
             self.history.ids(),
             self.parts.updater.uses_hist_batch,
         )
+        stored = self.history.ids() if weights.pool is None else weights.pool
+        self.bad.silence((experience.train, weights.current), (stored, weights.history))
         for line in weights.lines():
             self._say(line)
         return weights
@@ -252,6 +260,7 @@ class ContinuousTrainer:
             "pretraining": self.pretraining,
             "matrix": self.matrix.state_dict(),
             "history": self.history.state_dict(),
+            "bad": self.bad.state_dict(),
             "evaluate_seconds": self.evaluate_seconds,
             "steps": self.loop.steps,
             "samples": self.loop.samples,
@@ -264,6 +273,7 @@ class ContinuousTrainer:
         self.rounds, self.pretraining = state["rounds"], state["pretraining"]
         self.matrix.load_state_dict(state["matrix"])
         self.history.load_state_dict(state["history"])
+        self.bad.load_state_dict(state["bad"])
         self.evaluate_seconds = state["evaluate_seconds"]
         self.loop.steps, self.loop.samples = state["steps"], state["samples"]
         if state["stage"] is not None:

@@ -14,8 +14,10 @@ import torch
 
 from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
 from distcl.data.loader import BatchLoader
+from distcl.errors import ConfigError
 from distcl.priority.candidates import Chooser
 from distcl.priority.draws import Weights, generator
+from distcl.priority.lanes import LaneSampler
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
@@ -30,6 +32,8 @@ _WINDOWS, _CHOICE = 16, 32  # added to the stream of a lane
 
 Drawn = tuple[Batch, Ids]
 """This rank's part of a global batch, and the ids of all of it."""
+Pass = DistributedWeightedSampler | LaneSampler
+"""What draws one pass after another."""
 
 
 class Feed:
@@ -38,7 +42,8 @@ class Feed:
     One plan draws the training batches, from the current data and, if history is mixed in, from
     both; a second one draws history batches for updaters that take them. A plan whose weights
     change on the way (``ledger``) is a WindowPlan, any other a DistributedWeightedSampler, whose
-    batches may be candidates that a Chooser chooses among.
+    batches may be candidates that a Chooser chooses among; over a source that is read from front
+    to back, a LaneSampler.
     """
 
     def __init__(
@@ -62,6 +67,12 @@ class Feed:
         self._seed = seed
         self._scorer = scorer
         self._ledger = ledger
+        self._sequential = bool(getattr(source, "sequential", False))
+        if self._sequential and priority.source != "score":
+            raise ConfigError(
+                f"priority.source = '{priority.source}' draws at random, which a stream of shards "
+                "cannot be read by; use 'score', or data.access = 'indexed'"
+            )
         self._shape = Shape(priority, continual.importance_alpha)
         self._weighted: tuple[Ids | None, Ids | None] = (None, None)
         self._sizes = {
@@ -197,7 +208,7 @@ class Feed:
             current.draws + stored.draws,
         )
 
-    def _plan(self, which: int, groups: list[Part]) -> DistributedWeightedSampler | WindowPlan:
+    def _plan(self, which: int, groups: list[Part]) -> Pass | WindowPlan:
         """Return who draws the training batches, or the history batches."""
         rank, world = self._runtime.rank, self._runtime.world_size
         size, seed, draw = self._sizes[which], self._seed, self._priority.draw
@@ -212,6 +223,20 @@ class Feed:
             self._choosers[which] = Chooser(
                 self._scorer, self._source, self._shape, of, seed, which + _CHOICE
             )
+        if self._sequential:
+            lanes = LaneSampler(
+                size,
+                self._data.lanes,
+                self._source.lanes_of,  # type: ignore[attr-defined]
+                window=self._data.shuffle_buffer,
+                rank=rank,
+                world_size=world,
+                seed=seed,
+                round_index=self._round,
+                stream=which,
+            )
+            lanes.set_groups(groups)
+            return lanes
         sampler = DistributedWeightedSampler(
             size,
             rank=rank,
@@ -277,7 +302,7 @@ class Feed:
         loader = BatchLoader(
             self._source,
             plan,
-            workers=self._data.workers,
+            workers=min(self._data.workers, 1) if self._sequential else self._data.workers,
             pin_memory=self._data.pin_memory,
             device=self._runtime.device,
             dtype=self._runtime.dtype,
@@ -288,9 +313,7 @@ class Feed:
         chooser = self._choosers.get(which)
         return drawn if chooser is None else chooser.choose(self._round, drawn, done)
 
-    def _passes(
-        self, sampler: DistributedWeightedSampler, loader: BatchLoader, groups: list[Part]
-    ) -> Iterator[Drawn]:
+    def _passes(self, sampler: Pass, loader: BatchLoader, groups: list[Part]) -> Iterator[Drawn]:
         correction, epoch = self._correction(), sampler.epoch
         while True:
             sampler.set_epoch(epoch)

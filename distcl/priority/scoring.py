@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +15,7 @@ from distcl import registry
 from distcl.anchor import Anchor
 from distcl.data.loader import as_source
 from distcl.errors import ConfigError, DistclError, DivergenceError
-from distcl.inference import ShardedForward, evaluating
+from distcl.inference import ShardedForward
 from distcl.partition.base import create_partition
 from distcl.priority.cache import LossCache, fingerprint
 from distcl.runtime import Runtime
@@ -86,7 +84,7 @@ class Scorer:
         mine = self.forward.mine(ids, size)
         anchors = self._anchor_passes(source, ids, mine) if self.signal.needs_anchor else None
         rows: list[torch.Tensor] = []
-        with evaluating(self.forward.module), torch.inference_mode():
+        with self.forward.inferring(source, ids):
             for k, batch in enumerate(self.forward.chunks(source, mine, size)):
                 rows.append(self._row(batch, anchors[k] if anchors is not None else None))
         self.forward.forwards += n
@@ -113,17 +111,12 @@ class Scorer:
         """Return theta_star's outputs for each of my chunks, older anchors' in them. Collective."""
         found = self._anchor_pass(source, ids, mine)
         for back in range(1, 1 + len(self.anchor.older)):
-            with self._under_anchor(back):
+            with self.anchor.swapped_in(back), self.forward.inferring(source, ids):
                 for k, batch in enumerate(self.forward.chunks(source, mine, self.batch_size)):
                     older = (*found[k].older, self.forward.outputs(batch))
                     found[k] = replace(found[k], older=older)
             self.forward.forwards += len(ids)
         return found
-
-    @contextmanager
-    def _under_anchor(self, back: int = 0) -> Iterator[None]:
-        with self.anchor.swapped_in(back), evaluating(self.forward.module), torch.inference_mode():
-            yield
 
     def _anchor_pass(self, source: Source, ids: Ids, mine: Ids) -> list[Outputs]:
         """Return theta_star's outputs for each of my chunks. Collective."""
@@ -137,7 +130,7 @@ class Scorer:
         found = [Outputs(loss=loss) for loss in torch.split(mine_losses, size)]
         if bool(known.all()):
             return found
-        with self._under_anchor():
+        with self.anchor.swapped_in(), self.forward.inferring(source, ids):
             for k, hit in enumerate(hits):
                 missing = mine[k * size : k * size + len(hit)][~hit.numpy()]
                 for batch in self.forward.chunks(source, missing, size):

@@ -260,19 +260,48 @@ class PriorityConfig(Section):
 
     signal: str = Field("loss_delta", description="what is scored, or package.module:attribute")
     options: dict[str, Any] = Field({}, description="keyword arguments of the signal")
-    source: Literal["score"] = Field(
-        "score", description="score: one pass over all candidates at the start of a round"
+    source: Literal["score", "candidates", "online"] = Field(
+        "score",
+        description="score: one pass at the start of a round; candidates: each step scores more "
+        "than it needs and keeps some; online: from training itself, no extra forward",
+    )
+    candidates: int = Field(
+        2, ge=1, description="source candidates: how many are scored for one that is kept"
+    )
+    refresh_steps: int = Field(
+        10, ge=1, description="source online: steps from one update of the weights to the next"
+    )
+    pool: int = Field(
+        0,
+        ge=0,
+        description="source online: an update weighs a fresh uniform sample of this many of the "
+        "history; 0: all of it",
+    )
+    max_replay: float = Field(
+        0.0,
+        ge=0,
+        description="history is drawn uniformly in a round that replays each stored sample more "
+        "often than this; 0: never",
     )
     target: Literal["auto", "current", "history", "union"] = Field(
         "auto", description="auto: current data; history too if the updater takes a history batch"
     )
     draw: Literal["multinomial", "systematic", "without_replacement"] = Field(
-        "multinomial", description="how weights become draws"
+        "multinomial", description="how weights become draws (source score and online)"
     )
     floor: float = Field(0.0, ge=0, le=1, description="share of uniform draws mixed in")
-    cap: float = Field(0.0, ge=0, description="largest weight, in means; 0: none")
+    cap: float = Field(
+        0.0, ge=0, description="largest weight, in means, at least 1; 0: none"
+    )
     min_ess: float = Field(
         0.0, ge=0, le=1, description="smallest effective sample size, as a share of N; 0: none"
+    )
+    min_score: float = Field(1e-8, gt=0, description="smaller scores count as this")
+    correction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="importance-sampling correction of the loss, as an exponent; 0: none",
     )
     score_batch: int = Field(512, ge=1, description="samples of one forward of the scoring pass")
 
@@ -280,6 +309,13 @@ class PriorityConfig(Section):
     @classmethod
     def _signal(cls, value: str) -> str:
         return _known("signal", value)
+
+    @field_validator("cap")
+    @classmethod
+    def _cap(cls, value: float) -> float:
+        if 0 < value < 1:
+            raise ValueError("it is in means, so it is 0 (none) or at least 1")
+        return value
 
 
 class MonitorConfig(Section):
@@ -290,7 +326,7 @@ class MonitorConfig(Section):
         description="what the detector is fed of each sample: loss, error, accuracy, entropy, "
         "input_distance, or package.module:attribute",
     )
-    metric_options: dict[str, Any] = Field({}, description="keyword arguments of the metric")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the metric")
     label_delay: int = Field(
         0,
         ge=-1,

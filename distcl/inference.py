@@ -99,8 +99,20 @@ class ShardedForward:
     ) -> torch.Tensor:
         """Return ``measure(outputs, y)``, [B, ...] a chunk, for all ids, in their order: [N, ...].
 
-        Buffers are averaged over ranks first; the model runs in eval and inference mode.
-        Collective.
+        As :meth:`per_batch`, and counts as a forward pass. Collective.
+        """
+        self.forwards += len(ids)
+        return self.per_batch(
+            source, ids, size, lambda batch: measure(self.outputs(batch), batch.y)
+        )
+
+    def per_batch(
+        self, source: Source, ids: Ids, size: int, measure: Callable[[Batch], torch.Tensor]
+    ) -> torch.Tensor:
+        """Return ``measure(batch)``, [B, ...] a chunk, for all ids, in their order: [N, ...].
+
+        Buffers are averaged over ranks first; ``measure`` is called in eval and inference mode, on
+        chunks that lie on the device. Collective.
         """
         if len(ids) == 0:
             return torch.empty(0, dtype=self.runtime.dtype, device=self.runtime.device)
@@ -108,9 +120,8 @@ class ShardedForward:
         parts: list[torch.Tensor] = []
         with self.inferring(source, ids):
             for batch in self.chunks(source, self.mine(ids, size), size):
-                parts.append(measure(self.outputs(batch), batch.y))
+                parts.append(measure(batch))
             if not parts:  # more ranks than chunks: learn the shape from one sample
                 for batch in self.chunks(source, ids[:1], 1):
-                    parts.append(measure(self.outputs(batch), batch.y)[:0])
-        self.forwards += len(ids)
+                    parts.append(measure(batch)[:0])
         return self.gather(torch.cat(parts), len(ids), size)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -183,6 +183,7 @@ def _run(
     parts = assemble(config, runtime, stream, folder.path, progress)
     trainer = ContinuousTrainer(parts, config)
     drifts: list[int] = []
+    baseline: Sequence[float | None]
     if command == "train":
         baseline = train(trainer)
     else:
@@ -192,8 +193,7 @@ def _run(
         monitor = Monitor(trainer, detector, config.monitor, config.run.seed)
         monitor.run() if command == "run" else monitor.detect()
         drifts = monitor.drifts
-        columns = len(monitor.experiences)
-        baseline = [1.0 / stream.spec.classes if stream.spec.classes else 0.0] * columns
+        baseline = [_chance(trainer)] * len(monitor.experiences)
     seconds = time.perf_counter() - begun
     if config.checkpoint.save_final:
         save_weights(parts, folder.path / "checkpoints" / "final.safetensors")
@@ -223,9 +223,17 @@ def train(trainer: ContinuousTrainer) -> list[float]:
     return baseline
 
 
+def _chance(trainer: ContinuousTrainer) -> float | None:
+    """Return what a model that knows nothing would score, or None where that is unknown."""
+    classes = trainer.parts.stream.spec.classes
+    if classes:
+        return 1.0 / classes
+    return 0.0 if trainer.metric == "r2" else None
+
+
 def summarize(
     trainer: ContinuousTrainer,
-    baseline: list[float],
+    baseline: Sequence[float | None],
     drifts: list[int],
     config: Config,
     seconds: float,
@@ -242,6 +250,7 @@ def summarize(
         "seconds": seconds,
         "samples_per_second": trainer.samples_trained / trained if trained else None,
         "seed": config.run.seed,
+        "metric": trainer.metric,
         "accuracy": matrix.rows(),
         "average_accuracy": matrix.average_accuracy(),
         "average_forgetting": matrix.average_forgetting(),

@@ -98,7 +98,7 @@ _TABLE = (
     (
         "metric",
         "input_distance",
-        "distcl.stream_metrics:InputDistance",
+        "distcl.stream_metrics:input_distance",
         "of a sample to those trained on; needs no labels",
     ),
     ("model", "mlp", "distcl.models:mlp", "multi-layer perceptron"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ from torch import nn
 from distcl.anchor import Anchor
 from distcl.config import Config
 from distcl.data.history import CopyingStream, History
+from distcl.errors import DivergenceError
 from distcl.inference import ShardedForward
-from distcl.losses import per_sample_error
+from distcl.losses import judged_by, per_sample_error, per_sample_squares, r_squared
 from distcl.metrics import AccuracyMatrix
 from distcl.optim import reset, warmup_factor
 from distcl.priority.feed import EMPTY, Feed, RoundWeights, compute_weights
@@ -56,6 +58,7 @@ class ContinuousTrainer:
         self.priority = config.priority
         self.optimizer_config = config.optimizer
         self.loss_name = config.model.loss
+        self.metric = judged_by(config.model.loss, parts.stream.spec)
         self.pretrained = bool(config.model.pretrained)
         self.poll_steps = config.run.poll_steps
         copies = parts.stream if isinstance(parts.stream, CopyingStream) else None
@@ -132,7 +135,7 @@ class ContinuousTrainer:
         }
 
     def evaluate(self, experiences: list[Experience], seen: int) -> list[float]:
-        """Append a row to the accuracy matrix: accuracy on each experience's held-out data.
+        """Append a row to the accuracy matrix: accuracy, or R², on each one's held-out data.
 
         6. evaluate. ``seen``: how many of the columns have been trained on.
         """
@@ -143,21 +146,35 @@ class ContinuousTrainer:
         self.evaluate_seconds += seconds
         if self.rounds:
             self.rounds[-1]["evaluate_seconds"] = seconds
-        values = {f"accuracy/{e.index}": a for e, a in zip(experiences, row, strict=True)}
+        values = {f"{self.metric}/{e.index}": a for e, a in zip(experiences, row, strict=True)}
         self.parts.tracker.log({"round": len(self.rounds), **values}, self.steps)
         shown = " ".join(f"{a:.3f}" for a in row)
-        self._say(f"[accuracy] after round {len(self.rounds)}: {shown}")
+        self._say(f"[{self.metric}] after round {len(self.rounds)}: {shown}")
         return row
 
     def accuracy(self, experience: Experience) -> float:
-        """Return the share of held-out samples that the model gets right (1 - mean error)."""
+        """Return the share of held-out samples that the model gets right; in regression, R²."""
+        stream, size = self.parts.stream, self.training.eval_batch_size
+        if self.metric == "r2":
+            squares = self.parts.forward.per_sample(
+                stream, experience.test, size, lambda out, y: per_sample_squares(out.logits, y)
+            )
+            return self._checked(r_squared(squares), experience)
         errors = self.parts.forward.per_sample(
-            self.parts.stream,
+            stream,
             experience.test,
-            self.training.eval_batch_size,
+            size,
             lambda out, y: per_sample_error(out.logits, y, self.loss_name),
         )
-        return 1.0 - float(errors.double().mean())
+        return self._checked(1.0 - float(errors.double().mean()), experience)
+
+    def _checked(self, value: float, experience: Experience) -> float:
+        if not math.isfinite(value):
+            raise DivergenceError(
+                f"{self.metric} on experience {experience.index} is {value} after round "
+                f"{len(self.rounds)}: the model's outputs are NaN or infinite"
+            )
+        return value
 
     def _begin(self, experience: Experience) -> None:
         """Tell the updater what the round trains on."""

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.config import StreamConfig
-from distcl.data.npy import Array, open_npy, open_npz
+from distcl.data.npy import Array, npz_keys, open_npy, open_npz
 from distcl.errors import ConfigError, DataError
 from distcl.types import Batch, Ids, PyTree
 
@@ -24,9 +24,10 @@ _CHUNK_BYTES = 1 << 24
 class ArraySource:
     """A source over arrays, in memory or memory-mapped; ids are rows.
 
-    ``x``: an array [N, ...] of numbers, or a pytree of them; ``y``: integer labels [N]. On reading,
-    uint8 becomes float32 in [0, 1], float64 stays, every other type becomes float32; inside a
-    pytree, signed integers and booleans (token ids, masks) keep their type. ``labels``: int64 [N].
+    ``x``: an array [N, ...] of numbers, or a pytree of them; ``y``: integer labels [N], or for
+    regression floating-point targets [N, ...]. On reading, uint8 becomes float32 in [0, 1], float64
+    stays, every other type becomes float32; inside a pytree, signed integers and booleans (token
+    ids, masks) keep their type. ``labels``: int64 [N], or None where ``y`` are targets.
 
     Raises DataError naming ``name``, and the row where one is at fault, on unequal lengths, no
     samples, values that are NaN or infinite, types that are not numbers, and labels that are not
@@ -35,37 +36,41 @@ class ArraySource:
 
     def __init__(self, x: PyTree, y: npt.ArrayLike, name: str = "arrays") -> None:
         self.name = name
-        self.labels: Ids = _checked_labels(np.asarray(y), name)
+        y = np.asarray(y)
+        self.labels: Ids | None = None if y.dtype.kind == "f" else _checked_labels(y, name)
+        self._y: Array = _checked_targets(y, name) if self.labels is None else self.labels
         self._x = tree_map(np.asarray, x)
         self._in_tree = not isinstance(self._x, np.ndarray)
         self._rows: Ids | None = None  # row of the arrays for each id; None: the same
         for leaf in tree_leaves(self._x):
-            _check_x(leaf, len(self.labels), name)
+            _check_x(leaf, len(y), name)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._y)
 
     def read(self, ids: Ids) -> Batch:
-        """Read rows: x [B, ...], y int64 [B]. Local. Raises DataError naming an id out of range."""
+        """Read rows: x [B, ...], y int64 [B], or floating point [B, ...]. Local.
+
+        Raises DataError naming an id out of range.
+        """
         ids = np.array(ids, dtype=np.int64)
         if len(ids) and ids.view(np.uint64).max() >= len(self):  # negative ids are huge, unsigned
             bad = ids[(ids < 0) | (ids >= len(self))][0]
             raise DataError(f"{self.name}: there is no sample {bad} (0…{len(self) - 1})")
         rows = ids if self._rows is None else self._rows[ids]
-        if self._in_tree:
-            x = tree_map(lambda leaf: self._leaf(leaf, rows), self._x)
-        else:
-            x = self._leaf(self._x, rows)
-        y = torch.from_numpy(self.labels.take(ids))
+        x = tree_map(lambda leaf: as_tensor(leaf.take(rows, axis=0), self._in_tree), self._x)
+        y = as_tensor(self._y.take(ids, axis=0), keep_integers=True)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
 
     def holdout(self, fraction: float) -> tuple[ArraySource, ArraySource]:
-        """Split into sources (train, test) over the same arrays, without copying them.
+        """Split into sources (train, test) over the same arrays, without copying x.
 
-        ``fraction`` of each class goes to test. The split depends on the labels alone. A class of
-        one sample is in train only. Raises DataError if that leaves test empty.
+        ``fraction`` of each class, or of all samples in regression, goes to test. The split depends
+        on the labels alone, or on the number of samples. A class of one sample is in train only.
+        Raises DataError if that leaves test empty.
         """
-        train, test = _stratified(self.labels, fraction)
+        labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels
+        train, test = stratified(labels, fraction)
         if len(test) == 0:
             raise DataError(
                 f"{self.name}: no class has two samples, so none can be held out for testing"
@@ -74,20 +79,25 @@ class ArraySource:
 
     def _restrict(self, ids: Ids) -> ArraySource:
         part = copy.copy(self)
-        part.labels = self.labels[ids]
+        part.labels = None if self.labels is None else self.labels[ids]
+        part._y = self._y[ids] if part.labels is None else part.labels
         part._rows = ids if self._rows is None else self._rows[ids]
         return part
 
-    def _leaf(self, leaf: Array, rows: Ids) -> torch.Tensor:
-        taken = leaf.take(rows, axis=0)
-        if taken.dtype == np.uint8:
-            taken = np.divide(taken, np.float32(255), dtype=np.float32)
-        elif not (self._in_tree and taken.dtype.kind in "ib"):
-            double = taken.dtype.kind == "f" and taken.dtype.itemsize == 8
-            taken = taken.astype(np.float64 if double else np.float32, copy=False)
-        else:
-            taken = taken.astype(taken.dtype.newbyteorder("="), copy=False)
-        return torch.from_numpy(taken)
+
+def as_tensor(taken: Array, keep_integers: bool = False) -> torch.Tensor:
+    """Return numbers as a tensor: uint8 as float32 in [0, 1], float64 as it is, others as float32.
+
+    ``keep_integers``: signed integers and booleans keep their type.
+    """
+    if taken.dtype == np.uint8:
+        taken = np.divide(taken, np.float32(255), dtype=np.float32)
+    elif not (keep_integers and taken.dtype.kind in "ib"):
+        double = taken.dtype.kind == "f" and taken.dtype.itemsize == 8
+        taken = taken.astype(np.float64 if double else np.float32, copy=False)
+    else:
+        taken = taken.astype(taken.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(taken)
 
 
 def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
@@ -102,8 +112,10 @@ def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
 def arrays(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
     """Return (train, test) of ``stream.path`` (.npz) or of ``stream.x``, ``stream.y``, … (.npy).
 
-    x is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer. Files
-    without a test split hold out ``test_fraction`` of each class. Raises ConfigError on keys that
+    An .npz holds x and y, optionally x_test and y_test; or x_train and y_train, as Keras names
+    them. x is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer;
+    y is integer labels [N], or floating-point targets [N, ...] for regression. Files without a test
+    split hold out ``test_fraction`` (of each class, if any). Raises ConfigError on keys that
     do not go together, DataError naming the file, and the row where one is at fault, on bad data.
     """
     found = _from_npz(config) if config.path else _from_npy(config)
@@ -123,8 +135,10 @@ def _from_npz(config: StreamConfig) -> list[_Split]:
     if config.x or config.y or config.x_test or config.y_test:
         raise ConfigError("stream.path excludes stream.x, stream.y, stream.x_test, stream.y_test")
     path = Path(config.path).expanduser()
-    found = open_npz(path, ("x", "y"), ("x_test", "y_test"))
-    splits = [(found["x"], found["y"], f"'{path}'")]
+    keys = npz_keys(path)
+    x, y = ("x_train", "y_train") if "x_train" in keys and "x" not in keys else ("x", "y")
+    found = open_npz(path, (x, y), ("x_test", "y_test"))
+    splits = [(found[x], found[y], f"'{path}'")]
     if len(found) == 3:
         has, lacks = ("x_test", "y_test") if "x_test" in found else ("y_test", "x_test")
         raise DataError(f"'{path}' has '{has}' but no '{lacks}'")
@@ -162,7 +176,10 @@ def _as_samples(x: Array, name: str) -> Array:
 
 def _checked_labels(y: Array, name: str) -> Ids:
     if y.dtype.kind not in "iub":
-        raise DataError(f"{name}: labels have type {y.dtype}; integers are needed")
+        raise DataError(
+            f"{name}: labels have type {y.dtype}; integers, or for regression floating-point "
+            "numbers, are needed"
+        )
     if y.ndim != 1:
         raise DataError(f"{name}: labels have shape {y.shape}; one per sample, [N], is needed")
     if len(y) == 0:
@@ -176,6 +193,15 @@ def _checked_labels(y: Array, name: str) -> Ids:
     return y.astype(np.int64)
 
 
+def _checked_targets(y: Array, name: str) -> Array:
+    if y.ndim == 0 or len(y) == 0:
+        raise DataError(f"{name}: there are no samples")
+    if y.size == 0:
+        raise DataError(f"{name}: targets of shape {y.shape[1:]} are empty")
+    _check_finite(y, "y", name)
+    return y
+
+
 def _check_x(x: Array, n: int, name: str) -> None:
     if x.dtype.kind not in "biuf":
         raise DataError(f"{name}: x has type {x.dtype}; numbers are needed")
@@ -183,17 +209,20 @@ def _check_x(x: Array, n: int, name: str) -> None:
         raise DataError(f"{name}: x has {x.shape[0] if x.ndim else 0} samples but y has {n} labels")
     if x.size == 0:
         raise DataError(f"{name}: samples of shape {x.shape[1:]} are empty")
-    if x.dtype.kind != "f":
-        return
-    size = max(1, _CHUNK_BYTES // max(1, x[:1].nbytes))
-    for start in range(0, n, size):
-        finite = np.isfinite(x[start : start + size])
+    if x.dtype.kind == "f":
+        _check_finite(x, "x", name)
+
+
+def _check_finite(values: Array, which: str, name: str) -> None:
+    size = max(1, _CHUNK_BYTES // max(1, values[:1].nbytes))
+    for start in range(0, len(values), size):
+        finite = np.isfinite(values[start : start + size])
         if not finite.all():
             row = start + int(finite.reshape(len(finite), -1).all(axis=1).argmin())
-            raise DataError(f"{name}: x has a value that is NaN or infinite at row {row}")
+            raise DataError(f"{name}: {which} has a value that is NaN or infinite at row {row}")
 
 
-def _stratified(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
+def stratified(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
     """Return the rows (train, test), each ascending, with ``fraction`` of every class in test."""
     order = np.lexsort((np.random.default_rng(0).random(len(labels)), labels))
     counts = np.bincount(labels)

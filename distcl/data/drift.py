@@ -2,7 +2,8 @@
 
 A schedule is one subclass of :class:`Drift` that overrides ``apply`` (what a sample looks like),
 ``members`` (which samples there are), or both. The registry calls its constructor with (severity,
-seed, spec, experiences). Everything a schedule draws is a function of the seed.
+seed, spec, concepts) and, as keywords, what ``stream.drift_options`` holds under its name.
+Everything a schedule draws is a function of the seed.
 
 ``apply`` must give a sample the same bits in whatever batch and order it comes. So schedules here
 use elementwise arithmetic, table look-ups, and ``grid_sample``, whose CPU kernel goes sample by
@@ -12,6 +13,7 @@ sample; matrix products are out, since their blocking depends on the batch size.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,22 +29,27 @@ _DEGREES = 30.0  # of rotation, per experience
 _AFFINE_DEGREES, _AFFINE_SHARE = 15.0, 0.1  # of one random map: turn; scale, shear and shift
 _NOISE_STD = 0.1  # per experience, in units of x
 _BLUR_PIXELS = 0.5  # standard deviation, per experience
-_AFFINE, _PERMUTE, _SPLIT = 1, 2, 3  # tell apart what different schedules draw from one seed
+_AFFINE, _PERMUTE, _SPLIT, _LABELS = (
+    1,
+    2,
+    3,
+    5,
+)  # tell apart what different schedules draw from one seed
 
 
 class Drift:
     """Base of every schedule; by itself nothing drifts.
 
     ``severity``: strength relative to the schedule's default; ``spec``: of the undrifted samples;
-    ``experiences``: how many there are. A constructor raises ConfigError, naming the key, where
-    the schedule does not fit the data.
+    ``concepts``: how many there are, one for each experience unless concepts recur. A constructor
+    raises ConfigError, naming the key, where the schedule does not fit the data.
     """
 
-    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
+    def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
         self.severity = severity
         self.seed = seed
         self.spec = spec
-        self.experiences = experiences
+        self.concepts = concepts
 
     def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
         """Return floating-point x [B, ...] as it looks under ``concept``, same shape and type.
@@ -64,7 +71,7 @@ class Identity(Drift):
 class _Warp:
     """Moves pixels, bilinearly, zeros from outside of the image.
 
-    ``maps``: float64 [experiences, 3, 3], from output to input position, in pixels around the
+    ``maps``: float64 [concepts, 3, 3], from output to input position, in pixels around the
     image's centre, x before y. ``name`` is the schedule's, for the error if ``spec`` has no images.
     """
 
@@ -92,9 +99,9 @@ class _Warp:
 class Rotate(Drift):
     """Images turned about their centre, counterclockwise, by 30° x severity x concept."""
 
-    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
-        super().__init__(severity, seed, spec, experiences)
-        angles = np.radians(_DEGREES * severity) * np.arange(experiences)
+    def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
+        super().__init__(severity, seed, spec, concepts)
+        angles = np.radians(_DEGREES * severity) * np.arange(concepts)
         self._warp = _Warp("rotate", spec, np.stack([_turn(a) for a in angles]))
 
     def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
@@ -109,12 +116,12 @@ class Affine(Drift):
     shifts by up to 0.1 of half the image; all uniform, and times severity.
     """
 
-    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
-        super().__init__(severity, seed, spec, experiences)
+    def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
+        super().__init__(severity, seed, spec, concepts)
         height, width = _image_size("affine", spec)
         rng = np.random.default_rng([seed, _AFFINE])
         maps = [np.eye(3)]
-        for _ in range(1, experiences):
+        for _ in range(1, concepts):
             turn, *rest = severity * rng.uniform(-1, 1, 6)
             stretch_x, stretch_y, shear, dx, dy = _AFFINE_SHARE * np.array(rest)
             small = np.array(
@@ -138,8 +145,8 @@ class Permute(Drift):
     Severity below 1 permutes only that share of the features, drawn at random.
     """
 
-    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
-        super().__init__(severity, seed, spec, experiences)
+    def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
+        super().__init__(severity, seed, spec, concepts)
         self._orders: dict[int, torch.Tensor] = {}
 
     def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
@@ -168,8 +175,8 @@ class Noise(Drift):
     splittable pseudorandom number generators").
     """
 
-    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
-        super().__init__(severity, seed, spec, experiences)
+    def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
+        super().__init__(severity, seed, spec, concepts)
         middles = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
         self._quantiles = torch.special.ndtri(middles).float().numpy()
         self._key = _splitmix(np.array([seed], dtype=np.uint64))
@@ -189,8 +196,8 @@ class Noise(Drift):
 class Blur(Drift):
     """Gaussian blur of standard deviation 0.5 pixels x severity x concept; edges are repeated."""
 
-    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
-        super().__init__(severity, seed, spec, experiences)
+    def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
+        super().__init__(severity, seed, spec, concepts)
         _image_size("blur", spec)
 
     def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
@@ -217,21 +224,91 @@ class Split(Drift):
     Severity has no meaning here.
     """
 
-    def __init__(self, severity: float, seed: int, spec: DataSpec, experiences: int) -> None:
-        super().__init__(severity, seed, spec, experiences)
-        if spec.classes < experiences:
+    def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
+        super().__init__(severity, seed, spec, concepts)
+        require_classes("split", spec)
+        if spec.classes < concepts:
             raise ConfigError(
-                f"stream.experiences = {experiences}, but stream.drift = 'split' deals out whole "
-                f"classes and the data have {spec.classes}"
+                f"stream.drift = 'split' deals out whole classes, and {concepts} concepts "
+                f"(stream.experiences, or stream.recurring) need as many, but the data have "
+                f"{spec.classes}"
             )
         order = np.random.default_rng([seed, _SPLIT]).permutation(spec.classes)
-        self._experience_of = np.empty(spec.classes, dtype=np.int64)
-        for concept, classes in enumerate(np.array_split(order, experiences)):
-            self._experience_of[classes] = concept
+        self._concept_of = np.empty(spec.classes, dtype=np.int64)
+        for concept, classes in enumerate(np.array_split(order, concepts)):
+            self._concept_of[classes] = concept
 
     def members(self, labels: Ids, concept: int) -> Mask:
         """See :meth:`Drift.members`."""
-        return np.equal(self._experience_of[labels], concept)
+        return np.equal(self._concept_of[labels], concept)
+
+
+class LabelShift(Drift):
+    """The same classes in other shares: each concept has a prior, and a class its part of rows.
+
+    Of N_c rows of class c, a share p_c q* / q_c stays, drawn at random, where p is the concept's
+    prior, q the data's own, and q* the largest factor for which no share exceeds 1: the largest set
+    without repetition that has the prior. Held-out samples have it too.
+
+    Concept 0 is undrifted; the prior of each later one is drawn from a symmetric Dirichlet of
+    concentration 1 / severity: every prior is equally likely at severity 1, balanced ones are
+    likelier below; at 0 nothing drifts. ``priors`` lists them instead, one for each concept,
+    concept 0 included: weights of every class, at least 0, that need not sum to 1.
+
+    Lipton, Wang and Smola, "Detecting and correcting for label shift with black box predictors",
+    ICML 2018, whose Dirichlet shift this is.
+    """
+
+    def __init__(
+        self,
+        severity: float,
+        seed: int,
+        spec: DataSpec,
+        concepts: int,
+        priors: list[list[float]] | None = None,
+    ) -> None:
+        super().__init__(severity, seed, spec, concepts)
+        require_classes("label_shift", spec)
+        self._priors = None if priors is None else _checked_priors(priors, spec.classes, concepts)
+
+    def members(self, labels: Ids, concept: int) -> Mask:
+        """See :meth:`Drift.members`."""
+        rng = np.random.default_rng([self.seed, _LABELS, concept])
+        if self._priors is not None:
+            prior = self._priors[concept]
+        elif concept == 0 or self.severity == 0:
+            return super().members(labels, concept)
+        else:
+            prior = rng.dirichlet(np.full(self.spec.classes, 1 / self.severity))
+        counts = np.bincount(labels, minlength=self.spec.classes)
+        ratios = np.where(counts > 0, prior / np.maximum(counts, 1), 0.0)
+        if not ratios.any():
+            raise ConfigError(
+                f"stream.drift = 'label_shift': concept {concept} has only classes without samples"
+            )
+        kept = np.rint(ratios / ratios.max() * counts)
+        order = np.lexsort((rng.random(len(labels)), labels))
+        place = np.arange(len(labels)) - (counts.cumsum() - counts)[labels[order]]
+        mask = np.zeros(len(labels), dtype=np.bool_)
+        mask[order] = place < kept[labels[order]]
+        return mask
+
+
+def _checked_priors(priors: Any, classes: int, concepts: int) -> npt.NDArray[np.float64]:
+    key = "stream.drift_options.label_shift.priors"
+    try:
+        table = np.array(priors, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key}: must be lists of numbers, one for each concept") from None
+    if table.shape != (concepts, classes):
+        raise ConfigError(
+            f"{key}: must have {concepts} lists (concepts) of {classes} numbers (classes), but has "
+            f"shape {list(table.shape)}"
+        )
+    if not (np.isfinite(table).all() and (table >= 0).all() and table.any(axis=1).all()):
+        raise ConfigError(f"{key}: weights must be at least 0, and not all 0 in one concept")
+    sums: npt.NDArray[np.float64] = table.sum(axis=1, keepdims=True)
+    return table / sums
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -248,6 +325,15 @@ def _turn(angle: float) -> npt.NDArray[np.float64]:
     """Return the map from output to input of a counterclockwise turn; y points down."""
     c, s = math.cos(angle), math.sin(angle)
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def require_classes(name: str, spec: DataSpec) -> None:
+    """Raise ConfigError naming the schedule if the targets are no class labels."""
+    if spec.classes == 0:
+        raise ConfigError(
+            f"stream.drift = '{name}' needs class labels, but the targets of this stream are "
+            "floating-point numbers"
+        )
 
 
 def _image_size(name: str, spec: DataSpec) -> tuple[int, int]:

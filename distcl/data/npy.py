@@ -13,7 +13,10 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -57,7 +60,7 @@ def open_npy(path: Path) -> Array:
     Raises DataError naming the file if it is absent, truncated, not an .npy, or not numeric.
     """
     where = f"'{path}'"
-    with _open(path) as file:
+    with open_file(path) as file:
         header = _read_header(file, where)
     return _map(path, header, 0, path.stat().st_size, where)
 
@@ -68,20 +71,31 @@ def open_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -
     Raises DataError naming the file, and the key where one is at fault, if the file is absent,
     truncated or not an .npz, if a required key is missing, or if an array is not numeric.
     """
-    with _open(path) as file:
-        if not file.read(4).startswith(b"PK"):
-            raise DataError(f"'{path}' is not an .npz file")
-        try:
-            archive = zipfile.ZipFile(file)
-        except _DAMAGED as error:
-            raise DataError(f"'{path}' is truncated or damaged ({error})") from error
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    with _archive(path) as (archive, members):
         for key in required:
             if key not in members:
                 has = ", ".join(f"'{name}'" for name in list(members)[:8]) or "nothing"
                 raise DataError(f"'{path}' has no array '{key}'; it has {has}")
         wanted = [key for key in (*required, *optional) if key in members]
         return {key: _member(path, archive, members[key], f"'{path}', '{key}'") for key in wanted}
+
+
+def npz_keys(path: Path) -> list[str]:
+    """Return the names of the arrays in an .npz file. Raises DataError as :func:`open_npz`."""
+    with _archive(path) as (_, members):
+        return list(members)
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    with open_file(path) as file:
+        if not file.read(4).startswith(b"PK"):
+            raise DataError(f"'{path}' is not an .npz file")
+        try:
+            archive = zipfile.ZipFile(file)
+        except _DAMAGED as error:
+            raise DataError(f"'{path}' is truncated or damaged ({error})") from error
+        yield archive, {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
 
 
 def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Array:
@@ -98,7 +112,7 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: 
                 return np.ndarray(header.shape, header.dtype, data, order=header.order)
     except _DAMAGED as error:
         raise DataError(f"{where} is truncated or damaged ({error})") from error
-    with _open(path) as file:
+    with open_file(path) as file:
         file.seek(info.header_offset)
         _, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     start = info.header_offset + _LOCAL_HEADER.size + name + extra
@@ -148,7 +162,8 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
     )
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> BufferedReader:
+    """Open a file for reading bytes; raises DataError naming it if it is absent or unreadable."""
     try:
         if path.is_dir():
             raise DataError(f"'{path}' is a folder, not a file")

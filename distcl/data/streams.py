@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from distcl import registry
 from distcl.config import StreamConfig
-from distcl.data.drift import Drift, Mask
+from distcl.data.checksum import check_files
+from distcl.data.drift import Drift, Mask, require_classes
 from distcl.data.loader import as_source, iterate_chunks
 from distcl.errors import ConfigError, DataError
 from distcl.types import Batch, DataSpec, Experience, Ids, PyTree, Source, pack_ids, unpack_ids
@@ -20,10 +21,12 @@ _CHUNK = 1024
 def create_stream(config: StreamConfig, seed: int) -> DriftStream:
     """Return the stream that ``[stream]`` describes. Local.
 
-    The source's factory, built in or the user's own, takes the StreamConfig and returns two
-    sources, (train, test); see :class:`distcl.types.Source`. Raises ConfigError or DataError.
+    The source's factory, built in or the user's own, takes the StreamConfig and, as keywords,
+    ``stream.options``, and returns two sources, (train, test); see :class:`distcl.types.Source`.
+    Files in ``stream.sha256`` are checked first. Raises ConfigError or DataError.
     """
-    made = registry.create("source", config.source, config)
+    check_files(config)
+    made = registry.create("source", config.source, config, options=config.options)
     if not isinstance(made, tuple) or len(made) != 2:
         raise ConfigError(
             f"stream.source = '{config.source}' must return two sources, (train, test)"
@@ -38,12 +41,16 @@ class DriftStream:
     ``read`` gives the same bits for it in whatever batch it comes. Ids of an experience's training
     samples are unique and in stream order (a shuffle by seed); held-out ids are in row order.
 
-    ``transition = "gradual"``: along the first ``transition_fraction`` of the stream order, samples
-    still come from the concept before, with a probability that falls from 1 to 0 linearly. Where
-    the two concepts have the same rows, such a sample is its row under the older drift; where they
-    do not (split), its place is taken by a row of the older concept.
+    Experience e has concept e, or e mod K under ``recurring = K``: the drift is that of an earlier
+    experience, the ids are not.
 
-    Sources may have ``labels``, int64 [N]; of others every sample is read once to learn them.
+    ``transition = "gradual"``: along the first ``transition_fraction`` of the stream order, samples
+    still come from the concept before, with a probability that falls from 1 to 0 linearly: rows
+    drawn from those of the older concept, under its drift.
+
+    Sources may have ``labels``, int64 [N]; of others every sample is read once to learn them. With
+    floating-point y the stream is one for regression (``spec.classes`` is 0), and schedules that
+    choose samples by class do not fit.
 
     Raises ConfigError naming the key that does not fit the data, DataError on bad data.
     """
@@ -53,16 +60,23 @@ class DriftStream:
         labels = _labels_of(self._train, "train"), _labels_of(self._test, "test")
         self.spec = _spec_of(self._train, self._test, labels)
         self._config = config
+        self._concepts = min(config.recurring or config.experiences, config.experiences)
         self._seed = seed
         drifts = [
-            _create_drift(name, config, seed, self.spec, self._train) for name in config.drifts
+            _create_drift(name, config, seed, self.spec, self._concepts, self._train)
+            for name in config.drifts
         ]
         self._members = [d.members for d in drifts if type(d).members is not Drift.members]
         self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
         gradual = config.transition == "gradual"
         self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
         """Whether a row of an experience still comes from the concept before."""
-        self.experiences = [self._experience(e, *labels) for e in range(config.experiences)]
+        sizes = len(self._train), len(self._test)
+        known = [
+            np.zeros(n, np.int64) if part is None else part
+            for n, part in zip(sizes, labels, strict=True)
+        ]
+        self.experiences = [self._experience(e, *known) for e in range(config.experiences)]
 
     def __len__(self) -> int:
         return sum(len(e.train) for e in self.experiences)
@@ -95,7 +109,7 @@ class DriftStream:
             )
         if len(self._older):
             experience = experience - (self._older[experience, np.where(test, 0, rows)] & ~test)
-        return rows, experience, test
+        return rows, experience % self._concepts, test
 
     def _read_group(self, ids: Ids, rows: Ids, group: int) -> tuple[PyTree, PyTree]:
         """Read samples that share their split and concept, and let them drift."""
@@ -116,8 +130,7 @@ class DriftStream:
 
     def _experience(self, e: int, train_labels: Ids, test_labels: Ids) -> Experience:
         rng = np.random.default_rng([self._seed, _ORDER, e])
-        here = self._members_of(train_labels, e)
-        rows = rng.permutation(np.flatnonzero(here))
+        rows = rng.permutation(np.flatnonzero(self._members_of(train_labels, e)))
         wanted = self._config.samples_per_experience
         if wanted > len(rows):
             raise ConfigError(
@@ -128,39 +141,44 @@ class DriftStream:
             part = "training" if len(rows) == 0 else "test"
             raise DataError(f"experience {e} has no {part} samples")
         rows = rows[: wanted or None]
-        if e > 0 and len(self._older):
-            self._blend(e, rows, here, self._members_of(train_labels, e - 1), rng)
+        if e > 0 and len(self._older) and self._concepts > 1:
+            self._blend(e, rows, self._members_of(train_labels, e - 1), rng)
         name = f"{'+'.join(self._config.drifts)} {e}"
         return Experience(e, pack_ids(e, rows), pack_ids(e, held_out, test=True), name)
 
-    def _members_of(self, labels: Ids, concept: int) -> Mask:
+    def _members_of(self, labels: Ids, e: int) -> Mask:
+        """Return which rows, of those with ``labels`` [N], the concept of experience e has."""
         mask = np.ones(len(labels), dtype=np.bool_)
         for members in self._members:
-            mask &= members(labels, concept)
+            mask &= members(labels, e % self._concepts)
         return mask
 
-    def _blend(self, e: int, rows: Ids, here: Mask, before: Mask, rng: np.random.Generator) -> None:
+    def _blend(self, e: int, rows: Ids, before: Mask, rng: np.random.Generator) -> None:
         """Let early places of the stream order ``rows`` come from the concept before, in place."""
         n = int(np.ceil(self._config.transition_fraction * len(rows)))
-        older = np.flatnonzero(rng.random(n) < 1 - np.arange(n) / n)
-        foreign = older[~before[rows[older]]]
-        pool = rng.permutation(np.flatnonzero(before & ~here))
-        if len(foreign) > len(pool):
+        older = np.zeros(len(rows), dtype=np.bool_)
+        older[:n] = rng.random(n) < 1 - np.arange(n) / n
+        pool = rng.permutation(np.flatnonzero(before))[: older.sum()]
+        if len(pool) < older.sum():
             raise ConfigError(
                 f"stream.transition_fraction = {self._config.transition_fraction} asks for "
-                f"{len(foreign)} samples of experience {e - 1} in experience {e}, but there are "
+                f"{older.sum()} samples of experience {e - 1} in experience {e}, but there are "
                 f"{len(pool)}"
             )
-        rows[foreign] = pool[: len(foreign)]
-        self._older[e, rows[older]] = True
+        rows[~older] = rows[~np.isin(rows, pool)][: len(rows) - len(pool)]
+        rows[older] = pool
+        self._older[e, pool] = True
 
 
 def _create_drift(
-    name: str, config: StreamConfig, seed: int, spec: DataSpec, source: Source
+    name: str, config: StreamConfig, seed: int, spec: DataSpec, concepts: int, source: Source
 ) -> Drift:
-    drift = registry.create("drift", name, config.severity, seed, spec, config.experiences)
+    options = config.drift_options.get(name, {})
+    drift = registry.create("drift", name, config.severity, seed, spec, concepts, options=options)
     if not isinstance(drift, Drift):
         raise ConfigError(f"stream.drift = '{name}' is not a distcl.data.drift.Drift")
+    if type(drift).members is not Drift.members:
+        require_classes(name, spec)
     if type(drift).apply is not Drift.apply:
         leaves = tree_leaves(source.read(np.empty(0, dtype=np.int64)).x)
         if len(leaves) != 1:
@@ -174,26 +192,38 @@ def _create_drift(
     return drift
 
 
-def _spec_of(train: Source, test: Source, labels: tuple[Ids, Ids]) -> DataSpec:
+def _spec_of(train: Source, test: Source, labels: tuple[Ids | None, Ids | None]) -> DataSpec:
     """Return the spec of samples; ``x_shape`` is () where a sample is several tensors."""
-    shapes = []
+    shapes, targets = [], []
     for source in (train, test):
-        leaves, tree = tree_flatten(source.read(np.empty(0, dtype=np.int64)).x)
+        nothing = source.read(np.empty(0, dtype=np.int64))
+        leaves, tree = tree_flatten(nothing.x)
         shapes.append((tree, [tuple(leaf.shape[1:]) for leaf in leaves]))
+        targets.append(tuple(nothing.y.shape[1:]) if isinstance(nothing.y, torch.Tensor) else ())
     if shapes[0] != shapes[1]:
         raise DataError(
             f"training samples have shape {shapes[0][1]} but test samples {shapes[1][1]}"
         )
-    x_shapes = shapes[0][1]
-    classes = int(max(part.max() for part in labels)) + 1
-    return DataSpec(x_shapes[0] if len(x_shapes) == 1 else (), classes)
+    x_shape = shapes[0][1][0] if len(shapes[0][1]) == 1 else ()
+    known = [part for part in labels if part is not None]
+    if len(known) == 2:
+        return DataSpec(x_shape, int(max(part.max() for part in known)) + 1)
+    if known:
+        raise DataError("one of training and test samples has class labels, the other targets")
+    if targets[0] != targets[1]:
+        raise DataError(f"training targets have shape {targets[0]} but test targets {targets[1]}")
+    return DataSpec(x_shape, 0, targets[0])
 
 
-def _labels_of(source: Source, split: str) -> Ids:
+def _labels_of(source: Source, split: str) -> Ids | None:
+    """Return the class labels, int64 [N], or None if y is floating point."""
     if len(source) == 0:
         raise DataError(f"the {split} source has no samples")
     labels = getattr(source, "labels", None)
     if labels is None:
+        y = source.read(np.empty(0, dtype=np.int64)).y
+        if isinstance(y, torch.Tensor) and y.is_floating_point():
+            return None
         chunks = iterate_chunks(source, np.arange(len(source)), _CHUNK)
         parts = [batch.y for batch in chunks]
         if not isinstance(parts[0], torch.Tensor):

@@ -198,7 +198,7 @@ def test_split_deals_every_class_once_and_evenly(classes, experiences):
 
 
 def test_split_refuses_fewer_classes_than_experiences():
-    with pytest.raises(ConfigError, match=r"stream.experiences = 4.* have 3"):
+    with pytest.raises(ConfigError, match=r"'split'.* 4 concepts .* have 3"):
         Split(1.0, 0, spec((2,), 3), 4)
 
 

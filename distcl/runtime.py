@@ -17,6 +17,8 @@ from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.errors import DistclError, UsageError
 from distcl.failure import Cause, FailureRelay
 from distcl.strategies import MakeOptimizer, create_strategy
+from distcl.strategies.activation import checkpoint_blocks
+from distcl.strategies.launcher import check_launcher
 
 T = TypeVar("T")
 
@@ -73,11 +75,13 @@ class Runtime:
     ) -> None:
         run, parallel = run or RunConfig(), parallel or ParallelConfig()
         started = check_launch(os.environ, parallel.processes)
+        training = training or TrainingConfig()
+        check_launcher(run, parallel, training)
         if run.precision == "fp16" and not torch.cuda.is_available():
             raise UsageError("run.precision = 'fp16' needs a GPU; on a CPU use 'bf16' or 'fp32'")
-        self.precision = run.precision
+        self.precision, self.strategy = run.precision, parallel.strategy
         self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
-        self._strategy = create_strategy(run, parallel, training or TrainingConfig())
+        self._strategy = create_strategy(run, parallel, training)
         self.accelerator = self._strategy.accelerator
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
@@ -115,6 +119,8 @@ class Runtime:
         ``make_optimizer`` is called with the parameters that take gradients, once they are where
         the strategy wants them.
         """
+        if self._strategy.parallel.activation_checkpointing:
+            checkpoint_blocks(model)
         prepared, optimizer = self._strategy.prepare(model, make_optimizer)
         assert optimizer is not None
         return prepared, optimizer

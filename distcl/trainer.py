@@ -20,6 +20,7 @@ from distcl.inference import ShardedForward
 from distcl.losses import judged_by, per_sample_error, per_sample_squares, r_squared
 from distcl.metrics import AccuracyMatrix
 from distcl.optim import reset, warmup_factor
+from distcl.partition.base import clip_grads_
 from distcl.priority.feed import EMPTY, Feed, RoundWeights, compute_weights
 from distcl.priority.scoring import Scorer
 from distcl.runtime import Runtime
@@ -216,6 +217,8 @@ class ContinuousTrainer:
                 result = updater.fwd_bwd(batch, hist_batch)
             self.parts.runtime.unscale(optimizer)
             updater.update_post_fwd_bwd()
+            if self.training.clip_norm:
+                clip_grads_(self.parts.forward.partition, self.parts.runtime, self.training.clip_norm)
             optimizer.step()
             updater.update_post_optimizer_call()
             optimizer.zero_grad(set_to_none=True)

@@ -78,40 +78,6 @@ def deepspeed_config(
     return config
 
 
-def check_launcher(
-    run: RunConfig, parallel: ParallelConfig, environ: Mapping[str, str] = os.environ
-) -> None:
-    """Compare what ``accelerate launch`` was asked for with the TOML; ConfigError if they differ.
-
-    A key that only repeats the launcher's default ("no", "none", 1.0) is not compared.
-    """
-    found = "ddp"
-    if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-        found = f"zero{stage}" if stage else "zero"  # with a file, the file has the stage
-    elif environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        found = "fsdp2"
-    if found != "ddp" and not parallel.strategy.startswith(found):
-        advice = "one of 'zero1', 'zero2', 'zero3'" if found == "zero" else f"'{found}'"
-        raise ConfigError(
-            f"accelerate launch was asked for {found.upper()}, but parallel.strategy = "
-            f"'{parallel.strategy}'; set it to {advice}"
-        )
-    precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", run.precision):
-        raise ConfigError(
-            f"accelerate launch was asked for --mixed_precision {precision}, but run.precision = "
-            f"'{run.precision}'"
-        )
-    if environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none" and not (
-        parallel.offload_optimizer
-    ):
-        raise ConfigError(
-            "accelerate launch was asked for --offload_optimizer_device, but "
-            "parallel.offload_optimizer = false"
-        )
-
-
 def _file(parallel: ParallelConfig, environ: Mapping[str, str]) -> str:
     launcher = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "").replace("none", "")
     if launcher and parallel.deepspeed_config and launcher != parallel.deepspeed_config:

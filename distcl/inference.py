@@ -48,7 +48,6 @@ class ShardedForward:
         self.partition = partition
         self.criterion = criterion
         self.forwards = 0
-        self._calls = 0
 
     def mine(self, ids: Ids, size: int) -> Ids:
         """Return the part of ``ids`` that lies in this rank's chunks. Local."""
@@ -62,28 +61,27 @@ class ShardedForward:
 
     def outputs(self, batch: Batch) -> Outputs:
         """Return loss [B] and logits of one chunk already on the device; see :meth:`inferring`."""
-        self._calls += 1
         with self.runtime.autocast():
             logits = self.module(batch.x)
             loss = self.criterion(logits, batch.y)
         return Outputs(loss=loss.to(self.runtime.dtype), logits=logits)
 
     @contextmanager
-    def inferring(self, source: Source, ids: Ids) -> Iterator[None]:
-        """Eval mode, no gradient; inside, each rank calls ``outputs`` for its own samples.
+    def inferring(self, source: Source, ids: Ids, calls: int) -> Iterator[None]:
+        """Eval mode, no gradient; inside, this rank calls ``outputs`` exactly ``calls`` times.
 
         Where weights are gathered for every forward, ranks with fewer calls then join those of the
         others, with one sample of ``ids``. Collective.
         """
-        before = self._calls
+        missing = 0
+        if self.partition.sharded:  # known before the first forward: forwards are collectives too
+            most = torch.tensor(calls, device=self.runtime.device)
+            missing = int(self.runtime.all_reduce(most, "max")) - calls
         with evaluating(self.module), self.partition.inference():
             yield
-            if self.partition.sharded:
-                calls = self._calls - before
-                most = torch.tensor(calls, device=self.runtime.device)
-                for _ in range(int(self.runtime.all_reduce(most, "max")) - calls):
-                    for batch in self.chunks(source, ids[:1], 1):
-                        self.outputs(batch)
+            for _ in range(missing):
+                for batch in self.chunks(source, ids[:1], 1):
+                    self.outputs(batch)
 
     def chunks(self, source: Source, ids: Ids, size: int) -> Iterator[Batch]:
         """Yield ``ids`` in chunks of ``size``, on the device. Local."""
@@ -118,8 +116,9 @@ class ShardedForward:
             return torch.empty(0, dtype=self.runtime.dtype, device=self.runtime.device)
         self.partition.sync_buffers()
         parts: list[torch.Tensor] = []
-        with self.inferring(source, ids):
-            for batch in self.chunks(source, self.mine(ids, size), size):
+        mine = self.mine(ids, size)
+        with self.inferring(source, ids, max(1, -(-len(mine) // size))):
+            for batch in self.chunks(source, mine, size):
                 parts.append(measure(batch))
             if not parts:  # more ranks than chunks: learn the shape from one sample
                 for batch in self.chunks(source, ids[:1], 1):

@@ -217,8 +217,7 @@ class ContinuousTrainer:
                 result = updater.fwd_bwd(batch, hist_batch)
             self.parts.runtime.unscale(optimizer)
             updater.update_post_fwd_bwd()
-            if self.training.clip_norm:
-                clip_grads_(self.parts.forward.partition, self.parts.runtime, self.training.clip_norm)
+            clip_grads_(self.parts.forward.partition, self.parts.runtime, self.training.clip_norm)
             optimizer.step()
             updater.update_post_optimizer_call()
             optimizer.zero_grad(set_to_none=True)

@@ -119,15 +119,16 @@ def create_partition(runtime: Runtime, model: nn.Module) -> Partition:
     return Replicated(runtime, model)
 
 
-def clip_grads_(partition: Partition, runtime: Runtime, max_norm: float) -> torch.Tensor:
-    """Scale the global mean gradient to an L2 norm of at most ``max_norm``; return its norm.
+def clip_grads_(partition: Partition, runtime: Runtime, max_norm: float) -> None:
+    """Scale the global mean gradient to an L2 norm of at most ``max_norm``; 0: leave it alone.
 
     The norm is one over all parameters, computed from owned slices in float64. The factor is
     min(1, max_norm / (norm + 1e-6)), as torch's ``clip_grad_norm_`` has it. Collective.
     """
+    if not max_norm:
+        return
     square = torch.zeros((), dtype=torch.float64, device=runtime.device)
     for grad in partition.grads().values():
-        square += torch.linalg.vector_norm(grad, dtype=torch.float64).square().to(runtime.device)
+        square += torch.linalg.vector_norm(grad, dtype=torch.float64).square()
     norm = runtime.all_reduce(square).sqrt()
     partition.scale_grads_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm

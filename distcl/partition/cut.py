@@ -1,8 +1,8 @@
 """Whole tensors cut into owned ranges, and the way from owned ranges back to whole tensors.
 
-The tensors of a :class:`Cut` lie in one flat index space; rank r owns [r·c, (r+1)·c) of it. Whatever
-must reach all ranks moves through buckets: bucket j holds elements [j, j+b) of every rank's range,
-so no more than W·b elements are in flight.
+The tensors of a :class:`Cut` lie in one flat index space; rank r owns [r·c, (r+1)·c) of it.
+Whatever must reach all ranks moves through buckets: bucket j holds elements [j, j+b) of every
+rank's range, so no more than W·b elements are in flight.
 """
 
 from __future__ import annotations
@@ -158,6 +158,36 @@ class Whole:
         with torch.no_grad():
             for cut in self.cuts:
                 cut.spread(take, self.write)
+
+    def put(self, slices: Mapping[str, torch.Tensor]) -> None:
+        """Fill the tensors from the slices of all ranks. Collective."""
+
+        def take(name: str, a: int, b: int) -> torch.Tensor:
+            return slices[name][a:b].to(self.tensors[name].device)
+
+        with torch.no_grad():
+            for cut in self.cuts:
+                cut.spread(take, self.write)
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """Return whole copies of the tensors. Local."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+
+    def put_back(self, copies: Mapping[str, torch.Tensor]) -> None:
+        """Fill the tensors from :meth:`copies`. Local."""
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(copies[name])
+
+    def reduce(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sum whole tensors over ranks, bucket by bucket; return my slices. Collective."""
+        mine: dict[str, torch.Tensor] = {}
+        for cut in self.cuts:
+            for name in cut.names:
+                part = cut.reduce(name, full[name]) if name in full else None
+                if part is not None:
+                    mine[name] = part
+        return mine
 
     def write(self, name: str, a: int, b: int, values: torch.Tensor) -> None:
         """Set elements [a, b) of a tensor. Local."""

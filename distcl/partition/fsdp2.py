@@ -65,8 +65,9 @@ class FullySharded:
         return {n: owned[n] for n, p in self._sharded().items() if p.requires_grad and n in owned}
 
     @staticmethod
-    def _local(tensor: DTensor) -> torch.Tensor:
-        return tensor.to_local().detach().reshape(-1)
+    def _local(tensor: Any) -> torch.Tensor:
+        local: torch.Tensor = tensor.to_local().detach().reshape(-1)
+        return local
 
     # -- gradients -----------------------------------------------------------------------------
 
@@ -105,8 +106,9 @@ class FullySharded:
 
     def _start(self, name: str) -> int:
         """Return where my shard begins in the parameter's memory."""
-        shape = self._shapes[name]
-        return min(self._runtime.rank * self._rows[name], shape[0]) * (shape.numel() // max(1, shape[0]))
+        row = self._shapes[name].numel() // max(1, self._shapes[name][0])
+        start: int = row * min(int(self._runtime.rank) * self._rows[name], self._shapes[name][0])
+        return start
 
     def scale_grads_(self, factor: torch.Tensor) -> None:
         """Multiply my shards of the gradients. Local."""
@@ -137,6 +139,9 @@ class FullySharded:
         lengths = {name: len(view) for name, view in self.owned().items()}
         mine: dict[str, torch.Tensor] = {}
         for name, tensor in full.items():
+            if name in self._buffers:
+                mine |= self._rest.reduce({name: tensor})
+                continue
             total = self._runtime.all_reduce(tensor.reshape(-1).clone())
             if name in lengths:
                 start = self._start(name)
@@ -161,12 +166,17 @@ class FullySharded:
     @contextmanager
     def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
         """Exchange the shards with ``slices``, and back, while nothing is gathered. Collective."""
+
+        buffers = self._rest.copies()  # each rank's own
+
         def restore(raised: bool) -> None:
             if raised:  # a forward may have been cut short
                 self._units[0].reset_iter_state()  # of the root
             self._exchange(slices)
+            self._rest.put_back(buffers)
 
         self._exchange(slices)
+        self._rest.put(slices)
         with restoring(self._runtime, restore):
             yield
 
@@ -183,4 +193,3 @@ class FullySharded:
                     held = shard.to(slices[name].device, copy=True)
                     shard.copy_(slices[name])
                     slices[name].copy_(held)
-            self._rest.exchange({name: slices[name] for name in self._rest.owned()})

@@ -22,17 +22,17 @@ class Replicated:
         self._runtime = runtime
         self._parameters = dict(module.named_parameters())
         self._buffers = dict(module.named_buffers())
-        tensors = {**self._parameters, **self._buffers}
-        self._whole = Whole(tensors, cut_by_dtype(runtime, tensors))
+        self._whole = Whole(self._parameters, cut_by_dtype(runtime, self._parameters))
+        self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
 
     def owned(self) -> dict[str, torch.Tensor]:
         """My slices, live views."""
-        return self._whole.owned()
+        return {**self._whole.owned(), **self._rest.owned()}
 
     def trainable(self) -> dict[str, torch.Tensor]:
         """My slices of the parameters that take gradients, live views."""
         grads = {n for n, p in self._parameters.items() if p.requires_grad}
-        return {name: view for name, view in self.owned().items() if name in grads}
+        return {name: view for name, view in self._whole.owned().items() if name in grads}
 
     def grads(self) -> dict[str, torch.Tensor]:
         """My slices of the gradients, live views."""
@@ -84,20 +84,20 @@ class Replicated:
 
     def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum over ranks, bucket by bucket; keep my slices. Collective."""
-        mine: dict[str, torch.Tensor] = {}
-        for cut in self._whole.cuts:
-            for name in cut.names:
-                if name in full:
-                    part = cut.reduce(name, full[name])
-                    if part is not None:
-                        mine[name] = part
-        return mine
+        return {**self._whole.reduce(full), **self._rest.reduce(full)}
 
     @contextmanager
     def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
         """Exchange the weights with ``slices``, and back. Collective."""
+        buffers = self._rest.copies()  # each rank's own: they differ where it saw other samples
+
+        def restore(raised: bool) -> None:
+            self._whole.exchange(slices)
+            self._rest.put_back(buffers)
+
         self._whole.exchange(slices)
-        with restoring(self._runtime, lambda raised: self._whole.exchange(slices)):
+        self._rest.put(slices)
+        with restoring(self._runtime, restore):
             yield
 
     def inference(self) -> AbstractContextManager[None]:
@@ -110,7 +110,8 @@ class Replicated:
 
     def gather(self, name: str) -> torch.Tensor:
         """Weights are whole here: a copy. Local."""
-        return self._whole.tensors[name].detach().clone()
+        held = self._buffers if name in self._buffers else self._parameters
+        return held[name].detach().clone()
 
     def sync_buffers(self) -> None:
         """Average floating-point buffers; others (counters) take the largest. Collective."""

@@ -37,7 +37,7 @@ class Zero12(Replicated):
         cuts: list[Cut] = []
         for i, (parameters, buffer) in enumerate(zero_grads.groups(self._zero)):
             starts = {
-                names[id(p)]: p.storage_offset() - buffer.storage_offset() for p in parameters
+                names[id(p)]: int(p.storage_offset() - buffer.storage_offset()) for p in parameters
             }
             sizes = {names[id(p)]: p.numel() for p in parameters}
             each = buffer.numel() // runtime.world_size
@@ -48,16 +48,17 @@ class Zero12(Replicated):
             cuts.append(cut)
         trained = {name for cut in cuts for name in cut.names}
         self._trained = Whole({n: p for n, p in self._parameters.items() if n in trained}, cuts)
-        rest = {n: t for n, t in {**self._parameters, **self._buffers}.items() if n not in trained}
-        self._rest = Whole(rest, cut_by_dtype(runtime, rest))
-        tensors = {**self._parameters, **self._buffers}
-        self._whole = Whole(tensors, [*cuts, *self._rest.cuts])
+        frozen = {n: p for n, p in self._parameters.items() if n not in trained}
+        self._frozen = Whole(frozen, cut_by_dtype(runtime, frozen))
+        self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
 
     def owned(self) -> dict[str, torch.Tensor]:
         """My slices, of the float32 master weights where there are any."""
-        rest, masters = self._rest.owned(), zero_grads.masters(self._zero)
-        both = {**rest, **{n: masters[i][a:b] for n, (i, a, b) in self._place.items()}}
-        return {name: both[name] for name in self._whole.tensors if name in both}
+        masters = zero_grads.masters(self._zero)
+        trained = {n: masters[i][a:b] for n, (i, a, b) in self._place.items()}
+        mine = {**trained, **self._frozen.owned()}
+        ordered = {name: mine[name] for name in self._parameters if name in mine}
+        return {**ordered, **self._rest.owned()}
 
     def trainable(self) -> dict[str, torch.Tensor]:
         """My slices of the master weights."""
@@ -100,20 +101,28 @@ class Zero12(Replicated):
 
         The masters are the truth: after every step the weights are made from them.
         """
-        trained = {name: slices[name] for name in self._place}
-        rest = {name: value for name, value in slices.items() if name not in self._place}
-        def restore(raised: bool) -> None:
-            self._spread(self.trainable())
-            self._rest.exchange(rest)
+        frozen = {name: slices[name] for name in self._frozen.owned()}
+        buffers = self._rest.copies()
 
-        self._spread(trained)
-        self._rest.exchange(rest)
+        def restore(raised: bool) -> None:
+            self._trained.put(self.trainable())
+            self._frozen.exchange(frozen)
+            self._rest.put_back(buffers)
+
+        self._trained.put(slices)
+        self._frozen.exchange(frozen)
+        self._rest.put(slices)
         with restoring(self._runtime, restore):
             yield
 
+    def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sum over ranks, bucket by bucket; keep my slices. Collective."""
+        mine = self._trained.reduce(full) | self._frozen.reduce(full)
+        return {**mine, **self._rest.reduce(full)}
+
     def gather(self, name: str) -> torch.Tensor:
         """Return the weights, whole here; from the masters where there are any. Collective."""
-        tensor = self._whole.tensors[name].detach()
+        tensor = (self._buffers if name in self._buffers else self._parameters)[name].detach()
         for cut in self._trained.cuts:
             if name in cut.names and tensor.dtype != torch.float32:
                 mine = self.trainable().get(name)
@@ -122,11 +131,3 @@ class Zero12(Replicated):
                     whole[slice(*cut.mine[name])] = mine.to(tensor.device)
                 return self._runtime.all_reduce(whole).view(tensor.shape)
         return tensor.clone()
-
-    def _spread(self, slices: Mapping[str, torch.Tensor]) -> None:
-        def take(name: str, a: int, b: int) -> torch.Tensor:
-            return slices[name][a:b].to(self._runtime.device)
-
-        with torch.no_grad():
-            for cut in self._trained.cuts:
-                cut.spread(take, self._trained.write)

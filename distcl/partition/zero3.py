@@ -62,11 +62,11 @@ class Zero3:
 
     def owned(self) -> dict[str, torch.Tensor]:
         """My shards without padding, of the float32 masters where there are any; buffers."""
-        mine = {
-            name: self._shard(name) if self._master(name) is None else self._master(name)
-            for name, valid in self._valid.items()
-            if valid
-        }
+        mine: dict[str, torch.Tensor] = {}
+        for name, valid in self._valid.items():
+            if valid:
+                master = self._master(name)
+                mine[name] = self._shard(name) if master is None else master
         return {**mine, **self._rest.owned()}
 
     def trainable(self) -> dict[str, torch.Tensor]:
@@ -145,6 +145,9 @@ class Zero3:
         """Sum over ranks, tensor by tensor; keep my shards. Collective."""
         mine: dict[str, torch.Tensor] = {}
         for name, tensor in full.items():
+            if name in self._buffers:
+                mine |= self._rest.reduce({name: tensor})
+                continue
             total = self._runtime.all_reduce(tensor.reshape(-1).clone())
             if self._valid[name]:
                 start = self._runtime.rank * self._parameters[name].partition_numel()
@@ -171,13 +174,16 @@ class Zero3:
     @contextmanager
     def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
         """Exchange the shards with ``slices``, between releases. Collective."""
+        buffers = self._rest.copies()  # each rank's own
         depth = len(parameter_offload.FWD_MODULE_STACK)
 
         def restore(raised: bool) -> None:
             del parameter_offload.FWD_MODULE_STACK[depth:]  # what an exception left there
             self._exchange(slices, back=True)
+            self._rest.put_back(buffers)
 
         self._exchange(slices, back=False)
+        self._rest.put(slices)
         with restoring(self._runtime, restore):
             yield
 
@@ -198,7 +204,6 @@ class Zero3:
                     other.copy_(held)
                 else:  # weights are made from their masters after every step; so they are here
                     shard.copy_(master if back else other)
-            self._rest.exchange({name: slices[name] for name in self._rest.owned()})
             self._gather_residents()
 
     def _gather_residents(self) -> None:

@@ -84,7 +84,7 @@ class Scorer:
         mine = self.forward.mine(ids, size)
         anchors = self._anchor_passes(source, ids, mine) if self.signal.needs_anchor else None
         rows: list[torch.Tensor] = []
-        with self.forward.inferring(source, ids):
+        with self.forward.inferring(source, ids, -(-len(mine) // size)):
             for k, batch in enumerate(self.forward.chunks(source, mine, size)):
                 rows.append(self._row(batch, anchors[k] if anchors is not None else None))
         self.forward.forwards += n
@@ -111,7 +111,8 @@ class Scorer:
         """Return theta_star's outputs for each of my chunks, older anchors' in them. Collective."""
         found = self._anchor_pass(source, ids, mine)
         for back in range(1, 1 + len(self.anchor.older)):
-            with self.anchor.swapped_in(back), self.forward.inferring(source, ids):
+            calls = -(-len(mine) // self.batch_size)
+            with self.anchor.swapped_in(back), self.forward.inferring(source, ids, calls):
                 for k, batch in enumerate(self.forward.chunks(source, mine, self.batch_size)):
                     older = (*found[k].older, self.forward.outputs(batch))
                     found[k] = replace(found[k], older=older)
@@ -130,7 +131,8 @@ class Scorer:
         found = [Outputs(loss=loss) for loss in torch.split(mine_losses, size)]
         if bool(known.all()):
             return found
-        with self.anchor.swapped_in(), self.forward.inferring(source, ids):
+        calls = sum(not bool(hit.all()) for hit in hits)
+        with self.anchor.swapped_in(), self.forward.inferring(source, ids, calls):
             for k, hit in enumerate(hits):
                 missing = mine[k * size : k * size + len(hit)][~hit.numpy()]
                 for batch in self.forward.chunks(source, missing, size):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from distcl.config import ParallelConfig, RunConfig
+from distcl.errors import UsageError
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer of the parameters that take gradients."""
@@ -57,6 +58,17 @@ class Strategy:
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the loss scale (fp16) out of the gradients. Local."""
+
+
+def refuse_batchnorm(model: nn.Module, strategy: str, precision: str) -> None:
+    """Raise UsageError naming a BatchNorm that would run in half precision. Local."""
+    for name, module in model.named_modules():
+        if precision in ("bf16", "fp16") and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UsageError(
+                f"run.precision = '{precision}' with parallel.strategy = '{strategy}' computes in "
+                f"half precision throughout, in which the statistics of BatchNorm '{name}' would "
+                "be lost; use GroupNorm, fp32, or ddp"
+            )
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
 
 from distcl.config import ParallelConfig, RunConfig
 from distcl.errors import UsageError
-from distcl.strategies.base import MakeOptimizer, Strategy, trainable
+from distcl.strategies.base import MakeOptimizer, Strategy, refuse_batchnorm, trainable
 
 
 class FSDP2(Strategy):
@@ -49,6 +49,7 @@ class FSDP2(Strategy):
                     f"parallel.strategy = 'fsdp2' cannot shard the scalar parameter '{name}'; "
                     "give it shape (1,), or use 'zero3'"
                 )
+        refuse_batchnorm(model, self.parallel.strategy, self.precision)
         device = self.accelerator.device
         model = model.float()
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -116,7 +117,7 @@ def join_alone(accelerator: Accelerator) -> None:
     if not dist.is_initialized():
         dist.init_process_group(
             "nccl" if accelerator.device.type == "cuda" else "gloo",
-            store=dist.HashStore(),
+            store=dist.HashStore(),  # type: ignore[attr-defined]
             rank=0,
             world_size=1,
         )

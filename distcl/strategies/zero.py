@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.errors import UsageError
-from distcl.strategies.base import MakeOptimizer, Strategy, trainable
+from distcl.strategies.base import MakeOptimizer, Strategy, refuse_batchnorm, trainable
 from distcl.strategies.fsdp2 import join_alone
 from distcl.strategies.zero_config import deepspeed_config
 
@@ -54,9 +54,7 @@ class Zero(Strategy):
     way out.
     """
 
-    def __init__(
-        self, run: RunConfig, parallel: ParallelConfig, training: TrainingConfig
-    ) -> None:
+    def __init__(self, run: RunConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
         super().__init__(run, parallel)
         self._deepspeed = load_deepspeed()
         self.stage = int(parallel.strategy.removeprefix("zero"))
@@ -87,6 +85,7 @@ class Zero(Strategy):
                 f"parallel.strategy = '{self.parallel.strategy}' prepares a model together with "
                 "its optimizer: use Runtime.prepare_training"
             )
+        refuse_batchnorm(model, self.parallel.strategy, self.precision)
         device, dtype = self.accelerator.device, _DTYPES[self.precision]
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -99,6 +98,7 @@ class Zero(Strategy):
                 self._deepspeed.zero.Init(module=model, config_dict_or_path=settings)
                 for buffer in model.buffers():
                     buffer.data = buffer.data.to(device)
+            self.accelerator.deepspeed_engine_wrapped = None  # backward is the newest engine's
             engine, _ = self.accelerator.prepare(model, make_optimizer(trainable(model)))
         if int(engine.zero_optimization_stage()) != self.stage:
             raise UsageError(

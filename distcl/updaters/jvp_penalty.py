@@ -91,8 +91,8 @@ class JVPPenalty(Updater):
         rows = [r * each + k for r in range(world) for k in range(starts[r + 1] - starts[r])]
         first = _start(batch.total, self.runtime.rank, world)
         mine = [rows[p % len(rows)] for p in range(first, first + len(batch))]
-        x = [self.runtime.all_gather(h, world * each, each)[mine] for h in past]
-        return Batch(batch.ids, x, batch.y, batch.total)
+        gathered = [self.runtime.all_gather(h, world * each, each)[mine] for h in past]
+        return Batch(batch.ids, gathered, batch.y, batch.total)
 
 
 def _start(total: int, rank: int, world: int) -> int:

@@ -31,6 +31,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "zero3": {"strategy": "zero3", "threshold": 0},
     "zero3 resident": {"strategy": "zero3", "threshold": 100_000},
     "zero3 mixed": {"strategy": "zero3", "threshold": 20},
+    "fsdp2 offloaded": {"strategy": "fsdp2", "fsdp_unit": 30, "offload_optimizer": True},
+    "zero1 offloaded": {"strategy": "zero1", "offload_optimizer": True},
+    "zero2 offloaded": {"strategy": "zero2", "offload_optimizer": True},
+    "zero3 offloaded": {"strategy": "zero3", "threshold": 20, "offload_optimizer": True},
 }
 
 

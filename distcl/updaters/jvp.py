@@ -78,7 +78,7 @@ class JVPReg(Updater):
     def _moved_part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """Second pass, on what the first one kept."""
         both, weights = self._moved.pop(0)
-        losses = self.losses(both)
+        losses = self._unreduced_criterion(self.forward(both), both.y)
         self.backward(losses * weights, both)
         return StepResult(losses.detach(), both.ids, both.total)
 
@@ -112,8 +112,8 @@ def floating(x: PyTree, key: str) -> list[torch.Tensor]:
     if not found:
         kinds = ", ".join(sorted({str(getattr(t, "dtype", type(t))) for t in tree_leaves(x)}))
         raise ConfigError(
-            f"continual_learning.{key} > 0 moves inputs, but x has no floating-point tensor "
-            f"({kinds}); set {key} = 0"
+            f"continual_learning.{key} > 0 needs floating-point inputs, but this stream has "
+            f"{kinds}; set {key} = 0"
         )
     return found
 

@@ -67,8 +67,14 @@ class ShardedForward:
         return Outputs(loss=loss.to(self.runtime.dtype), logits=logits)
 
     @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Eval mode, no gradient. All ranks call ``outputs`` equally often inside. Local."""
+        with evaluating(self.module), self.partition.inference():
+            yield
+
+    @contextmanager
     def inferring(self, source: Source, ids: Ids, calls: int) -> Iterator[None]:
-        """Eval mode, no gradient; inside, this rank calls ``outputs`` exactly ``calls`` times.
+        """As :meth:`inference`, but inside, this rank calls ``outputs`` exactly ``calls`` times.
 
         Where weights are gathered for every forward, ranks with fewer calls then join those of the
         others, with one sample of ``ids``. Collective.
@@ -77,7 +83,7 @@ class ShardedForward:
         if self.partition.sharded:  # known before the first forward: forwards are collectives too
             most = torch.tensor(calls, device=self.runtime.device)
             missing = int(self.runtime.all_reduce(most, "max")) - calls
-        with evaluating(self.module), self.partition.inference():
+        with self.inference():
             yield
             for _ in range(missing):
                 for batch in self.chunks(source, ids[:1], 1):

@@ -166,7 +166,6 @@ class FullySharded:
     @contextmanager
     def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
         """Exchange the shards with ``slices``, and back, while nothing is gathered. Collective."""
-
         buffers = self._rest.copies()  # each rank's own
 
         def restore(raised: bool) -> None:

@@ -110,10 +110,10 @@ class Scorer:
             batch = Batch(torch.zeros(1, dtype=torch.int64), x, y)
         backs = range(1 + len(self.anchor.older)) if self.signal.needs_anchor else ()
         for back in backs:
-            with self._under_anchor(back):
+            with self.anchor.swapped_in(back), self.forward.inference():
                 outputs = self.forward.outputs(batch)
             anchor = replace(anchor, older=(*anchor.older, outputs)) if anchor else outputs
-        with evaluating(self.forward.module), torch.inference_mode():
+        with self.forward.inference():
             row = self._row(batch, anchor)[:n]
         self.forward.forwards += len(ids) * (1 + len(backs))
         each = -(-len(ids) // run.world_size)

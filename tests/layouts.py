@@ -17,7 +17,9 @@ from torch import nn
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.partition.base import Partition
 from distcl.runtime import Runtime
+from tests.spawn import preload
 
+preload("tests.warm")
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 WITHOUT = "DeepSpeed is not installed; type: pip install 'distcl[deepspeed]'"
 

@@ -1,4 +1,5 @@
-"""Every registered updater and signal under every strategy: as under ddp, or refused by name."""
+"""Every registered updater, signal and source of priorities under every strategy: as under ddp,
+or refused by name."""
 
 from __future__ import annotations
 
@@ -35,15 +36,28 @@ sharding = pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.ma
     "zero" in name and not DEEPSPEED, reason=WITHOUT)) for name in NAMES[1:]])  # fmt: skip
 
 
-def _method(layout: str, folder: Path, updater: str) -> Any:
-    """Pretrain and run two rounds; in two parts a step, but for ddp."""
-    parts_of_a_step = 1 if layout == "ddp" else 2
-    config = small(
-        *TINY,
-        f"continual_learning.update_mode={updater}",
-        f"training.accumulate={parts_of_a_step}",
+VIT = (
+    "model.name=vit_tiny",
+    "model.options={patch = 4, dim = 12, depth = 2, heads = 2}",
+    "continual_learning.update_mode=ewc_online",
+)
+WAYS = {f"updater {name}": (f"continual_learning.update_mode={name}",) for name in UPDATERS} | {
+    "candidates": ("priority.source=candidates",),
+    "online": ("priority.source=online", "priority.signal=entropy"),
+    "checkpointed blocks": VIT,
+}
+
+
+def _method(layout: str, folder: Path, way: str) -> Any:
+    """Pretrain and run two rounds; in two parts a step, and with blocks recomputed, but for ddp."""
+    own = layout != "ddp"
+    config = small(*TINY, *WAYS[way], f"training.accumulate={2 if own else 1}")
+    runtime = fresh_runtime(
+        layout,
+        training=config.training,
+        folder=folder,
+        activation_checkpointing=own and way == "checkpointed blocks",
     )
-    runtime = fresh_runtime(layout, training=config.training, folder=folder)
     stream = create_stream(config.stream, config.run.seed)
     try:
         parts = assemble(config, runtime, stream, folder)
@@ -78,8 +92,8 @@ def _signals(layout: str, folder: Path) -> dict[str, np.ndarray]:
 
 def _everything(folder: Path, layouts: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
-    found = {updater: each(layouts, _method, folder, updater) for updater in UPDATERS}
-    return {"updaters": found, "signals": each(layouts, _signals, folder)}
+    found = {way: each(layouts, _method, folder, way) for way in WAYS}
+    return {"ways": found, "signals": each(layouts, _signals, folder)}
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +103,16 @@ def results(tmp_path_factory: Any) -> dict[str, Any]:
 
 
 @sharding
-@pytest.mark.parametrize("updater", UPDATERS)
-def test_an_updater_trains_as_under_ddp_or_is_refused(
-    layout: str, updater: str, results: dict[str, Any]
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_method_trains_as_under_ddp_or_is_refused(
+    layout: str, way: str, results: dict[str, Any]
 ) -> None:
-    found, reference = (results["updaters"][updater][name] for name in (layout, "ddp"))
+    found, reference = (results["ways"][way][name] for name in (layout, "ddp"))
     if isinstance(found, str):
         strategy = layout.split()[0]
-        start = f"continual_learning.update_mode = '{updater}' does not work with "
+        start = "continual_learning.update_mode = 'jvp_penalty' does not work with "
         assert found.startswith(f"{start}parallel.strategy = '{strategy}': ")
-        assert updater == "jvp_penalty"
+        assert way == "updater jvp_penalty"
         return
     for name, value in reference.items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=2e-5)

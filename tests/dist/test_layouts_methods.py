@@ -86,7 +86,7 @@ def _signals(layout: str, folder: Path) -> dict[str, np.ndarray]:
             name, criterion=cross_entropy, loss="cross_entropy", classes=stream.spec.classes
         )
         scorer = Scorer(parts.forward, parts.anchor, signal, batch_size=40)
-        scores[name] = scorer.score(stream, stream.experiences[2].train).numpy()
+        scores[name] = scorer.score(stream, stream.experiences[2].train).cpu().numpy()
     return scores
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
-from distcl.errors import DistclError, UsageError
+from distcl.errors import DistclError, Preempted, UsageError
 from distcl.failure import Cause, FailureRelay
 from distcl.strategies import MakeOptimizer, create_strategy
 from distcl.strategies.activation import checkpoint_blocks
@@ -232,6 +232,9 @@ class Runtime:
         """
         try:
             yield
+        except Preempted:  # raised on all ranks together
+            self.close()
+            raise
         except BaseException as error:
             if self.relay is not None:
                 own = describe(error, self.rank)

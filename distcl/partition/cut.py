@@ -138,12 +138,22 @@ class Whole:
 
     def owned(self) -> dict[str, torch.Tensor]:
         """Return my slices, live views, in the order of the tensors. Local."""
-        mine = {name: ab for cut in self.cuts for name, ab in cut.mine.items()}
+        mine = self.ranges()
         return {
             name: flat(name, tensor)[slice(*mine[name])]
             for name, tensor in self.tensors.items()
             if name in mine
         }
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Return where in each tensor my slice lies. Local."""
+        return {name: ab for cut in self.cuts for name, ab in cut.mine.items()}
+
+    def load(self, fetch: Callable[[str, int, int], torch.Tensor]) -> None:
+        """Fill the tensors from saved ones; see ``Partition.load``. Local."""
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                flat(name, tensor).copy_(fetch(name, 0, tensor.numel()))
 
     def exchange(self, slices: dict[str, torch.Tensor]) -> None:
         """Exchange the tensors with ``slices``, which then hold what was there. Collective."""

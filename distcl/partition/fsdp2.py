@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from distcl.partition.base import Fetch, OptimizerState
 from distcl.partition.cut import Whole, average_buffers, cut_by_dtype, deliver, restoring
 from distcl.runtime import Runtime
 
@@ -55,9 +56,58 @@ class FullySharded:
 
     def owned(self) -> dict[str, torch.Tensor]:
         """My shards, live views; buffers."""
+        return {**self._shards(), **self._rest.owned()}
+
+    def _shards(self) -> dict[str, torch.Tensor]:
         self._reshard()
         mine = {n: self._local(p) for n, p in self._sharded().items()}
-        return {**{n: v for n, v in mine.items() if len(v)}, **self._rest.owned()}
+        return {n: v for n, v in mine.items() if len(v)}
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Where in each tensor my slice lies."""
+        mine = {n: (self._start(n), self._start(n) + len(v)) for n, v in self._shards().items()}
+        return {**mine, **self._rest.ranges()}
+
+    def load(self, fetch: Fetch) -> None:
+        """Replace shards and buffers. Local."""
+        ranges = self.ranges()
+        with torch.no_grad():
+            for name, shard in self._shards().items():
+                shard.copy_(fetch(name, *ranges[name]))
+        self._rest.load(fetch)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
+        """My shards of what has a parameter's shape. Local."""
+        self._reshard()
+        found = OptimizerState({}, {})
+        for name, parameter in self._sharded().items():
+            if parameter not in optimizer.state:
+                continue
+            plain = found.plain.setdefault(name, {})
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, DTensor):
+                    found.slices.setdefault(key, {})[name] = self._local(value)
+                elif value is not None:
+                    plain[key] = torch.as_tensor(value)
+        return found
+
+    def load_optimizer_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        fetch: Mapping[str, Fetch],
+        plain: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Restore the states of my shards. Local."""
+        ranges = self.ranges()
+        for name, parameter in self._sharded().items():
+            if name not in plain:
+                continue
+            state: dict[str, Any] = {key: value.clone() for key, value in plain[name].items()}
+            for key, read in fetch.items():
+                state[key] = torch.zeros_like(parameter, requires_grad=False)
+                if name in ranges:
+                    self._local(state[key]).copy_(read(name, *ranges[name]))
+            optimizer.state[parameter] = state
 
     def trainable(self) -> dict[str, torch.Tensor]:
         """My shards of the parameters that take gradients, live views."""

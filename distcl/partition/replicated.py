@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
+from distcl.partition.base import Fetch, OptimizerState
 from distcl.partition.cut import Whole, average_buffers, cut_by_dtype, deliver, flat, restoring
 from distcl.runtime import Runtime
 
@@ -29,6 +30,51 @@ class Replicated:
         """My slices, live views."""
         return {**self._whole.owned(), **self._rest.owned()}
 
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Where in each tensor my slice lies."""
+        return {**self._whole.ranges(), **self._rest.ranges()}
+
+    def load(self, fetch: Fetch) -> None:
+        """Replace every weight and buffer. Local."""
+        self._whole.load(fetch)
+        self._rest.load(fetch)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
+        """My slices of what has a parameter's shape, copies not taken. Local."""
+        mine = self.ranges()
+        found = OptimizerState({}, {})
+        for name, parameter in self._parameters.items():
+            if parameter not in optimizer.state:
+                continue
+            plain = found.plain.setdefault(name, {})
+            for key, value in optimizer.state[parameter].items():
+                if value is None:
+                    continue
+                value = torch.as_tensor(value)
+                if value.shape != parameter.shape or value.dim() == 0:
+                    plain[key] = value
+                elif name in mine:
+                    part = flat(name, value)[slice(*mine[name])]
+                    found.slices.setdefault(key, {})[name] = part
+        return found
+
+    def load_optimizer_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        fetch: Mapping[str, Fetch],
+        plain: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Restore whole states on every rank. Local."""
+        for name, parameter in self._parameters.items():
+            if name not in plain:
+                continue
+            state = {key: value.clone() for key, value in plain[name].items()}
+            for key, read in fetch.items():
+                whole = torch.empty_like(parameter)
+                flat(name, whole).copy_(read(name, 0, parameter.numel()))
+                state[key] = whole
+            optimizer.state[parameter] = state
+
     def trainable(self) -> dict[str, torch.Tensor]:
         """My slices of the parameters that take gradients, live views."""
         grads = {n for n, p in self._parameters.items() if p.requires_grad}
@@ -36,7 +82,7 @@ class Replicated:
 
     def grads(self) -> dict[str, torch.Tensor]:
         """My slices of the gradients, live views."""
-        mine = {n: ab for cut in self._whole.cuts for n, ab in cut.mine.items()}
+        mine = self.ranges()
         return {
             name: self._flat_grad(name, parameter)[slice(*mine[name])]
             for name, parameter in self._parameters.items()

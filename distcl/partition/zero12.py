@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distcl.partition import zero_grads
+from distcl.partition.base import Fetch, OptimizerState
 from distcl.partition.cut import Cut, Whole, cut_by_dtype, deliver, restoring
+from distcl.partition.flat_state import Place, read_flat_state, write_flat_state
 from distcl.partition.replicated import Replicated
 from distcl.runtime import Runtime
 
@@ -33,7 +35,7 @@ class Zero12(Replicated):
         self._parameters = dict(module.named_parameters())
         self._buffers = dict(module.named_buffers())
         names = {id(p): name for name, p in self._parameters.items()}
-        self._place: dict[str, zero_grads.Place] = {}
+        self._place: dict[str, Place] = {}
         cuts: list[Cut] = []
         for i, (parameters, buffer) in enumerate(zero_grads.groups(self._zero)):
             starts = {
@@ -59,6 +61,35 @@ class Zero12(Replicated):
         mine = {**trained, **self._frozen.owned()}
         ordered = {name: mine[name] for name in self._parameters if name in mine}
         return {**ordered, **self._rest.owned()}
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Where in each tensor my slice lies."""
+        return {**self._trained.ranges(), **self._frozen.ranges(), **self._rest.ranges()}
+
+    def load(self, fetch: Fetch) -> None:
+        """Replace weights, masters and buffers. Local."""
+        for whole in (self._trained, self._frozen, self._rest):
+            whole.load(fetch)
+        masters = zero_grads.masters(self._zero)
+        for name, (start, stop) in self._trained.ranges().items():
+            group, a, b = self._place[name]
+            masters[group][a:b] = fetch(name, start, stop).to(masters[group])
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
+        """My slices of what the optimizer keeps for the masters. Local."""
+        flats = zero_grads.master_parameters(self._zero)
+        return read_flat_state(optimizer, flats, self._place)
+
+    def load_optimizer_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        fetch: Mapping[str, Fetch],
+        plain: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Restore what the optimizer keeps for the masters. Local."""
+        flats = zero_grads.master_parameters(self._zero)
+        ranges = self._trained.ranges()
+        write_flat_state(optimizer, flats, self._place, ranges, fetch, plain)
 
     def trainable(self) -> dict[str, torch.Tensor]:
         """My slices of the master weights."""

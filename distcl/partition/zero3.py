@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from deepspeed.runtime.zero import parameter_offload
 
+from distcl.partition.base import Fetch, OptimizerState
 from distcl.partition.cut import (
     BUCKET_ELEMENTS,
     Whole,
@@ -24,6 +25,7 @@ from distcl.partition.cut import (
     deliver,
     restoring,
 )
+from distcl.partition.flat_state import Place, read_flat_state, write_flat_state
 from distcl.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -68,6 +70,49 @@ class Zero3:
                 master = self._master(name)
                 mine[name] = self._shard(name) if master is None else master
         return {**mine, **self._rest.owned()}
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Where in each tensor my slice lies."""
+        mine: dict[str, tuple[int, int]] = {}
+        for name, valid in self._valid.items():
+            start = int(self._runtime.rank) * self._parameters[name].partition_numel()
+            if valid:
+                mine[name] = (start, start + valid)
+        return {**mine, **self._rest.ranges()}
+
+    def load(self, fetch: Fetch) -> None:
+        """Replace shards, masters and buffers, then gather residents. Collective."""
+        with torch.no_grad():
+            self._zero.empty_partition_cache()
+            for name, (start, stop) in self.ranges().items():
+                if name in self._valid:
+                    values, master = fetch(name, start, stop), self._master(name)
+                    self._shard(name).copy_(values)
+                    if master is not None:
+                        master.copy_(values)
+            self._gather_residents()
+        self._rest.load(fetch)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
+        """My shards of what the optimizer keeps for the masters. Local."""
+        return read_flat_state(optimizer, self._zero.fp32_partitioned_groups_flat, self._places())
+
+    def load_optimizer_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        fetch: Mapping[str, Fetch],
+        plain: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Restore what the optimizer keeps for the masters. Local."""
+        flats = self._zero.fp32_partitioned_groups_flat
+        write_flat_state(optimizer, flats, self._places(), self.ranges(), fetch, plain)
+
+    def _places(self) -> dict[str, Place]:
+        return {
+            name: (group, start, start + self._valid[name])
+            for name, (group, start) in self._place.items()
+            if self._valid[name]
+        }
 
     def trainable(self) -> dict[str, torch.Tensor]:
         """My shards of the parameters that take gradients."""

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-Place = tuple[int, int, int]
-"""(group, start, stop): elements of this rank's range of a group's flat buffer."""
+from distcl.partition.flat_state import Place
 
 
 def groups(zero: Any) -> Iterator[tuple[list[nn.Parameter], torch.Tensor]]:
@@ -20,13 +19,16 @@ def groups(zero: Any) -> Iterator[tuple[list[nn.Parameter], torch.Tensor]]:
         yield from zip(zero.bf16_groups, zero.bf16_groups_flat, strict=True)
 
 
-def masters(zero: Any) -> list[torch.Tensor]:
-    """Return each group's range of this rank, float32, 1-D, live. Local."""
+def master_parameters(zero: Any) -> list[torch.Tensor]:
+    """Return what the optimizer inside steps: each group's range of this rank, float32. Local."""
     if hasattr(zero, "single_partition_of_fp32_groups"):
-        flat = zero.single_partition_of_fp32_groups
-    else:
-        flat = zero.fp32_groups_flat_partition
-    return [partition.detach() for partition in flat]
+        return list(zero.single_partition_of_fp32_groups)
+    return list(zero.fp32_groups_flat_partition)
+
+
+def masters(zero: Any) -> list[torch.Tensor]:
+    """Return :func:`master_parameters` as plain tensors, 1-D, live. Local."""
+    return [flat.detach() for flat in master_parameters(zero)]
 
 
 def gradient(zero: Any, parameter: nn.Parameter, place: Place) -> torch.Tensor:

@@ -27,6 +27,8 @@ class EWCOnline(Updater):
     be prioritized) and never from evaluation.
     """
 
+    sliced = ("fisher",)
+
     def __init__(self, setup: UpdaterSetup) -> None:
         super().__init__(setup)
         if self.partition.sharded and self.runtime.precision == "fp16":

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -43,6 +44,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def available(names: list[str]) -> list[str]:
     """Leave out what needs DeepSpeed where it is not installed."""
     return [n for n in names if DEEPSPEED or "zero" not in n]
+
+
+def layout_params(names: list[str]) -> pytest.MarkDecorator:
+    """Parametrize ``layout``; what needs DeepSpeed is skipped where it is not installed."""
+
+    def param(name: str) -> Any:
+        return pytest.param(
+            name, marks=pytest.mark.skipif("zero" in name and not DEEPSPEED, reason=WITHOUT)
+        )
+
+    return pytest.mark.parametrize("layout", [param(name) for name in names])
 
 
 def fresh_runtime(

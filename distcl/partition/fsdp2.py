@@ -86,7 +86,9 @@ class FullySharded:
             plain = found.plain.setdefault(name, {})
             for key, value in optimizer.state[parameter].items():
                 if isinstance(value, DTensor):
-                    found.slices.setdefault(key, {})[name] = self._local(value)
+                    shard = self._local(value)
+                    if len(shard):
+                        found.slices.setdefault(key, {})[name] = shard
                 elif value is not None:
                     plain[key] = torch.as_tensor(value)
         return found

@@ -12,8 +12,18 @@ import torch
 from distcl.anchor import Anchor
 from distcl.partition.base import Partition, create_partition
 from distcl.runtime import Runtime
-from tests.layouts import DEEPSPEED, LAYOUTS, WITHOUT, available, cut, each, fresh_runtime
-from tests.layouts import gathered, tensors
+from tests.layouts import (
+    DEEPSPEED,
+    LAYOUTS,
+    WITHOUT,
+    available,
+    cut,
+    each,
+    fresh_runtime,
+    gathered,
+    layout_params,
+    tensors,
+)
 from tests.models import tangled
 from tests.spawn import run_ranks
 
@@ -101,12 +111,8 @@ def ranks(request: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
     return run_ranks(request.param, _sessions, available(list(LAYOUTS)), "fp32", folder)
 
 
-needs = {name: pytest.param(name, marks=pytest.mark.skipif(
-    "zero" in name and not DEEPSPEED, reason=WITHOUT)) for name in LAYOUTS}  # fmt: skip
-every_layout = pytest.mark.parametrize("layout", list(needs.values()))
-every_half = pytest.mark.parametrize(
-    "layout", [needs[n] for n in ("fsdp2 in units", "zero1", "zero2", "zero3", "zero3 mixed")]
-)
+every_layout = layout_params(list(LAYOUTS))
+every_half = layout_params(["fsdp2 in units", "zero1", "zero2", "zero3", "zero3 mixed"])
 
 
 @every_layout

@@ -16,13 +16,11 @@ from torch.utils._pytree import tree_leaves
 from distcl.anchor import Anchor
 from distcl.errors import DataError, DistclError
 from distcl.partition.base import create_partition
-from tests.layouts import DEEPSPEED, WITHOUT, available, each, fresh_runtime, tensors
+from tests.layouts import available, each, fresh_runtime, layout_params, tensors
 from tests.models import tangled
 from tests.spawn import exit_codes, run_ranks
 
 NAMES = ["fsdp2 in units", "zero1", "zero2", "zero3", "zero3 mixed"]
-needs = {name: pytest.param(name, marks=pytest.mark.skipif(
-    "zero" in name and not DEEPSPEED, reason=WITHOUT)) for name in NAMES}  # fmt: skip
 
 
 class Allocations(TorchDispatchMode):
@@ -90,7 +88,7 @@ def ranks(request: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
     return run_ranks(request.param, _layouts, folder, available(NAMES), timeout=150)
 
 
-@pytest.mark.parametrize("layout", list(needs.values()))
+@layout_params(NAMES)
 def test_owned_counts_add_up_to_the_model(layout: str, ranks: list[Any]) -> None:
     counts, dense = [rank["owned"][layout] for rank in ranks], tensors(tangled(0))
     for name, tensor in dense.items():
@@ -101,7 +99,7 @@ def test_owned_counts_add_up_to_the_model(layout: str, ranks: list[Any]) -> None
     assert max(sum(c.values()) for c in counts) <= -(-total // len(ranks)) + padding
 
 
-@pytest.mark.parametrize("layout", [needs[n] for n in ("fsdp2 in units", "zero3", "zero3 mixed")])
+@layout_params(["fsdp2 in units", "zero3", "zero3 mixed"])
 def test_refresh_and_swap_never_allocate_the_whole_model(layout: str, ranks: list[Any]) -> None:
     if len(ranks) != 2:
         pytest.skip("traced on two ranks")
@@ -138,7 +136,7 @@ def _raises(layout: str, folder: Path) -> None:
         os._exit(error.exit_code)
 
 
-@pytest.mark.parametrize("layout", [needs[n] for n in ("fsdp2 in units", "zero2", "zero3")])
+@layout_params(["fsdp2 in units", "zero2", "zero3"])
 def test_an_exception_inside_a_swap_on_one_rank_ends_all(layout: str, tmp_path: Path) -> None:
     assert exit_codes(2, _raises, layout, tmp_path) == [3, 3]
     told = (tmp_path / f"{layout} told").read_text()

@@ -17,7 +17,7 @@ from distcl.job import assemble
 from distcl.losses import cross_entropy
 from distcl.priority.scoring import Scorer, create_signal
 from distcl.trainer import ContinuousTrainer
-from tests.layouts import DEEPSPEED, WITHOUT, available, each, fresh_runtime, gathered, tensors
+from tests.layouts import available, each, fresh_runtime, gathered, layout_params, tensors
 from tests.small import small
 from tests.spawn import run_ranks
 
@@ -32,8 +32,7 @@ TINY = (
     "continual_learning.replay_batch_size=13",
     "continual_learning.fisher_samples=21",
 )
-sharding = pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.skipif(
-    "zero" in name and not DEEPSPEED, reason=WITHOUT)) for name in NAMES[1:]])  # fmt: skip
+sharding = layout_params(NAMES[1:])
 
 
 VIT = (

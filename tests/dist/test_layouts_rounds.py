@@ -16,7 +16,7 @@ from distcl.losses import cross_entropy
 from distcl.models import create_model
 from distcl.partition.base import clip_grads_, create_partition
 from distcl.trainer import ContinuousTrainer
-from tests.layouts import DEEPSPEED, WITHOUT, available, cut, each, fresh_runtime, gathered, tensors
+from tests.layouts import available, cut, each, fresh_runtime, gathered, layout_params, tensors
 from tests.models import tangled
 from tests.small import small
 from tests.spawn import run_ranks
@@ -27,16 +27,7 @@ PARTED = ["fsdp2 in units", "zero1", "zero2", "zero3 mixed", "zero2 offloaded", 
 ADAM = ["ddp", "fsdp2 in units", "zero1", "zero2", "zero3"]
 
 
-def _layouts(names: list[str]) -> pytest.MarkDecorator:
-    def param(name: str) -> Any:
-        return pytest.param(
-            name, marks=pytest.mark.skipif("zero" in name and not DEEPSPEED, reason=WITHOUT)
-        )
-
-    return pytest.mark.parametrize("layout", [param(name) for name in names])
-
-
-every_layout = _layouts(NAMES)
+every_layout = layout_params(NAMES)
 
 EWC = (
     "continual_learning.update_mode=ewc_online",
@@ -129,13 +120,13 @@ def test_rounds_of_ewc_with_prioritized_draws_agree(layout: str, runs: dict[str,
     np.testing.assert_allclose(found["second"], reference["second"], rtol=0, atol=1e-4)
 
 
-@_layouts(ADAM)
+@layout_params(ADAM)
 def test_with_adam_losses_agree(layout: str, runs: dict[str, Any]) -> None:
     found, reference = runs["adam"][layout], runs["adam"]["ddp"]
     np.testing.assert_allclose(found["losses"], reference["losses"], rtol=0, atol=1e-3)
 
 
-@_layouts(PARTED)
+@layout_params(PARTED)
 def test_accumulation_changes_neither_draws_nor_weights(layout: str, runs: dict[str, Any]) -> None:
     found, whole = runs["in parts"][layout], runs["whole"]["ddp"]
     assert found["digests"][0] == whole["digests"][0]

@@ -203,7 +203,7 @@ def check_priority(config: Config, signal: PrioritySignal, takes_history: bool) 
         refuse(
             f"priority.source = '{p.source}'", f"pool = {p.pool}, which is for source = 'online'"
         )
-    if p.source == "candidates" and takes_history is False and p.target == "history":
+    if p.source == "candidates" and not takes_history and p.target == "history":
         refuse(
             "priority.source = 'candidates'",
             "target = 'history' and mixed batches: use target = 'union', or an update_mode that "

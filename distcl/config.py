@@ -183,6 +183,12 @@ class TrainingConfig(Section):
     )
     max_rollbacks: int = Field(2, ge=1, description="rollbacks of a run, at most")
     eval_batch_size: int = Field(256, ge=1, description="chunk of an evaluation pass, per rank")
+    accumulate: int = Field(
+        1, ge=1, description="parts of a global batch, one after another; draws stay the same"
+    )
+    clip_norm: float = Field(
+        0.0, ge=0, description="largest L2 norm of the gradient, regularizers included; 0: any"
+    )
 
 
 class ContinualLearningConfig(Section):
@@ -384,10 +390,36 @@ class DetectorConfig(Section):
 class ParallelConfig(Section):
     """How the work is spread over processes."""
 
-    strategy: Literal["ddp"] = Field("ddp", description="layout of weights and optimizer")
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        "ddp", description="layout of weights, gradients and optimizer state; see PARALLEL.md"
+    )
     processes: int = Field(
         0, ge=0, description="processes that there must be; 0: as many as were started"
     )
+    anchor_device: Literal["device", "cpu"] = Field(
+        "device", description="where theta_star is kept: beside the weights, or in host memory"
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="keep optimizer state and master weights (fsdp2: all shards) in host memory",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute the model's blocks in backward instead of keeping activations"
+    )
+    deepspeed_config: str = Field(
+        "", description="zero1, zero2, zero3: a DeepSpeed JSON of your own"
+    )
+    fsdp_unit: int = Field(
+        1_000_000, ge=1, description="fsdp2: parameters that are gathered together, at least"
+    )
+
+    @model_validator(mode="after")
+    def _belongs(self) -> ParallelConfig:
+        if self.offload_optimizer and self.strategy == "ddp":
+            raise ValueError("offload_optimizer needs strategy zero1, zero2, zero3 or fsdp2")
+        if self.deepspeed_config and not self.strategy.startswith("zero"):
+            raise ValueError("deepspeed_config needs strategy zero1, zero2 or zero3")
+        return self
 
 
 class DataConfig(Section):

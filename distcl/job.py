@@ -77,9 +77,10 @@ def assemble(
     if config.continual_learning.history_store == "copy":
         stream = CopyingStream(stream)
     criterion = create_loss(config.model.loss)
-    model = runtime.prepare(create_model(config.model, stream.spec, seed))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = runtime.prepare_optimizer(create_optimizer(config.optimizer, trainable))
+    model, optimizer = runtime.prepare_training(
+        create_model(config.model, stream.spec, seed),
+        lambda params: create_optimizer(config.optimizer, params),
+    )
     partition = create_partition(runtime, model)
     forward = ShardedForward(runtime, model, partition, criterion)
     signal = create_signal(
@@ -90,7 +91,9 @@ def assemble(
         classes=stream.spec.classes,
     )
     importance = config.continual_learning.importance_weighting
-    anchor = Anchor(partition, keep=getattr(signal, "anchors", 1) if importance else 1)
+    keep = getattr(signal, "anchors", 1) if importance else 1
+    host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
+    anchor = Anchor(partition, keep, host)
     scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
     ledger = None
     if importance and config.priority.source == "online":
@@ -108,6 +111,7 @@ def assemble(
             scorer=scorer,
             seed=seed,
             pretrained=bool(config.model.pretrained),
+            accumulate=config.training.accumulate,
             ledger=ledger,
         ),
     )
@@ -157,7 +161,7 @@ def execute(
 
     Raises the errors of ``distcl.errors``; ``OUT/status.json`` says how it ended.
     """
-    runtime = Runtime(config.run, config.parallel)
+    runtime = Runtime(config.run, config.parallel, config.training)
     folder = RunFolder(out, config, runtime.is_main)
 
     def peer_failed(cause: Cause) -> None:

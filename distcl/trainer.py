@@ -84,6 +84,7 @@ class ContinuousTrainer:
             parts.tracker,
             parts.progress,
             config.optimizer,
+            config.training.clip_norm,
             config.run.poll_steps,
         )
 

@@ -35,6 +35,7 @@ class RunConfig(Section):
     poll_steps: int = Field(
         20, ge=1, description="steps between two points at which the loop looks at losses"
     )
+    report: bool = Field(True, description="write report.html into the run folder at the end")
     timeout_seconds: float = Field(
         300.0, gt=0, description="a collective that takes longer ends the run on all ranks"
     )

@@ -32,7 +32,9 @@ from distcl.optim import create_optimizer
 from distcl.partition.base import create_partition
 from distcl.priority.feed import Feed
 from distcl.priority.scoring import Scorer, create_signal
+from distcl.record import RoundRecorder
 from distcl.runtime import Runtime, describe
+from distcl.status import FolderProgress
 from distcl.tracking import create_tracker
 from distcl.trainer import ContinuousTrainer, Parts
 from distcl.types import Progress, Stream
@@ -108,6 +110,7 @@ def assemble(
         seed,
     )
     return Parts(
+        recorder=RoundRecorder(runtime, out),
         runtime=runtime,
         stream=stream,
         model=model,
@@ -180,6 +183,9 @@ def _run(
     begun = time.perf_counter()
     torch.manual_seed(config.run.seed + runtime.rank)
     stream = create_stream(config.stream, config.run.seed)
+    if runtime.is_main:
+        stages = len(stream.experiences) if command == "train" else 0
+        progress = FolderProgress(progress or Quiet(), folder.path, stages)
     parts = assemble(config, runtime, stream, folder.path, progress)
     trainer = ContinuousTrainer(parts, config)
     drifts: list[int] = []
@@ -202,6 +208,10 @@ def _run(
         folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
     parts.tracker.finish()
     folder.status("done", 0, "")
+    if runtime.is_main and config.run.report:
+        from distcl.report import write_report
+
+        write_report([folder.path], folder.path / "report.html")
     return summary
 
 

@@ -13,7 +13,7 @@ from distcl.errors import ConfigError
 from distcl.priority.draws import generator
 from distcl.stream_metrics import StreamMetric, create_metric
 from distcl.trainer import ContinuousTrainer
-from distcl.types import Batch, Detector, Experience, Ids
+from distcl.types import WATCHING, Batch, Detector, Experience, Ids
 
 log = logging.getLogger("distcl")
 
@@ -104,7 +104,7 @@ class Monitor:
         """Go through the stream. ``rounds``: drifts start rounds; else they are only noted."""
         total, progress = len(self._order), self.trainer.parts.progress
         due: _Due | None = None
-        progress.round_begins("watching the stream", total, self.metric_name)
+        progress.round_begins(WATCHING, total, self.metric_name)
         while self.watched < total:
             self.watched = min(self.watched + self.config.batch_size, total)
             fired = self._measure(self._labelled if self.metric.needs_labels else self.watched)
@@ -116,7 +116,7 @@ class Monitor:
             due = None
             if rounds:
                 self._round()
-                progress.round_begins("watching the stream", total, self.metric_name)
+                progress.round_begins(WATCHING, total, self.metric_name)
             if self.config.reset_detector or not rounds:
                 self.detector.reset()
             self._quiet_until = self.measured + self.config.cooldown

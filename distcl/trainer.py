@@ -22,6 +22,7 @@ from distcl.metrics import AccuracyMatrix
 from distcl.optim import reset, warmup_factor
 from distcl.priority.feed import EMPTY, Feed, RoundWeights, compute_weights
 from distcl.priority.scoring import Scorer
+from distcl.record import RoundRecorder
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
 from distcl.types import Experience, Progress, Stream
@@ -45,6 +46,7 @@ class Parts:
     updater: Updater
     feed: Feed
     tracker: Tracker
+    recorder: RoundRecorder
     progress: Progress
 
 
@@ -100,6 +102,9 @@ class ContinuousTrainer:
         train_seconds = time.perf_counter() - clock
         self.history.add(experience.train)
 
+        draws, _ = self.parts.recorder.write(
+            number, feed.tally, feed.candidates, weights.parts, self.parts.stream
+        )
         candidates = sum(int(r["n"]) for r in weights.report.values())
         report = {
             "round": number,
@@ -110,6 +115,7 @@ class ContinuousTrainer:
             "forward_passes_per_sample": scored / candidates if candidates else 0.0,
             "draws_sha256": feed.digest,
             "final_loss": loss,
+            "draws": draws,
             "priority": weights.report,
         }
         self.rounds.append(report)

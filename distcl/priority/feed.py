@@ -15,6 +15,7 @@ from distcl.errors import ConfigError
 from distcl.priority.draws import ess_fraction, shape_weights
 from distcl.priority.sampler import DistributedWeightedSampler, Group
 from distcl.priority.scoring import Scorer, Weights, priorities
+from distcl.priority.tally import DrawTally
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Source
 
@@ -29,6 +30,12 @@ class RoundWeights:
     current: Weights | None = None
     history: Weights | None = None
     report: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> dict[str, Weights]:
+        """The weights that there are, by the name of their part in ``report``."""
+        both = {"cur": self.current, "hist": self.history}
+        return {name: weights for name, weights in both.items() if weights is not None}
 
 
 def compute_weights(
@@ -125,6 +132,8 @@ class Feed:
         self.sampler, self.hist_sampler = samplers
         self._hist = False
         self._digest = hashlib.sha256()
+        self.tally = DrawTally()
+        self.candidates = 0
 
     def rebuild(
         self,
@@ -151,6 +160,9 @@ class Feed:
             self.hist_sampler.set_round(round_index)
             self.hist_sampler.set_groups([Group(history, weights.history, len(history))])
         self._digest = hashlib.sha256()
+        self.tally = DrawTally()
+        replayed = self._hist or (mixed and hist_draws > 0)
+        self.candidates = len(current) + (len(history) if replayed else 0)
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
@@ -183,7 +195,10 @@ class Feed:
         while True:
             sampler.set_epoch(epoch)
             for step, batch in enumerate(loader, start=sampler.first_step):
-                self._digest.update(sampler.global_batch(step).astype("<i8").tobytes())
+                drawn = sampler.global_batch(step)
+                self._digest.update(drawn.astype("<i8").tobytes())
+                if self._runtime.is_main:
+                    self.tally.add(drawn)
                 yield batch
             epoch += 1
 

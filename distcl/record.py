@@ -1,0 +1,95 @@
+"""What a round leaves in ``OUT/draws/`` for the report: a small file, by rank 0."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distcl.priority.draws import Weights
+from distcl.priority.tally import DrawTally, Histogram, weight_histogram
+from distcl.runtime import Runtime
+from distcl.types import Source
+
+FOLDER = "draws"
+TOP = 24
+"""Samples drawn most that a round's file holds."""
+
+_LARGEST = 64  # pixels of a thumbnail's longer side
+_CHANNELS = (1, 3)
+
+
+class RoundRecorder:
+    """Writes ``OUT/draws/round-NNNN.npz`` when a round is over.
+
+    Arrays: ``ids``, ``counts`` int64 [n ≤ TOP] of the samples drawn most, ``labels`` int64 [n] of
+    classes (else [0]), ``thumbnails`` uint8 [n, h, w, channels] of images (else [0]), and of each
+    weighted part, ``cur`` and ``hist``, ``{part}_counts`` int64 [≤ 64] and ``{part}_edges``: a
+    histogram of draw weights in means.
+    """
+
+    def __init__(self, runtime: Runtime, out: Path) -> None:
+        self._runtime = runtime
+        self._folder = out / FOLDER
+
+    def write(
+        self,
+        number: int,
+        tally: DrawTally,
+        candidates: int,
+        weights: dict[str, Weights],
+        source: Source,
+    ) -> tuple[dict[str, Any], dict[str, Histogram]]:
+        """Write a round's file; return the draws' statistics and the histograms. Collective.
+
+        ``tally``: rank 0's counts; ``candidates``: ids that could be drawn; ``weights``: [N] by
+        part, equal on all ranks. What is returned is the same on every rank.
+        """
+        histograms = {name: weight_histogram(w, self._runtime) for name, w in weights.items()}
+        if not self._runtime.is_main:
+            return self._runtime.broadcast({}), histograms
+        ids, counts = tally.top(TOP)
+        arrays: dict[str, npt.NDArray[Any]] = {"ids": ids, "counts": counts}
+        arrays |= _seen(source, ids)
+        for name, histogram in histograms.items():
+            arrays[f"{name}_counts"] = histogram.counts
+            arrays[f"{name}_edges"] = histogram.edges
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"round-{number:04d}.npz"
+        temporary = path.with_name(f".{path.name}")
+        with temporary.open("wb") as stream:
+            np.savez_compressed(stream, allow_pickle=False, **arrays)
+        temporary.replace(path)
+        return self._runtime.broadcast(tally.statistics(candidates)), histograms
+
+
+def _seen(source: Source, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+    """Return labels and thumbnails of samples, empty where they have none."""
+    nothing = np.empty(0, dtype=np.uint8)
+    if not len(ids):
+        return {"labels": nothing, "thumbnails": nothing}
+    batch = source.read(ids)
+    labels = nothing
+    if isinstance(batch.y, torch.Tensor) and batch.y.dtype == torch.int64 and batch.y.ndim == 1:
+        labels = batch.y.numpy()
+    x = batch.x
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] not in _CHANNELS:
+        return {"labels": labels, "thumbnails": nothing}
+    return {"labels": labels, "thumbnails": thumbnails(x)}
+
+
+def thumbnails(x: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Return images [n, 1 or 3, h, w] as uint8 [n, h', w', 1 or 3], each scaled to its own range.
+
+    Larger ones are thinned out to at most 64 pixels a side.
+    """
+    every = -(-max(x.shape[2:]) // _LARGEST)
+    small = x[:, :, ::every, ::every].float()
+    low = small.amin(dim=(1, 2, 3), keepdim=True)
+    span = (small.amax(dim=(1, 2, 3), keepdim=True) - low).clamp_min(1e-12)
+    scaled = ((small - low) / span * 255).round().to(torch.uint8)
+    pixels: npt.NDArray[np.uint8] = scaled.permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from distcl import registry
 from distcl.errors import ConfigError
 
+TrackerKind = Literal["jsonl", "wandb", "mlflow", "none"]
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after loading."""
@@ -285,9 +287,7 @@ class PriorityConfig(Section):
         "multinomial", description="how weights become draws (source score and online)"
     )
     floor: float = Field(0.0, ge=0, le=1, description="share of uniform draws mixed in")
-    cap: float = Field(
-        0.0, ge=0, description="largest weight, in means, at least 1; 0: none"
-    )
+    cap: float = Field(0.0, ge=0, description="largest weight, in means, at least 1; 0: none")
     min_ess: float = Field(
         0.0, ge=0, le=1, description="smallest effective sample size, as a share of N; 0: none"
     )
@@ -392,9 +392,33 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where metrics go."""
+    """Where metrics go. ``OUT/metrics.jsonl`` is written unless kind is none."""
 
-    kind: Literal["jsonl", "none"] = Field("jsonl", description="jsonl: OUT/metrics.jsonl")
+    kind: TrackerKind | list[TrackerKind] = Field(
+        "jsonl", description="jsonl, wandb, mlflow or none; or a list of them"
+    )
+    project: str = Field("distcl", min_length=1, description="project, or experiment, of the run")
+    name: str = Field("", description="name of the run; empty: that of the run folder")
+    entity: str = Field("", description="wandb: user or team; empty: the user's own")
+    mode: Literal["auto", "online", "offline"] = Field(
+        "auto", description="wandb; auto: online if there is a key, else offline"
+    )
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: TrackerKind | list[TrackerKind]) -> TrackerKind | list[TrackerKind]:
+        if isinstance(value, list) and ("none" in value or not value or _repeats(value)):
+            raise ValueError("a list holds one or more of jsonl, wandb, mlflow, each once")
+        return value
+
+    @property
+    def kinds(self) -> list[TrackerKind]:
+        """The kinds as a list."""
+        return [self.kind] if isinstance(self.kind, str) else list(self.kind)
+
+
+def _repeats(values: list[TrackerKind]) -> bool:
+    return len(set(values)) < len(values)
 
 
 class Config(Section):

@@ -301,7 +301,7 @@ class Ensemble:
         return {"votes": list(self._votes), "members": members}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; raises CheckpointError if it does not fit."""
+        """Restore what ``state_dict`` returned, all of it or, with a CheckpointError, nothing."""
         votes, members = state.get("votes"), state.get("members")
         count = len(self._members)
         if not (isinstance(votes, list) and isinstance(members, list)) or not (
@@ -310,8 +310,14 @@ class Ensemble:
             raise CheckpointError(
                 f"the saved state is not that of an ensemble of {count} detectors"
             )
-        for member, saved in zip(self._members, members, strict=True):
-            member.load_state_dict(saved)
+        before = [member.state_dict() for member in self._members]
+        try:
+            for member, saved in zip(self._members, members, strict=True):
+                member.load_state_dict(saved)
+        except CheckpointError:
+            for member, saved in zip(self._members, before, strict=True):
+                member.load_state_dict(saved)
+            raise
         self._votes = list(votes)
 
 

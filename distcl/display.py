@@ -153,8 +153,9 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         names = names[-len(accuracy) :]
         fit = max((console.width - _NAMES) // _CELL, 1)
         first = max(0, len(accuracy[0]) - fit)  # the newest experiences, if not all fit
-        console.print("accuracy in %; columns: experiences", highlight=False)
-        console.print(_matrix(accuracy, names, first))
+        what = "R²" if summary.get("metric") == "r2" else "accuracy in %"
+        console.print(f"{what}; columns: experiences", highlight=False)
+        console.print(_matrix(accuracy, names, first, _shown(summary)))
         if first:
             console.print(f"experiences 1 to {first} are in summary.json", highlight=False)
     figures = Table.grid(padding=(0, 2))
@@ -163,27 +164,33 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(figures, highlight=False)
 
 
-def _matrix(accuracy: Sequence[Sequence[float | None]], names: list[str], first: int) -> Table:
+def _matrix(
+    accuracy: Sequence[Sequence[float | None]],
+    names: list[str],
+    first: int,
+    shown: Callable[[float | None], str],
+) -> Table:
     width = len(accuracy[0])
     table = Table(box=None, padding=(0, 0))
     table.add_column("", width=_NAMES)
     for column in range(first, width):
         table.add_column(str(column + 1), justify="right", width=_CELL)
     for name, row in zip(names, accuracy, strict=True):
-        table.add_row(name, *(_percent(value) for value in row[first:]))
+        table.add_row(name, *(shown(value) for value in row[first:]))
     return table
 
 
 def _metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    shares = [
-        ("average accuracy", "average_accuracy", "%"),
+    r2, shown = summary.get("metric") == "r2", _shown(summary)
+    figures = [
+        ("average R²" if r2 else "average accuracy", "average_accuracy", "%"),
         ("worst experience", "worst_experience_accuracy", "%"),
         ("forgetting", "average_forgetting", "points"),
         ("backward transfer", "backward_transfer", "points"),
         ("forward transfer", "forward_transfer", "points"),
     ]
-    known = [(name, summary.get(key), unit) for name, key, unit in shares]
-    return [(name, f"{_percent(value)} {unit}") for name, value, unit in known if value is not None]
+    known = [(name, summary.get(key), "" if r2 else f" {unit}") for name, key, unit in figures]
+    return [(name, f"{shown(value)}{unit}") for name, value, unit in known if value is not None]
 
 
 def _drifts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -205,6 +212,14 @@ def _times(
     parts["the rest"] = max(0.0, total - sum(parts.values()))
     shown = [f"{name} {s:.1f} s ({s / total:.0%})" for name, s in parts.items() if s and total]
     return [("time", f"{total:.1f} s: " + ", ".join(shown))] if shown else []
+
+
+def _shown(summary: Mapping[str, Any]) -> Callable[[float | None], str]:
+    return _plain if summary.get("metric") == "r2" else _percent
+
+
+def _plain(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
 
 
 def _percent(value: float | None) -> str:

@@ -31,7 +31,9 @@ from distcl.monitor import Monitor
 from distcl.optim import create_optimizer
 from distcl.partition.base import create_partition
 from distcl.priority.feed import Feed
+from distcl.priority.online import Ledger
 from distcl.priority.scoring import Scorer, create_signal
+from distcl.priority.weights import check_priority
 from distcl.record import RoundRecorder
 from distcl.runtime import Runtime, describe
 from distcl.status import FolderProgress
@@ -85,6 +87,9 @@ def assemble(
     importance = config.continual_learning.importance_weighting
     anchor = Anchor(partition, keep=getattr(signal, "anchors", 1) if importance else 1)
     scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
+    ledger = None
+    if importance and config.priority.source == "online":
+        ledger = Ledger(runtime, signal, stream.spec.classes)
     updater = create_updater(
         config.continual_learning.update_mode,
         UpdaterSetup(
@@ -98,8 +103,11 @@ def assemble(
             scorer=scorer,
             seed=seed,
             pretrained=bool(config.model.pretrained),
+            ledger=ledger,
         ),
     )
+    if importance:
+        check_priority(config, signal, updater.uses_hist_batch)
     feed = Feed(
         runtime,
         stream,
@@ -108,9 +116,12 @@ def assemble(
         config.priority,
         config.data,
         seed,
+        scorer,
+        ledger,
     )
+    shown = progress if progress is not None and runtime.is_main else Quiet()
+    tracker = create_tracker(config.tracking, out, runtime.rank, tell=shown.message)
     return Parts(
-        recorder=RoundRecorder(runtime, out),
         runtime=runtime,
         stream=stream,
         model=model,
@@ -120,8 +131,9 @@ def assemble(
         scorer=scorer,
         updater=updater,
         feed=feed,
-        tracker=create_tracker(config.tracking, out, runtime.rank),
-        progress=progress if progress is not None and runtime.is_main else Quiet(),
+        tracker=tracker,
+        recorder=RoundRecorder(runtime, out, tracker),
+        progress=shown,
     )
 
 
@@ -206,6 +218,7 @@ def _run(
     summary = summarize(trainer, baseline, drifts, config, seconds)
     if runtime.is_main:
         folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
+    parts.tracker.summarize(summary)
     parts.tracker.finish()
     folder.status("done", 0, "")
     if runtime.is_main and config.run.report:

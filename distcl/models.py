@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +22,7 @@ from distcl import registry
 from distcl.config import ModelConfig
 from distcl.errors import CheckpointError, ConfigError
 from distcl.options import Count, checked
+from distcl.registry import nearest
 from distcl.types import DataSpec
 
 Norm = Literal["group", "batch"]
@@ -32,15 +33,19 @@ _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 def create_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
     """Build the configured model on the CPU, in float32. Local; equal on every rank.
 
-    A factory is called as ``factory(spec, **options)``. Weights depend on ``seed`` alone and the
-    global random numbers are left as they were. Then ``model.pretrained``, if given, is loaded.
+    A factory is called as ``factory(spec, **options)``; ``timm:NAME`` is a model of the package
+    timm. Weights depend on ``seed`` alone and the global random numbers are left as they were. Then
+    ``model.pretrained``, if given, is loaded.
 
-    Raises ConfigError if the factory does not take an option or returns no module, or if there is
-    no such file; CheckpointError if the file does not hold finite weights for this model.
+    Raises ConfigError if the factory does not take an option or returns no module, if there is no
+    such file, or no timm; CheckpointError if the file does not hold finite weights for this model.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = registry.create("model", config.name, spec, options=config.options)
+        if config.name.startswith("timm:"):
+            model = _timm(config.name.removeprefix("timm:"), spec, config.options)
+        else:
+            model = registry.create("model", config.name, spec, options=config.options)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model '{config.name}' must return a torch.nn.Module, not {type(model).__name__}"
@@ -48,6 +53,29 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
     if config.pretrained:
         load_pretrained(model, Path(config.pretrained))
     return model
+
+
+def _timm(name: str, spec: DataSpec, options: dict[str, Any]) -> Any:
+    """Return timm's model for the stream's images and outputs; ``options`` go to its factory."""
+    if len(spec.x_shape) != 3:
+        raise ConfigError(
+            f"model 'timm:{name}' takes images [C, H, W], but a sample of this stream has shape "
+            f"{list(spec.x_shape)}"
+        )
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+        raise ConfigError(
+            f"model 'timm:{name}' needs the package 'timm', which cannot be imported ({error}); "
+            "type: pip install timm"
+        ) from error
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
+    keys = {"num_classes": _outputs(spec), "in_chans": spec.x_shape[0], **options}
+    try:
+        return timm.create_model(name, **keys)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model 'timm:{name}' with {options}: {error}") from error
 
 
 def load_pretrained(model: nn.Module, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a round leaves in ``OUT/draws/`` for the report: a small file, by rank 0."""
+"""What a round leaves in ``OUT/draws/`` for the report, and tells the trackers, when it is over."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distcl.priority.draws import Weights
-from distcl.priority.tally import DrawTally, Histogram, weight_histogram
+from distcl.priority.feed import Feed
+from distcl.priority.tally import EDGES, DrawTally, weight_histogram
+from distcl.priority.weights import RoundWeights
 from distcl.runtime import Runtime
+from distcl.tracking import Tracker
+from distcl.tracking_values import Histogram, flat
 from distcl.types import Source
 
 FOLDER = "draws"
@@ -20,37 +23,48 @@ TOP = 24
 
 _LARGEST = 64  # pixels of a thumbnail's longer side
 _CHANNELS = (1, 3)
+_UNTOLD = ("trigger", "steps", "draws_sha256")  # of a round's report: not numbers to plot
 
 
 class RoundRecorder:
-    """Writes ``OUT/draws/round-NNNN.npz`` when a round is over.
+    """Writes ``OUT/draws/round-NNNN.npz`` and logs a round's figures.
 
     Arrays: ``ids``, ``counts`` int64 [n ≤ TOP] of the samples drawn most, ``labels`` int64 [n] of
     classes (else [0]), ``thumbnails`` uint8 [n, h, w, channels] of images (else [0]), and of each
-    weighted part, ``cur`` and ``hist``, ``{part}_counts`` int64 [≤ 64] and ``{part}_edges``: a
-    histogram of draw weights in means.
+    weighted part, ``cur`` and ``hist``, ``{part}_counts`` int64 [64] and ``{part}_edges``: a
+    histogram of the draw weights that the round began with, in means.
     """
 
-    def __init__(self, runtime: Runtime, out: Path) -> None:
+    def __init__(self, runtime: Runtime, out: Path, tracker: Tracker) -> None:
         self._runtime = runtime
         self._folder = out / FOLDER
+        self._tracker = tracker
 
     def write(
         self,
-        number: int,
-        tally: DrawTally,
-        candidates: int,
-        weights: dict[str, Weights],
+        report: dict[str, Any],
+        feed: Feed,
+        weights: RoundWeights,
         source: Source,
-    ) -> tuple[dict[str, Any], dict[str, Histogram]]:
-        """Write a round's file; return the draws' statistics and the histograms. Collective.
+        step: int,
+    ) -> None:
+        """Add ``draws`` to a round's report, write its file and log its figures. Collective.
 
-        ``tally``: rank 0's counts; ``candidates``: ids that could be drawn; ``weights``: [N] by
-        part, equal on all ranks. What is returned is the same on every rank.
+        Afterwards the report is the same on every rank, as it was before.
         """
-        histograms = {name: weight_histogram(w, self._runtime) for name, w in weights.items()}
-        if not self._runtime.is_main:
-            return self._runtime.broadcast({}), histograms
+        parts = weights.parts.items()
+        histograms = {n: Histogram(weight_histogram(w, self._runtime), EDGES) for n, w in parts}
+        if self._runtime.is_main:
+            self._save(int(report["round"]), feed.tally, histograms, source)
+        mine = feed.tally.statistics(feed.candidates)  # only rank 0 counts
+        report["draws"] = self._runtime.broadcast(mine)
+        values = {name: value for name, value in report.items() if name not in _UNTOLD}
+        told = {f"priority/{name}/weights": histogram for name, histogram in histograms.items()}
+        self._tracker.log(flat(values) | told, step)
+
+    def _save(
+        self, number: int, tally: DrawTally, histograms: dict[str, Histogram], source: Source
+    ) -> None:
         ids, counts = tally.top(TOP)
         arrays: dict[str, npt.NDArray[Any]] = {"ids": ids, "counts": counts}
         arrays |= _seen(source, ids)
@@ -63,7 +77,6 @@ class RoundRecorder:
         with temporary.open("wb") as stream:
             np.savez_compressed(stream, allow_pickle=False, **arrays)
         temporary.replace(path)
-        return self._runtime.broadcast(tally.statistics(candidates)), histograms
 
 
 def _seen(source: Source, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:

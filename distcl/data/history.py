@@ -41,8 +41,9 @@ class History:
     def after(self, ids: Ids) -> Ids:
         """Return the ids that would be held after ``add(ids)``, int64 [H]."""
         ids = np.asarray(ids, dtype=np.int64)
-        fresh = ids[np.sort(np.unique(ids, return_index=True)[1])]
-        held = np.concatenate([self._ids, fresh[~np.isin(fresh, self._ids)]])
+        unique, first = np.unique(ids, return_index=True)
+        fresh = ids[np.sort(first[~_among(unique, self._ids)])]
+        held = np.concatenate([self._ids, fresh])
         if not 0 < self.capacity < len(held):
             return held
         keys = _keys(held, self._seed)
@@ -55,7 +56,11 @@ class History:
         Whoever keeps something by id drops it for them.
         """
         held = self.after(ids)
-        gone = np.setdiff1d(np.concatenate([self._ids, np.asarray(ids, dtype=np.int64)]), held)
+        gone: Ids = np.empty(0, dtype=np.int64)
+        if self.capacity:
+            given = np.concatenate([self._ids, np.asarray(ids, dtype=np.int64)])
+            both, _ = np.unique(given, return_index=True)  # sorts; without the index it is slower
+            gone = both[~_among(both, held)]
         self._ids = held
         if self._copies is not None:
             self._copies.keep(held)
@@ -80,6 +85,16 @@ class History:
         self._ids = state["ids"].numpy().astype(np.int64)
         if self._copies is not None:
             self._copies.load_state_dict(state["copies"])
+
+
+def _among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
+    """Return which of ``ids`` are among ``others``; fast if they are sorted."""
+    if len(others) == 0:
+        return np.zeros(len(ids), dtype=np.bool_)
+    others = np.sort(others)
+    at = np.searchsorted(others, ids).clip(max=len(others) - 1)
+    found: npt.NDArray[np.bool_] = others[at] == ids
+    return found
 
 
 def _keys(ids: Ids, seed: int) -> npt.NDArray[np.uint64]:

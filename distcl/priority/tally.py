@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -83,16 +82,8 @@ class DrawTally:
         self._pending, self._number = [], 0
 
 
-@dataclass(frozen=True, slots=True)
-class Histogram:
-    """Counts int64 [b] of values between edges float64 [b + 1]."""
-
-    counts: npt.NDArray[np.int64]
-    edges: npt.NDArray[np.float64]
-
-
-def weight_histogram(weights: Weights, runtime: Runtime) -> Histogram:
-    """Return how weights [N], in means, fall into ``EDGES``, the same on every rank. Collective.
+def weight_histogram(weights: Weights, runtime: Runtime) -> npt.NDArray[np.int64]:
+    """Return how many weights [N], in means, lie between ``EDGES``, int64 [BINS]. Collective.
 
     Every rank counts its part of them. A weight of 0 counts in the first bin.
     """
@@ -100,4 +91,5 @@ def weight_histogram(weights: Weights, runtime: Runtime) -> Histogram:
     relative = weights[begin:end] * (len(weights) / weights.sum())
     bins = np.clip(np.searchsorted(EDGES, relative, side="right") - 1, 0, BINS - 1)
     mine = torch.from_numpy(np.bincount(bins, minlength=BINS)).to(runtime.device)
-    return Histogram(runtime.all_reduce(mine).cpu().numpy(), EDGES)
+    counts: npt.NDArray[np.int64] = runtime.all_reduce(mine).cpu().numpy()
+    return counts

@@ -68,7 +68,8 @@ class JVPReg(Updater):
         self.setup.optimizer.zero_grad(set_to_none=True)
         moved = self.partition.swapped(uphill) if uphill is not None else nullcontext()
         with buffers_kept(self.runtime.unwrap(self.model)), moved:
-            self.backward(self.losses(both) * weights, both)
+            losses = self._unreduced_criterion(self.forward(both), both.y)
+            self.backward(losses * weights, both)
         return result
 
     def _uphill_inputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -101,8 +102,8 @@ def floating(x: PyTree, key: str) -> list[torch.Tensor]:
     if not found:
         kinds = ", ".join(sorted({str(getattr(t, "dtype", type(t))) for t in tree_leaves(x)}))
         raise ConfigError(
-            f"continual_learning.{key} > 0 moves inputs, but x has no floating-point tensor "
-            f"({kinds}); set {key} = 0"
+            f"continual_learning.{key} > 0 needs floating-point inputs, but this stream has "
+            f"{kinds}; set {key} = 0"
         )
     return found
 

@@ -146,6 +146,10 @@ def damage(state):
             yield {**state, key: float("nan")}
         if isinstance(value, dict):
             yield from ({**state, key: inner} for inner in damage(value))
+        if isinstance(value, list):  # of an ensemble's members
+            for i, item in enumerate(value):
+                for inner in damage(item) if isinstance(item, dict) else ():
+                    yield {**state, key: [*value[:i], inner, *value[i + 1 :]]}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

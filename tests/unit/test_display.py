@@ -99,6 +99,19 @@ def test_the_summary_shows_matrix_metrics_drifts_and_times():
     )
 
 
+def test_a_regression_shows_r2_not_percent():
+    target, file = console()
+    rows = [[0.9, -0.25], [0.85, -1234.5]]
+    show_summary(target, {**SUMMARY, "metric": "r2", "accuracy": rows, "rounds": [{"round": 1}]})
+    lines = [line.split() for line in file.getvalue().splitlines()]
+    assert ["R²;", "columns:", "experiences"] in lines
+    assert ["pretrained", "0.900", "-0.250"] in lines
+    assert ["round", "1", "0.850", "-1234"] in lines
+    text = " ".join(file.getvalue().split())
+    assert "average R² 0.908" in text and "backward transfer -0.080" in text
+    assert "%" not in text.partition("time")[0] and "points" not in text
+
+
 def test_a_wide_matrix_keeps_its_newest_columns():
     target, file = console(width=40)
     row = [j / 100 for j in range(20)]

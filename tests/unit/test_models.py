@@ -183,6 +183,31 @@ def test_a_users_factory_gets_spec_and_options_and_must_return_a_module(tmp_path
     sys.modules.pop("their_model")
 
 
+def test_timm_that_is_absent_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # what the import system does for "not there"
+    with pytest.raises(ConfigError, match=r"model 'timm:resnet18' needs the package 'timm'.*pip"):
+        create_model(ModelConfig(name="timm:resnet18"), DataSpec((3, 32, 32), 7), 0)
+    with pytest.raises(
+        ConfigError, match=r"'timm:resnet18' takes images \[C, H, W\].*shape \[64\]"
+    ):
+        create_model(ModelConfig(name="timm:resnet18"), DataSpec((64,), 7), 0)
+
+
+def test_a_timm_model_takes_the_streams_images_and_classes():
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"timm cannot be imported: {error}")
+    spec = DataSpec((1, 32, 32), 7)
+    model, again = (create_model(ModelConfig(name="timm:resnet10t"), spec, 0) for _ in range(2))
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 7)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    with pytest.raises(ConfigError, match="timm has no model 'resnet10x', did you mean 'resnet10t"):
+        create_model(ModelConfig(name="timm:resnet10x"), spec, 0)
+    with pytest.raises(ConfigError, match=r"'timm:resnet10t' with {'nope': 3}: .*'nope'"):
+        create_model(ModelConfig(name="timm:resnet10t", options={"nope": 3}), spec, 0)
+
+
 def test_pretrained_weights_are_loaded(tmp_path):
     other = build("mlp", seed=9)
     model = create_model(save(other, tmp_path / "w.safetensors"), DIGITS, 0)

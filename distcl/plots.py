@@ -68,15 +68,17 @@ _styled = matplotlib.rc_context(_STYLE)
 
 
 def svg(figure: Figure, name: str) -> str:
-    """Return a figure as an ``<svg>`` element. ``name`` keeps its ids apart from other figures'."""
+    """Return a figure as an ``<svg>`` element; its ids begin with ``name``, letters and hyphens."""
     stream = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+    style: Any = {"svg.hashsalt": name, "svg.fonttype": "none", "image.composite_image": False}
+    with matplotlib.rc_context(style):
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(stream, format="svg", metadata=nothing, transparent=True)
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[a-z0-9]+_[0-9_.a-z]*">', "<g>", text)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{name}-", text)
     for key, (light, _) in COLORS.items():
         text = text.replace(light, f"var(--{key})")
     text = text.replace("'DejaVu Sans'", "inherit")
@@ -225,28 +227,28 @@ def most_drawn(
     """Thumbnails of the samples drawn most, a row per round; images: uint8 [n, h, w, 1 or 3]."""
     images, captions, names = images[-_MOST_ROWS:], captions[-_MOST_ROWS:], names[-_MOST_ROWS:]
     across = 6
-    figure = _canvas(0.1 + 0.88 * len(images))
-    grid = figure.subplots(len(images), across, squeeze=False)
-    for row, (pictures, texts, name) in enumerate(zip(images, captions, names, strict=True)):
-        for column in range(across):
-            axes = grid[row, column]
-            axes.set_axis_off()
-            if column < len(pictures):
-                picture = pictures[column]
-                shown = picture[..., 0] if picture.shape[-1] == 1 else picture
-                axes.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-                axes.set_title(texts[column], fontsize=7.5, pad=2, color=INK)
-            if column == 0:
-                axes.text(
-                    -0.15,
-                    0.5,
-                    name,
-                    transform=axes.transAxes,
-                    ha="right",
-                    va="center",
-                    fontsize=8,
-                    color=SOFT,
-                )
+    figure, axes = _figure(0.1 + 0.84 * len(images))
+    for row, (pictures, texts) in enumerate(zip(images, captions, strict=True)):
+        for column, (picture, text) in enumerate(zip(pictures[:across], texts, strict=False)):
+            high, wide = (
+                picture.shape[0] / max(picture.shape),
+                picture.shape[1] / max(picture.shape),
+            )
+            left, top = column + 0.5 - 0.45 * wide, 1.25 * row + 0.9 - 0.9 * high
+            axes.imshow(
+                picture[..., 0] if picture.shape[-1] == 1 else picture,
+                cmap="gray",
+                vmin=0,
+                vmax=255,
+                interpolation="nearest",
+                extent=(left, left + 0.9 * wide, top + 0.9 * high, top),
+            )
+            axes.text(column + 0.5, top - 0.06, text, ha="center", va="bottom", fontsize=7.5)
+    axes.set(xlim=(0, across), ylim=(1.25 * len(images) - 0.3, -0.3), aspect="equal")
+    axes.set_yticks([1.25 * row + 0.45 for row in range(len(images))], names)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     return figure
 
 
@@ -297,7 +299,8 @@ def curves(series: Mapping[str, Sequence[Sequence[float]]], ylabel: str) -> Figu
 @_styled
 def dots(groups: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     """One value per run: dots of each variant, with mean and standard deviation."""
-    figure, axes = _figure(0.75 + 0.34 * len(groups))
+    names = [name.replace(", ", "\n") for name in groups]
+    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
     for k, values in enumerate(groups.values()):
         color, n = LINES[k % len(LINES)], len(values)
         axes.plot(values, [k] * n, "o", ms=4, color=color, alpha=0.45, mew=0)
@@ -305,7 +308,7 @@ def dots(groups: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
         mean = float(np.mean(values))
         axes.errorbar(mean, k, xerr=spread, fmt="|", ms=12, mew=2, color=color, capsize=3)
     axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
-    axes.set_yticks(range(len(groups)), list(groups))
+    axes.set_yticks(range(len(groups)), names)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.1)
     return figure

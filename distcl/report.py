@@ -6,6 +6,7 @@ Every plot is an inline SVG; colours follow the reader's light or dark setting.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -118,7 +119,7 @@ def _section(run: Run, index: int) -> Section:
         _most_drawn(run),
         _times(run),
     ]
-    prefix = f"{index + 1:02d}-{run.name}-"
+    prefix = f"{index + 1:02d}-{re.sub(r'[^A-Za-z0-9_.]+', '-', run.name)}-"
     found = [Plot(prefix + p.name, p.title, p.note, p.figure) for p in drawn if p is not None]
     return Section(
         run=run,

@@ -95,7 +95,8 @@ class Trackers:
                 act(tracker)
             except Exception as error:  # whatever a service or its client raises
                 self._trackers.remove(tracker)
-                self._warn(f"[tracking] {_failed(type(tracker).__name__, error)}")
+                kind = type(tracker).__name__.removesuffix("Tracker").lower()
+                self._warn(f"[tracking] {_failed(kind, error)}")
 
 
 class JsonlTracker:

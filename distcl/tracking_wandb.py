@@ -92,15 +92,14 @@ class WandbTracker:
     def _log_matrix(self, matrix: list[list[float | None]], metric: str) -> None:
         from distcl import plots
 
-        columns: list[str | int] = [
-            "evaluation",
-            *(f"experience {j + 1}" for j in range(len(matrix[0]))),
-        ]
+        columns: list[str | int] = ["evaluation"]
+        columns += [f"experience {j + 1}" for j in range(len(matrix[0]))]
         rows = [[i + 1, *row] for i, row in enumerate(matrix)]
-        figure = plots.matrix(matrix, [str(row[0]) for row in rows], metric)
+        path = self._out / "wandb" / "accuracy.png"
+        plots.save_png(plots.matrix(matrix, [str(row[0]) for row in rows], metric), path)
         values = {
             "accuracy_matrix": wandb.Table(columns=columns, data=rows),
-            "accuracy_heat_map": wandb.Image(figure),
+            "accuracy_heat_map": wandb.Image(str(path)),
         }
         self._run.log(values, step=self._calls)
         self._calls += 1

@@ -185,7 +185,7 @@ def create_tracker(
 
 
 def _failed(kind: str, error: Exception) -> str:
-    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return f"{kind} failed, so the run goes on without it: {reason}"
 
 

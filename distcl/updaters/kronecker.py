@@ -24,7 +24,7 @@ from torch import nn
 
 from distcl.errors import ConfigError
 
-PATCH_ELEMENTS = 1 << 24
+PATCH_ELEMENTS = 1 << 22
 """Most elements of unfolded convolution inputs held at a time."""
 
 _REFUSED = {

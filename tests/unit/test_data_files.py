@@ -29,8 +29,8 @@ def idx_bytes(array):
     return head + struct.pack(f">{array.ndim}I", *array.shape) + big.tobytes()
 
 
-def write_mnist(folder, images=IMAGES, labels=LABELS, dash="-", pack=False):
-    for split, part in (("train", slice(0, 40)), ("t10k", slice(40, 60))):
+def write_mnist(folder, images=IMAGES, labels=LABELS, dash="-", pack=False, at=40):
+    for split, part in (("train", slice(0, at)), ("t10k", slice(at, None))):
         for kind, array in (("images", images), ("labels", labels)):
             name = f"{split}-{kind}{dash}idx{array.ndim}-ubyte"
             content = idx_bytes(array[part])

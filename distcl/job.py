@@ -224,7 +224,11 @@ def _run(
     if runtime.is_main and config.run.report:
         from distcl.report import write_report
 
-        write_report([folder.path], folder.path / "report.html")
+        try:
+            write_report([folder.path], folder.path / "report.html")
+        except UsageError as error:  # the run itself is done
+            log.warning(f"[report] {error}")
+            parts.progress.message(f"[report] {error}")
     return summary
 
 

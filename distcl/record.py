@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from distcl.runtime import Runtime
 from distcl.tracking import Tracker
 from distcl.tracking_values import Histogram, flat
 from distcl.types import Source
+
+log = logging.getLogger("distcl")
 
 FOLDER = "draws"
 TOP = 24
@@ -55,7 +58,10 @@ class RoundRecorder:
         parts = weights.parts.items()
         histograms = {n: Histogram(weight_histogram(w, self._runtime), EDGES) for n, w in parts}
         if self._runtime.is_main:
-            self._save(int(report["round"]), feed.tally, histograms, source)
+            try:
+                self._save(int(report["round"]), feed.tally, histograms, source)
+            except OSError as error:  # a full disk: the report will show less
+                log.warning(f"[report] draws of round {report['round']} are not kept: {error}")
         mine = feed.tally.statistics(feed.candidates)  # only rank 0 counts
         report["draws"] = self._runtime.broadcast(mine)
         values = {name: value for name, value in report.items() if name not in _UNTOLD}

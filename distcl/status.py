@@ -42,6 +42,7 @@ class FolderProgress:
         self._begun = self._written = clock()
         self._finished = -1  # stages done
         self._watched = 0.0  # share of the stream that was watched
+        self._first: float | None = None  # share of the run that was done when this process began
         self._state: dict[str, Any] = {}
 
     def round_begins(self, title: str, steps: int, metric: str = "loss") -> None:
@@ -51,6 +52,10 @@ class FolderProgress:
         self._state = {"title": title, "metric": metric, "of": steps, "watching": watching}
         self._write(0, math.nan, 0.0)
         self._shown.round_begins(title, steps, metric)
+
+    def resumed(self, finished: int) -> None:
+        """Say that the run goes on after so many finished stages. Before the first of its own."""
+        self._finished = finished - 1
 
     def step(self, done: int, value: float, samples_per_second: float) -> None:
         """Note how far the part has come."""
@@ -68,6 +73,9 @@ class FolderProgress:
             self._watched = part
         now = self._clock()
         self._written = now
+        share = (self._finished + part) / self._stages if self._stages else self._watched
+        if self._first is None:
+            self._first = share
         record = {
             "title": self._state["title"],
             "done": done,
@@ -75,7 +83,8 @@ class FolderProgress:
             "metric": self._state["metric"],
             "value": value if math.isfinite(value) else None,
             "samples_per_second": rate or None,
-            "share": (self._finished + part) / self._stages if self._stages else self._watched,
+            "share": share,
+            "first_share": self._first,
             "begun": self._begun,
             "time": now,
             "host": socket.gethostname(),
@@ -141,8 +150,9 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
     if state == "running":
         if _is_gone(progress):
             state, reason = "gone", f"process {progress['pid']} of {progress['host']} has ended"
-        elif seconds and 0 < progress["share"] <= 1:
-            left = max(0.0, seconds / progress["share"] * (1 - progress["share"]))
+        elif seconds and progress["first_share"] < progress["share"] <= 1:
+            pace = (progress["share"] - progress["first_share"]) / seconds
+            left = (1 - progress["share"]) / pace
     else:
         silent = None
     results = {}

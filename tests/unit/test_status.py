@@ -41,11 +41,23 @@ def test_time_left_of_a_watched_stream_follows_from_its_position(tmp_path):
     write_status(tmp_path, "running")
     clock = Clock()
     progress = FolderProgress(Quiet(), tmp_path, stages=0, clock=clock)
+    progress.round_begins("pretraining", 10)  # before the stream is watched
     progress.round_begins(WATCHING, 1000, "loss")
     clock.now = 30.0
     progress.step(250, 0.5, 0.0)
     progress.round_begins("round 1", 50)  # a round does not move the position
     assert read_status(tmp_path, now=30.0).left == pytest.approx(90.0)
+
+
+def test_a_run_that_was_resumed_is_judged_by_its_own_pace(tmp_path):
+    write_status(tmp_path, "running")
+    clock = Clock()
+    progress = FolderProgress(Quiet(), tmp_path, stages=10, clock=clock)
+    progress.resumed(7)
+    progress.round_begins("round 8", 10)
+    clock.now = 20.0
+    progress.round_begins("round 9", 10)
+    assert read_status(tmp_path, now=20.0).left == pytest.approx(40.0)
 
 
 def test_a_run_whose_process_has_ended_is_gone(tmp_path):

@@ -12,7 +12,6 @@ import torch
 
 from distcl.priority.feed import Feed
 from distcl.priority.tally import EDGES, DrawTally, weight_histogram
-from distcl.priority.weights import RoundWeights
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
 from distcl.tracking_values import Histogram, flat
@@ -47,7 +46,6 @@ class RoundRecorder:
         self,
         report: dict[str, Any],
         feed: Feed,
-        weights: RoundWeights,
         source: Source,
         step: int,
     ) -> None:
@@ -55,7 +53,7 @@ class RoundRecorder:
 
         Afterwards the report is the same on every rank, as it was before.
         """
-        parts = weights.parts.items()
+        parts = feed.weights.parts.items()
         histograms = {n: Histogram(weight_histogram(w, self._runtime), EDGES) for n, w in parts}
         if self._runtime.is_main:
             try:
@@ -88,7 +86,7 @@ class RoundRecorder:
 def _seen(source: Source, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
     """Return labels and thumbnails of samples, empty where they have none."""
     nothing = np.empty(0, dtype=np.uint8)
-    if not len(ids):
+    if not len(ids) or getattr(source, "sequential", False):
         return {"labels": nothing, "thumbnails": nothing}
     batch = source.read(ids)
     labels = nothing

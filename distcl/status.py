@@ -59,7 +59,7 @@ class FolderProgress:
 
     def step(self, done: int, value: float, samples_per_second: float) -> None:
         """Note how far the part has come."""
-        if done >= self._state["of"] or self._clock() - self._written >= EVERY_SECONDS:
+        if 0 < self._state["of"] <= done or self._clock() - self._written >= EVERY_SECONDS:
             self._write(done, value, samples_per_second)
         self._shown.step(done, value, samples_per_second)
 

@@ -139,3 +139,35 @@ def test_a_server_that_cannot_be_reached_does_not_stop_the_run(tmp_path):
     warned = [line for line in done.stdout.splitlines() if "[tracking] wandb failed" in line]
     assert len(warned) == 1, done.stdout
     assert len(lines(tmp_path / "run")) > 5
+
+
+def test_a_run_interrupted_mid_round_ends_as_an_uninterrupted_one_in_one_run(tmp_path):
+    sets = ["run.report=false", "run.poll_steps=5", "training.epochs=3", "stream.experiences=3"]
+    sets += ["training.pretrain_epochs=3", "tracking.kind=wandb", "tracking.mode=offline"]
+    arguments = [part for text in sets for part in ("--set", text)]
+
+    def train(out, *more):
+        return distcl("train", "configs/digits.toml", "--out", str(out), *arguments, *more)
+
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert train(whole).returncode == 0
+    stop = ("--set", "run.max_minutes=0.0001")  # at the first poll
+    codes = [train(pieces, *stop).returncode]
+    for _ in range(4):
+        codes.append(train(pieces, "--resume", "auto", *stop).returncode)
+    codes.append(train(pieces, "--resume", "auto").returncode)
+    assert codes == [75] * 5 + [0]
+
+    def told(line):
+        clocked = ("time", "samples_per_second", "train_seconds", "priority_seconds", *OURS)
+        return {k: v for k, v in line.items() if k not in clocked}
+
+    assert [told(line) for line in lines(pieces)] == [told(line) for line in lines(whole)]
+    run = OfflineRun(pieces)
+    assert run.processes == 6 and len(run.ids) == 1
+    assert [row["_step"] for row in run.rows] == list(range(len(lines(pieces)) + 1))
+    one, other = (json.loads((out / "summary.json").read_text()) for out in (whole, pieces))
+    assert [r["draws"] for r in one["rounds"]] == [r["draws"] for r in other["rounds"]]
+    for name in sorted(path.name for path in (whole / "draws").iterdir()):
+        with np.load(whole / "draws" / name) as a, np.load(pieces / "draws" / name) as b:
+            assert all(np.array_equal(a[key], b[key]) for key in a.files)

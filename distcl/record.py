@@ -25,7 +25,8 @@ TOP = 24
 
 _LARGEST = 64  # pixels of a thumbnail's longer side
 _CHANNELS = (1, 3)
-_UNTOLD = ("trigger", "steps", "draws_sha256")  # of a round's report: not numbers to plot
+_UNTOLD = ("trigger", "steps", "draws_sha256", "train_seconds", "priority_seconds")
+"""Of a round's report: no numbers to plot, or other ones each time that the run is repeated."""
 
 
 class RoundRecorder:

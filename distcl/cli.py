@@ -17,6 +17,7 @@ from rich.console import Console
 from distcl import __version__, registry
 from distcl.config_load import load_with_origins, to_toml
 from distcl.errors import DistclError, UsageError
+from distcl.launchers import rank_of
 
 app = typer.Typer(
     help="Distributed continual learning with prioritized sampling.",
@@ -97,15 +98,8 @@ def complain(text: str) -> None:
 
 
 def launch_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Return this process's rank as its launcher tells it; 0 without a launcher.
-
-    A RANK without WORLD_SIZE is a leftover, not a launcher's, and must not make a run silent.
-    """
-    launched = ("RANK", "LOCAL_RANK") if "WORLD_SIZE" in environ else ()
-    for name in (*launched, "SLURM_PROCID"):
-        if environ.get(name, "").isdecimal():
-            return int(environ[name])
-    return 0
+    """Return this process's rank as its launcher tells it; 0 without a launcher."""
+    return rank_of(environ)
 
 
 # -- commands -----------------------------------------------------------------------------------

@@ -149,6 +149,7 @@ def execute(
         with runtime.guard():
             _check(command, config, runtime)
             with folder.open():
+                log.info(runtime.about)
                 return _run(command, config, runtime, folder, progress)
     except BaseException as error:
         cause = describe(error, runtime.rank)

@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from distcl.config import ParallelConfig, RunConfig
 from distcl.errors import DistclError, UsageError
 from distcl.failure import Cause, FailureRelay
+from distcl.launchers import adopt
+from distcl.peers import first_line, introduce
 
 T = TypeVar("T")
 
@@ -62,16 +64,18 @@ class Runtime:
     """This process among its peers. Making one is collective: every rank makes exactly one.
 
     Attributes: ``rank``, ``world_size``, ``device``, ``dtype`` (of the model's weights: float64
-    under ``fp64``, else float32).
+    under ``fp64``, else float32), ``peers`` (every process, in rank order), ``about`` (one line:
+    what started the run, which rank is where).
 
-    Raises UsageError if fewer processes exist than were asked for, or on a strategy or precision
-    that this machine cannot run.
+    Raises UsageError if fewer processes exist than were asked for, if they cannot work together
+    (see ``distcl.peers``), or on a strategy or precision that this machine cannot run.
     """
 
     def __init__(
         self, run: RunConfig | None = None, parallel: ParallelConfig | None = None
     ) -> None:
         run, parallel = run or RunConfig(), parallel or ParallelConfig()
+        launch = adopt(os.environ)
         started = check_launch(os.environ, parallel.processes)
         cpu = not torch.cuda.is_available()
         if run.precision == "fp16" and cpu:
@@ -95,9 +99,12 @@ class Runtime:
                 f"type: torchrun --nproc-per-node {started} -m distcl …"
             )
         self.relay: FailureRelay | None = None
+        store = None
         if self.world_size > 1:
             store = dist.distributed_c10d._get_default_store()
             self.relay = FailureRelay(store, self.rank, _tell_stderr)
+        self.peers = introduce(store, self.device, launch)
+        self.about = first_line(launch, self.peers)
 
     @property
     def is_main(self) -> bool:

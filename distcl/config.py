@@ -284,9 +284,7 @@ class PriorityConfig(Section):
         "multinomial", description="how weights become draws (source score and online)"
     )
     floor: float = Field(0.0, ge=0, le=1, description="share of uniform draws mixed in")
-    cap: float = Field(
-        0.0, ge=0, description="largest weight, in means, at least 1; 0: none"
-    )
+    cap: float = Field(0.0, ge=0, description="largest weight, in means, at least 1; 0: none")
     min_ess: float = Field(
         0.0, ge=0, le=1, description="smallest effective sample size, as a share of N; 0: none"
     )

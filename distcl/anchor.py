@@ -16,7 +16,7 @@ class Anchor:
     """theta_star over parameters and buffers. A new anchor equals the weights as they are.
 
     ``theta_star``: name -> 1-D tensor, the slices that this rank owns (``Partition.owned``).
-    ``older``: what theta_star was before, newest first, at most ``keep`` - 1 of them; 1/W each.
+    ``older``: what theta_star was in earlier rounds, newest first, at most ``keep`` - 1; 1/W each.
     """
 
     def __init__(self, partition: Partition, keep: int = 1) -> None:
@@ -24,6 +24,7 @@ class Anchor:
         self._keep = keep
         self.theta_star = {name: view.clone() for name, view in partition.owned().items()}
         self.older: list[dict[str, torch.Tensor]] = []
+        self._begun = False  # whether theta_star is the start of a round
 
     @classmethod
     def of(cls, runtime: Runtime, model: nn.Module) -> Anchor:
@@ -36,14 +37,16 @@ class Anchor:
         Call it after the round's priorities are computed and before its first step; see
         ``Updater.cl_preprocessing``.
         """
-        if self._keep > 1:
+        if self._keep > 1 and self._begun:
             self.older.insert(0, {name: value.clone() for name, value in self.theta_star.items()})
             del self.older[self._keep - 1 :]
+        self._begun = True
         self._take()
 
     def restart(self) -> None:
         """theta_star <- the current weights, and forget what it was before. Local."""
         self.older.clear()
+        self._begun = False
         self._take()
 
     def _take(self) -> None:
@@ -61,10 +64,15 @@ class Anchor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's slices (not copies): theta_star, and the older ones."""
-        return {"theta_star": dict(self.theta_star), "older": [dict(old) for old in self.older]}
+        return {
+            "theta_star": dict(self.theta_star),
+            "older": [dict(old) for old in self.older],
+            "begun": self._begun,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the slices of the same rank of the same number of ranks."""
         for name, value in self.theta_star.items():
             value.copy_(state["theta_star"][name])
         self.older = [{n: v.clone() for n, v in old.items()} for old in state["older"]]
+        self._begun = state["begun"]

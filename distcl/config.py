@@ -160,7 +160,11 @@ class TrainingConfig(Section):
     """How long a round trains."""
 
     batch_size: int = Field(64, ge=1, description="global batch size, over all ranks together")
-    epochs: int = Field(5, ge=1, description="passes of a round, where steps_per_round is 0")
+    epochs: int = Field(
+        5,
+        ge=1,
+        description="passes of a round, where steps_per_round is 0; 1: online, each sample once",
+    )
     steps_per_round: int = Field(0, ge=0, description="steps of a round; 0: epochs decide")
     pretrain_epochs: int = Field(
         5, ge=0, description="passes over the first experience, if no pretrained weights are given"
@@ -237,7 +241,7 @@ class ContinualLearningConfig(Section):
         False, description="jvp_reg: move inputs by the gradient's sign, not its L2 direction"
     )
     jvp_lambda: float = Field(
-        1.0, ge=0, description="jvp_penalty: strength of the penalty on squared slopes"
+        0.1, ge=0, description="jvp_penalty: strength of the penalty on squared slopes"
     )
     jvp_deltax_norm: float = Field(
         1.0, gt=0, description="jvp_penalty: length of the step towards a history sample (L2)"

@@ -31,7 +31,9 @@ from distcl.monitor import Monitor
 from distcl.optim import create_optimizer
 from distcl.partition.base import create_partition
 from distcl.priority.feed import Feed
+from distcl.priority.online import Ledger
 from distcl.priority.scoring import Scorer, create_signal
+from distcl.priority.weights import check_priority
 from distcl.runtime import Runtime, describe
 from distcl.tracking import create_tracker
 from distcl.trainer import ContinuousTrainer, Parts
@@ -83,6 +85,9 @@ def assemble(
     importance = config.continual_learning.importance_weighting
     anchor = Anchor(partition, keep=getattr(signal, "anchors", 1) if importance else 1)
     scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
+    ledger = None
+    if importance and config.priority.source == "online":
+        ledger = Ledger(runtime, signal, stream.spec.classes)
     updater = create_updater(
         config.continual_learning.update_mode,
         UpdaterSetup(
@@ -96,8 +101,11 @@ def assemble(
             scorer=scorer,
             seed=seed,
             pretrained=bool(config.model.pretrained),
+            ledger=ledger,
         ),
     )
+    if importance:
+        check_priority(config, signal, updater.uses_hist_batch)
     feed = Feed(
         runtime,
         stream,
@@ -106,6 +114,8 @@ def assemble(
         config.priority,
         config.data,
         seed,
+        scorer,
+        ledger,
     )
     return Parts(
         runtime=runtime,

@@ -20,8 +20,9 @@ from distcl.inference import ShardedForward
 from distcl.losses import judged_by, per_sample_error, per_sample_squares, r_squared
 from distcl.metrics import AccuracyMatrix
 from distcl.optim import reset, warmup_factor
-from distcl.priority.feed import EMPTY, Feed, RoundWeights, compute_weights
+from distcl.priority.feed import EMPTY, Feed
 from distcl.priority.scoring import Scorer
+from distcl.priority.weights import RoundWeights
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
 from distcl.types import Experience, Progress, Stream
@@ -55,7 +56,6 @@ class ContinuousTrainer:
         self.parts = parts
         self.training = config.training
         self.continual = config.continual_learning
-        self.priority = config.priority
         self.optimizer_config = config.optimizer
         self.loss_name = config.model.loss
         self.metric = judged_by(config.model.loss, parts.stream.spec)
@@ -94,19 +94,22 @@ class ContinuousTrainer:
         clock = time.perf_counter()
         steps = feed.steps() if updater.trains else 0
         loss = self._take_steps(number, steps, f"round {number}")  # 4. steps
+        for line in weights.lines() if feed.forwards else ():
+            self._say(line)
 
         if updater.trains:
             updater.cl_postprocessing(self.parts.stream, experience.train)  # 5. commit
-        train_seconds = time.perf_counter() - clock
+        train_seconds = time.perf_counter() - clock - feed.priority_seconds
         self.history.add(experience.train)
 
+        scored += feed.forwards
         candidates = sum(int(r["n"]) for r in weights.report.values())
         report = {
             "round": number,
             "trigger": trigger,
             "steps": steps,
             "train_seconds": train_seconds,
-            "priority_seconds": priority_seconds,
+            "priority_seconds": priority_seconds + feed.priority_seconds,
             "forward_passes_per_sample": scored / candidates if candidates else 0.0,
             "draws_sha256": feed.digest,
             "final_loss": loss,
@@ -186,18 +189,14 @@ class ContinuousTrainer:
     def _compute_priorities(self, experience: Experience) -> RoundWeights:
         if not (self.continual.importance_weighting and self.parts.updater.trains):
             return RoundWeights()
-        weights = compute_weights(
-            self.parts.scorer,
-            self.parts.stream,
+        weights = self.parts.feed.weigh(
+            len(self.rounds) + 1,
             experience.train,
             self.history.ids(),
-            alpha=self.continual.importance_alpha,
-            config=self.priority,
-            history_batch=self.parts.updater.uses_hist_batch,
+            self.parts.updater.uses_hist_batch,
         )
-        for name, stats in weights.report.items():
-            text = " ".join(f"{key}={value:.6g}" for key, value in stats.items())
-            self._say(f"[priority/{name}] {text}")
+        for line in weights.lines():
+            self._say(line)
         return weights
 
     def _take_steps(self, number: int, steps: int, title: str, pretraining: bool = False) -> float:

@@ -46,12 +46,14 @@ class Batch:
 
     ids: int64 [B] (a CPU tensor); x, y: a tensor [B, ...] or a pytree of them. ``total`` is the
     size of the global batch that this is a part of; it equals B on a single rank. B may be 0.
+    ``weights``: loss weights [B] (``priority.correction``), or None for 1.
     """
 
     ids: torch.Tensor
     x: PyTree
     y: PyTree
     total: int = 0
+    weights: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -66,7 +68,10 @@ class Batch:
             (self.ids, self.x, self.y),
             (other.ids, other.x, other.y),
         )
-        return Batch(ids, x, y, self.total + other.total)
+        weights = None
+        if self.weights is not None and other.weights is not None:
+            weights = torch.cat([self.weights, other.weights])
+        return Batch(ids, x, y, self.total + other.total, weights)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """Move x and y to ``device``; floating-point x (and y) are cast to ``dtype`` if given."""

@@ -58,8 +58,9 @@ class ArraySource:
             bad = ids[(ids < 0) | (ids >= len(self))][0]
             raise DataError(f"{self.name}: there is no sample {bad} (0…{len(self) - 1})")
         rows = ids if self._rows is None else self._rows[ids]
-        x = tree_map(lambda leaf: as_tensor(leaf.take(rows, axis=0), self._in_tree), self._x)
-        y = as_tensor(self._y.take(ids, axis=0), keep_integers=True)
+        # not .take: of a member of an .npz, whose data is unaligned, it first copies all of it
+        x = tree_map(lambda leaf: as_tensor(leaf[rows], self._in_tree), self._x)
+        y = as_tensor(self._y[ids], keep_integers=True)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
 
     def holdout(self, fraction: float) -> tuple[ArraySource, ArraySource]:

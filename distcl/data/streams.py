@@ -46,7 +46,7 @@ class DriftStream:
 
     ``transition = "gradual"``: along the first ``transition_fraction`` of the stream order, samples
     still come from the concept before, with a probability that falls from 1 to 0 linearly: rows
-    drawn from those of the older concept, under its drift.
+    that the older concept has and the experience does not use yet, under the older drift.
 
     Sources may have ``labels``, int64 [N]; of others every sample is read once to learn them. With
     floating-point y the stream is one for regression (``spec.classes`` is 0), and schedules that
@@ -158,14 +158,15 @@ class DriftStream:
         n = int(np.ceil(self._config.transition_fraction * len(rows)))
         older = np.zeros(len(rows), dtype=np.bool_)
         older[:n] = rng.random(n) < 1 - np.arange(n) / n
-        pool = rng.permutation(np.flatnonzero(before))[: older.sum()]
+        unused = before.copy()
+        unused[rows[~older]] = False
+        pool = rng.permutation(np.flatnonzero(unused))[: older.sum()]
         if len(pool) < older.sum():
             raise ConfigError(
                 f"stream.transition_fraction = {self._config.transition_fraction} asks for "
                 f"{older.sum()} samples of experience {e - 1} in experience {e}, but there are "
                 f"{len(pool)}"
             )
-        rows[~older] = rows[~np.isin(rows, pool)][: len(rows) - len(pool)]
         rows[older] = pool
         self._older[e, pool] = True
 

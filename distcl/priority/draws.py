@@ -18,7 +18,6 @@ Positions = npt.NDArray[np.int64]
 
 _BLOCK = 1 << 15  # elements worked on at a time, so that temporaries stay in the cache
 _TOTAL_BITS = 60  # quantized weights sum to at most 2**60
-_MIN_SCORE = 1e-8
 
 
 def generator(seed: int, *counters: int) -> np.random.Generator:
@@ -72,10 +71,11 @@ def shape_weights(
     min_ess: float = 0.0,
     floor: float = 0.0,
     ids: npt.ArrayLike | None = None,
+    min_score: float = 1e-8,
 ) -> Weights:
     """Return weights float64 [N] of scores [N]: alpha, then cap, then tempering, then floor.
 
-    w = max(score, 1e-8)^alpha, handed to :func:`cap_weights`, :func:`temper` and
+    w = max(score, min_score)^alpha, handed to :func:`cap_weights`, :func:`temper` and
     :func:`mix_floor`, each left out where its parameter is 0; alpha = 0 gives all ones. Raises
     ValueError naming the first id (or position) whose score or weight is not finite.
     """
@@ -85,7 +85,7 @@ def shape_weights(
         check_weights(np.where(finite, 1.0, weights), ids)
     if not 0 <= alpha < math.inf:
         raise ValueError(f"alpha must be finite and not negative, not {alpha}")
-    np.maximum(weights, _MIN_SCORE, out=weights)
+    np.maximum(weights, min_score, out=weights)
     if alpha != 1:
         with np.errstate(over="ignore"):
             np.power(weights, alpha, out=weights)

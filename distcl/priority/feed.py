@@ -3,93 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
-import torch
 
 from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
 from distcl.data.loader import BatchLoader
-from distcl.errors import ConfigError
-from distcl.priority.draws import ess_fraction, shape_weights
-from distcl.priority.sampler import DistributedWeightedSampler, Group
-from distcl.priority.scoring import Scorer, Weights, priorities
+from distcl.priority.candidates import Chooser
+from distcl.priority.draws import Weights, generator
+from distcl.priority.online import Ledger
+from distcl.priority.sampler import DistributedWeightedSampler
+from distcl.priority.scoring import Scorer
+from distcl.priority.weights import Correction, RoundWeights, Shape, weigh
+from distcl.priority.windows import Part, WindowPlan
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Source
 
 EMPTY: Ids = np.empty(0, dtype=np.int64)
-_HISTORY_STREAM = 1
+_MAIN, _HISTORY, _POOL = 0, 1, 2
+_WINDOWS, _CHOICE = 16, 32  # added to the stream of a lane
 
-
-@dataclass
-class RoundWeights:
-    """Draw weights of a round; None: uniform. ``report`` has their statistics for summary.json."""
-
-    current: Weights | None = None
-    history: Weights | None = None
-    report: dict[str, dict[str, float]] = field(default_factory=dict)
-
-
-def compute_weights(
-    scorer: Scorer,
-    source: Source,
-    current: Ids,
-    history: Ids,
-    *,
-    alpha: float,
-    config: PriorityConfig,
-    history_batch: bool,
-) -> RoundWeights:
-    """Score what ``priority.target`` names and shape the scores into weights. Collective.
-
-    auto: the current data, and the history if the updater takes a history batch.
-    union: both together, so that the two share one normalization.
-    """
-    target = config.target
-    score_current = target in ("auto", "current", "union")
-    score_history = target in ("history", "union") or (target == "auto" and history_batch)
-    wanted = [current if score_current else EMPTY, history if score_history else EMPTY]
-    scores = [scorer.score(source, ids) for ids in wanted]
-
-    def shape(values: torch.Tensor) -> Weights:
-        if not len(values):
-            return np.empty(0)
-        raw = values.cpu().numpy().astype(np.float64)
-        return shape_weights(raw, alpha, config.cap, config.min_ess, config.floor)
-
-    if target == "union":
-        both = shape(torch.cat([s.to(scores[0]) for s in scores]))
-        parts = [both[: len(current)], both[len(current) :]]
-    else:
-        parts = [shape(s) for s in scores]
-    result = RoundWeights()
-    for name, key, weights, raw in zip(
-        ("cur", "hist"), ("current", "history"), parts, scores, strict=True
-    ):
-        if len(weights):
-            setattr(result, key, weights)
-            result.report[name] = statistics(priorities(raw, alpha), weights)
-    return result
-
-
-def statistics(priority: Weights, weights: Weights) -> dict[str, float]:
-    """Return n, min, mean, max, std of priorities [N] and the weights' ESS as a share of N."""
-    return {
-        "n": len(priority),
-        "min": float(priority.min()),
-        "mean": float(priority.mean()),
-        "max": float(priority.max()),
-        "std": float(priority.std()),
-        "ess_fraction": float(ess_fraction(weights)),
-    }
+Drawn = tuple[Batch, Ids]
+"""This rank's part of a global batch, and the ids of all of it."""
 
 
 class Feed:
-    """The batches of one round after another: rebuild, then iterate over the round's steps.
+    """The batches of one round after another: weigh, rebuild, then iterate over the steps.
 
-    One sampler draws the training batches, from the current data and, if history is mixed in, from
-    both; a second one draws history batches for updaters that take them.
+    One plan draws the training batches, from the current data and, if history is mixed in, from
+    both; a second one draws history batches for updaters that take them. A plan whose weights
+    change on the way (``ledger``) is a WindowPlan, any other a DistributedWeightedSampler, whose
+    batches may be candidates that a Chooser chooses among.
     """
 
     def __init__(
@@ -101,6 +47,8 @@ class Feed:
         priority: PriorityConfig,
         data: DataConfig,
         seed: int,
+        scorer: Scorer,
+        ledger: Ledger | None = None,
     ) -> None:
         self._runtime = runtime
         self._source = source
@@ -108,23 +56,62 @@ class Feed:
         self._continual = continual
         self._priority = priority
         self._data = data
-        samplers = [
-            DistributedWeightedSampler(
-                size,
-                rank=runtime.rank,
-                world_size=runtime.world_size,
-                seed=seed,
-                draw=priority.draw,
-                stream=stream,
+        self._seed = seed
+        self._scorer = scorer
+        self._ledger = ledger
+        self._shape = Shape(priority, continual.importance_alpha)
+        self._sizes = {
+            _MAIN: training.batch_size,
+            _HISTORY: continual.replay_batch_size or training.batch_size,
+        }
+
+    # ------------------------------------------------------------ 1. priorities
+
+    def weigh(
+        self, round_index: int, current: Ids, history: Ids, history_batch: bool
+    ) -> RoundWeights:
+        """Return the weights that a round begins with. Collective.
+
+        ``priority.target`` says what has weights; auto: the current data, and the history if the
+        updater takes a history batch.
+        """
+        target, source = self._priority.target, self._priority.source
+        on_current = target in ("auto", "current", "union")
+        on_history = target in ("history", "union") or (target == "auto" and history_batch)
+        note = ""
+        limit = self._priority.max_replay
+        replays = self._replays(current, history, history_batch)
+        if on_history and limit and replays > limit:
+            on_history, on_current = False, target != "union" and on_current
+            note = (
+                f"[priority/hist] uniform: {replays:.3g} replays of a stored sample in this round, "
+                f"more than priority.max_replay = {limit:g}"
             )
-            for stream, size in (
-                (0, training.batch_size),
-                (_HISTORY_STREAM, continual.replay_batch_size or training.batch_size),
-            )
-        ]
-        self.sampler, self.hist_sampler = samplers
-        self._hist = False
-        self._digest = hashlib.sha256()
+        self._weighted = (current if on_current else None, history if on_history else None)
+        if source == "candidates":
+            result = RoundWeights(chosen=(on_current, on_history and history_batch))
+        elif self._ledger is not None:
+            self._ledger.expect(round_index, self._source, current, history)
+            result = self._from_ledger(self._ledger, round_index, 0)
+        else:
+            result = weigh(self._shape, self._score, *self._weighted)
+        result.note = note
+        return result
+
+    def _score(self, ids: Ids) -> Weights:
+        scores: Weights = self._scorer.score(self._source, ids).cpu().numpy().astype(np.float64)
+        return scores
+
+    def _from_ledger(self, ledger: Ledger, round_index: int, update: int) -> RoundWeights:
+        """Return weights by the table as it is, over a fresh pool of the history if asked."""
+        current, history = self._weighted
+        pool, size = None, self._priority.pool
+        if history is not None and 0 < size < len(history):
+            rng = generator(self._seed, _POOL, round_index, update)
+            pool = history[rng.choice(len(history), size, replace=False, shuffle=False)]
+        return weigh(self._shape, ledger.table.read, current, history, pool)
+
+    # ------------------------------------------------------------ 3. sampler
 
     def rebuild(
         self,
@@ -134,66 +121,179 @@ class Feed:
         weights: RoundWeights,
         history_batch: bool,
     ) -> None:
-        """Set up the draws of a round. Local; every rank passes the same."""
-        mixed = self._continual.mix_historic_data and len(history) > 0
-        ratio = self._continual.current_ratio
-        cur_draws = len(current) if ratio == 1.0 else max(1, int(ratio * len(current)))
-        hist_draws = len(history) if ratio == 1.0 else int((1 - ratio) * len(history))
-        groups = [Group(current, weights.current, cur_draws)]
-        if mixed and hist_draws:
-            groups.append(Group(history, weights.history, hist_draws))
-            if self._priority.target == "union" and weights.current is not None:
-                groups = [_union(groups)]
-        self.sampler.set_round(round_index)
-        self.sampler.set_groups(groups)
-        self._hist = history_batch and len(history) > 0
-        if self._hist:
-            self.hist_sampler.set_round(round_index)
-            self.hist_sampler.set_groups([Group(history, weights.history, len(history))])
+        """Set up the draws of a round; every rank passes the same. Collective if online."""
+        if self._ledger is not None:
+            self._ledger.expect(round_index, self._source, current, history)
+        self._round, self._current, self._history = round_index, current, history
+        self._weights = weights
+        self._replayed = history_batch and len(history) > 0
+        self._pass_steps = -(-sum(self._draws(current, history)) // self._training.batch_size)
         self._digest = hashlib.sha256()
+        self._refresh_seconds = 0.0
+        self._choosers: dict[int, Chooser] = {}
+        self._plans = {which: self._plan(which, g) for which, g in self._groups(weights).items()}
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
         if epochs is None and self._training.steps_per_round:
             return self._training.steps_per_round
-        return (epochs or self._training.epochs) * len(self.sampler)
+        return (epochs or self._training.epochs) * self._pass_steps
+
+    def _draws(self, current: Ids, history: Ids) -> tuple[int, int]:
+        """Return how many current and history samples a pass draws into training batches."""
+        ratio = self._continual.current_ratio
+        if not (self._continual.mix_historic_data and len(history)):
+            history = EMPTY
+        if ratio == 1.0:
+            return len(current), len(history)
+        return max(1, int(ratio * len(current))), int((1 - ratio) * len(history))
+
+    def _replays(self, current: Ids, history: Ids, history_batch: bool) -> float:
+        """Return how often a round draws a stored sample, on average."""
+        if not len(history):
+            return 0.0
+        cur_draws, hist_draws = self._draws(current, history)
+        size, total = self._training.batch_size, cur_draws + hist_draws
+        steps = self._training.steps_per_round or self._training.epochs * -(-total // size)
+        mixed = size * hist_draws / total
+        return steps * (mixed + history_batch * self._sizes[_HISTORY]) / len(history)
+
+    def _groups(self, weights: RoundWeights) -> dict[int, list[Part]]:
+        """Return what each plan draws from."""
+        stored = self._history if weights.pool is None else weights.pool
+        cur_draws, hist_draws = self._draws(self._current, self._history)
+        main = [Part(self._current, weights.current, cur_draws)]
+        if hist_draws:
+            main.append(Part(stored, weights.history, hist_draws))
+            if self._priority.target == "union" and weights.history is not None:
+                main = [self._union(main)]
+        groups = {_MAIN: main}
+        if self._replayed:
+            groups[_HISTORY] = [Part(stored, weights.history, len(self._history))]
+        return groups
+
+    def _union(self, parts: list[Part]) -> Part:
+        """Return one group that draws from both by their common weights.
+
+        A pool stands for all of the history, so each of its samples counts for several.
+        """
+        current, stored = parts
+        assert current.weights is not None and stored.weights is not None
+        each = len(self._history) / len(stored.ids)
+        return Part(
+            np.concatenate([current.ids, stored.ids]),
+            np.concatenate([current.weights, stored.weights * each]),
+            current.draws + stored.draws,
+        )
+
+    def _plan(self, which: int, groups: list[Part]) -> DistributedWeightedSampler | WindowPlan:
+        """Return who draws the training batches, or the history batches."""
+        rank, world = self._runtime.rank, self._runtime.world_size
+        size, seed, draw = self._sizes[which], self._seed, self._priority.draw
+        if self._ledger is not None and any(group.weights is not None for group in groups):
+            window = self._priority.refresh_steps
+            plan = WindowPlan(size, window, rank, world, seed, draw, stream=which + _WINDOWS)
+            plan.begin(self._round, groups, self.steps())
+            return plan
+        if self._weights.chosen[which]:
+            of = self._priority.candidates
+            size, groups = size * of, [replace(group, draws=group.draws * of) for group in groups]
+            self._choosers[which] = Chooser(
+                self._scorer, self._source, self._shape, of, seed, which + _CHOICE
+            )
+        sampler = DistributedWeightedSampler(
+            size,
+            rank=rank,
+            world_size=world,
+            seed=seed,
+            draw=draw,
+            round_index=self._round,
+            stream=which,
+        )
+        sampler.set_groups(groups)
+        return sampler
+
+    # ------------------------------------------------------------ 4. steps
 
     def batches(self, steps: int) -> Iterator[tuple[Batch, Batch | None]]:
-        """Yield (batch, history batch or None) for ``steps`` steps, passes one after another."""
-        main = self._passes(self.sampler)
-        hist = self._passes(self.hist_sampler) if self._hist else None
-        for _ in range(steps):
-            yield next(main), next(hist) if hist is not None else None
+        """Yield (batch, history batch or None) for ``steps`` steps. Collective."""
+        lanes = [self._lane(which) for which in self._plans]
+        every = self._priority.refresh_steps
+        for step in range(1, steps + 1):
+            batch, *hist = [self._take(lane) for lane in lanes]
+            yield batch, hist[0] if hist else None
+            if self._ledger is not None and (step % every == 0 or step == steps):
+                self._refresh(self._ledger, step)
+        self._weights.note = ""
+        for which, chooser in self._choosers.items():
+            name = "cur" if which == _MAIN else "hist"
+            self._weights.report[name] = chooser.statistics()
 
     @property
     def digest(self) -> str:
         """SHA-256 of the global ids drawn in this round so far, in order; equal on all ranks."""
         return self._digest.hexdigest()
 
-    def _passes(self, sampler: DistributedWeightedSampler) -> Iterator[Batch]:
+    @property
+    def forwards(self) -> int:
+        """Samples passed through the model to choose this round's batches, over all ranks."""
+        return sum(chooser.forwards for chooser in self._choosers.values())
+
+    @property
+    def priority_seconds(self) -> float:
+        """How much of the time of this round's steps went into priorities."""
+        choosing = sum(chooser.seconds for chooser in self._choosers.values())
+        return self._refresh_seconds + choosing
+
+    def _take(self, lane: Iterator[Drawn]) -> Batch:
+        batch, ids = next(lane)
+        self._digest.update(ids.astype("<i8").tobytes())
+        return batch
+
+    def _lane(self, which: int) -> Iterator[Drawn]:
+        """Return the batches of a plan, without end or for all of the round's steps."""
+        plan = self._plans[which]
         loader = BatchLoader(
             self._source,
-            sampler,
+            plan,
             workers=self._data.workers,
             pin_memory=self._data.pin_memory,
             device=self._runtime.device,
             dtype=self._runtime.dtype,
         )
-        epoch = 0
+        if isinstance(plan, WindowPlan):
+            return self._windows(plan, loader)
+        drawn = self._passes(plan, loader, self._groups(self._weights)[which])
+        chooser = self._choosers.get(which)
+        return drawn if chooser is None else chooser.choose(self._round, drawn)
+
+    def _passes(
+        self, sampler: DistributedWeightedSampler, loader: BatchLoader, groups: list[Part]
+    ) -> Iterator[Drawn]:
+        correction, epoch = self._correction(), 0
         while True:
             sampler.set_epoch(epoch)
             for step, batch in enumerate(loader, start=sampler.first_step):
-                self._digest.update(sampler.global_batch(step).astype("<i8").tobytes())
-                yield batch
+                yield correction.applied(batch, groups), sampler.global_batch(step)
             epoch += 1
 
+    def _windows(self, plan: WindowPlan, loader: BatchLoader) -> Iterator[Drawn]:
+        correction = self._correction()
+        for step, batch in enumerate(loader, start=plan.first_step):
+            yield correction.applied(batch, plan.groups(step)), plan.global_batch(step)
 
-def _union(groups: list[Group]) -> Group:
-    """Return one group that draws from all of them by their common weights."""
-    if any(g.weights is None for g in groups):
-        raise ConfigError("priority.target = 'union' needs weights of current data and history")
-    return Group(
-        np.concatenate([g.ids for g in groups]),
-        np.concatenate([g.weights for g in groups if g.weights is not None]),
-        sum(g.draws for g in groups),
-    )
+    def _correction(self) -> Correction:
+        return Correction(self._priority.correction, self._runtime.dtype)
+
+    def _refresh(self, ledger: Ledger, step: int) -> None:
+        """Gather what the steps since the last time told; weigh by it, from a window later on."""
+        clock = time.perf_counter()
+        ledger.gather()
+        update, rest = divmod(step, self._priority.refresh_steps)
+        windows = {w: plan for w, plan in self._plans.items() if isinstance(plan, WindowPlan)}
+        from_step = step + self._priority.refresh_steps
+        if windows and not rest and from_step < self.steps():
+            groups = self._groups(self._from_ledger(ledger, self._round, update))
+            for which, plan in windows.items():
+                plan.set_groups(groups[which], from_step=from_step)
+        self._refresh_seconds += time.perf_counter() - clock

@@ -18,7 +18,7 @@ from distcl.types import Ids
 
 ArrayLike = npt.ArrayLike | torch.Tensor
 
-_DRAWS = {
+DRAWS = {
     "multinomial": draws.multinomial,
     "systematic": draws.systematic,
     "without_replacement": draws.without_replacement,
@@ -96,8 +96,8 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             )
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, not {num_samples}")
-        if draw not in _DRAWS:
-            raise ValueError(f"unknown draw '{draw}'; known: {', '.join(_DRAWS)}")
+        if draw not in DRAWS:
+            raise ValueError(f"unknown draw '{draw}'; known: {', '.join(DRAWS)}")
         self.global_batch_size = batch_size
         self.num_samples = num_samples
         self.rank = rank
@@ -241,9 +241,8 @@ class DistributedWeightedSampler(Sampler[list[int]]):
                 )
             self._handed_out = step + 1
             begin, end = self._span(step)
-            size, extra = divmod(end - begin, self.world_size)
-            begin += self.rank * size + min(self.rank, extra)
-            yield self._read(begin, begin + size + (self.rank < extra)).tolist()
+            lo, hi = part_of(end - begin, self.rank, self.world_size)
+            yield self._read(begin + lo, begin + hi).tolist()
 
     @property
     def batch_size(self) -> int:
@@ -302,7 +301,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             if weights is None:
                 part = draws.uniform(size, n, rng)
             else:
-                part = _DRAWS[self.draw](weights, n, rng)
+                part = DRAWS[self.draw](weights, n, rng)
             parts.append(part + offset if offset else part)
             offset += size
         return parts[0] if len(parts) == 1 else rng.permutation(np.concatenate(parts))
@@ -354,6 +353,13 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         self._restart(state["step"])
         self._kept, self._revision = list(state["kept"]), state["revision"]
         self._drawn = _as_array(_copy_ids(state["drawn"]))
+
+
+def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return a rank's part [start, stop) of a global batch: sizes within one, larger ones first."""
+    each, extra = divmod(size, world_size)
+    start = rank * each + min(rank, extra)
+    return start, start + each + (rank < extra)
 
 
 def _copy_ids(values: ArrayLike | int) -> Ids | int:

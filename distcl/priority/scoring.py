@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from distcl import registry
 from distcl.anchor import Anchor
@@ -20,6 +21,7 @@ from distcl.errors import ConfigError, DistclError, DivergenceError
 from distcl.inference import ShardedForward, evaluating
 from distcl.partition.base import create_partition
 from distcl.priority.cache import LossCache, fingerprint
+from distcl.priority.sampler import part_of
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedLoss
 
@@ -95,6 +97,32 @@ class Scorer:
         if self.signal.needs_anchor and not self.signal.needs_logits:
             self.cache.put(fingerprint(self.forward.partition.owned(), run), ids, losses)
         return scores
+
+    def score_batch(self, batch: Batch, ids: Ids) -> torch.Tensor:
+        """Return the scores of a global batch, in the order of its ``ids`` [N]. Collective.
+
+        ``batch`` is this rank's part, on the device. One forward, and one under each anchor if the
+        signal needs them. Raises as :meth:`score`.
+        """
+        run, n, anchor = self.forward.runtime, len(batch), None
+        if not n:  # join the collectives of a forward, if it has any
+            x, y = tree_map_only(
+                torch.Tensor, lambda t: t.new_zeros((1, *t.shape[1:])), (batch.x, batch.y)
+            )
+            batch = Batch(torch.zeros(1, dtype=torch.int64), x, y)
+        backs = range(1 + len(self.anchor.older)) if self.signal.needs_anchor else ()
+        for back in backs:
+            with self._under_anchor(back):
+                outputs = self.forward.outputs(batch)
+            anchor = replace(anchor, older=(*anchor.older, outputs)) if anchor else outputs
+        with evaluating(self.forward.module), torch.inference_mode():
+            row = self._row(batch, anchor)[:n]
+        self.forward.forwards += len(ids) * (1 + len(backs))
+        each = -(-len(ids) // run.world_size)
+        every = run.all_gather(row, each * run.world_size, each)
+        parts = [part_of(len(ids), rank, run.world_size) for rank in range(run.world_size)]
+        rows = [rank * each + k for rank, (lo, hi) in enumerate(parts) for k in range(hi - lo)]
+        return self._split(every[rows], ids)[0]
 
     def _row(self, batch: Batch, anchor: Outputs | None) -> torch.Tensor:
         """Return score and loss, [B, 2], of a chunk under the weights as they are."""

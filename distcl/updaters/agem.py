@@ -14,9 +14,8 @@ class AGEM(Updater):
     g: gradient of the current batch's mean loss; g_ref: of the history batch's. Where g·g_ref < 0,
     g <- g - (g·g_ref / g_ref·g_ref) g_ref  (eq. 11). Without history: a plain step.
 
-    Between the two backward passes each rank keeps its slices of g_ref, 1/W. The two dot products
-    are summed over slices in float64 and read by the host: most steps need no projection, hence no
-    gather of g_ref.
+    Between the two backward passes each rank keeps its slices of g_ref, 1/W. The host reads the two
+    dot products, so that only steps with a projection send g_ref around.
     """
 
     uses_hist_batch = True
@@ -38,9 +37,9 @@ class AGEM(Updater):
         return result
 
     def _dot(self, a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the dot product of my slices, in float64. A name that is absent means zeros."""
+        """Return the dot product of my slices, summed in float64. Absent names mean zeros."""
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         for name in a:
             if name in b:
-                total += torch.dot(a[name].double(), b[name].double())
+                total += torch.sum(a[name] * b[name], dtype=torch.float64)
         return total

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from distcl.anchor import Anchor
 from distcl.config import ContinualLearningConfig
 from distcl.partition.base import Partition
+from distcl.priority.online import Ledger
 from distcl.priority.scoring import Scorer, Weights, priorities
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, PyTree, Source, UnreducedLoss
@@ -27,7 +28,8 @@ from distcl.types import Batch, Ids, PyTree, Source, UnreducedLoss
 class UpdaterSetup:
     """What an updater works with. ``model`` is the prepared one (DDP inside).
 
-    ``pretrained``: the model started from trained weights (``model.pretrained``).
+    ``pretrained``: the model started from trained weights (``model.pretrained``). ``ledger``: takes
+    the scores of training batches, under ``priority.source = "online"``.
     """
 
     config: ContinualLearningConfig
@@ -40,6 +42,7 @@ class UpdaterSetup:
     scorer: Scorer
     seed: int
     pretrained: bool = False
+    ledger: Ledger | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +161,29 @@ class Updater:
 
     def losses(self, batch: Batch) -> torch.Tensor:
         """Return the losses [B] of a training forward; see :meth:`forward`. Collective."""
-        return self._unreduced_criterion(self.forward(batch), batch.y)
+        return self.losses_of(self.forward(batch), batch)
+
+    def losses_of(self, outputs: PyTree, batch: Batch) -> torch.Tensor:
+        """Return the losses [B] of a training forward's outputs, and note their scores. Local."""
+        losses = self._unreduced_criterion(outputs, batch.y)
+        if self.setup.ledger is not None:
+            self.setup.ledger.observe(batch, outputs, losses)
+        return losses
 
     def backward(self, losses: torch.Tensor, batch: Batch) -> None:
-        """Backward of sum(losses) · W / B_global: averaging over ranks gives the global mean."""
+        """Backward of sum(losses) · W / B_global: averaging over ranks gives the global mean.
+
+        Each loss counts as much as ``batch.weights`` says.
+        """
+        losses = weighted(losses, batch)
         self.runtime.backward(losses.sum() * (self.runtime.world_size / batch.total))
+
+
+def weighted(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return losses [B, ...] times the batch's loss weights, if it has any."""
+    if batch.weights is None:
+        return losses
+    return losses * batch.weights.view(-1, *[1] * (losses.ndim - 1))
 
 
 class Frozen(Updater):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from distcl.types import Batch, Ids, Source
-from distcl.updaters.base import Round, StepResult, Updater, UpdaterSetup
+from distcl.updaters.base import Round, StepResult, Updater, UpdaterSetup, weighted
 from distcl.updaters.logits import LastLogits, LogitTable, compute_logits, one_tensor
 
 
@@ -42,13 +42,15 @@ class DarkExperienceReplay(Updater):
         """One forward on the union; the losses returned are of both. Collective."""
         both = batch if hist_batch is None else batch.joined(hist_batch)
         outputs = one_tensor(self.forward(both), "der")
-        losses = self._unreduced_criterion(outputs, both.y)
+        losses = self.losses_of(outputs, both)
         n = len(batch)
-        loss = losses[:n].sum() / batch.total
+        loss = weighted(losses[:n], batch).sum() / batch.total
         if hist_batch is not None:
             z = self.stored.of(hist_batch.ids, outputs)
-            distance = (outputs[n:] - z).square().sum() / outputs.shape[1:].numel()
-            replay = self.config.der_alpha * distance + self.config.der_beta * losses[n:].sum()
+            squares = weighted((outputs[n:] - z).square(), hist_batch).sum()
+            distance = squares / outputs.shape[1:].numel()
+            past = weighted(losses[n:], hist_batch).sum()
+            replay = self.config.der_alpha * distance + self.config.der_beta * past
             loss = loss + replay / hist_batch.total
         self.runtime.backward(loss * self.runtime.world_size)
         self.last.note(batch.ids, outputs[:n])

@@ -89,11 +89,12 @@ class JVPReg(Updater):
         for g in grads.values():
             square += torch.linalg.vector_norm(g, dtype=torch.float64).square()
         norm = self.runtime.all_reduce(square).sqrt()
-        scale = torch.where(norm > 0, self.config.jvp_rho_theta / norm, 0.0)
-        uphill = {name: view.clone() for name, view in self.partition.owned().items()}
-        for name, g in grads.items():
-            uphill[name] += g.double() * scale
-        return uphill
+        vanished = norm < torch.finfo(self.runtime.dtype).tiny
+        scale = torch.where(vanished, 0.0, self.config.jvp_rho_theta / norm).to(self.runtime.dtype)
+        return {
+            name: torch.addcmul(w, grads[name], scale) if name in grads else w.clone()
+            for name, w in self.partition.owned().items()
+        }
 
 
 def floating(x: PyTree, key: str) -> list[torch.Tensor]:

@@ -124,8 +124,9 @@ class KFACOnline(Updater):
     ) -> torch.Tensor:
         """Keep the input until the output's gradient comes: only their pair is counted.
 
-        Autograd keeps most inputs anyway, and frees the output when its gradient is there: so this
-        costs little memory, and A and G of no more than one layer exist outside of their owner.
+        Held until the end of this backward: inputs, most of which autograd keeps anyway, and
+        gradients, each as large as its output. In return A and G of one layer at a time exist
+        outside of their owner.
         """
         rows = output.numel() // layer.outputs
         if rows % part:

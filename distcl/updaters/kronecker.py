@@ -7,7 +7,7 @@ one) as the last column, for an input that is always 1. Its Fisher information i
     G = 1/R · sum over samples and positions of g gᵀ   [m, m]   g: dL_i/d(output) of a sample
 
 for N samples with R positions together (Martens & Grosse, ICML 2015; for convolutions, whose input
-at a position is a patch, KFC: Grosse & Martens, ICML 2016, eqs. 28-31). A Linear on [B, T, n] has T
+at a position is a patch, KFC: Grosse & Martens, ICML 2016). A Linear on [B, T, n] has T
 positions a sample, and a layer that is used k times in a forward k times as many: the *expand*
 approximation of Eschenhagen et al., NeurIPS 2023. With one position a sample and N = 1, A ⊗ G is
 exactly the Fisher information of that sample.
@@ -24,7 +24,7 @@ from torch import nn
 
 from distcl.errors import ConfigError
 
-PATCH_ELEMENTS = 1 << 24
+PATCH_ELEMENTS = 1 << 22
 """Most elements of unfolded convolution inputs held at a time."""
 
 _REFUSED = {

@@ -55,7 +55,7 @@ class LwF(Updater):
         Raises ConfigError if the model returns anything but a tensor.
         """
         outputs = one_tensor(self.forward(batch), "lwf")
-        losses = self._unreduced_criterion(outputs, batch.y)
+        losses = self.losses_of(outputs, batch)
         if len(self.teacher.ids):
             t = self.teacher.of(batch.ids, outputs)
             self.backward(losses + self.config.lwf_alpha * self._distillation(t, outputs), batch)

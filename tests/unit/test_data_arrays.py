@@ -199,7 +199,7 @@ BAD_ARRAYS = {
     "lengths": ({"x": X, "y": Y[:-1]}, "x has 20 samples but y has 19 labels"),
     "negative": ({"x": X, "y": Y - 2}, "label -2 at row 0 is out of range"),
     "huge": ({"x": X, "y": Y + MAX_CLASSES - 3}, f"label {MAX_CLASSES} at row 3 is out of range"),
-    "float labels": ({"x": X, "y": Y / 1}, "labels have type float64; integers are needed"),
+    "complex labels": ({"x": X, "y": Y * 1j}, "has type '<c16'; numbers are needed"),
     "column": ({"x": X, "y": Y[:, None]}, "labels have shape (20, 1); one per sample"),
     "empty": ({"x": X[:0], "y": Y[:0]}, "'x' has shape (0, 6), no data"),
     "hollow": ({"x": X[:, :0], "y": Y}, "'x' has shape (20, 0), no data"),

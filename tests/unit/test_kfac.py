@@ -201,6 +201,31 @@ def test_penalty_equals_the_dense_fisher_matrix(case: str, mode: str, runtime: R
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-8)
 
 
+def test_padding_same_is_that_of_the_convolution(runtime: Runtime) -> None:
+    factors = []
+    for name, build in (
+        ("0", lambda: convolution(kernel_size=2, padding="same")),
+        (
+            "0.1",
+            lambda: nn.Sequential(
+                nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(2, 3, 2)),
+                nn.Tanh(),
+                nn.Flatten(),
+                nn.LazyLinear(3),
+            ),
+        ),
+    ):
+        torch.manual_seed(0)
+        model, batch = build().double(), data(2, 4, 5)
+        model(batch.x)
+        updater = make(runtime, model)
+        step(updater, batch)
+        updater.cl_postprocessing(updater.setup, NO_IDS)
+        factors.append(updater.curvature[name])
+    torch.testing.assert_close(factors[0].a, factors[1].a, rtol=0, atol=1e-12)
+    torch.testing.assert_close(factors[0].g, factors[1].g, rtol=0, atol=1e-12)
+
+
 def test_factors_of_one_sample_are_its_exact_fisher_matrix(runtime: Runtime) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()

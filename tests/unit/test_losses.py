@@ -1,10 +1,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import r2_score
 
 from distcl.config import ModelConfig
 from distcl.errors import ConfigError
-from distcl.losses import create_loss, per_sample_error
+from distcl.losses import (
+    create_loss,
+    judged_by,
+    per_sample_error,
+    per_sample_squares,
+    r_squared,
+)
+from distcl.types import DataSpec
 
 THEIR_LOSSES = """
 import torch
@@ -152,3 +160,63 @@ def test_error_of_a_regression_is_its_loss(name):
     error = per_sample_error(z, randn(5, 3, seed=1), name)
     torch.testing.assert_close(error, create_loss(name)(z, randn(5, 3, seed=1)).detach())
     assert not error.requires_grad
+
+
+def test_error_with_class_labels_is_zero_or_one_whatever_the_loss():
+    z, y = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]]), torch.tensor([0, 1])
+    assert per_sample_error(z, y, "torch.nn:MultiMarginLoss").tolist() == [0.0, 1.0]
+
+
+CLASSES, VALUES, ONE = DataSpec((3,), 4), DataSpec((3,), 0, (4,)), DataSpec((3,), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "judgement"),
+    [
+        ("cross_entropy", CLASSES, "accuracy"),
+        ("cross_entropy", VALUES, "accuracy"),  # probabilities
+        ("torch.nn:MultiMarginLoss", CLASSES, "accuracy"),
+        ("bce", VALUES, "accuracy"),
+        ("bce", ONE, "accuracy"),
+        ("mse", ONE, "r2"),
+        ("mse", VALUES, "r2"),
+        ("torch.nn:L1Loss", VALUES, "r2"),
+    ],
+)
+def test_what_a_model_is_judged_by(name, spec, judgement):
+    assert judged_by(name, spec) == judgement
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "message"),
+    [
+        ("mse", CLASSES, "model.loss = 'mse' needs floating-point targets, but .* class labels"),
+        ("bce", CLASSES, "model.loss = 'bce' needs floating-point targets"),
+        ("cross_entropy", ONE, r"'cross_entropy' needs class labels, but .* of shape \[\]"),
+        ("cross_entropy", DataSpec((3,), 0, (1,)), r"needs class labels, but .* of shape \[1\]"),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_targets_is_refused(name, spec, message):
+    with pytest.raises(ConfigError, match=message):
+        judged_by(name, spec)
+
+
+@pytest.mark.parametrize("shape", [(50,), (50, 1), (50, 3), (50, 2, 2)])
+def test_r2_equals_scikit_learns_weighted_by_variance(shape):
+    y, z = randn(*shape), randn(*shape, seed=1)
+    values = r_squared(per_sample_squares(z.reshape(50, -1), y))
+    table = y.reshape(50, -1), z.reshape(50, -1)
+    expected = r2_score(*table, multioutput="variance_weighted")
+    assert abs(values - expected) < 1e-12
+    assert r_squared(per_sample_squares(y.reshape(50, -1), y)) == 1.0
+
+
+def test_r2_of_constant_targets_and_of_outputs_that_do_not_fit():
+    y = torch.full((4,), 2.0)
+    assert r_squared(per_sample_squares(y, y)) == 1.0
+    assert r_squared(per_sample_squares(y + 1, y)) == 0.0
+    assert per_sample_squares(y[:0], y[:0]).shape == (0, 2)
+    with pytest.raises(ConfigError, match="R² needs one output per target"):
+        per_sample_squares(torch.zeros(4, 2), y)
+    with pytest.raises(ConfigError, match="R² needs outputs and targets that are one tensor"):
+        per_sample_squares({"a": y}, y)

@@ -1,0 +1,81 @@
+"""Every file in configs/ runs: through its own command, on few samples, one pass a round.
+
+A new config is enrolled by being there. One whose source reads files needs a maker of such files in
+``FILES``; one for another strategy than ddp, or for several processes, runs on two real ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distcl.config import Config
+from distcl.config_load import load_config
+from distcl.job import execute
+from tests.spawn import distcl
+from tests.unit.test_data_files import write_cifar, write_mnist
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+SMALLER = (
+    "training.epochs=1",
+    "training.pretrain_epochs=1",
+    "training.batch_size=32",
+    "stream.samples_per_experience=100",
+    "monitor.collect=20",
+)
+
+
+def _mnist(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (400, 28, 28), dtype=np.uint8)
+    write_mnist(folder, images, (np.arange(400) % 10).astype(np.uint8), at=300)
+
+
+def _cifar10(folder: Path) -> None:
+    write_cifar(folder, 10, {"data_batch_1.bin": 500, "test_batch.bin": 50})
+
+
+FILES: dict[str, Callable[[Path], None]] = {"mnist": _mnist, "cifar10": _cifar10}
+"""Writes small files of the right format for a source that needs some."""
+
+LESS = {"cifar10-binary": ["model.options.width=4", "stream.samples_per_experience=40"]}
+"""What else makes a config small."""
+
+
+def _sets(path: Path, folder: Path) -> list[str]:
+    config = load_config(path)
+    sets = [*SMALLER, *LESS.get(path.stem, [])]
+    if config.stream.path:
+        make = FILES.get(config.stream.source)
+        assert make is not None, f"say in FILES how to make files for '{config.stream.source}'"
+        make(folder)
+        sets.append(f"stream.path={folder}")
+    return sets
+
+
+def _one_process(config: Config) -> bool:
+    return config.parallel.strategy == "ddp" and config.parallel.processes < 2
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_runs(path: Path, tmp_path: Path) -> None:
+    command = "run" if f"distcl run configs/{path.name}" in path.read_text() else "train"
+    sets = _sets(path, tmp_path)
+    if not _one_process(load_config(path, sets)):
+        arguments = [word for text in sets for word in ("--set", text)]
+        done = distcl(command, str(path), "--out", str(tmp_path / "out"), *arguments, ranks=2)
+        assert done.returncode == 0, done.stderr
+        return
+    config = load_config(path, sets)
+    summary = execute(command, config, tmp_path / "out")
+    assert summary["status"] == "done"
+    assert all(math.isfinite(a) for row in summary["accuracy"] for a in row if a is not None)
+    if command == "train":
+        first = bool(config.training.pretrain_epochs and not config.model.pretrained)
+        assert len(summary["rounds"]) + first == config.stream.experiences

@@ -1,0 +1,147 @@
+"""The plan whose weights change on the way: windows, groups, ranks, resumes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from distcl.errors import UsageError
+from distcl.priority.windows import Part, WindowPlan, apportion
+
+IDS = 1000 + 7 * np.arange(40, dtype=np.int64)
+OLD = np.arange(30, dtype=np.int64)
+
+
+def _plan(rank: int = 0, world: int = 1, draw: str = "systematic", size: int = 8) -> WindowPlan:
+    return WindowPlan(size, 5, rank, world, seed=3, draw=draw, stream=17)
+
+
+def _parts(weights: np.ndarray | None, ids: np.ndarray = OLD) -> list[Part]:
+    return [Part(IDS, None, 40), Part(ids, weights, 40)]
+
+
+def _drawn(plan: WindowPlan) -> np.ndarray:
+    return np.stack([plan.global_batch(step) for step in range(len(plan))])
+
+
+def test_every_batch_has_its_share_of_each_group_evenly_mixed() -> None:
+    plan = _plan()
+    plan.begin(1, [Part(IDS, None, 60), Part(OLD, np.ones(30), 20)], 12)
+    batches = _drawn(plan)
+    assert batches.shape == (12, 8)
+    assert (np.isin(batches, OLD).sum(1) == 2).all()
+    assert (np.isin(batches[:, :4], OLD).sum(1) == 1).all()  # each half has one
+
+
+def test_uniform_groups_go_through_permutations_across_windows() -> None:
+    plan = _plan()
+    plan.begin(1, _parts(np.ones(30)), 20)
+    current = _drawn(plan)
+    current = current[np.isin(current, IDS)].reshape(-1, 40)  # 4 a step: two passes of 40
+    assert len(current) == 2
+    for one in current:
+        assert sorted(one) == sorted(IDS)
+    assert (current[0] != current[1]).any()
+
+
+def test_new_weights_hold_from_their_window_on_and_change_nothing_before() -> None:
+    plan, same = _plan(), _plan()
+    only = np.zeros(30)
+    only[4] = 1.0
+    for p in (plan, same):
+        p.begin(1, _parts(np.ones(30)), 20)
+    before = [plan.global_batch(step) for step in range(7)]  # the second window is drawn
+    with pytest.raises(UsageError, match="drawn up to step 10"):
+        plan.set_groups(_parts(only), from_step=5)
+    with pytest.raises(UsageError, match="from step 12 on"):
+        plan.set_groups(_parts(only), from_step=12)
+    plan.set_groups(_parts(only), from_step=15)
+    after = np.stack([plan.global_batch(step) for step in range(7, 20)])
+    unchanged = _drawn(same)
+    assert (np.concatenate([before, after])[:15] == unchanged[:15]).all()
+    assert (after[8:][np.isin(after[8:], OLD)] == 4).all()
+    assert plan.groups(19)[1].weights is only
+    # the current data goes on with its permutation
+    assert (
+        after[8:][np.isin(after[8:], IDS)] == unchanged[15:][np.isin(unchanged[15:], IDS)]
+    ).all()
+
+
+def test_ids_may_change_with_the_weights_for_a_pool() -> None:
+    plan = _plan()
+    plan.begin(1, _parts(np.ones(5), OLD[:5]), 10)
+    plan.set_groups(_parts(np.ones(3), OLD[20:23]), from_step=5)
+    old = _drawn(plan)
+    first, second = (part[np.isin(part, OLD)] for part in (old[:5], old[5:]))
+    assert set(first) == set(OLD[:5])
+    assert set(second) == set(OLD[20:23])
+
+
+def test_ranks_partition_every_batch_and_draw_the_same() -> None:
+    weights = np.random.default_rng(0).random(30)
+    for world in (1, 2, 3, 9):
+        plans = [_plan(rank, world) for rank in range(world)]
+        for plan in plans:
+            plan.begin(2, _parts(weights), 7)
+        parts = [list(plan) for plan in plans]
+        reference = _plan()
+        reference.begin(2, _parts(weights), 7)
+        for step, expected in enumerate(_drawn(reference)):
+            joined = [i for rank in range(world) for i in parts[rank][step]]
+            assert joined == expected.tolist()
+            sizes = [len(parts[rank][step]) for rank in range(world)]
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_draws_follow_the_weights() -> None:
+    weights = np.random.default_rng(1).random(30) + 0.1
+    share = weights / weights.sum()
+    plan = _plan(draw="multinomial", size=500)
+    plan.begin(1, [Part(OLD, weights, 1)], 40)
+    counts = np.bincount(_drawn(plan).ravel(), minlength=30)
+    assert chisquare(counts, share * counts.sum()).pvalue > 1e-3
+    plan = _plan(draw="systematic", size=500)
+    plan.begin(1, [Part(OLD, weights, 1)], 10)
+    for window in np.split(_drawn(plan), 2):  # each by itself
+        counts = np.bincount(window.ravel(), minlength=30)
+        assert (np.abs(counts - share * counts.sum()) < 1).all()
+
+
+def test_rounds_and_windows_have_draws_of_their_own() -> None:
+    seen = set()
+    for number in (1, 2):
+        plan = _plan()
+        plan.begin(number, [Part(OLD, np.ones(30), 30)], 10)
+        seen |= {plan.global_batch(0).tobytes(), plan.global_batch(5).tobytes()}
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("consumed", [0, 3, 5, 9, 14])
+def test_a_resumed_plan_goes_on_as_it_would_have(consumed: int) -> None:
+    weights = np.random.default_rng(2).random(30)
+    plan = _plan()
+    plan.begin(4, _parts(np.ones(30)), 23)
+    expected = []
+    for step in range(23):
+        if step == 5:
+            plan.set_groups(_parts(weights), from_step=10)
+        if step == consumed:
+            plan.global_batch(min(step + 4, 22))  # prefetched
+            state = plan.state_dict(consumed)
+        expected.append(plan.global_batch(step).tolist() if step >= consumed else [])
+    resumed = _plan(1, 2)
+    resumed.load_state_dict(state)
+    assert resumed.first_step == consumed
+    if consumed < 5:
+        resumed.set_groups(_parts(weights), from_step=10)
+    parts = list(resumed)
+    assert parts == [ids[4:] for ids in expected[consumed:]]
+
+
+def test_apportion_is_exact_and_leaves_nobody_out() -> None:
+    assert apportion(64, [1, 4]) == [12, 52]
+    assert apportion(8, [1, 1000]) == [1, 7]
+    assert apportion(5, [0, 1, 1]) == [1, 2, 2]
+    with pytest.raises(UsageError, match="a batch of 1 cannot hold samples of 2 groups"):
+        apportion(1, [3, 3])

@@ -265,10 +265,17 @@ def launch(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine can do and what is misconfigured; exit 1 if something is broken."""
-    from distcl.doctor import examine
+    """Say what this machine can do and what is misconfigured; exit 1 if something is broken.
+
+    Under a launcher also what the processes can do together: folder, clocks, network.
+    """
+    from distcl.doctor import examine, in_a_group
 
     findings = examine()
+    if in_a_group(findings):
+        from distcl.doctor_group import examine_group
+
+        findings += examine_group(findings)
     for finding in findings:
         say(f"{finding.level:<8} {finding.topic:<18} {finding.text}")
     if any(finding.level == "broken" for finding in findings):

@@ -129,7 +129,8 @@ def _adopt_slurm(environ: MutableMapping[str, str], tasks: int, job: str) -> Lau
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "")
     step = _number(environ, "SLURM_STEP_ID", 0)
     port = FIRST_PORT + (_number(environ, "SLURM_JOB_ID", 0) + 101 * step) % PORTS
-    return _set(environ, "srun", job, values, first_node(nodes), port)
+    address = environ.get("MASTER_ADDR") or first_node(nodes)
+    return _set(environ, "srun", job, values, address, port)
 
 
 def _adopt_mpi(environ: MutableMapping[str, str], names: tuple[str, ...], job: str) -> Launch:

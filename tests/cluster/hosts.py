@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces of their own, joined by a cable (veth). Root only."""
+"""Two hosts on one machine: network namespaces, joined by a cable (veth). Root only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 

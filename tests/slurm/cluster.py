@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.spawn import free_port
@@ -59,7 +60,7 @@ class Cluster:
         options = [f"--{option}={self.folder}/munge.{end}" for option, end in names.items()]
         self.call("munged", "--force", *options)
         self.call("slurmctld", "-i", "-f", str(self.conf))
-        self._until(lambda: "is UP" in self.call("scontrol", "ping", check=False), "slurmctld is up")
+        self._until(self._answers, "slurmctld is up")
         for i in range(1, NODES + 1):
             (self.folder / f"spool.node{i}").mkdir()
             own_name = f'hostname node{i} && exec slurmd -N node{i} -f "{self.conf}"'
@@ -157,12 +158,14 @@ class Cluster:
         (here / "cgroup.conf").write_text(word + "\n")
         (here / "state").mkdir()
 
+    def _answers(self) -> bool:
+        return "is UP" in self.call("scontrol", "ping", check=False)
+
     def _idle(self) -> bool:
         states = self.call("sinfo", "-h", "-N", "-p", "debug", "-o", "%t", check=False).split()
         return states == ["idle"] * NODES
 
-    def _until(self, true: object, what: str, seconds: float = 60) -> None:
-        assert callable(true)
+    def _until(self, true: Callable[[], bool], what: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             if time.monotonic() > deadline:
@@ -185,7 +188,7 @@ class Cluster:
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
     def wait(self, number: str, *states: str, seconds: float = 120) -> dict[str, str]:
-        """Wait until a job is in one of these states (default: until it ended); return its facts."""
+        """Wait until a job is in one of these states, or else has ended; return its facts."""
         deadline = time.monotonic() + seconds
         while (found := self.job(number))["JobState"] not in (states or ENDED):
             if time.monotonic() > deadline:

@@ -77,13 +77,13 @@ class Cluster:
             file = self.folder / f"{name}.pid"
             if file.exists():
                 _end(int(file.read_text()))
-        for pid in self._strays():
+        for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
         lines = _HOSTS.read_text().splitlines(keepends=True)
         _HOSTS.write_text("".join(line for line in lines if self._mark not in line))
 
-    def _strays(self) -> list[int]:
-        """Processes of our jobs whose parents are gone: SLURM without cgroups loses them."""
+    def processes(self) -> list[int]:
+        """Every process of our jobs, also one whose parent is gone: SLURM alone loses those."""
         found = []
         for entry in Path("/proc").glob("[0-9]*/environ"):
             try:

@@ -64,8 +64,8 @@ def test_torchrun_on_two_nodes_is_preempted_by_a_job_of_higher_priority(
     job = submit(cluster, "multi_node_torchrun", out, "--partition=low")
     wait_for_round_2(out)
     urgent = cluster.call(
-        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null",
-        "--wrap=sleep 1",
+        "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive",
+        "--output=/dev/null", "--wrap=sleep 1",
     ).strip()  # fmt: skip
     assert cluster.wait(urgent)["JobState"] == "COMPLETED"
     said = finished(cluster, job, out, reference, starts=2)

@@ -62,6 +62,11 @@ class Anchor:
         """
         return self._partition.swapped(self.older[back - 1] if back else self.theta_star)
 
+    def put_back(self) -> None:
+        """The current weights <- theta_star. Collective."""
+        with self.swapped_in():
+            self._take()  # so that what is swapped out again is theta_star too
+
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's slices (not copies): theta_star, and the older ones."""
         return {

@@ -93,6 +93,11 @@ class CheckpointStore:
         self._writing = writing
 
     @property
+    def pending(self) -> bool:
+        """Whether a checkpoint waits for its name; the same on every rank. Local."""
+        return self._writing is not None
+
+    @property
     def written(self) -> bool:
         """Whether this rank has nothing (more) to write. Local."""
         return self._writing is None or not self._writing.thread.is_alive()
@@ -156,6 +161,11 @@ class CheckpointStore:
         """Remove what an interrupted writer left. Local to rank 0; call before the first save."""
         for path in self.folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove every checkpoint: a run begins anew. Local to rank 0."""
+        for path in self.all():
+            shutil.rmtree(path)
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint that verifies, or None; say which ones do not."""

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from distcl import __version__, registry
 from distcl.config_load import load_with_origins, to_toml
-from distcl.errors import DistclError, UsageError
+from distcl.errors import DataError, DistclError, UsageError
 from distcl.launchers import rank_of
 
 app = typer.Typer(
@@ -51,10 +51,33 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="The run folder. Default: runs/NAME-OF-CONFIG."),
 ]
+Resume = Annotated[
+    str,
+    typer.Option(
+        "--resume",
+        metavar="auto|PATH|never",
+        help="auto: go on from the newest good checkpoint in the run folder, if any; never: begin "
+        "anew and replace it.",
+    ),
+]
+AllowChanged = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-changed",
+        metavar="SECTION.KEY",
+        help="Resume although this key differs from the checkpoint's. Repeatable.",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print the summary as JSON, and nothing else, on stdout.")
 ]
+_SOURCE_HELP = (
+    "An .npz, a folder of class folders of images, archives, a Hugging Face dataset on disk, a "
+    "config (.toml), or the name of a source, configured with --set stream.KEY=VALUE."
+)
+_MOST_PROBLEMS = 20
 
 
 def main() -> NoReturn:
@@ -123,11 +146,13 @@ def run(
     file: ConfigOption = None,
     sets: Overrides = None,
     out: Out = None,
+    resume: Resume = "never",
+    allow_changed: AllowChanged = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Watch the stream and start a round of training whenever drift is detected."""
-    _execute("run", config, file, sets, out, quiet, as_json)
+    _execute("run", config, file, sets, out, resume, allow_changed, quiet, as_json)
 
 
 @app.command()
@@ -136,11 +161,13 @@ def train(
     file: ConfigOption = None,
     sets: Overrides = None,
     out: Out = None,
+    resume: Resume = "never",
+    allow_changed: AllowChanged = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train one round per experience, without a detector."""
-    _execute("train", config, file, sets, out, quiet, as_json)
+    _execute("train", config, file, sets, out, resume, allow_changed, quiet, as_json)
 
 
 @app.command()
@@ -149,11 +176,71 @@ def detect(
     file: ConfigOption = None,
     sets: Overrides = None,
     out: Out = None,
+    resume: Resume = "never",
+    allow_changed: AllowChanged = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Watch the stream and report drift, without rounds of training."""
-    _execute("detect", config, file, sets, out, quiet, as_json)
+    _execute("detect", config, file, sets, out, resume, allow_changed, quiet, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's weights, or a checkpoint's, on every experience of its stream."""
+    from distcl.artifacts import evaluate as evaluate_weights
+
+    result = evaluate_weights(path)
+    if as_json:
+        say(json.dumps(result, indent=2))
+        return
+    say(f"{result['metric']} of {result['weights']}")
+    for k, value in enumerate(result["accuracy"]):
+        say(f"  experience {k}  {value:.4f}")
+    say(f"  average       {result['average_accuracy']:.4f}")
+
+
+checkpoint = typer.Typer(help="Look at, verify and export checkpoints.")
+app.add_typer(checkpoint, name="checkpoint")
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's folder.")]
+
+
+@checkpoint.command("inspect")
+def inspect_checkpoint(path: CheckpointArgument) -> None:
+    """Say what a checkpoint holds."""
+    from distcl.artifacts import describe
+
+    for key, value in describe(path).items():
+        if isinstance(value, dict):
+            for name, size in value.items():
+                say(f"{name:<24} {size:,} bytes")
+        else:
+            say(f"{key:<24} {value}")
+
+
+@checkpoint.command("verify")
+def verify_checkpoint(path: CheckpointArgument) -> None:
+    """Check every file of a checkpoint against its manifest; exit 5 if one does not match."""
+    from distcl.checkpoint import verify
+
+    say(f"{path}: {len(verify(path)['files'])} files are as they were written")
+
+
+@checkpoint.command("export")
+def export_checkpoint(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run folder.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to write.")] = Path(
+        "export"
+    ),
+) -> None:
+    """Write the weights as one safetensors file and config.toml, readable without distcl."""
+    from distcl.artifacts import export
+
+    for file in export(path, to):
+        say(f"wrote {file}")
 
 
 @app.command("config")
@@ -291,6 +378,78 @@ def list_parts() -> None:
             say(f"  {part.name:<16} {part.description}")
 
 
+@app.command()
+def shard(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)],
+    dest: Annotated[
+        Path | None, typer.Argument(metavar="DEST", help="The folder to write.", show_default=False)
+    ] = None,
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 10_000,
+    max_mb: Annotated[
+        float, typer.Option(min=0, help="Close a shard before it grows beyond; 0: no limit.")
+    ] = 0.0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0: this one.")] = 0,
+    label: Annotated[
+        str, typer.Option(help="Of archives: the member with the label, cls or json:FIELD.")
+    ] = "cls",
+    sets: Overrides = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add to the shards of DEST, each when it is whole.")
+    ] = False,
+    index_only: Annotated[
+        bool, typer.Option("--index-only", help="SOURCE has shards: write index and shards.json.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="With --index-only: mark bad samples, and go on.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="SOURCE has shards: read and check everything.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write WebDataset shards with an index; or index, or check, the shards of a folder."""
+    if launch_rank() != 0:
+        return
+    if (dest is None) != (index_only or verify) or (index_only and verify):
+        raise UsageError("give SOURCE and DEST, or one folder with --index-only or --verify")
+    if skip_bad and not index_only:
+        raise UsageError("--skip-bad goes with --index-only")
+    from distcl.data import index, samples, writing
+    from distcl.display import counting
+
+    if dest is None:
+        folder = Path(source)
+        with counting("checking" if verify else "indexing", quiet) as tell:
+            if verify:
+                manifest, problems = index.verify_folder(folder, tell)
+            else:
+                manifest, problems = index.index_folder(folder, label, skip_bad, tell)
+        for problem in problems[:_MOST_PROBLEMS]:
+            complain(problem)
+        if problems and verify:
+            raise DataError(f"{len(problems)} faults in '{folder}'")
+    else:
+        folder, stream = dest, None
+        if source.endswith(".toml"):
+            stream = load_with_origins(Path(source), sets or [])[0].stream
+        elif ":" in source or source in {part.name for part in registry.parts("source")}:
+            named = [*(sets or []), f"stream.source={source}"]
+            stream = load_with_origins(None, named)[0].stream
+        made = samples.open_samples(source, label, stream)
+        with counting("writing", quiet, sum(made.sizes.values())) as tell:
+            size = int(max_mb * 1e6)
+            if append:
+                manifest = writing.append_shards(made, folder, per_shard, size, tell)
+            else:
+                manifest = writing.write_shards(made, folder, per_shard, size, workers, tell)
+    if not quiet:
+        found = manifest.shards
+        say(
+            f"{folder}: {len(found)} shards, {sum(s.samples for s in found):,} samples, "
+            f"{sum(s.bytes for s in found) / 1e6:,.1f} MB"
+        )
+
+
 def say(text: str) -> None:
     """Print a result on stdout, by rank 0 only."""
     if launch_rank() == 0:
@@ -309,6 +468,8 @@ def _execute(
     option: Path | None,
     sets: list[str] | None,
     out: Path | None,
+    resume: str,
+    allow_changed: list[str] | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -331,7 +492,7 @@ def _execute(
         complain(message)
 
     try:
-        summary = job.execute(command, config, folder, display, tell)
+        summary = job.execute(command, config, folder, display, tell, resume, allow_changed or [])
     finally:
         if display is not None:
             display.close()

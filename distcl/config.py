@@ -35,6 +35,9 @@ class RunConfig(Section):
     poll_steps: int = Field(
         20, ge=1, description="steps between two points at which the loop looks at losses"
     )
+    max_minutes: float = Field(
+        0.0, ge=0, description="save and stop with exit code 75 after this long; 0: never"
+    )
     timeout_seconds: float = Field(
         300.0, gt=0, description="a collective that takes longer ends the run on all ranks"
     )
@@ -44,12 +47,12 @@ class StreamConfig(Section):
     """Where samples come from, and how they drift."""
 
     source: str = Field(
-        "digits", description="digits, arrays, mnist, cifar10, cifar100, hf, or your own"
+        "digits", description="digits, arrays, mnist, cifar10, cifar100, hf, shards, or your own"
     )
     path: str = Field(
         "",
         description="arrays, mnist: an .npz; mnist, cifar10, cifar100: the folder of the files; "
-        "hf: a folder, or a name on the hub",
+        "hf: a folder, or a name on the hub; shards: their folder",
     )
     x: str = Field("", description="arrays: an .npy of inputs (with y), instead of path")
     y: str = Field("", description="arrays: an .npy of integer labels, or of float targets")
@@ -169,6 +172,16 @@ class TrainingConfig(Section):
     pretrain_epochs: int = Field(
         5, ge=0, description="passes over the first experience, if no pretrained weights are given"
     )
+    accept: Literal["always", "improves"] = Field(
+        "always",
+        description="improves: a round that makes held-out data of old and new experiences worse "
+        "is taken back",
+    )
+    on_divergence: Literal["stop", "rollback"] = Field(
+        "stop",
+        description="rollback: go back to the last checkpoint with half the learning rate",
+    )
+    max_rollbacks: int = Field(2, ge=1, description="rollbacks of a run, at most")
     eval_batch_size: int = Field(256, ge=1, description="chunk of an evaluation pass, per rank")
 
 
@@ -382,6 +395,26 @@ class DataConfig(Section):
 
     workers: int = Field(0, ge=0, description="reading processes per rank; 0: in the main process")
     pin_memory: bool = Field(False, description="copy batches through pinned memory (CUDA)")
+    access: Literal["auto", "indexed", "stream"] = Field(
+        "auto", description="shards: random reads by index, or from front to back; auto chooses"
+    )
+    verify: bool = Field(
+        False, description="shards: check every sample's bytes against its checksum when read"
+    )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        "error", description="shards: end the run at a bad sample, or leave it out and count it"
+    )
+    lanes: int = Field(
+        8, ge=1, description="streamed shards: sequences read side by side, shared out over ranks"
+    )
+    shuffle_buffer: int = Field(
+        1024, ge=1, description="streamed shards: samples of a lane that are shuffled together"
+    )
+    transforms: list[str | dict[str, Any]] = Field(
+        [],
+        description="shards: crop, flip, normalize or package.module:function, in order; a table "
+        "{ name = …, … } gives options",
+    )
 
 
 class CheckpointConfig(Section):
@@ -389,6 +422,16 @@ class CheckpointConfig(Section):
 
     save_final: bool = Field(
         True, description="write checkpoints/final.safetensors when the run is done"
+    )
+    every_round: bool = Field(True, description="save the whole state at the end of every round")
+    every_minutes: float = Field(
+        10.0, ge=0, description="save the whole state within a round this often; 0: never"
+    )
+    every_steps: int = Field(
+        0, ge=0, description="save the whole state within a round this often; 0: never"
+    )
+    keep: int = Field(
+        2, ge=1, description="newest checkpoints that stay, besides the most accurate one"
     )
 
 

@@ -6,7 +6,8 @@ Nothing here decides anything; it reads ``types.Progress`` calls and the keys of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,27 @@ class _Stage:
     def __str__(self) -> str:
         of = f"/{self.steps}" if self.steps else ""
         return f"{self.title}  {self.done}{of}  {self.figures}"
+
+
+@contextmanager
+def counting(what: str, quiet: bool, total: int = 0) -> Iterator[Callable[[str, int], None]]:
+    """Show progress on stderr, if it is a terminal: call the result with (name, how many more)."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(what, total=total or None)
+
+        def tell(name: str, more: int) -> None:
+            bar.update(task, advance=more, description=f"{what} {name}")
+
+        yield tell
 
 
 class PlainDisplay:

@@ -33,3 +33,9 @@ class CheckpointError(DistclError):
     """A checkpoint that cannot be used; the message names the file."""
 
     exit_code = 5
+
+
+class Preempted(DistclError):
+    """The run was asked to stop and saved its state; raised by all ranks at the same step."""
+
+    exit_code = 75

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +16,21 @@ from safetensors.torch import save_file
 
 from distcl import registry
 from distcl.anchor import Anchor
+from distcl.checkpoint import CheckpointStore, read_manifest
 from distcl.config import Config
 from distcl.config_load import to_toml
 from distcl.data.history import CopyingStream
 from distcl.data.streams import create_stream
-from distcl.errors import ConfigError, UsageError
+from distcl.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    Preempted,
+)
 from distcl.failure import Cause
+from distcl.folder import RunFolder
 from distcl.inference import ShardedForward
+from distcl.keeper import Contents, Keeper, Preemption
 from distcl.losses import create_loss
 from distcl.metrics import AccuracyMatrix
 from distcl.models import create_model
@@ -34,6 +41,7 @@ from distcl.priority.feed import Feed
 from distcl.priority.online import Ledger
 from distcl.priority.scoring import Scorer, create_signal
 from distcl.priority.weights import check_priority
+from distcl.resume import JobState, check_config, collect, restore, weights
 from distcl.runtime import Runtime, describe
 from distcl.tracking import create_tracker
 from distcl.trainer import ContinuousTrainer, Parts
@@ -64,8 +72,9 @@ def assemble(
     stream: Stream,
     out: Path,
     progress: Progress | None = None,
+    resume: bool = False,
 ) -> Parts:
-    """Build every part of a trainer. Collective."""
+    """Build every part of a trainer. Collective. ``resume``: keep what trackers have written."""
     seed = config.run.seed
     if config.continual_learning.history_store == "copy":
         stream = CopyingStream(stream)
@@ -127,7 +136,7 @@ def assemble(
         scorer=scorer,
         updater=updater,
         feed=feed,
-        tracker=create_tracker(config.tracking, out, runtime.rank),
+        tracker=create_tracker(config.tracking, out, runtime.rank, resume),
         progress=progress if progress is not None and runtime.is_main else Quiet(),
     )
 
@@ -138,10 +147,16 @@ def execute(
     out: Path,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
+    resume: str = "never",
+    allow_changed: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run a command and return its summary (the same on every rank). Collective.
 
-    ``tell`` shows the user one message, on rank 0, if another rank fails; then the process exits.
+    ``resume``: never begins anew and replaces what the folder holds; auto goes on from the newest
+    checkpoint that verifies, if there is one; else the path of a checkpoint. ``allow_changed``:
+    keys of the configuration that may differ from the checkpoint's. ``tell`` shows the user one
+    message, on rank 0, if another rank fails; then the process exits.
+
     Raises the errors of ``distcl.errors``; ``OUT/status.json`` says how it ended.
     """
     runtime = Runtime(config.run, config.parallel)
@@ -158,16 +173,27 @@ def execute(
     try:
         with runtime.guard():
             _check(command, config, runtime)
-            with folder.open():
+            with folder.open(append=resume != "never"):
                 log.info(runtime.about)
-                return _run(command, config, runtime, folder, progress)
+                job = Job(command, config, runtime, folder, progress)
+                return job.run(resume, frozenset(allow_changed))
     except BaseException as error:
         cause = describe(error, runtime.rank)
-        folder.status("failed", cause.exit_code, cause.message)
+        state = "preempted" if isinstance(error, Preempted) else "failed"
+        folder.status(state, cause.exit_code, cause.message)
         raise
 
 
 def _check(command: Command, config: Config, runtime: Runtime) -> None:
+    texts = [text.splitlines() for text in runtime.gather_objects(to_toml(config))]
+    for peer, lines in zip(runtime.peers, texts, strict=True):
+        if lines != texts[0]:
+            pairs = zip_longest(lines, texts[0], fillvalue="nothing")
+            theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ConfigError(
+                f"rank {peer.rank} on {peer.node} has '{theirs}' where rank 0 has '{ours}'; give "
+                "all processes the same file, DISTCL_ environment and --set"
+            )
     if config.training.batch_size < runtime.world_size:
         raise ConfigError(
             f"training.batch_size = {config.training.batch_size} is smaller than the number of "
@@ -181,57 +207,153 @@ def _check(command: Command, config: Config, runtime: Runtime) -> None:
         )
 
 
-def _run(
-    command: Command,
-    config: Config,
-    runtime: Runtime,
-    folder: RunFolder,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    begun = time.perf_counter()
-    torch.manual_seed(config.run.seed + runtime.rank)
-    stream = create_stream(config.stream, config.run.seed)
-    parts = assemble(config, runtime, stream, folder.path, progress)
-    trainer = ContinuousTrainer(parts, config)
-    drifts: list[int] = []
-    baseline: Sequence[float | None]
-    if command == "train":
-        baseline = train(trainer)
-    else:
-        detector = registry.create(
-            "detector", config.detector.name, options=config.detector.options
+class Job:
+    """One run of a command, from its first step or from a checkpoint. Methods are collective."""
+
+    def __init__(
+        self,
+        command: Command,
+        config: Config,
+        runtime: Runtime,
+        folder: RunFolder,
+        progress: Progress | None,
+    ) -> None:
+        self._command = command
+        self._config = config
+        self._runtime = runtime
+        self._folder = folder
+        self._progress = progress
+        self._store = CheckpointStore(
+            runtime, folder.path / "checkpoints", config.checkpoint.keep, self._say
         )
-        monitor = Monitor(trainer, detector, config.monitor, config.run.seed)
-        monitor.run() if command == "run" else monitor.detect()
-        drifts = monitor.drifts
-        baseline = [_chance(trainer)] * len(monitor.experiences)
-    seconds = time.perf_counter() - begun
-    if config.checkpoint.save_final:
-        save_weights(parts, folder.path / "checkpoints" / "final.safetensors")
-    summary = summarize(trainer, baseline, drifts, config, seconds)
-    if runtime.is_main:
-        folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
-    parts.tracker.finish()
-    folder.status("done", 0, "")
-    return summary
+        self._preemption = Preemption(config.run.max_minutes)
+        self._rollbacks = 0
+
+    def run(self, resume: str, allowed: frozenset[str]) -> dict[str, Any]:
+        """Run to the end and return the summary."""
+        self._preemption.install()
+        try:
+            path = self._start_from(resume)
+            if path is not None:
+                saved = read_manifest(path)["config"]
+                check_config(path, saved, self._config, allowed, self._say)
+                self._say(f"[resume] from {path}")
+            while True:
+                try:
+                    return self._attempt(path)
+                except DivergenceError as error:
+                    path = self._rolled_back(error)
+        finally:
+            self._preemption.remove()
+
+    def _start_from(self, resume: str) -> Path | None:
+        if self._runtime.is_main:
+            self._store.clean()
+            if resume == "never":
+                self._store.clear()
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return self._store.newest()
+        path = Path(resume)
+        if not path.is_dir():
+            raise CheckpointError(f"checkpoint '{resume}' does not exist")
+        return path
+
+    def _rolled_back(self, error: DivergenceError) -> Path:
+        """Return the checkpoint to go back to after a divergence, or raise it again."""
+        if self._config.training.on_divergence != "rollback":
+            raise error
+        path = self._store.newest()
+        if path is None:
+            raise DivergenceError(f"{error}; there is no checkpoint to roll back to") from error
+        self._rollbacks += 1
+        limit = self._config.training.max_rollbacks
+        if self._rollbacks > limit:
+            raise DivergenceError(f"{error}; {limit} rollbacks did not help") from error
+        self._say(f"[rollback] {error}; back to {path.name} with half the learning rate")
+        return path
+
+    def _attempt(self, path: Path | None) -> dict[str, Any]:
+        config, runtime, folder = self._config, self._runtime, self._folder
+        begun = time.perf_counter()
+        torch.manual_seed(config.run.seed + runtime.rank)
+        stream = create_stream(config.stream, config.run.seed, config.data)
+        parts = assemble(config, runtime, stream, folder.path, self._progress, path is not None)
+        trainer = ContinuousTrainer(parts, config)
+        monitor = None if self._command == "train" else self._monitor(trainer)
+        state = JobState(self._command)
+        if path is not None:
+            restore(path, state, config, trainer, monitor)
+        before = state.seconds
+        self._rollbacks = max(self._rollbacks, state.rollbacks)
+        halvings = self._rollbacks - state.rollbacks
+        trainer.loop.base_lrs[:] = [lr * 0.5**halvings for lr in trainer.loop.base_lrs]
+        state.rollbacks = self._rollbacks
+
+        def contents() -> Contents:
+            state.seconds = before + time.perf_counter() - begun
+            return collect(state, config, trainer, monitor)
+
+        keeper = Keeper(
+            runtime,
+            self._store,
+            config.checkpoint,
+            self._preemption,
+            contents,
+            lambda: trainer.loop.steps,
+        )
+        trainer.loop.keeper = keeper
+        if monitor is None:
+            train(trainer, state)
+            drifts: list[int] = []
+            baseline: Sequence[float | None] = state.baseline
+        else:
+            monitor.run() if self._command == "run" else monitor.detect()
+            drifts = monitor.drifts
+            baseline = [_chance(trainer)] * len(monitor.experiences)
+        keeper.finish()
+        if config.checkpoint.save_final:
+            save_final(parts, folder.path / "checkpoints" / "final.safetensors")
+        seconds = before + time.perf_counter() - begun
+        summary = summarize(trainer, baseline, drifts, config, seconds)
+        if runtime.is_main:
+            folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
+        parts.tracker.finish()
+        folder.status("done", 0, "")
+        return summary
+
+    def _monitor(self, trainer: ContinuousTrainer) -> Monitor:
+        chosen = self._config.detector
+        detector = registry.create("detector", chosen.name, options=chosen.options)
+        return Monitor(trainer, detector, self._config.monitor, self._config.run.seed)
+
+    def _say(self, text: str) -> None:
+        if self._runtime.is_main:
+            log.info(text)
+            if self._progress is not None:
+                self._progress.message(text)
 
 
-def train(trainer: ContinuousTrainer) -> list[float]:
-    """Run one round per experience, the first by pretraining if asked; return the baseline.
+def train(trainer: ContinuousTrainer, state: JobState) -> None:
+    """Run one round per experience, the first by pretraining if asked. Collective.
 
-    The baseline is the untrained model's accuracy on every experience. Collective.
+    ``state.baseline`` becomes the untrained model's accuracy on every experience.
     """
-    experiences = trainer.parts.stream.experiences
-    baseline = [trainer.accuracy(e) for e in experiences]
+    experiences, keeper = trainer.parts.stream.experiences, trainer.loop.keeper
+    if not state.baseline:
+        state.baseline = [trainer.accuracy(e) for e in experiences]
     rest = experiences
     if trainer.training.pretrain_epochs and not trainer.pretrained:
-        trainer.pretrain(experiences[0])
-        trainer.evaluate(experiences, seen=1)
         rest = experiences[1:]
-    for experience in rest:
-        trainer.run_round(experience, trigger="scheduled")
+        if trainer.pretraining is None:
+            trainer.pretrain(experiences[0])
+            trainer.evaluate(experiences, seen=1)
+            keeper.round_ended()
+    for experience in rest[len(trainer.rounds) :]:
+        trainer.run_round(experience, "scheduled", experiences[: experience.index + 1])
         trainer.evaluate(experiences, seen=experience.index + 1)
-    return baseline
+        keeper.round_ended()
 
 
 def _chance(trainer: ContinuousTrainer) -> float | None:
@@ -259,7 +381,7 @@ def summarize(
         "world_size": trainer.parts.runtime.world_size,
         "strategy": config.parallel.strategy,
         "seconds": seconds,
-        "samples_per_second": trainer.samples_trained / trained if trained else None,
+        "samples_per_second": trainer.loop.samples / trained if trained else None,
         "seed": config.run.seed,
         "metric": trainer.metric,
         "accuracy": matrix.rows(),
@@ -270,6 +392,7 @@ def summarize(
         "average_anytime_accuracy": matrix.average_anytime_accuracy(),
         "worst_experience_accuracy": matrix.worst_experience_accuracy(),
         "drifts": drifts,
+        "bad_samples": trainer.bad.count,
         "pretrain": trainer.pretraining,
         "evaluate_seconds": trainer.evaluate_seconds,
         "rounds": trainer.rounds,
@@ -287,61 +410,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_weights(parts: Parts, path: Path) -> None:
+def save_final(parts: Parts, path: Path) -> None:
     """Write parameters and buffers to a safetensors file, by rank 0. Collective."""
-    module, partition = parts.runtime.unwrap(parts.model), parts.forward.partition
-    partition.sync_buffers()
-    saved = module.state_dict().keys()  # leaves out non-persistent buffers
-    names = [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n in saved]
-    state = {name: partition.gather(name).cpu().contiguous() for name in names}
+    state = weights(parts)
     if parts.runtime.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, str(path))
-
-
-class RunFolder:
-    """``OUT/``: rank 0 writes, other ranks do nothing. Local calls."""
-
-    def __init__(self, path: Path, config: Config, is_main: bool) -> None:
-        self.path = path
-        self._config = config
-        self._is_main = is_main
-        self._ready = False
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Make the folder, log into ``log.txt`` while inside. Raises UsageError if not writable."""
-        if not self._is_main:
-            yield
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.write("config.toml", to_toml(self._config))
-            handler = logging.FileHandler(self.path / "log.txt", mode="w", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(
-                f"the run folder '{self.path}' is not writable: {error.strerror or error}"
-            ) from error
-        self._ready = True
-        self.status("running", None, "")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        log.propagate = False
-        try:
-            yield
-        finally:
-            log.removeHandler(handler)
-            handler.close()
-
-    def write(self, name: str, text: str) -> None:
-        """Replace a file as a whole: readers see the old or the new one."""
-        temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.path / name)
-
-    def status(self, state: str, exit_code: int | None, reason: str) -> None:
-        """Write ``status.json``, if the folder is in use and this is rank 0."""
-        if self._is_main and self._ready:
-            status = {"state": state, "exit_code": exit_code, "reason": reason}
-            self.write("status.json", json.dumps(status))

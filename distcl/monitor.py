@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from distcl.config import MonitorConfig
+from distcl.data.live import LiveEnd
 from distcl.errors import ConfigError
 from distcl.priority.draws import generator
+from distcl.steps import pack_experience, unpack_experience
 from distcl.stream_metrics import StreamMetric, create_metric
 from distcl.trainer import ContinuousTrainer
 from distcl.types import Batch, Detector, Experience, Ids
@@ -18,6 +21,7 @@ from distcl.types import Batch, Detector, Experience, Ids
 log = logging.getLogger("distcl")
 
 _SPLIT = 0x5E1D
+_PLACES = ("watched", "measured", "_pretrained_on", "_last_round", "_quiet_until")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,13 @@ class Monitor:
         self.measured = 0
         """Samples of the stream whose metric the detector has been fed, or that it skips."""
         self._order = np.concatenate([e.train for e in trainer.parts.stream.experiences])
+        self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime)
         self._pretrained_on = 0  # samples of the stream, all labelled, before watching begins
         self._last_round = 0  # samples of the stream that rounds have learned from, or let pass
         self._quiet_until = 0  # the sample from which on the detector may fire
+        self._reference = self._order[:0]  # what the metric compares samples with
+        self._due: _Due | None = None
+        self._begun = False
 
     def run(self) -> None:
         """Watch the whole stream; a round on every drift, unless labels never come."""
@@ -80,12 +88,16 @@ class Monitor:
     # -- parts of the loop ---------------------------------------------------------------------
 
     def _pretrain(self) -> None:
+        if self._begun:
+            return
         first = self.trainer.parts.stream.experiences[0]
         known, warmup = 0, self.config.warmup
         if self.trainer.training.pretrain_epochs and not self.trainer.pretrained:
             known = max(2, int(self.config.pretrain_fraction * len(first.train)))
             known = min(known, len(first.train))
-            self.trainer.pretrain(self._form(self._order[:known]))
+            if self.trainer.stage is None:
+                self._form(self._order[:known])
+            self.trainer.pretrain(self.experiences[0])
             self.trainer.evaluate(self.experiences, seen=1)
         elif type(self.metric).begin is not StreamMetric.begin:
             known, warmup = warmup, 0
@@ -97,33 +109,51 @@ class Monitor:
                 )
         self.watched = self.measured = self._pretrained_on = self._last_round = known
         self._quiet_until = known + warmup
-        if known:
-            self.metric.begin(self.trainer.parts.stream, self._order[:known])
+        self._compare_with(self._order[:known])
+        self._begun = True
+        self.trainer.loop.keeper.round_ended()
+
+    def _compare_with(self, ids: Ids) -> None:
+        self._reference = ids
+        if len(ids):
+            self.metric.begin(self.trainer.parts.stream, ids)
 
     def _watch(self, rounds: bool) -> None:
         """Go through the stream. ``rounds``: drifts start rounds; else they are only noted."""
-        total, progress = len(self._order), self.trainer.parts.progress
-        due: _Due | None = None
+        total = 0 if self._live.open else len(self._order)
+        progress = self.trainer.parts.progress
+        if self.trainer.stage is not None:  # a resumed run goes on with its round
+            self._deal_with_drift(rounds)
         progress.round_begins("watching the stream", total, self.metric_name)
-        while self.watched < total:
-            self.watched = min(self.watched + self.config.batch_size, total)
+        while self.watched < len(self._order) and not self._enough:
+            self.watched = min(self.watched + self.config.batch_size, len(self._order))
             fired = self._measure(self._labelled if self.metric.needs_labels else self.watched)
-            if fired is not None and due is None:
+            if fired is not None and self._due is None:
                 self._note(fired)
-                due = _Due(fired, fired + self.config.collect + 1)
-            if due is None or not self._ready(due, rounds):
-                continue
-            due = None
-            if rounds:
-                self._round()
+                self._due = _Due(fired, fired + self.config.collect + 1)
+            if self.watched == len(self._order):
+                self._order = np.concatenate([self._order, self._live.wait()])
+            if self._due is not None and self._ready(self._due, rounds):
+                self._due = None
+                self._deal_with_drift(rounds)
                 progress.round_begins("watching the stream", total, self.metric_name)
-            if self.config.reset_detector or not rounds:
-                self.detector.reset()
-            self._quiet_until = self.measured + self.config.cooldown
-            if self.config.max_rounds and len(self.trainer.rounds) >= self.config.max_rounds:
-                return
-        if due is not None and rounds:
+            else:
+                self.trainer.loop.keeper.poll()
+        if self._due is not None and rounds:
             self._say("the stream ended before labels followed its last drift: no round for it")
+
+    @property
+    def _enough(self) -> bool:
+        """Whether there were as many rounds as may be."""
+        return 0 < self.config.max_rounds <= len(self.trainer.rounds)
+
+    def _deal_with_drift(self, rounds: bool) -> None:
+        if rounds:
+            self._round()
+        if self.config.reset_detector or not rounds:
+            self.detector.reset()
+        self._quiet_until = self.measured + self.config.cooldown
+        self.trainer.loop.keeper.round_ended()
 
     @property
     def _labelled(self) -> int:
@@ -155,7 +185,7 @@ class Monitor:
                 "position": self.watched,
                 f"monitor/{self.metric_name}": mean,
             },
-            self.trainer.steps,
+            self.trainer.loop.steps,
         )
         self.trainer.parts.progress.step(self.watched, mean, 0.0)
         return sample
@@ -169,12 +199,15 @@ class Monitor:
     def _round(self) -> None:
         labelled = self._labelled
         begin = max(self._last_round, labelled - self.config.window)
-        experience = self._form(self._order[begin:labelled])
-        self.trainer.matrix.fill_last(self.trainer.accuracy(experience))
-        self.trainer.run_round(experience, trigger=f"drift at {self.drifts[-1]}")
+        if self.trainer.stage is None:
+            experience = self._form(self._order[begin:labelled])
+            self.trainer.matrix.fill_last(self.trainer.accuracy(experience))
+        self.trainer.run_round(
+            self.experiences[-1], f"drift at {self.drifts[-1]}", held_out=self.experiences
+        )
         self.trainer.evaluate(self.experiences, seen=len(self.experiences))
         self._last_round = labelled
-        self.metric.begin(self.trainer.parts.stream, self._order[begin:labelled])
+        self._compare_with(self._order[begin:labelled])
 
     def _form(self, ids: Ids) -> Experience:
         """Make an experience of stream samples, a random share of them held out."""
@@ -225,3 +258,26 @@ class Monitor:
         if self.trainer.parts.runtime.is_main:
             log.info(text)
             self.trainer.parts.progress.message(text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what all ranks share, and rank 0's detector: tensors and plain values."""
+        return {
+            "experiences": [pack_experience(e) for e in self.experiences],
+            "drifts": self.drifts,
+            "places": {name: getattr(self, name) for name in _PLACES},
+            "reference": torch.from_numpy(self._reference.copy()),
+            "due": None if self._due is None else [self._due.sample, self._due.ready],
+            "begun": self._begun,
+            "detector": self.detector.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.experiences[:] = [unpack_experience(e) for e in state["experiences"]]
+        self.drifts[:] = state["drifts"]
+        for name, value in state["places"].items():
+            setattr(self, name, value)
+        self._compare_with(state["reference"].numpy())
+        self._due = None if state["due"] is None else _Due(*state["due"])
+        self._begun = state["begun"]
+        self.detector.load_state_dict(state["detector"])

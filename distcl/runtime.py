@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distcl.config import ParallelConfig, RunConfig
-from distcl.errors import DistclError, UsageError
+from distcl.errors import DistclError, Preempted, UsageError
 from distcl.failure import Cause, FailureRelay
 from distcl.launchers import adopt
 from distcl.peers import first_line, introduce
@@ -209,6 +209,9 @@ class Runtime:
         """
         try:
             yield
+        except Preempted:  # raised on all ranks together
+            self.close()
+            raise
         except BaseException as error:
             if self.relay is not None:
                 own = describe(error, self.rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,14 @@ class Tracker(Protocol):
         """Write what is pending and close."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know, as plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: what was logged since is logged again, so it is taken back."""
+        ...
+
 
 class Trackers:
     """Several trackers as one; with none, nothing is recorded."""
@@ -45,19 +54,28 @@ class Trackers:
         for tracker in self._trackers:
             tracker.finish()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of every tracker, by its place."""
+        return {str(k): tracker.state_dict() for k, tracker in enumerate(self._trackers)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        for k, tracker in enumerate(self._trackers):
+            tracker.load_state_dict(state.get(str(k), {}))
+
 
 class JsonlTracker:
     """One JSON object a line: ``round``, ``step``, ``time`` (Unix seconds), then the values.
 
     A value is a number, string, bool, None, or a list or dict of them. JSON has no NaN and no
     infinity: such a number becomes null, and the line's ``nonfinite`` maps its dotted name to
-    "nan", "inf" or "-inf". Every line is flushed. An existing file is replaced. Raises UsageError
-    if it cannot be written.
+    "nan", "inf" or "-inf". Every line is flushed. An existing file is replaced, or with ``resume``
+    kept, until ``load_state_dict`` cuts it. Raises UsageError if it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, resume: bool = False) -> None:
         try:
-            self._file = path.open("w", encoding="utf-8")
+            self._file = path.open("a" if resume else "w", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"cannot write '{path}': {error.strerror}") from error
 
@@ -77,12 +95,22 @@ class JsonlTracker:
         """Close the file."""
         self._file.close()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the length of the file in bytes."""
+        return {"bytes": self._file.tell()}
 
-def create_tracker(config: TrackingConfig, out: Path, rank: int) -> Tracker:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Cut the file to the length that it had."""
+        if "bytes" in state and self._file.tell() > state["bytes"]:
+            self._file.truncate(state["bytes"])
+            self._file.seek(0, os.SEEK_END)
+
+
+def create_tracker(config: TrackingConfig, out: Path, rank: int, resume: bool = False) -> Tracker:
     """Return this rank's tracker: those that are configured on rank 0, none on other ranks."""
     if rank != 0 or config.kind == "none":
         return Trackers()
-    return Trackers([JsonlTracker(out / "metrics.jsonl")])
+    return Trackers([JsonlTracker(out / "metrics.jsonl", resume)])
 
 
 def _plain(value: Any, name: str, nonfinite: dict[str, str]) -> Any:

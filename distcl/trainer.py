@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from distcl.anchor import Anchor
 from distcl.config import Config
+from distcl.data.faults import BadSamples
 from distcl.data.history import CopyingStream, History
-from distcl.errors import DivergenceError
+from distcl.evaluation import Evaluator
 from distcl.inference import ShardedForward
-from distcl.losses import judged_by, per_sample_error, per_sample_squares, r_squared
+from distcl.losses import judged_by
 from distcl.metrics import AccuracyMatrix
-from distcl.optim import reset, warmup_factor
+from distcl.optim import reset
 from distcl.priority.feed import EMPTY, Feed
 from distcl.priority.scoring import Scorer
 from distcl.priority.weights import RoundWeights
 from distcl.runtime import Runtime
+from distcl.steps import Stage, StepLoop
 from distcl.tracking import Tracker
 from distcl.types import Experience, Progress, Stream
 from distcl.updaters import Round, Updater
-from distcl.watch import LossWatch
 
 log = logging.getLogger("distcl")
 
@@ -50,7 +50,11 @@ class Parts:
 
 
 class ContinuousTrainer:
-    """Runs rounds. Every method is collective: all ranks call it with the same arguments."""
+    """Runs rounds. Every method is collective: all ranks call it with the same arguments.
+
+    ``stage`` is the round in progress, if there is one. After a resume it is the one that was
+    interrupted: ``run_round`` or ``pretrain`` on the same experience goes on with it.
+    """
 
     def __init__(self, parts: Parts, config: Config) -> None:
         self.parts = parts
@@ -59,21 +63,61 @@ class ContinuousTrainer:
         self.optimizer_config = config.optimizer
         self.loss_name = config.model.loss
         self.metric = judged_by(config.model.loss, parts.stream.spec)
+        self._evaluator = Evaluator(
+            parts.forward, parts.stream, self.metric, self.loss_name, self.training.eval_batch_size
+        )
         self.pretrained = bool(config.model.pretrained)
-        self.poll_steps = config.run.poll_steps
         copies = parts.stream if isinstance(parts.stream, CopyingStream) else None
         self.history = History(self.continual.buffer_size, config.run.seed, copies)
+        self.bad = BadSamples(parts.stream, parts.runtime)
         self.matrix = AccuracyMatrix()
         self.rounds: list[dict[str, Any]] = []
         self.pretraining: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0
-        self.samples_trained = 0
-        self.steps = 0
-        self._base_lrs = [group["lr"] for group in parts.optimizer.param_groups]
+        self.stage: Stage | None = None
+        self.loop = StepLoop(
+            parts.runtime,
+            parts.model,
+            parts.optimizer,
+            parts.updater,
+            parts.feed,
+            parts.tracker,
+            parts.progress,
+            config.optimizer,
+            config.run.poll_steps,
+        )
 
-    def run_round(self, experience: Experience, trigger: str) -> dict[str, Any]:
-        """Train one round on an experience and return its report, as in ``summary.json``."""
+    def run_round(
+        self, experience: Experience, trigger: str, held_out: Sequence[Experience] = ()
+    ) -> dict[str, Any]:
+        """Train one round on an experience and return its report, as in ``summary.json``.
+
+        ``held_out``: the experiences, old and new, by whose held-out data ``training.accept``
+        judges the round. One that is not accepted is taken back: weights as before, no commit, and
+        its samples stay out of the history.
+        """
+        updater = self.parts.updater
+        stage = self.stage or self._begin_round(experience, trigger, held_out)
+
+        self.loop.run(stage, f"round {stage.number}")  # 4. steps
+
+        clock = time.perf_counter()
+        accepted = self._accepts(stage, held_out)
+        if accepted:
+            if updater.trains:
+                updater.cl_postprocessing(self.parts.stream, stage.experience.train)  # 5. commit
+            self.history.add(stage.experience.train)
+        stage.seconds += time.perf_counter() - clock
+        report = self._report(stage, accepted)
+        self.rounds.append(report)
+        self.stage = None
+        return report
+
+    def _begin_round(
+        self, experience: Experience, trigger: str, held_out: Sequence[Experience]
+    ) -> Stage:
         number = len(self.rounds) + 1
+        experience = self.bad.clear(self.history, experience)
         updater, feed = self.parts.updater, self.parts.feed
         if self.optimizer_config.between_rounds == "reset":
             reset(self.parts.optimizer)
@@ -84,58 +128,78 @@ class ContinuousTrainer:
         scored = self.parts.forward.forwards - forwards
         priority_seconds = time.perf_counter() - clock
 
-        self._begin(experience)
+        self.announce(experience)
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
 
         feed.rebuild(  # 3. sampler
             number, experience.train, self.history.ids(), weights, updater.uses_hist_batch
         )
+        self.stage = Stage(number, trigger, experience, feed.steps() if updater.trains else 0)
+        self.stage.report = {"priority_seconds": priority_seconds, "scored": scored}
+        if self.training.accept == "improves":
+            self.stage.report["held_out"] = self._mean_accuracy(held_out)
+        return self.stage
 
-        clock = time.perf_counter()
-        steps = feed.steps() if updater.trains else 0
-        loss = self._take_steps(number, steps, f"round {number}")  # 4. steps
-        for line in weights.lines() if feed.forwards else ():
+    def _accepts(self, stage: Stage, held_out: Sequence[Experience]) -> bool:
+        """Tell whether the round may stay; take it back if not. Collective."""
+        before = stage.report.get("held_out")
+        if before is None:
+            return True
+        after = self._mean_accuracy(held_out)
+        if after >= before:
+            return True
+        self._say(
+            f"[accept] round {stage.number} is taken back: mean {self.metric} on held-out data "
+            f"fell from {before:.4f} to {after:.4f}"
+        )
+        self.parts.anchor.put_back()
+        reset(self.parts.optimizer)
+        return False
+
+    def _mean_accuracy(self, experiences: Sequence[Experience]) -> float:
+        return sum(self.accuracy(e) for e in experiences) / max(1, len(experiences))
+
+    def _report(self, stage: Stage, accepted: bool) -> dict[str, Any]:
+        feed = self.parts.feed
+        for line in feed.weights.lines() if feed.forwards else ():
             self._say(line)
-
-        if updater.trains:
-            updater.cl_postprocessing(self.parts.stream, experience.train)  # 5. commit
-        train_seconds = time.perf_counter() - clock - feed.priority_seconds
-        self.history.add(experience.train)
-
-        scored += feed.forwards
-        candidates = sum(int(r["n"]) for r in weights.report.values())
-        report = {
-            "round": number,
-            "trigger": trigger,
-            "steps": steps,
-            "train_seconds": train_seconds,
-            "priority_seconds": priority_seconds + feed.priority_seconds,
+        scored = stage.report["scored"] + feed.forwards
+        candidates = sum(int(r["n"]) for r in feed.weights.report.values())
+        return {
+            "round": stage.number,
+            "trigger": stage.trigger,
+            "steps": stage.steps,
+            "train_seconds": stage.seconds - feed.priority_seconds,
+            "priority_seconds": stage.report["priority_seconds"] + feed.priority_seconds,
             "forward_passes_per_sample": scored / candidates if candidates else 0.0,
             "draws_sha256": feed.digest,
-            "final_loss": loss,
-            "priority": weights.report,
+            "final_loss": stage.loss,
+            "accepted": accepted,
+            "priority": feed.weights.report,
         }
-        self.rounds.append(report)
-        return report
 
     def pretrain(self, experience: Experience) -> None:
         """Train plainly on the first experience; afterwards theta_star equals the weights."""
         updater, feed = self.parts.updater, self.parts.feed
-        self._begin(experience)
-        feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
+        if self.stage is None:
+            self.announce(experience)
+            feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
+            steps = feed.steps(self.training.pretrain_epochs)
+            self.stage = Stage(0, "pretraining", experience, steps)
+        stage = self.stage
+        self.loop.run(stage, "pretraining")
         clock = time.perf_counter()
-        steps = feed.steps(self.training.pretrain_epochs)
-        loss = self._take_steps(0, steps, "pretraining", pretraining=True)
         if updater.trains:
-            updater.cl_postprocessing(self.parts.stream, experience.train)
+            updater.cl_postprocessing(self.parts.stream, stage.experience.train)
         self.parts.anchor.restart()
-        self.history.add(experience.train)
+        self.history.add(stage.experience.train)
         self.pretraining = {
-            "steps": steps,
-            "train_seconds": time.perf_counter() - clock,
+            "steps": stage.steps,
+            "train_seconds": stage.seconds + time.perf_counter() - clock,
             "draws_sha256": feed.digest,
-            "final_loss": loss,
+            "final_loss": stage.loss,
         }
+        self.stage = None
 
     def evaluate(self, experiences: list[Experience], seen: int) -> list[float]:
         """Append a row to the accuracy matrix: accuracy, or R², on each one's held-out data.
@@ -150,36 +214,19 @@ class ContinuousTrainer:
         if self.rounds:
             self.rounds[-1]["evaluate_seconds"] = seconds
         values = {f"{self.metric}/{e.index}": a for e, a in zip(experiences, row, strict=True)}
-        self.parts.tracker.log({"round": len(self.rounds), **values}, self.steps)
+        self.parts.tracker.log({"round": len(self.rounds), **values}, self.loop.steps)
         shown = " ".join(f"{a:.3f}" for a in row)
         self._say(f"[{self.metric}] after round {len(self.rounds)}: {shown}")
         return row
 
     def accuracy(self, experience: Experience) -> float:
         """Return the share of held-out samples that the model gets right; in regression, R²."""
-        stream, size = self.parts.stream, self.training.eval_batch_size
-        if self.metric == "r2":
-            squares = self.parts.forward.per_sample(
-                stream, experience.test, size, lambda out, y: per_sample_squares(out.logits, y)
-            )
-            return self._checked(r_squared(squares), experience)
-        errors = self.parts.forward.per_sample(
-            stream,
-            experience.test,
-            size,
-            lambda out, y: per_sample_error(out.logits, y, self.loss_name),
+        test = self.bad.without(experience.test)
+        return self._evaluator.score(
+            replace(experience, test=test), f"after round {len(self.rounds)}"
         )
-        return self._checked(1.0 - float(errors.double().mean()), experience)
 
-    def _checked(self, value: float, experience: Experience) -> float:
-        if not math.isfinite(value):
-            raise DivergenceError(
-                f"{self.metric} on experience {experience.index} is {value} after round "
-                f"{len(self.rounds)}: the model's outputs are NaN or infinite"
-            )
-        return value
-
-    def _begin(self, experience: Experience) -> None:
+    def announce(self, experience: Experience) -> None:
         """Tell the updater what the round trains on."""
         ids, history = experience.train, self.history
         self.parts.updater.begin_round(
@@ -195,51 +242,40 @@ class ContinuousTrainer:
             self.history.ids(),
             self.parts.updater.uses_hist_batch,
         )
+        stored = self.history.ids() if weights.pool is None else weights.pool
+        self.bad.silence((experience.train, weights.current), (stored, weights.history))
         for line in weights.lines():
             self._say(line)
         return weights
-
-    def _take_steps(self, number: int, steps: int, title: str, pretraining: bool = False) -> float:
-        """Train ``steps`` steps; return the global mean loss of the last one (nan if none)."""
-        updater, optimizer = self.parts.updater, self.parts.optimizer
-        watch = LossWatch(self.parts.runtime, number)
-        self.parts.progress.round_begins(title, steps)
-        self.parts.model.train()
-        loss, begun, samples = float("nan"), time.perf_counter(), 0
-        for step, (batch, hist_batch) in enumerate(self.parts.feed.batches(steps)):
-            self._set_rate(step)
-            updater.update_pre_fwd_bwd()
-            if pretraining:
-                result = Updater.fwd_bwd(updater, batch, None)
-            else:
-                result = updater.fwd_bwd(batch, hist_batch)
-            self.parts.runtime.unscale(optimizer)
-            updater.update_post_fwd_bwd()
-            optimizer.step()
-            updater.update_post_optimizer_call()
-            optimizer.zero_grad(set_to_none=True)
-            watch.add(result)
-            samples += batch.total
-            if (step + 1) % self.poll_steps == 0 or step + 1 == steps:
-                losses = watch.poll()
-                loss = losses[-1]
-                rate = samples / (time.perf_counter() - begun)
-                done = self.steps + step + 1
-                self.parts.tracker.log(
-                    {"round": number, "loss": float(np.mean(losses)), "samples_per_second": rate},
-                    done,
-                )
-                self.parts.progress.step(step + 1, loss, rate)
-        self.steps += steps
-        self.samples_trained += samples
-        return loss
-
-    def _set_rate(self, step: int) -> None:
-        factor = warmup_factor(step, self.optimizer_config.warmup_steps)
-        for group, lr in zip(self.parts.optimizer.param_groups, self._base_lrs, strict=True):
-            group["lr"] = lr * factor
 
     def _say(self, text: str) -> None:
         if self.parts.runtime.is_main:
             log.info(text)
             self.parts.progress.message(text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what all ranks share: tensors and plain values."""
+        return {
+            "rounds": self.rounds,
+            "pretraining": self.pretraining,
+            "matrix": self.matrix.state_dict(),
+            "history": self.history.state_dict(),
+            "bad": self.bad.state_dict(),
+            "evaluate_seconds": self.evaluate_seconds,
+            "steps": self.loop.steps,
+            "samples": self.loop.samples,
+            "stage": None if self.stage is None else self.stage.state_dict(),
+            "feed": None if self.stage is None else self.parts.feed.state_dict(self.stage.done),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.rounds, self.pretraining = state["rounds"], state["pretraining"]
+        self.matrix.load_state_dict(state["matrix"])
+        self.history.load_state_dict(state["history"])
+        self.bad.load_state_dict(state["bad"])
+        self.evaluate_seconds = state["evaluate_seconds"]
+        self.loop.steps, self.loop.samples = state["steps"], state["samples"]
+        if state["stage"] is not None:
+            self.stage = Stage.from_state(state["stage"])
+            self.parts.feed.load_state_dict(state["feed"])

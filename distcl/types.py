@@ -148,7 +148,9 @@ class PrioritySignal(Protocol):
     """What is scored.
 
     ``needs_anchor``: theta_star runs too; ``needs_logits``: and its logits are kept. An attribute
-    ``anchors`` = K > 1 asks for the last K anchors; the first is theta_star.
+    ``anchors`` = K > 1 asks for the last K anchors; the first is theta_star. ``needs_inputs`` =
+    False says that ``batch.x`` is not looked at, so that under source ``online``, where it is then
+    None, several batches can be scored at once.
     """
 
     needs_anchor: bool

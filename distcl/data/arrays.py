@@ -63,6 +63,11 @@ class ArraySource:
         y = as_tensor(self._y[ids], keep_integers=True)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
 
+    def stored(self, ids: Ids) -> PyTree:
+        """Return x of samples as arrays [B, ...] of the type they are stored in. Local."""
+        rows = ids if self._rows is None else self._rows[ids]
+        return tree_map(lambda leaf: leaf.take(rows, axis=0), self._x)
+
     def holdout(self, fraction: float) -> tuple[ArraySource, ArraySource]:
         """Split into sources (train, test) over the same arrays, without copying x.
 

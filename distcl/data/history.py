@@ -66,6 +66,12 @@ class History:
             self._copies.keep(held)
         return gone
 
+    def retain(self, ids: Ids) -> None:
+        """Let go of all ids but these."""
+        self._ids = self._ids[np.isin(self._ids, ids)]
+        if self._copies is not None:
+            self._copies.keep(self._ids)
+
     def ids(self) -> Ids:
         """Return every id held, int64 [H]."""
         return self._ids.copy()
@@ -121,6 +127,11 @@ class CopyingStream:
         self._stream = stream
         self.spec: DataSpec = stream.spec
         self.experiences: list[Experience] = stream.experiences
+        self.replaces = bool(getattr(stream, "replaces", False))
+        self.replaced: set[int] = getattr(stream, "replaced", set())
+        self.unusable = int(getattr(stream, "unusable", 0))
+        self.sequential = bool(getattr(stream, "sequential", False))
+        self.live_seconds = float(getattr(stream, "live_seconds", 0.0))
         self._ids: Ids = np.empty(0, dtype=np.int64)  # sorted
         self._copies: tuple[PyTree, PyTree] = (None, None)  # x and y, leaves [H, ...]
 
@@ -140,6 +151,18 @@ class CopyingStream:
             back = torch.from_numpy(np.argsort(np.argsort(~held, kind="stable")))
             x, y = tree_map(lambda a, b: torch.cat([a, b])[back], (x, y), (other.x, other.y))
         return Batch(torch.from_numpy(ids.copy()), x, y, len(ids))
+
+    def arrived(self) -> int:
+        """See :meth:`distcl.data.streams.DriftStream.arrived`."""
+        return int(self._stream.arrived())  # type: ignore[attr-defined]
+
+    def grow(self, more: int) -> Ids:
+        """See :meth:`distcl.data.streams.DriftStream.grow`."""
+        return self._stream.grow(more)  # type: ignore[attr-defined, no-any-return]
+
+    def lanes_of(self, ids: Ids, lanes: int) -> Ids:
+        """See :meth:`distcl.data.streams.DriftStream.lanes_of`."""
+        return self._stream.lanes_of(ids, lanes)  # type: ignore[attr-defined, no-any-return]
 
     def keep(self, ids: Ids) -> None:
         """Hold copies of these samples [H] and no others; those not yet held are read now."""

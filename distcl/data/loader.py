@@ -45,7 +45,9 @@ class BatchLoader:
 
     ``workers`` processes read ahead; they keep the copy of ``source`` that they started with, so a
     source that changes needs a new loader. ``pin_memory`` matters with CUDA only. What ``read``
-    raises of distcl's own errors arrives as it was, also out of a worker.
+    raises of distcl's own errors arrives as it was, also out of a worker. If the source has a set
+    ``replaced``, ids in whose place another sample was read are added to it, here, in the main
+    process.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class BatchLoader:
         self._device = torch.device(device)
         self._dtype = dtype
         self._plan = _Steps(sampler)
+        self._replaced: set[int] | None = getattr(source, "replaced", None)
         self._loader: DataLoader[Any] = DataLoader(
             _Reads(source),
             batch_size=None,
@@ -81,7 +84,10 @@ class BatchLoader:
                     raise read
                 finally:
                     del read  # else the traceback is in a cycle, and workers take seconds to end
-            yield Batch(*read).to(self._device, self._dtype)
+            batch, asked = Batch(*read[:-1]), read[-1]
+            if self._replaced is not None and not torch.equal(asked, batch.ids):
+                self._replaced.update(asked[asked != batch.ids].tolist())
+            yield batch.to(self._device, self._dtype)
 
 
 class _Steps:
@@ -106,13 +112,14 @@ class _Reads(Dataset[Any]):
 
     def __getitem__(
         self, step: tuple[list[int], int]
-    ) -> tuple[torch.Tensor, PyTree, PyTree, int] | DistclError:
-        ids, total = step
+    ) -> tuple[torch.Tensor, PyTree, PyTree, int, torch.Tensor] | DistclError:
+        ids, total = np.asarray(step[0], dtype=np.int64), step[1]
         try:
-            batch = self._source.read(np.asarray(ids, dtype=np.int64))
+            batch = self._source.read(ids)
         except DistclError as error:
             return error
-        return batch.ids, batch.x, batch.y, total  # a tuple, which DataLoader knows how to pin
+        # a tuple, which DataLoader knows how to pin; the ids asked for, in case others were read
+        return batch.ids, batch.x, batch.y, total, torch.from_numpy(ids)
 
 
 def _unchanged(read: T) -> T:

@@ -8,6 +8,8 @@ the file really holds. Mapped data are not checked against the archive's CRC.
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 import re
 import struct
@@ -84,6 +86,22 @@ def npz_keys(path: Path) -> list[str]:
     """Return the names of the arrays in an .npz file. Raises DataError as :func:`open_npz`."""
     with _archive(path) as (_, members):
         return list(members)
+
+
+def parse_npy(data: bytes) -> Array:
+    """Return the array that the bytes of an .npy file hold, read-only, without copying. Local.
+
+    Raises DataError if they are truncated, not an .npy, or not numeric.
+    """
+    width = 2 if data[6:7] == b"\x01" else 4
+    header = _header_of(data[: 8 + width + int.from_bytes(data[8 : 8 + width], "little")])
+    _require(len(data) - header.length, header.nbytes, "it")
+    return np.ndarray(header.shape, header.dtype, data, header.length, order=header.order)
+
+
+@functools.lru_cache(64)
+def _header_of(head: bytes) -> _Header:
+    return _read_header(io.BytesIO(head), "it")
 
 
 @contextmanager

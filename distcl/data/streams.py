@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from distcl import registry
-from distcl.config import StreamConfig
+from distcl.config import DataConfig, StreamConfig
 from distcl.data.checksum import check_files
 from distcl.data.drift import Drift, Mask, require_classes
 from distcl.data.loader import as_source, iterate_chunks
@@ -18,20 +20,29 @@ _ORDER = 4  # tells the stream's own draws from those of the drifts
 _CHUNK = 1024
 
 
-def create_stream(config: StreamConfig, seed: int) -> DriftStream:
-    """Return the stream that ``[stream]`` describes. Local.
+def create_stream(config: StreamConfig, seed: int, data: DataConfig | None = None) -> DriftStream:
+    """Return the stream that ``[stream]`` describes. Local. Raises ConfigError or DataError."""
+    return DriftStream(*create_sources(config, data or DataConfig()), config, seed)
+
+
+def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Source]:
+    """Return the sources, (train, test), that ``[stream]`` names, without any drift. Local.
 
     The source's factory, built in or the user's own, takes the StreamConfig and, as keywords,
-    ``stream.options``, and returns two sources, (train, test); see :class:`distcl.types.Source`.
-    Files in ``stream.sha256`` are checked first. Raises ConfigError or DataError.
+    ``stream.options`` and, if it has a parameter ``data``, the DataConfig; see
+    :class:`distcl.types.Source` for what it returns. Files in ``stream.sha256`` are checked first.
+    Raises ConfigError or DataError.
     """
     check_files(config)
-    made = registry.create("source", config.source, config, options=config.options)
+    options = dict(config.options)
+    if "data" in inspect.signature(registry.resolve("source", config.source)).parameters:
+        options["data"] = data
+    made = registry.create("source", config.source, config, options=options)
     if not isinstance(made, tuple) or len(made) != 2:
         raise ConfigError(
             f"stream.source = '{config.source}' must return two sources, (train, test)"
         )
-    return DriftStream(*made, config, seed)
+    return as_source(made[0]), as_source(made[1])
 
 
 class DriftStream:
@@ -52,6 +63,13 @@ class DriftStream:
     floating-point y the stream is one for regression (``spec.classes`` is 0), and schedules that
     choose samples by class do not fit.
 
+    Two more attributes that sources may have say which samples an experience takes: ``usable``,
+    bool [N], leaves bad ones out, and ``groups``, int64 [N], is each sample's concept (None: no
+    restriction). A source whose ``replaces`` is true may read another sample in the place of a bad
+    one, and says so by its id; ``replaced`` remembers the ids asked for. One that is ``sequential``
+    keeps its own order as the stream order, and tells by ``shard_of`` which parts can be read side
+    by side. One with ``live_seconds`` may be given more samples as time goes by.
+
     Raises ConfigError naming the key that does not fit the data, DataError on bad data.
     """
 
@@ -71,6 +89,15 @@ class DriftStream:
         gradual = config.transition == "gradual"
         self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
         """Whether a row of an experience still comes from the concept before."""
+        self.replaces = any(getattr(s, "replaces", False) for s in (self._train, self._test))
+        self.replaced: set[int] = set()
+        """Ids that were asked for and turned out bad, in this process."""
+        self.sequential = bool(getattr(self._train, "sequential", False))
+        self.live_seconds = float(getattr(self._train, "live_seconds", 0.0))
+        """How long to wait for more samples at the end of the stream; 0: there are no more."""
+        known_bad = (getattr(s, "usable", None) for s in (self._train, self._test))
+        self.unusable = sum(int((~u).sum()) for u in known_bad if u is not None)
+        """How many samples are left out of all experiences, known to be bad from the start."""
         sizes = len(self._train), len(self._test)
         known = [
             np.zeros(n, np.int64) if part is None else part
@@ -87,13 +114,46 @@ class DriftStream:
         rows, concept, test = self._locate(ids)
         group = concept * 2 + test if self._apply else test.astype(np.int64)
         if len(ids) == 0 or (group == group[0]).all():
-            x, y = self._read_group(ids, rows, int(group[0]) if len(ids) else 0)
+            x, y = self._read_group(ids, rows, slice(None), int(group[0]) if len(ids) else 0)
             return Batch(torch.from_numpy(ids), x, y, len(ids))
         places = [np.flatnonzero(group == g) for g in np.unique(group)]
-        parts = [self._read_group(ids[p], rows[p], int(group[p[0]])) for p in places]
+        parts = [self._read_group(ids, rows, p, int(group[p[0]])) for p in places]
         back = torch.from_numpy(np.argsort(np.concatenate(places)))
         x, y = tree_map(lambda *some: torch.cat(some).index_select(0, back), *parts)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
+
+    def arrived(self) -> int:
+        """Return how many training samples have come since the last look. Local; live streams."""
+        return int(self._train.arrived())  # type: ignore[attr-defined]
+
+    def grow(self, more: int) -> Ids:
+        """Take in ``more`` training samples that have come; return their ids. Local.
+
+        Raises DataError naming a sample of a class that the stream had not at its start.
+        """
+        before = self._train.grow(more)  # type: ignore[attr-defined]
+        rows = np.arange(before, len(self._train))
+        labels = getattr(self._train, "labels", None)
+        if labels is not None and labels[rows].max() >= self.spec.classes:
+            row = int(rows[labels[rows].argmax()])
+            raise DataError(
+                f"sample {row}, new in the stream, has label {labels[row]}; the stream began with "
+                f"labels below {self.spec.classes}"
+            )
+        usable = getattr(self._train, "usable", None)
+        if usable is not None:
+            self.unusable += int((~usable[rows]).sum())
+            rows = rows[usable[rows]]
+        return pack_ids(0, rows)
+
+    def lanes_of(self, ids: Ids, lanes: int) -> Ids:
+        """Return which of ``lanes`` equal runs of shards each training sample is in, [N]. Local.
+
+        For sequential sources only.
+        """
+        shard = self._train.shard_of  # type: ignore[attr-defined]
+        lane: Ids = shard * lanes // (int(shard[-1]) + 1)
+        return lane[unpack_ids(ids)[1]]
 
     def _locate(self, ids: Ids) -> tuple[Ids, Ids, Mask]:
         """Return (base row [B], concept [B], is_test [B]) of ids that are in the stream."""
@@ -111,10 +171,21 @@ class DriftStream:
             experience = experience - (self._older[experience, np.where(test, 0, rows)] & ~test)
         return rows, experience % self._concepts, test
 
-    def _read_group(self, ids: Ids, rows: Ids, group: int) -> tuple[PyTree, PyTree]:
-        """Read samples that share their split and concept, and let them drift."""
+    def _read_group(
+        self, ids: Ids, rows: Ids, places: Ids | slice, group: int
+    ) -> tuple[PyTree, PyTree]:
+        """Read the samples at ``places``, of one split and concept, and let them drift.
+
+        Where another sample was read in the place of a bad one, its id is put into ``ids``.
+        """
         concept, test = divmod(group, 2)
-        base = (self._test if test else self._train).read(rows)
+        source = self._test if test else self._train
+        base = source.read(rows[places])
+        if getattr(source, "replaces", False):
+            other = base.ids.numpy() - rows[places]
+            self.replaced.update(ids[places][other != 0].tolist())
+            ids[places] += other
+        ids = ids[places]
         if not self._apply or len(ids) == 0:
             return base.x, base.y
         (x,), tree = tree_flatten(base.x)
@@ -130,25 +201,30 @@ class DriftStream:
 
     def _experience(self, e: int, train_labels: Ids, test_labels: Ids) -> Experience:
         rng = np.random.default_rng([self._seed, _ORDER, e])
-        rows = rng.permutation(np.flatnonzero(self._members_of(train_labels, e)))
+        rows = rng.permutation(np.flatnonzero(self._members_of(self._train, train_labels, e)))
         wanted = self._config.samples_per_experience
         if wanted > len(rows):
             raise ConfigError(
                 f"stream.samples_per_experience = {wanted}, but experience {e} has {len(rows)}"
             )
-        held_out = np.flatnonzero(self._members_of(test_labels, e))
+        held_out = np.flatnonzero(self._members_of(self._test, test_labels, e))
         if len(rows) == 0 or len(held_out) == 0:
             part = "training" if len(rows) == 0 else "test"
             raise DataError(f"experience {e} has no {part} samples")
         rows = rows[: wanted or None]
+        if self.sequential or self.live_seconds:
+            rows.sort()
         if e > 0 and len(self._older) and self._concepts > 1:
-            self._blend(e, rows, self._members_of(train_labels, e - 1), rng)
+            self._blend(e, rows, self._members_of(self._train, train_labels, e - 1), rng)
         name = f"{'+'.join(self._config.drifts)} {e}"
         return Experience(e, pack_ids(e, rows), pack_ids(e, held_out, test=True), name)
 
-    def _members_of(self, labels: Ids, e: int) -> Mask:
+    def _members_of(self, source: Source, labels: Ids, e: int) -> Mask:
         """Return which rows, of those with ``labels`` [N], the concept of experience e has."""
-        mask = np.ones(len(labels), dtype=np.bool_)
+        usable, groups = (getattr(source, name, None) for name in ("usable", "groups"))
+        mask = np.ones(len(labels), dtype=np.bool_) if usable is None else np.array(usable)
+        if groups is not None:
+            mask &= groups == e % self._concepts
         for members in self._members:
             mask &= members(labels, e % self._concepts)
         return mask

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from distcl.partition.replicated import Replicated
 from distcl.runtime import Runtime
 
 Slices = Mapping[str, torch.Tensor]
 """Name -> 1-D tensor: the part of each parameter or buffer that this rank owns."""
+
+Fetch = Callable[[str, int, int], torch.Tensor]
+"""(name, start, stop) -> those elements of a saved tensor, 1-D, on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """An optimizer's state by name of parameter, of any layout.
+
+    slices: state key ("exp_avg") -> this rank's slices; plain: parameter -> state key ("step") ->
+    what does not have the parameter's shape.
+    """
+
+    slices: dict[str, dict[str, torch.Tensor]]
+    plain: dict[str, dict[str, torch.Tensor]]
 
 
 class Partition(Protocol):
@@ -28,6 +43,30 @@ class Partition(Protocol):
 
     def trainable(self) -> dict[str, torch.Tensor]:
         """Return those of :meth:`owned` that are parameters and take gradients. Local."""
+        ...
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Return where in each tensor my slice lies, [start, stop) of its elements. Local."""
+        ...
+
+    def load(self, fetch: Fetch) -> None:
+        """Replace weights and buffers by saved ones, each rank what it needs. Collective."""
+        ...
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
+        """Return my slices of the optimizer's state, and what is no slice. Local."""
+        ...
+
+    def load_optimizer_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        fetch: Mapping[str, Fetch],
+        plain: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Restore the optimizer's state; ``fetch`` has a reader for each of its keys. Collective.
+
+        ``plain`` is what the saving ranks had in ``OptimizerState.plain``, put together.
+        """
         ...
 
     def grads(self) -> dict[str, torch.Tensor]:
@@ -76,4 +115,6 @@ class Partition(Protocol):
 
 def create_partition(runtime: Runtime, model: nn.Module) -> Partition:
     """Return the partition that fits how ``model`` was prepared. Local."""
+    from distcl.partition.replicated import Replicated
+
     return Replicated(runtime, model)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distcl.errors import UsageError
+from distcl.partition.base import Fetch, OptimizerState
 from distcl.runtime import Runtime
 
 BUCKET_ELEMENTS = 1 << 20
@@ -85,12 +86,58 @@ class Replicated:
 
     def owned(self) -> dict[str, torch.Tensor]:
         """My slices, live views."""
-        mine = {n: ab for group in self._groups.values() for n, ab in group.mine.items()}
+        mine = self.ranges()
         return {
             name: flat(name, self._tensors[name])[slice(*mine[name])]
             for name in self._tensors
             if name in mine
         }
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Where in each tensor my slice lies."""
+        return {n: ab for group in self._groups.values() for n, ab in group.mine.items()}
+
+    def load(self, fetch: Fetch) -> None:
+        """Replace every weight and buffer. Local."""
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                flat(name, tensor).copy_(fetch(name, 0, tensor.numel()))
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
+        """My slices of what has a parameter's shape, copies not taken. Local."""
+        mine = self.ranges()
+        found = OptimizerState({}, {})
+        for name, parameter in self._parameters.items():
+            if parameter not in optimizer.state:
+                continue
+            plain = found.plain.setdefault(name, {})
+            for key, value in optimizer.state[parameter].items():
+                if value is None:
+                    continue
+                value = torch.as_tensor(value)
+                if value.shape != parameter.shape or value.dim() == 0:
+                    plain[key] = value
+                elif name in mine:
+                    part = flat(name, value)[slice(*mine[name])]
+                    found.slices.setdefault(key, {})[name] = part
+        return found
+
+    def load_optimizer_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        fetch: Mapping[str, Fetch],
+        plain: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Restore whole states on every rank. Local."""
+        for name, parameter in self._parameters.items():
+            if name not in plain:
+                continue
+            state = {key: value.clone() for key, value in plain[name].items()}
+            for key, read in fetch.items():
+                whole = torch.empty_like(parameter)
+                flat(name, whole).copy_(read(name, 0, parameter.numel()))
+                state[key] = whole
+            optimizer.state[parameter] = state
 
     def trainable(self) -> dict[str, torch.Tensor]:
         """My slices of the parameters that take gradients, live views."""
@@ -99,7 +146,7 @@ class Replicated:
 
     def grads(self) -> dict[str, torch.Tensor]:
         """My slices of the gradients, live views."""
-        mine = {n: ab for group in self._groups.values() for n, ab in group.mine.items()}
+        mine = self.ranges()
         return {
             name: self._flat_grad(name, parameter)[slice(*mine[name])]
             for name, parameter in self._parameters.items()

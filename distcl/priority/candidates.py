@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +45,10 @@ class Chooser:
         self._low, self._high, self._sums = np.inf, 0.0, np.zeros(3)
 
     def choose(
-        self, round_index: int, batches: Iterable[tuple[Batch, Ids]]
+        self, round_index: int, batches: Iterable[tuple[Batch, Ids]], first_step: int = 0
     ) -> Iterator[tuple[Batch, Ids]]:
         """Yield (this rank's part, all ids) of what is kept of each (part, all ids). Collective."""
-        for step, (batch, ids) in enumerate(batches):
+        for step, (batch, ids) in enumerate(batches, start=first_step):
             clock, forwards = time.perf_counter(), self._scorer.forward.forwards
             scores = self._scorer.score_batch(batch, ids).cpu().numpy().astype(np.float64)
             weights = self._shape.weights(scores, ids)
@@ -94,6 +95,23 @@ class Chooser:
             "std": float(max(square - mean**2, 0.0) ** 0.5),
             "ess_fraction": float(ess),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been counted so far."""
+        return {
+            "forwards": self.forwards,
+            "seconds": self.seconds,
+            "number": self._number,
+            "range": [float(self._low), float(self._high)],
+            "sums": self._sums.tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.forwards, self.seconds = state["forwards"], state["seconds"]
+        self._number = state["number"]
+        self._low, self._high = state["range"]
+        self._sums = np.array(state["sums"])
 
 
 def deal(owner: Ids, world_size: int) -> Ids:

@@ -6,13 +6,18 @@ import hashlib
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
 from distcl.data.loader import BatchLoader
+from distcl.errors import ConfigError
 from distcl.priority.candidates import Chooser
 from distcl.priority.draws import Weights, generator
+from distcl.priority.lanes import LaneSampler
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
@@ -27,6 +32,8 @@ _WINDOWS, _CHOICE = 16, 32  # added to the stream of a lane
 
 Drawn = tuple[Batch, Ids]
 """This rank's part of a global batch, and the ids of all of it."""
+Pass = DistributedWeightedSampler | LaneSampler
+"""What draws one pass after another."""
 
 
 class Feed:
@@ -35,7 +42,8 @@ class Feed:
     One plan draws the training batches, from the current data and, if history is mixed in, from
     both; a second one draws history batches for updaters that take them. A plan whose weights
     change on the way (``ledger``) is a WindowPlan, any other a DistributedWeightedSampler, whose
-    batches may be candidates that a Chooser chooses among.
+    batches may be candidates that a Chooser chooses among; over a source that is read from front
+    to back, a LaneSampler.
     """
 
     def __init__(
@@ -59,7 +67,14 @@ class Feed:
         self._seed = seed
         self._scorer = scorer
         self._ledger = ledger
+        self._sequential = bool(getattr(source, "sequential", False))
+        if self._sequential and priority.source != "score":
+            raise ConfigError(
+                f"priority.source = '{priority.source}' draws at random, which a stream of shards "
+                "cannot be read by; use 'score', or data.access = 'indexed'"
+            )
         self._shape = Shape(priority, continual.importance_alpha)
+        self._weighted: tuple[Ids | None, Ids | None] = (None, None)
         self._sizes = {
             _MAIN: training.batch_size,
             _HISTORY: continual.replay_batch_size or training.batch_size,
@@ -105,11 +120,18 @@ class Feed:
     def _from_ledger(self, ledger: Ledger, round_index: int, update: int) -> RoundWeights:
         """Return weights by the table as it is, over a fresh pool of the history if asked."""
         current, history = self._weighted
-        pool, size = None, self._priority.pool
+        size, chosen, pool = self._priority.pool, None, None
         if history is not None and 0 < size < len(history):
             rng = generator(self._seed, _POOL, round_index, update)
-            pool = history[rng.choice(len(history), size, replace=False, shuffle=False)]
-        return weigh(self._shape, ledger.table.read, current, history, pool)
+            chosen = rng.choice(len(history), size, replace=False, shuffle=False)
+            pool = history[chosen]
+
+        def read(ids: Ids) -> Weights:
+            if ids is pool and history is not None:
+                return ledger.table.read(history, chosen)
+            return ledger.table.read(ids)
+
+        return weigh(self._shape, read, current, history, pool, report=not update)
 
     # ------------------------------------------------------------ 3. sampler
 
@@ -128,7 +150,7 @@ class Feed:
         self._weights = weights
         self._replayed = history_batch and len(history) > 0
         self._pass_steps = -(-sum(self._draws(current, history)) // self._training.batch_size)
-        self._digest = hashlib.sha256()
+        self._digest = b""
         self._refresh_seconds = 0.0
         self._choosers: dict[int, Chooser] = {}
         self._plans = {which: self._plan(which, g) for which, g in self._groups(weights).items()}
@@ -186,7 +208,7 @@ class Feed:
             current.draws + stored.draws,
         )
 
-    def _plan(self, which: int, groups: list[Part]) -> DistributedWeightedSampler | WindowPlan:
+    def _plan(self, which: int, groups: list[Part]) -> Pass | WindowPlan:
         """Return who draws the training batches, or the history batches."""
         rank, world = self._runtime.rank, self._runtime.world_size
         size, seed, draw = self._sizes[which], self._seed, self._priority.draw
@@ -201,6 +223,20 @@ class Feed:
             self._choosers[which] = Chooser(
                 self._scorer, self._source, self._shape, of, seed, which + _CHOICE
             )
+        if self._sequential:
+            lanes = LaneSampler(
+                size,
+                self._data.lanes,
+                self._source.lanes_of,  # type: ignore[attr-defined]
+                window=self._data.shuffle_buffer,
+                rank=rank,
+                world_size=world,
+                seed=seed,
+                round_index=self._round,
+                stream=which,
+            )
+            lanes.set_groups(groups)
+            return lanes
         sampler = DistributedWeightedSampler(
             size,
             rank=rank,
@@ -215,11 +251,13 @@ class Feed:
 
     # ------------------------------------------------------------ 4. steps
 
-    def batches(self, steps: int) -> Iterator[tuple[Batch, Batch | None]]:
-        """Yield (batch, history batch or None) for ``steps`` steps. Collective."""
-        lanes = [self._lane(which) for which in self._plans]
+    def batches(self, steps: int, done: int = 0) -> Iterator[tuple[Batch, Batch | None]]:
+        """Yield (batch, history batch or None) for the steps left of ``steps``. Collective."""
+        lanes = [self._lane(which, done) for which in self._plans]
         every = self._priority.refresh_steps
-        for step in range(1, steps + 1):
+        if self._ledger is not None and done and done % every == 0:
+            self._refresh(self._ledger, done)  # saved after the step, before the refresh
+        for step in range(done + 1, steps + 1):
             batch, *hist = [self._take(lane) for lane in lanes]
             yield batch, hist[0] if hist else None
             if self._ledger is not None and (step % every == 0 or step == steps):
@@ -231,8 +269,16 @@ class Feed:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the global ids drawn in this round so far, in order; equal on all ranks."""
-        return self._digest.hexdigest()
+        """SHA-256 of the global ids drawn in this round so far, in order; equal on all ranks.
+
+        A chain: of the digest before a batch and the batch's ids, little-endian int64.
+        """
+        return self._digest.hex()
+
+    @property
+    def weights(self) -> RoundWeights:
+        """The weights that the round began with, and their report."""
+        return self._weights
 
     @property
     def forwards(self) -> int:
@@ -247,16 +293,16 @@ class Feed:
 
     def _take(self, lane: Iterator[Drawn]) -> Batch:
         batch, ids = next(lane)
-        self._digest.update(ids.astype("<i8").tobytes())
+        self._digest = hashlib.sha256(self._digest + ids.astype("<i8").tobytes()).digest()
         return batch
 
-    def _lane(self, which: int) -> Iterator[Drawn]:
+    def _lane(self, which: int, done: int) -> Iterator[Drawn]:
         """Return the batches of a plan, without end or for all of the round's steps."""
         plan = self._plans[which]
         loader = BatchLoader(
             self._source,
             plan,
-            workers=self._data.workers,
+            workers=min(self._data.workers, 1) if self._sequential else self._data.workers,
             pin_memory=self._data.pin_memory,
             device=self._runtime.device,
             dtype=self._runtime.dtype,
@@ -265,12 +311,10 @@ class Feed:
             return self._windows(plan, loader)
         drawn = self._passes(plan, loader, self._groups(self._weights)[which])
         chooser = self._choosers.get(which)
-        return drawn if chooser is None else chooser.choose(self._round, drawn)
+        return drawn if chooser is None else chooser.choose(self._round, drawn, done)
 
-    def _passes(
-        self, sampler: DistributedWeightedSampler, loader: BatchLoader, groups: list[Part]
-    ) -> Iterator[Drawn]:
-        correction, epoch = self._correction(), 0
+    def _passes(self, sampler: Pass, loader: BatchLoader, groups: list[Part]) -> Iterator[Drawn]:
+        correction, epoch = self._correction(), sampler.epoch
         while True:
             sampler.set_epoch(epoch)
             for step, batch in enumerate(loader, start=sampler.first_step):
@@ -297,3 +341,82 @@ class Feed:
             for which, plan in windows.items():
                 plan.set_groups(groups[which], from_step=from_step)
         self._refresh_seconds += time.perf_counter() - clock
+
+    # ------------------------------------------------------------ state
+
+    def ledger_state(self) -> dict[str, Any] | None:
+        """Return the state of the signal table, the same on every rank. Collective."""
+        if self._ledger is None:
+            return None
+        if self._ledger.waits:
+            self._ledger.gather()
+        return self._ledger.state_dict()
+
+    def load_ledger(self, state: dict[str, Any] | None) -> None:
+        """Restore it. Local."""
+        if self._ledger is not None and state is not None:
+            self._ledger.load_state_dict(state)
+
+    def state_dict(self, done: int) -> dict[str, Any]:
+        """Return what all ranks share of a round after ``done`` steps: tensors, plain values."""
+        w = self._weights
+        plans = {}
+        for which, plan in self._plans.items():
+            consumed = done
+            if not isinstance(plan, WindowPlan) and done:
+                consumed = (done - 1) % len(plan) + 1
+            plans[which] = plan.state_dict(consumed)
+        return {
+            "round": self._round,
+            "current": torch.from_numpy(self._current),
+            "history": torch.from_numpy(self._history),
+            "replayed": self._replayed,
+            "weights": {
+                "current": _tensor(w.current),
+                "history": _tensor(w.history),
+                "pool": _tensor(w.pool),
+                "chosen": list(w.chosen),
+                "report": w.report,
+                "note": w.note,
+            },
+            "weighted": [_tensor(ids) for ids in self._weighted],
+            "digest": self._digest.hex(),
+            "seconds": self._refresh_seconds,
+            "plans": plans,
+            "choosers": {which: c.state_dict() for which, c in self._choosers.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the round that was saved, at any world size. Local."""
+        w = state["weights"]
+        self._round = state["round"]
+        self._current, self._history = state["current"].numpy(), state["history"].numpy()
+        self._replayed = state["replayed"]
+        self._weights = RoundWeights(
+            _array(w["current"]),
+            _array(w["history"]),
+            _array(w["pool"]),
+            (w["chosen"][0], w["chosen"][1]),
+            w["report"],
+            w["note"],
+        )
+        self._weighted = (_array(state["weighted"][0]), _array(state["weighted"][1]))
+        draws = sum(self._draws(self._current, self._history))
+        self._pass_steps = -(-draws // self._training.batch_size)
+        self._digest = bytes.fromhex(state["digest"])
+        self._refresh_seconds = state["seconds"]
+        self._choosers = {}
+        groups = self._groups(self._weights)
+        self._plans = {which: self._plan(which, groups[which]) for which in state["plans"]}
+        for which, plan in self._plans.items():
+            plan.load_state_dict(state["plans"][which])
+        for which, chooser in self._choosers.items():
+            chooser.load_state_dict(state["choosers"][which])
+
+
+def _tensor(array: npt.NDArray[Any] | None) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array)
+
+
+def _array(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else tensor.numpy()

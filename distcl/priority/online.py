@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.data.loader import iterate_chunks
 from distcl.errors import ConfigError
@@ -18,33 +18,34 @@ from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source, un
 
 _CHUNK = 1024
 _UNKNOWN = -1
+_MOST_WAITING = 1 << 22  # elements of outputs
 
 
 class SignalTable:
     """Scores by id, approximate: the last that each sample got. The same on every rank. Local.
 
     A sample never seen counts as the mean of its (experience, class), of those seen; where none
-    is, or the class is unknown, as the mean of all. Of M ids held it keeps 24 M bytes.
+    is, or the class is unknown, as the mean of all. Of M ids held it keeps 32 M bytes.
     """
 
     def __init__(self, classes: int = 0) -> None:
         self._classes = classes
-        self.ids: Ids = np.empty(0, dtype=np.int64)  # sorted
-        self._scores = np.empty(0)  # NaN: never seen
-        self._labels: Ids = np.empty(0, dtype=np.int64)
-        self._asked: Ids | None = None  # the ids of the last read, and where they are
-        self._sort_into_cells()
+        self._hold(np.empty(0, dtype=np.int64))
+
+    def _hold(self, ids: Ids) -> None:
+        self.ids = ids  # sorted
+        self._scores = np.full(len(ids), np.nan)  # NaN: never seen
+        self._labels = np.full(len(ids), _UNKNOWN)
+        self._writer = np.empty(len(ids), dtype=np.int64)
+        self._found: list[tuple[Ids, Ids]] = []  # what was read, and where it is
 
     def keep(self, ids: Ids) -> None:
         """Hold exactly these ids [M]: new ones are not seen yet, those left out are forgotten."""
         old_ids, old_scores, old_labels = self.ids, self._scores, self._labels
-        self.ids = np.unique(ids)
-        self._scores = np.full(len(self.ids), np.nan)
-        self._labels = np.full(len(self.ids), _UNKNOWN)
+        self._hold(np.unique(ids))
         at, known = _find(self.ids, old_ids)
         self._scores[at[known]] = old_scores[known]
         self._labels[at[known]] = old_labels[known]
-        self._sort_into_cells()
 
     def write(self, ids: Ids, scores: Weights, labels: Ids) -> None:
         """Take scores [N] in the order of draws: the last of an id counts; ids not held do not.
@@ -52,20 +53,17 @@ class SignalTable:
         ``labels`` [N]: classes, or -1 where unknown.
         """
         at, held = _find(self.ids, ids)
-        last, first = np.unique(at[held][::-1], return_index=True)
-        scores, labels = scores[held][::-1][first], labels[held][::-1][first]
-        old = self._scores[last]
-        fresh = np.isnan(old)
-        self._labels[last] = np.where(fresh, self._valid(labels), self._labels[last])
-        cells = self._cells(last)
-        gain = scores - np.where(fresh, 0.0, old)
-        self._sums += np.bincount(cells, gain, minlength=len(self._sums))
-        self._counts += np.bincount(cells[fresh], minlength=len(self._counts))
-        self._scores[last] = scores
+        if not held.all():
+            at, scores, labels = at[held], scores[held], labels[held]
+        order = np.arange(len(at))
+        self._writer[at] = order  # of several, numpy lets the last one write
+        last = self._writer[at] == order
+        self._scores[at[last]] = scores[last]
+        self._labels[at[last]] = labels[last]
 
     def label(self, ids: Ids, labels: Ids) -> None:
         """Tell the classes [N] of ids that were never seen; -1 where unknown."""
-        self._labels[_find(self.ids, ids)[0]] = self._valid(labels)
+        self._labels[_find(self.ids, ids)[0]] = labels
 
     def unseen(self, ids: Ids) -> Ids:
         """Return those of ``ids``, all held, that were never seen and whose class is unknown."""
@@ -73,11 +71,16 @@ class SignalTable:
         unseen: Ids = ids[np.isnan(self._scores[at]) & (self._labels[at] == _UNKNOWN)]
         return unseen
 
-    def read(self, ids: Ids) -> Weights:
-        """Return scores float64 [N] of ids, all of which are held."""
-        if ids is not self._asked:  # a round asks for the same again and again
-            self._asked, self._asked_at = ids, _find(self.ids, ids)[0]
-        at = self._asked_at
+    def read(self, ids: Ids, chosen: Ids | None = None) -> Weights:
+        """Return scores float64 [N] of ids, all held, or of those at the positions ``chosen``.
+
+        Where they are is remembered for two arrays of ids: a round asks for the same ones again.
+        """
+        found = next((at for known, at in self._found if known is ids), None)
+        if found is None:
+            found = _find(self.ids, ids)[0]
+            self._found = [*self._found[-1:], (ids, found)]
+        at = found if chosen is None else found[chosen]
         scores = self._scores[at]
         missing = np.isnan(scores)
         if missing.any():
@@ -85,31 +88,20 @@ class SignalTable:
         return scores
 
     def _means(self, at: Ids) -> Weights:
-        seen = self._counts.sum()
-        overall = self._sums.sum() / seen if seen else 1.0
-        cells = self._cells(at)
-        counts = np.where(self._labels[at] == _UNKNOWN, 0, self._counts[cells])
-        means: Weights = np.where(counts > 0, self._sums[cells] / np.maximum(counts, 1), overall)
-        return means
-
-    def _valid(self, labels: Ids) -> Ids:
-        valid: Ids = np.where(labels < self._classes, labels, _UNKNOWN)
-        return valid
-
-    def _cells(self, at: Ids) -> Ids:
-        cells: Ids = self._first_cell[at] + self._labels[at]
-        return cells
-
-    def _sort_into_cells(self) -> None:
-        """Give every (experience, class) a cell, unknown classes one too; sum what is seen."""
-        experiences, rank = np.unique(unpack_ids(self.ids)[0], return_inverse=True)
-        self._first_cell = rank * (self._classes + 1) + 1
+        """Return what samples never seen count as; O(M)."""
         seen = np.flatnonzero(~np.isnan(self._scores))
-        number = len(experiences) * (self._classes + 1)
-        sums = np.bincount(self._cells(seen), self._scores[seen], minlength=number)
-        self._sums = sums.astype(np.float64)  # of nothing they are integers
-        self._counts = np.bincount(self._cells(seen), minlength=number)
-        self._asked = None
+        if not len(seen):
+            return np.ones(len(at))
+        experience = unpack_ids(self.ids)[0]
+        experience = np.cumsum(np.diff(experience, prepend=experience[:1]) != 0)  # 0, 1, 2, …
+        known = (self._labels >= 0) & (self._labels < self._classes)
+        cell = np.where(known, experience * self._classes + self._labels, _UNKNOWN) + 1
+        sums = np.bincount(cell[seen], self._scores[seen], minlength=cell.max() + 1)
+        counts = np.bincount(cell[seen], minlength=cell.max() + 1)
+        sums[0], counts[0] = self._scores[seen].sum(), len(seen)  # of all, for unknown classes
+        cell = np.where(counts[cell[at]] > 0, cell[at], 0)
+        means: Weights = sums[cell] / counts[cell]
+        return means
 
     def state_dict(self) -> dict[str, Any]:
         """Return ids int64 [M], scores float64 [M] (NaN: never seen) and labels int64 [M]."""
@@ -121,10 +113,9 @@ class SignalTable:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.ids = state["ids"].numpy().copy()
-        self._scores = state["scores"].numpy().copy()
-        self._labels = state["labels"].numpy().copy()
-        self._sort_into_cells()
+        self._hold(state["ids"].numpy().copy())
+        self._scores[:] = state["scores"].numpy()
+        self._labels[:] = state["labels"].numpy()
 
 
 def _find(held: Ids, ids: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
@@ -137,13 +128,12 @@ def _find(held: Ids, ids: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What one training forward told of this rank's part of a batch, on the device."""
+    """What training forwards told of this rank's parts of some batches, on the device."""
 
     ids: torch.Tensor
     scores: torch.Tensor
     losses: torch.Tensor
     labels: torch.Tensor
-    total: int
 
 
 class Ledger:
@@ -159,75 +149,103 @@ class Ledger:
         self._runtime = runtime
         self._signal = signal
         self._classes = classes
-        self._window: list[_Seen] = []
+        self._can_wait = not getattr(signal, "needs_inputs", True)
+        self._sizes: list[tuple[int, int]] = []  # of each batch: of this rank's part, of all parts
+        self._waiting: list[tuple[PyTree, ...]] = []  # ids, x, y, outputs, losses: not scored yet
+        self._elements = 0  # of the outputs that wait
+        self._seen: list[_Seen] = []
+        self._heard = False  # of any training forward
         self._round = -1
 
     def observe(self, batch: Batch, outputs: PyTree, losses: torch.Tensor) -> None:
-        """Score this rank's part of a training batch [B] by its outputs and losses. Local."""
-        losses = losses.detach()
+        """Take outputs and losses [B] of this rank's part of a training batch. Local.
+
+        A signal that needs no inputs scores several batches at once, which is cheaper.
+        """
+        n = len(batch)
+        self._sizes.append((n, batch.total))
+        if not n:
+            return
+        one = isinstance(outputs, torch.Tensor)
+        outputs = outputs.detach() if one else tree_map(torch.Tensor.detach, outputs)
+        x = None if self._can_wait else batch.x
+        self._waiting.append((batch.ids, x, batch.y, outputs, losses.detach()))
+        self._elements += sum(leaf.numel() for leaf in ([outputs] if one else tree_leaves(outputs)))
+        if not self._can_wait or self._elements > _MOST_WAITING:
+            self._score()
+
+    def _score(self) -> None:
+        """Score what waits."""
+        if not self._waiting:
+            return
+        ids, x, y, logits, loss = (_cat(column) for column in zip(*self._waiting, strict=True))
+        self._waiting, self._elements = [], 0
         with torch.no_grad():
-            if len(batch):
-                now = Outputs(losses, tree_map(torch.Tensor.detach, outputs))
-                scores = checked(self._signal, self._signal.score(batch, now, None), len(batch))
-            else:
-                scores = losses
-        known = self._classes and _is_label(batch.y)
-        labels = batch.y if known else torch.full_like(losses, _UNKNOWN)
-        self._window.append(_Seen(batch.ids, scores, losses, labels, batch.total))
+            scores = self._signal.score(Batch(ids, x, y, len(ids)), Outputs(loss, logits), None)
+        labels = y if self._classes and _is_label(y) else torch.full_like(loss, _UNKNOWN)
+        self._seen.append(_Seen(ids, checked(self._signal, scores, len(ids)), loss, labels))
+
+    @property
+    def waits(self) -> bool:
+        """Whether something was observed since the last :meth:`gather`; equal on all ranks."""
+        return bool(self._sizes)
 
     def gather(self) -> None:
         """Put what was observed since the last time into the table. Collective.
 
-        Samples are written in the order in which they were drawn. One whose loss is not finite is
-        left to the loss watch. Raises ConfigError naming signal and sample id for a bad score.
+        How often it is called makes no difference to the table. Samples are written in the order
+        in which they were drawn. One whose loss is not finite is left to the loss watch. Raises
+        ConfigError naming signal and sample id for a bad score.
         """
-        window, self._window = self._window, []
-        if not window:
+        self._score()
+        if not self._sizes and self._heard:
+            return
+        if not self._sizes:
             raise ConfigError(
                 "priority.source = 'online' has had no training forward to take scores from; "
                 "continual_learning.update_mode must compute its losses by Updater.losses or "
                 "Updater.losses_of"
             )
-        rows = self._gathered(window).cpu().numpy()
-        ids, scores, labels = rows[:, 0], rows[:, 1].view(np.float64), rows[:, 2]
-        bad = ~(np.isfinite(scores) & (scores >= 0))
-        if bad.any():
+        ids, scores, labels = self._gathered()
+        self._sizes, self._seen, self._heard = [], [], True
+        if not (np.isfinite(scores) & (scores >= 0)).all():
             what = f"the score of signal '{type(self._signal).__name__}'"
             require_finite(torch.from_numpy(scores), ids, what, ConfigError)
         self.table.write(ids, scores, labels)
 
-    def _gathered(self, window: list[_Seen]) -> torch.Tensor:
-        """Return (id, bits of the score, label), int64 [N, 3], of all ranks in order of draws."""
-        run = self._runtime
-        ids = torch.cat([seen.ids for seen in window]).to(run.device, non_blocking=True)
-        losses = torch.cat([seen.losses for seen in window])
-        scores = torch.cat([seen.scores for seen in window]).double()
-        labels = torch.cat([seen.labels for seen in window]).long()
-        ids = ids.where(losses.isfinite(), _UNKNOWN)
-        mine = torch.stack([ids, scores.view(torch.int64), labels], dim=1)
-        if run.world_size > 1:
-            mine = self._of_all_ranks(mine, window)
-        return mine[mine[:, 0] >= 0]
+    def _gathered(self) -> tuple[Ids, Weights, Ids]:
+        """Return ids, scores and labels, [N] each, of all ranks' samples in the order of draws."""
+        columns = [_cat(tuple(getattr(seen, f) for seen in self._seen)) for f in _Seen.__slots__]
+        if self._runtime.world_size > 1:
+            columns = self._of_all_ranks(columns)
+        ids, scores, losses, labels = (column.cpu() for column in columns)
+        good = losses.isfinite() & (ids >= 0)
+        if not good.all():
+            ids, scores, labels = ids[good], scores[good], labels[good]
+        return ids.numpy(), scores.double().numpy(), labels.long().numpy()
 
-    def _of_all_ranks(self, mine: torch.Tensor, window: list[_Seen]) -> torch.Tensor:
-        """Gather rows [n, 3] of this rank, batch by batch, and in each rank by rank.
+    def _of_all_ranks(self, columns: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Gather this rank's columns [n], batch by batch, and in each rank by rank.
 
         A rank's part of a batch has ceil(total / W) rows at most, one more if it is two in one.
+        Rows that are not filled have the id -1.
         """
         run = self._runtime
-        space = [-(-seen.total // run.world_size) + 1 for seen in window]
+        space = [-(-total // run.world_size) + 1 for _, total in self._sizes]
         starts = np.cumsum([0, *space])
-        own = [
-            start + np.arange(len(seen.ids))
-            for start, seen in zip(starts[:-1], window, strict=True)
-        ]
         each = int(starts[-1])
-        padded = torch.full((each, 3), _UNKNOWN, dtype=torch.int64, device=run.device)
-        padded[torch.from_numpy(np.concatenate(own)).to(run.device)] = mine
-        every = run.all_gather(padded, each * run.world_size)
+        padded = torch.full((each, 4), _UNKNOWN, dtype=torch.int64, device=run.device)
+        if columns[0] is not None:
+            own = [starts[k] + np.arange(n) for k, (n, _) in enumerate(self._sizes)]
+            ids, scores, losses, labels = (column.to(run.device) for column in columns)
+            bits = [value.double().view(torch.int64) for value in (scores, losses)]
+            rows = torch.stack([ids, *bits, labels.long()], dim=1)
+            padded[torch.from_numpy(np.concatenate(own)).to(run.device)] = rows
+        every = run.all_gather(padded, each * run.world_size).cpu()
         of_batch = np.tile(np.repeat(np.arange(len(space)), space), run.world_size)
-        order = np.argsort(of_batch, kind="stable")
-        return every[torch.from_numpy(order).to(run.device)]
+        every = every[torch.from_numpy(np.argsort(of_batch, kind="stable"))]
+        ids, scores, losses, labels = every.T.contiguous()
+        return [ids, scores.view(torch.float64), losses.view(torch.float64), labels]
 
     def expect(self, round_index: int, source: Source, current: Ids, history: Ids) -> None:
         """Get ready for a round over these ids, once per round. Collective.
@@ -250,15 +268,22 @@ class Ledger:
         self.table.label(unseen, labels.cpu().numpy())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the table, and what this rank observed since the last :meth:`gather`."""
-        window = [{f: getattr(seen, f) for f in _Seen.__slots__} for seen in self._window]
-        return {"table": self.table.state_dict(), "round": self._round, "window": window}
+        """Return the table, the same on every rank. Call it when nothing waits: :meth:`gather`."""
+        return {"table": self.table.state_dict(), "round": self._round, "heard": self._heard}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned, on the same rank."""
+        """Restore what ``state_dict`` returned, at any world size."""
         self.table.load_state_dict(state["table"])
-        self._round = state["round"]
-        self._window = [_Seen(**seen) for seen in state["window"]]
+        self._round, self._heard = state["round"], state["heard"]
+
+
+def _cat(some: tuple[PyTree, ...]) -> PyTree:
+    """Join pytrees of the same form along the batch; None stays None, nothing becomes None."""
+    if not some:
+        return None
+    if isinstance(some[0], torch.Tensor):
+        return some[0] if len(some) == 1 else torch.cat(some)
+    return None if some[0] is None else tree_map(lambda *t: torch.cat(t), *some)
 
 
 def _is_label(y: PyTree) -> bool:

@@ -12,7 +12,6 @@ A factory that takes ``loss`` (the name of model.loss), ``classes`` (the stream'
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from distcl import losses, registry
@@ -28,6 +27,7 @@ class LossDelta:
 
     needs_anchor = True
     needs_logits = False
+    needs_inputs = False
 
     def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
         """Return scores [B]; ``anchor`` holds theta_star's losses."""
@@ -41,6 +41,7 @@ class Loss:
 
     needs_anchor = False
     needs_logits = False
+    needs_inputs = False
 
     def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
         """Return scores [B]."""
@@ -58,6 +59,7 @@ class GradNorm:
 
     needs_anchor = False
     needs_logits = False
+    needs_inputs = False
 
     def __init__(self, criterion: UnreducedLoss) -> None:
         self._criterion = criterion
@@ -82,13 +84,21 @@ class Entropy:
 
     needs_anchor = False
     needs_logits = True
+    needs_inputs = False
 
     def __init__(self, loss: str = "cross_entropy", classes: int = 0) -> None:
         self._labelwise = _labelwise("entropy", loss, classes)
 
     def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
         """Return scores [B]."""
-        return _entropy(_probabilities("entropy", now, self._labelwise), self._labelwise)
+        z = _logits("entropy", now, self._labelwise)
+        if self._labelwise:
+            return _entropy(z.sigmoid(), True)
+        # with d = z - max z:  ln Σ e^d - Σ d e^d / Σ e^d; a softmax over few classes is slower
+        d = (z - z.amax(1, keepdim=True)).clamp_(min=-200)  # a logit may be -inf
+        e = d.exp()
+        total = e.sum(1)
+        return _mean(total.log() - e.mul_(d).sum(1) / total)
 
 
 class Fisher:
@@ -102,6 +112,7 @@ class Fisher:
 
     needs_anchor = False
     needs_logits = True
+    needs_inputs = False
 
     def __init__(self, loss: str = "cross_entropy", classes: int = 0) -> None:
         self._labelwise = _labelwise("fisher", loss, classes)
@@ -123,6 +134,7 @@ class Disagreement:
 
     needs_anchor = True
     needs_logits = True
+    needs_inputs = False
 
     def __init__(self, anchors: int = 3, loss: str = "cross_entropy", classes: int = 0) -> None:
         if anchors < 1:
@@ -160,8 +172,8 @@ def _labelwise(signal: str, loss: str, classes: int) -> bool:
     )
 
 
-def _probabilities(signal: str, outputs: Outputs, labelwise: bool) -> torch.Tensor:
-    """Return probabilities in the shape of the logits; ConfigError if there can be none."""
+def _logits(signal: str, outputs: Outputs, labelwise: bool) -> torch.Tensor:
+    """Return the logits; ConfigError if there can be no probabilities."""
     logits: PyTree = outputs.logits
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
         kind = str(logits.dtype) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -169,14 +181,17 @@ def _probabilities(signal: str, outputs: Outputs, labelwise: bool) -> torch.Tens
             f"priority.signal = '{signal}' needs a model that returns one tensor of logits, "
             f"not {kind}"
         )
-    if labelwise:
-        return _full(logits).sigmoid()
-    if logits.ndim < 2 or logits.shape[1] < 2:
+    if not labelwise and (logits.ndim < 2 or logits.shape[1] < 2):
         raise ConfigError(
             f"priority.signal = '{signal}' needs logits of two classes or more in dimension 1, "
             f"not outputs of shape {list(logits.shape)}"
         )
-    return F.softmax(_full(logits), dim=1)
+    return _full(logits)
+
+
+def _probabilities(signal: str, outputs: Outputs, labelwise: bool) -> torch.Tensor:
+    z = _logits(signal, outputs, labelwise)
+    return z.sigmoid() if labelwise else z.softmax(1)
 
 
 def _entropy(p: torch.Tensor, labelwise: bool) -> torch.Tensor:
@@ -187,9 +202,12 @@ def _entropy(p: torch.Tensor, labelwise: bool) -> torch.Tensor:
 def _of_samples(terms: torch.Tensor, labelwise: bool) -> torch.Tensor:
     """Sum over classes, mean over positions; or sum over all labels: [B]."""
     if labelwise:
-        return terms.reshape(len(terms), -1).sum(1)
-    sums = terms.sum(1)
-    return sums if sums.ndim == 1 else sums.flatten(1).mean(1)
+        return terms if terms.ndim == 1 else terms.flatten(1).sum(1)
+    return _mean(terms.sum(1))
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    return values if values.ndim == 1 else values.flatten(1).mean(1)
 
 
 def _full(z: torch.Tensor) -> torch.Tensor:

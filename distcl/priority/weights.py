@@ -65,6 +65,8 @@ def weigh(
     current: Ids | None,
     history: Ids | None,
     pool: Ids | None = None,
+    *,
+    report: bool = True,
 ) -> RoundWeights:
     """Score what is given and shape the scores into weights; collective if ``score`` is.
 
@@ -81,8 +83,9 @@ def weigh(
     else:
         parts = [shape.weights(raw, ids) for raw, ids in zip(scores, wanted, strict=True)]
     for ids, raw, weights in zip(wanted, scores, parts, strict=True):
-        name = "cur" if ids is current else "hist"
-        result.report[name] = statistics(shape.priorities(raw), weights)
+        if report:
+            name = "cur" if ids is current else "hist"
+            result.report[name] = statistics(shape.priorities(raw), weights)
         if ids is current:
             result.current = weights
         else:

@@ -8,6 +8,7 @@ A round calls them in this order: ``begin_round``, ``cl_preprocessing``; for eve
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,10 @@ class Updater:
     """Whether ``fwd_bwd`` wants a batch of history too."""
     trains = True
     """Whether rounds take steps."""
+    sliced: tuple[str, ...] = ()
+    """Entries of ``state_dict`` that are owned slices, name -> 1-D tensor."""
+    dealt: tuple[str, ...] = ()
+    """Entries that are dicts of which every rank holds some keys (layers)."""
 
     def __init__(self, setup: UpdaterSetup) -> None:
         self.setup = setup
@@ -133,6 +138,22 @@ class Updater:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
+
+    def merged(
+        self,
+        states: Sequence[dict[str, Any]],
+        cut: Callable[[str], dict[str, torch.Tensor]],
+    ) -> dict[str, Any]:
+        """Return this rank's state from those of another number of ranks, in order of rank. Local.
+
+        ``cut(key)`` returns my slices of a sliced entry. What is neither sliced nor dealt out is
+        taken to be the same on every rank.
+        """
+        state = dict(states[0])
+        state |= {key: cut(key) for key in self.sliced}
+        for key in self.dealt:
+            state[key] = {name: value for s in states for name, value in s[key].items()}
+        return state
 
     # -- for the methods -----------------------------------------------------------------------
 

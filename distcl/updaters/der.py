@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from distcl.types import Batch, Ids, Source
 from distcl.updaters.base import Round, StepResult, Updater, UpdaterSetup, weighted
-from distcl.updaters.logits import LastLogits, LogitTable, compute_logits, one_tensor
+from distcl.updaters.logits import LastLogits, LogitTable, compute_logits, merged_notes, one_tensor
 
 
 class DarkExperienceReplay(Updater):
@@ -70,6 +72,15 @@ class DarkExperienceReplay(Updater):
     def state_dict(self) -> dict[str, Any]:
         """Return the stored logits, and those that this rank noted in the round."""
         return {"stored": self.stored.state_dict(), "last": self.last.state_dict()}
+
+    def merged(
+        self,
+        states: Sequence[dict[str, Any]],
+        cut: Callable[[str], dict[str, torch.Tensor]],
+    ) -> dict[str, Any]:
+        """Return the state: what all ranks noted last goes to rank 0. See the base class."""
+        noted = [state["last"] for state in states]
+        return super().merged(states, cut) | {"last": merged_notes(noted, self.runtime.rank)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""

@@ -26,6 +26,8 @@ class EWCOnline(Updater):
     be prioritized) and never from evaluation.
     """
 
+    sliced = ("fisher",)
+
     def __init__(self, setup: UpdaterSetup) -> None:
         super().__init__(setup)
         self.fisher: dict[str, torch.Tensor] = {}

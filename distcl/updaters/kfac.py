@@ -37,6 +37,8 @@ class KFACOnline(Updater):
     single steps overflow by design.
     """
 
+    dealt = ("sums", "curvature", "committed")
+
     def __init__(self, setup: UpdaterSetup) -> None:
         super().__init__(setup)
         if self.runtime.precision == "fp16":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -138,3 +139,18 @@ class LastLogits:
         """Restore what ``state_dict`` returned, on the same rank."""
         self.ids = state["ids"].numpy()
         self._step, self._noted, self._logits = state["step"], state["noted"], state["logits"]
+
+
+def merged_notes(states: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+    """Return :class:`LastLogits` states of all ranks as one, held by rank 0; others get none."""
+    newest = max(states, key=lambda state: int(state["step"]))
+    noted = torch.stack([state["noted"] for state in states])
+    best = noted.max(dim=0)
+    logits = [state["logits"] for state in states if state["logits"] is not None]
+    state = dict(newest)
+    if rank > 0 or not logits:
+        state["noted"] = torch.full_like(best.values, -1)
+        return state
+    state["noted"] = best.values
+    state["logits"] = torch.stack(logits)[best.indices, torch.arange(noted.shape[1])]
+    return state

@@ -23,6 +23,8 @@ class SynapticIntelligence(Updater):
     Ω_i <- Ω_i + max(0, ω_i / ((w_i - w*_i)² + ξ)), and ω begins anew.
     """
 
+    sliced = ("path", "importance")
+
     def __init__(self, setup: UpdaterSetup) -> None:
         super().__init__(setup)
         slices = self.partition.trainable().items()

@@ -15,6 +15,8 @@ import pytest
 
 from distcl.config import Config
 from distcl.config_load import load_config
+from distcl.data.samples import ArraySamples
+from distcl.data.writing import write_shards
 from distcl.job import execute
 from tests.spawn import distcl
 from tests.unit.test_data_files import write_cifar, write_mnist
@@ -41,10 +43,19 @@ def _cifar10(folder: Path) -> None:
     write_cifar(folder, 10, {"data_batch_1.bin": 500, "test_batch.bin": 50})
 
 
-FILES: dict[str, Callable[[Path], None]] = {"mnist": _mnist, "cifar10": _cifar10}
+def _shards(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (500, 3, 32, 32), dtype=np.uint8)
+    npz = folder.with_suffix(".npz")
+    np.savez(npz, x=x[:400], y=np.arange(400) % 10, x_test=x[400:], y_test=np.arange(100) % 10)
+    write_shards(ArraySamples(npz), folder, per_shard=100)
+
+
+FILES: dict[str, Callable[[Path], None]] = {"mnist": _mnist, "cifar10": _cifar10, "shards": _shards}
 """Writes small files of the right format for a source that needs some."""
 
-LESS = {"cifar10-binary": ["model.options.width=4", "stream.samples_per_experience=40"]}
+SMALL_NET = ["model.options.width=4", "stream.samples_per_experience=40"]
+LESS = {"cifar10-binary": SMALL_NET, "cifar10-shards": SMALL_NET}
 """What else makes a config small."""
 
 

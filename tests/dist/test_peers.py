@@ -77,3 +77,25 @@ def test_ranks_that_run_other_code_are_refused_by_name(tmp_path):
     assert errors[0].startswith("distcl: rank 1 on ")
     assert "install the same on every node" in errors[0]
     assert errors[1] == ""
+
+
+def test_ranks_that_read_another_configuration_are_refused_by_name(tmp_path):
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "distcl", "train", "configs/digits.toml", "--out", tmp_path],
+            env=os.environ | rank_environment(rank, 2, port) | {"DISTCL_RUN__SEED": str(rank)},
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2]
+    assert " has 'seed = 1' where rank 0 has 'seed = 0'; give all processes the same" in errors[0]
+    assert list(tmp_path.iterdir()) == []

@@ -53,8 +53,9 @@ def job(monkeypatch):
     job.asked = []
     job.act = lambda display, tell: None
 
-    def execute(command, config, out, progress, tell):
+    def execute(command, config, out, progress, tell, resume, allow_changed):
         job.asked.append((command, config, out, progress))
+        job.resumed = (resume, allow_changed)
         job.act(progress, tell)
         return SUMMARY
 
@@ -125,6 +126,13 @@ def test_the_folder_has_a_default_and_a_key(distcl_command, job, config_file):
     distcl_command("run", "--config", config_file)
     distcl_command("run", config_file, "--set", "run.out=elsewhere")
     assert [asked[2] for asked in job.asked] == [Path("runs/a"), Path("elsewhere")]
+
+
+def test_resume_and_the_keys_that_may_change_are_passed_on(distcl_command, job, config_file):
+    distcl_command("train", config_file)
+    assert job.resumed == ("never", [])
+    distcl_command("train", config_file, "--resume", "auto", "--allow-changed", "optimizer.lr")
+    assert job.resumed == ("auto", ["optimizer.lr"])
 
 
 def test_json_is_alone_on_stdout(distcl_command, job, config_file):

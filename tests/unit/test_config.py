@@ -52,6 +52,7 @@ def test_later_places_win(toml):
         "timeout_seconds": f"{path}:4",
         "out": "default",
         "precision": "default",
+        "max_minutes": "default",
     }
 
 

@@ -154,10 +154,12 @@ def test_an_updater_that_hides_its_forward_is_told_what_to_call() -> None:
         Ledger(Runtime(), create_signal("loss"), 0).gather()
 
 
-def test_the_ledgers_state_has_what_was_not_gathered_yet() -> None:
+def test_gathering_early_to_save_the_state_changes_nothing() -> None:
     ledger, other = (Ledger(Runtime(), create_signal("loss"), 3) for _ in range(2))
     ledger.expect(5, Labelled(), FIRST, FIRST[:0])
     _observed(ledger, FIRST[:2], [1.0, 2.0])
+    assert ledger.waits
+    ledger.gather()
     other.load_state_dict(ledger.state_dict())
     for each in (ledger, other):
         _observed(each, FIRST[1:3], [4.0, 6.0])

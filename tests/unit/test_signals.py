@@ -64,6 +64,11 @@ def test_entropy_of_classes_of_positions_and_of_independent_labels() -> None:
     batch, now = _batch("classes")
     dense = _entropy(softmax(now.logits.numpy(), 1))
     np.testing.assert_allclose(_score("entropy", batch, now), dense, rtol=0, atol=1e-8)
+    masked = now.logits.clone()
+    masked[:, 2] = -torch.inf
+    dense = _entropy(softmax(masked.numpy(), 1))
+    scores = _score("entropy", batch, Outputs(now.loss, masked))
+    np.testing.assert_allclose(scores, dense, rtol=0, atol=1e-8)
     batch, now = _batch("positions")
     dense = _entropy(softmax(now.logits.numpy(), 1)).mean(1)
     np.testing.assert_allclose(_score("entropy", batch, now), dense, rtol=0, atol=1e-8)

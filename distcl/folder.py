@@ -1,0 +1,93 @@
+"""The run folder: what stands in ``OUT/`` besides checkpoints and metrics."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from distcl.config import Config
+from distcl.config_load import to_toml
+from distcl.errors import UsageError
+
+log = logging.getLogger("distcl")
+
+
+class RunFolder:
+    """``OUT/``: rank 0 writes, other ranks do nothing. Local calls."""
+
+    def __init__(self, path: Path, config: Config, is_main: bool) -> None:
+        self.path = path
+        self._config = config
+        self._is_main = is_main
+        self._ready = False
+
+    @contextmanager
+    def open(self, append: bool = False) -> Iterator[None]:
+        """Make the folder, lock it, and log into ``log.txt`` while inside (``append``: go on).
+
+        Raises UsageError if it is not writable, or if another run has it.
+        """
+        if not self._is_main:
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self._lock()
+            self.write("config.toml", to_toml(self._config))
+            handler = logging.FileHandler(
+                self.path / "log.txt", mode="a" if append else "w", encoding="utf-8"
+            )
+        except OSError as error:
+            raise UsageError(
+                f"the run folder '{self.path}' is not writable: {error.strerror or error}"
+            ) from error
+        self._ready = True
+        self.status("running", None, "")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            handler.close()
+            lock.close()
+
+    def _lock(self) -> IO[str]:
+        """Hold the folder as long as this process lives: the system lets go when it dies."""
+        lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = lock.read().strip() or "unknown"
+            lock.close()
+            raise UsageError(
+                f"the run folder '{self.path}' is in use by another run ({who}); "
+                "wait for it, or give --out another folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        return lock
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file as a whole: readers see the old or the new one."""
+        temporary = self.path / f".{name}.{os.getpid()}"
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    def status(self, state: str, exit_code: int | None, reason: str) -> None:
+        """Write ``status.json``, if the folder is in use and this is rank 0."""
+        if self._is_main and self._ready:
+            me = {"host": socket.gethostname(), "pid": os.getpid()}  # where to send SIGUSR1
+            status = {"state": state, "exit_code": exit_code, **me, "reason": reason}
+            self.write("status.json", json.dumps(status))

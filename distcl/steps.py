@@ -1,0 +1,171 @@
+"""The steps of a round, and what must be known to go on with a round that was interrupted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from distcl.config import OptimizerConfig
+from distcl.optim import warmup_factor
+from distcl.priority.feed import Feed
+from distcl.runtime import Runtime
+from distcl.tracking import Tracker
+from distcl.types import Experience, Progress
+from distcl.updaters import Updater
+from distcl.watch import LossWatch
+
+
+class Keeping(Protocol):
+    """Who saves the run at poll points; see :class:`distcl.keeper.Keeper`."""
+
+    def flags(self) -> list[float]:
+        """Return this rank's word for the next poll. Local."""
+        ...
+
+    def act(self, flags: Sequence[float]) -> None:
+        """Save, or stop the run, as the flags summed over ranks say. Collective."""
+        ...
+
+    def poll(self) -> None:
+        """Sum the flags and act on them, where no step does it. Collective."""
+        ...
+
+    def round_ended(self) -> None:
+        """Save at the end of a round, if asked. Collective."""
+        ...
+
+
+class KeepNothing:
+    """Saves nothing and never stops a run: a trainer without a run folder."""
+
+    def flags(self) -> list[float]:
+        """Return no flags."""
+        return []
+
+    def act(self, flags: Sequence[float]) -> None:
+        """Do nothing."""
+
+    def poll(self) -> None:
+        """Do nothing."""
+
+    def round_ended(self) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class Stage:
+    """A round in progress; number 0 is pretraining. ``report`` is what is known of it so far."""
+
+    number: int
+    trigger: str
+    experience: Experience
+    steps: int
+    done: int = 0
+    loss: float = float("nan")
+    seconds: float = 0.0
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as tensors and plain values."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return plain | {"experience": pack_experience(self.experience)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Stage:
+        """Return the stage that ``state_dict`` was called on."""
+        return cls(**{**state, "experience": unpack_experience(state["experience"])})
+
+
+def pack_experience(e: Experience) -> dict[str, Any]:
+    """Return an experience as tensors and plain values."""
+    train, test = torch.from_numpy(e.train), torch.from_numpy(e.test)
+    return {"index": e.index, "train": train, "test": test, "name": e.name}
+
+
+def unpack_experience(state: dict[str, Any]) -> Experience:
+    """Return the experience that was packed."""
+    train, test = state["train"].numpy(), state["test"].numpy()
+    return Experience(state["index"], train, test, state["name"])
+
+
+class StepLoop:
+    """Forward, backward, the updater's regularizer, the optimizer: the steps of one round."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        updater: Updater,
+        feed: Feed,
+        tracker: Tracker,
+        progress: Progress,
+        config: OptimizerConfig,
+        poll_steps: int,
+    ) -> None:
+        self._runtime = runtime
+        self._model = model
+        self._optimizer = optimizer
+        self._updater = updater
+        self._feed = feed
+        self._tracker = tracker
+        self._progress = progress
+        self._warmup_steps = config.warmup_steps
+        self._poll_steps = poll_steps
+        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.keeper: Keeping = KeepNothing()
+        self.steps = 0
+        """Steps taken in the whole run."""
+        self.samples = 0
+        """Samples trained on in the whole run."""
+
+    def run(self, stage: Stage, title: str) -> None:
+        """Take the steps of a round that are left. Losses are looked at only at poll points.
+
+        ``stage.loss`` becomes the global mean loss of the last step. Collective.
+        """
+        watch = LossWatch(self._runtime, stage.number, stage.done)
+        self._progress.round_begins(title, stage.steps)
+        self._model.train()
+        begun, before, samples = time.perf_counter(), stage.seconds, 0
+        for batch, hist_batch in self._feed.batches(stage.steps, stage.done):
+            self._set_rate(stage.done)
+            self._updater.update_pre_fwd_bwd()
+            if stage.number == 0:
+                result = Updater.fwd_bwd(self._updater, batch, None)
+            else:
+                result = self._updater.fwd_bwd(batch, hist_batch)
+            self._runtime.unscale(self._optimizer)
+            self._updater.update_post_fwd_bwd()
+            self._optimizer.step()
+            self._updater.update_post_optimizer_call()
+            self._optimizer.zero_grad(set_to_none=True)
+            watch.add(result)
+            stage.done += 1
+            self.steps += 1
+            samples += batch.total
+            self.samples += batch.total
+            if stage.done % self._poll_steps == 0 or stage.done == stage.steps:
+                losses, flags = watch.poll(self.keeper.flags())
+                stage.loss = losses[-1]
+                elapsed = time.perf_counter() - begun
+                stage.seconds = before + elapsed
+                self._tell(stage, float(np.mean(losses)), samples / elapsed)
+                if stage.done < stage.steps:  # a save of the last step belongs to the round's end
+                    self.keeper.act(flags)
+
+    def _tell(self, stage: Stage, loss: float, rate: float) -> None:
+        values = {"round": stage.number, "loss": loss, "samples_per_second": rate}
+        self._tracker.log(values, self.steps)
+        self._progress.step(stage.done, stage.loss, rate)
+
+    def _set_rate(self, step: int) -> None:
+        factor = warmup_factor(step, self._warmup_steps)
+        for group, lr in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = lr * factor

@@ -1,0 +1,46 @@
+"""What a run leaves can be evaluated, inspected, verified and exported."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from distcl.artifacts import describe, evaluate, export
+from distcl.errors import CheckpointError
+from tests.small import execute
+from tests.spawn import distcl
+
+
+def test_a_run_and_its_checkpoints_are_evaluated_and_exported(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    summary = execute("train", ("run.precision=fp64",), run)
+    result = evaluate(run)
+    assert result["accuracy"] == summary["accuracy"][-1]
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    assert evaluate(newest)["accuracy"] == summary["accuracy"][-1]
+    assert describe(newest)["where"] == "between rounds"
+    assert describe(newest)["rounds"] == 2
+
+    weights, config = export(newest, tmp_path / "export")
+    exported, final = load_file(weights), load_file(run / "checkpoints" / "final.safetensors")
+    assert {k: v.tobytes() for k, v in exported.items()} == {
+        k: v.tobytes() for k, v in final.items()
+    }
+    assert tomllib.loads(config.read_text())["run"]["precision"] == "fp64"
+    with pytest.raises(CheckpointError, match="exists"):
+        export(newest, tmp_path / "export")
+
+
+def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:
+    result = distcl("eval", str(tmp_path))
+    assert result.returncode == 5
+    assert "is neither a run folder (no config.toml) nor a checkpoint" in result.stderr
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema": 1, "files": {"x": {}}}))
+    result = distcl("checkpoint", "verify", str(tmp_path))
+    assert result.returncode == 5
+    assert result.stderr.count("\n") == 1
+    assert "/x' is missing" in result.stderr

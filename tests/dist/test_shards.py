@@ -1,0 +1,199 @@
+"""Whole runs over shards, from the command line: as over arrays, at every world size, with faults."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distcl import Anchor, Runtime, compute_sample_priorities
+from distcl.config import DataConfig
+from distcl.config_load import load_config
+from distcl.data.index import read_manifest
+from distcl.data.samples import ArraySamples
+from distcl.data.shards import ShardSource
+from distcl.data.streaming import StreamedSource
+from distcl.data.writing import append_shards, write_shards
+from distcl.job import execute
+from distcl.partition.base import create_partition
+from tests.spawn import distcl, run_ranks
+from tests.unit.test_data_files import write_cifar
+
+ROOT = Path(__file__).parents[2]
+SHORT = [
+    "--set=training.epochs=2",
+    "--set=training.pretrain_epochs=2",
+    "--set=stream.experiences=3",
+    "--set=model.options.hidden=[16]",
+    "--set=run.precision=fp64",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits in an .npz and in three shards."""
+    from sklearn.datasets import load_digits
+
+    folder = tmp_path_factory.mktemp("data")
+    x, y = load_digits(return_X_y=True)
+    x = (x * 15.9).astype(np.uint8).reshape(-1, 8, 8)
+    np.savez(folder / "digits.npz", x=x[:600], y=y[:600])
+    write_shards(ArraySamples(folder / "digits.npz"), folder / "shards", per_shard=250)
+    return folder
+
+
+def train(config: str, out: Path, *sets: str, ranks: int = 1) -> dict[str, Any]:
+    """Run ``distcl train``: in this process, or on real ranks."""
+    if ranks == 1:
+        short = [s.removeprefix("--set=") for s in SHORT]
+        return execute("train", load_config(ROOT / config, [*short, *sets]), out)
+    options = [f"--set={s}" for s in sets]
+    done = distcl("train", config, *SHORT, *options, "--quiet", "--out", str(out), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
+
+
+def essence(summary: dict[str, Any]) -> Any:
+    return summary["accuracy"], [r["draws_sha256"] for r in summary["rounds"]]
+
+
+def note(sample: dict[str, Any], log: str) -> dict[str, Any]:
+    """A transform that writes down what is decoded."""
+    with open(log, "a") as file:
+        file.write(f"{sample['__id__']}\n")
+    return sample
+
+
+def score(folder: Path, log: Path, access: str) -> list[int]:
+    runtime = Runtime()
+    shards_ = read_manifest(folder).split("train")
+    spec = {"name": f"{__name__}:note", "log": str(log)}
+    data = DataConfig(transforms=[spec], access=access)
+    if access == "stream":
+        source: ShardSource = StreamedSource(folder, shards_, data, "cls", "", "streamed")
+    else:
+        source = ShardSource(folder, shards_, data)
+    model = runtime.prepare(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
+    criterion = torch.nn.CrossEntropyLoss(reduction="none")
+    anchor = Anchor(create_partition(runtime, model))
+    ids, _ = compute_sample_priorities(
+        model, anchor, source, criterion, runtime=runtime, signal="loss", batch_size=64
+    )
+    runtime.close()
+    return [int(i) for i in ids]
+
+
+@pytest.mark.parametrize("access", ["indexed", "stream"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_every_sample_is_scored_once_over_all_ranks(data, tmp_path, count, access):
+    folder = tmp_path / "s"
+    write_shards(ArraySamples(data / "digits.npz"), folder, per_shard=600 // count)
+    ids = run_ranks(2, score, folder, tmp_path / "log", access)
+    assert ids == [list(range(600))] * 2
+    decoded = [int(line) for line in (tmp_path / "log").read_text().split()]
+    assert sorted(decoded) == list(range(600))
+
+
+def test_shards_give_the_draws_and_accuracies_of_the_same_arrays(data, tmp_path):
+    config = "configs/digits.toml"
+    arrays = train(
+        config, tmp_path / "a", "stream.source=arrays", f"stream.path={data / 'digits.npz'}"
+    )
+    over = ["stream.source=shards", f"stream.path={data / 'shards'}", "data.verify=true"]
+    one = train(config, tmp_path / "b", *over, "data.workers=2")
+    two = train(config, tmp_path / "c", *over, ranks=2)
+    assert essence(arrays) == essence(one) == essence(two)
+    assert one["bad_samples"] == 0
+
+
+def test_bad_samples_are_skipped_and_counted_the_same_at_every_world_size(data, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in (data / "shards").iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes())
+    tar = damaged / "train-000001.tar"
+    content = bytearray(tar.read_bytes())
+    for row in (10, 11, 200):  # of samples of 2,048 bytes: cls, then npy
+        content[row * 2048 + 1700] ^= 0xFF
+    tar.write_bytes(content)
+    over = ["stream.source=shards", f"stream.path={damaged}", "data.verify=true"]
+    options = [f"--set={s}" for s in over]
+    out = ["--out", str(tmp_path / "error")]
+    done = distcl("train", "configs/digits.toml", *SHORT, *options, *out, ranks=2)
+    assert done.returncode != 0
+    status = json.loads((tmp_path / "error" / "status.json").read_text())
+    assert status["exit_code"] == 3
+    assert "shard 'train-000001.tar', sample '000000" in status["reason"]
+    over.append("data.on_bad_sample=skip")
+    one = train("configs/digits.toml", tmp_path / "one", *over, "data.workers=1")
+    two = train("configs/digits.toml", tmp_path / "two", *over, ranks=2)
+    assert essence(one) == essence(two)
+    assert one["bad_samples"] == two["bad_samples"] == 3
+    assert "[bad samples]" in (tmp_path / "two" / "log.txt").read_text()
+
+
+def test_streams_give_the_same_run_at_one_and_two_ranks(data, tmp_path):
+    folder = tmp_path / "s"
+    made = distcl("shard", "digits", str(folder), "--per-shard", "120")
+    assert made.returncode == 0, made.stderr
+    over = ["stream.source=shards", f"stream.path={folder}", "data.access=stream"]
+    over += ["data.shuffle_buffer=100", "stream.experiences=2", "training.epochs=1"]
+    one = train("configs/digits.toml", tmp_path / "one", *over, "data.workers=1")
+    two = train("configs/digits.toml", tmp_path / "two", *over, ranks=2)
+    assert essence(one) == essence(two) and one["average_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("ranks", [2])
+def test_a_watched_folder_grows_while_it_is_watched(tmp_path, ranks):
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = (x * 15.9).astype(np.uint8).reshape(-1, 8, 8)
+    folder, out = tmp_path / "s", tmp_path / "out"
+    np.savez(tmp_path / "first.npz", x=x[:600], y=y[:600])
+    np.savez(tmp_path / "more.npz", x=255 - x[600:1200], y=(y[600:1200] + 3) % 10)  # a drift
+    write_shards(ArraySamples(tmp_path / "first.npz"), folder, per_shard=200)
+    config = {
+        "stream.source": "shards",
+        "stream.path": folder,
+        "stream.experiences": 1,
+        "stream.options.live_seconds": 8,
+        "stream.test_fraction": 0.1,
+        "monitor.batch_size": 32,
+        "training.epochs": 1,
+        "continual_learning.importance_weighting": "false",
+    }
+    sets = [f"--set={key}={value}" for key, value in config.items()]
+    with ThreadPoolExecutor() as pool:
+        command = ("run", "configs/digits.toml", *sets, "--quiet", "--out", str(out))
+        running = pool.submit(distcl, *command, ranks=ranks)
+        log = out / "metrics.jsonl"
+        while not running.done() and not (log.exists() and '"position": 5' in log.read_text()):
+            time.sleep(0.2)
+        samples = ArraySamples(tmp_path / "more.npz")
+        append_shards(samples, folder, per_shard=150, tell=lambda *_: time.sleep(0.5))
+        done = running.result()
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert max(line.get("position", 0) for line in lines) == 540 + 600  # 60 were held out
+    assert summary["drifts"] and 540 <= summary["drifts"][0] < 1140
+    assert len(summary["rounds"]) >= 1
+
+
+def test_the_commands_that_the_shipped_configs_name_make_their_shards(tmp_path):
+    made = distcl("shard", "digits", str(tmp_path / "s"), "--per-shard", "300")
+    assert made.returncode == 0, made.stderr
+    summary = train("configs/shards-digits.toml", tmp_path / "out", f"stream.path={tmp_path / 's'}")
+    assert summary["bad_samples"] == 0 and summary["average_accuracy"] > 0.5
+    write_cifar(tmp_path / "cifar", 10, {"data_batch_1.bin": 40, "test_batch.bin": 40})
+    path = f"stream.path={tmp_path / 'cifar'}"
+    made = distcl("shard", "cifar10", str(tmp_path / "c"), "--workers", "2", "--set", path)
+    assert made.returncode == 0, made.stderr
+    shard = read_manifest(tmp_path / "c").shards[0]
+    assert shard.samples == 40 and shard.bytes < 40 * 5200  # pixels stay bytes

@@ -1,0 +1,170 @@
+"""Shards read from front to back, through the webdataset library."""
+
+import gzip
+import io
+import json
+import logging
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distcl.config import DataConfig, StreamConfig
+from distcl.data.index import index_folder, read_manifest
+from distcl.data.loader import BatchLoader
+from distcl.data.opening import shards
+from distcl.data.samples import npy_bytes
+from distcl.data.shards import ShardSource
+from distcl.data.streaming import StreamedSource
+from distcl.data.streams import create_stream
+from distcl.errors import ConfigError, DataError
+from distcl.priority.lanes import LaneSampler
+from distcl.priority.sampler import Group
+
+pytest.importorskip("webdataset")
+
+
+def folder_of(path: Path, sizes: list[int], bad: tuple[int, ...] = (), **tar: int) -> Path:
+    """Shards whose sample of row r has x = r and label r % 3; ``bad`` ones cannot be decoded."""
+    path.mkdir(exist_ok=True)
+    row = 0
+    for s, size in enumerate(sizes):
+        with tarfile.open(path / f"s{s}.tar", "w", **tar) as archive:
+            for r in range(row, row + size):
+                data = b"?" if r in bad else npy_bytes(np.full(2, r, np.float32))
+                for ext, content in (("npy", data), ("cls", b"%d" % (r % 3))):
+                    info = tarfile.TarInfo(f"{'x' * tar.get('format', 0) * 60}{r:04d}.{ext}")
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+        row += size
+    index_folder(path)
+    return path
+
+
+def streamed(folder: Path, url: str = "", **data: object) -> StreamedSource:
+    manifest = read_manifest(folder)
+    config = DataConfig(access="stream", **data)
+    return StreamedSource(folder, manifest.split("train"), config, manifest.label, url, "streamed")
+
+
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_streamed_samples_are_those_of_the_index(tmp_path, format_):
+    folder = folder_of(tmp_path, [7, 1, 12], format=format_)
+    ours = streamed(folder, shuffle_buffer=3)
+    theirs = ShardSource(folder, read_manifest(folder).split("train"), DataConfig())
+    rng = np.random.default_rng(0)
+    for ids in [np.arange(20), *rng.integers(0, 20, (30, 5)), np.arange(0)]:
+        a, b = ours.read(ids), theirs.read(ids)
+        assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and torch.equal(a.ids, b.ids)
+
+
+def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tmp_path):
+    undrawn = tuple(range(0, 60, 7))
+    folder = folder_of(tmp_path / "s", [11, 14, 5, 30], bad=undrawn)
+    log = tmp_path / "opened"
+    config = StreamConfig(
+        source="shards",
+        path=str(folder),
+        drift="none",
+        experiences=1,
+        options={"url": f"pipe:echo {{name}} >> {log}; cat {folder}/{{name}}"},
+    )
+    data = DataConfig(shuffle_buffer=6, lanes=3, on_bad_sample="skip")
+    (folder / "test-0.tar").write_bytes((folder / "s2.tar").read_bytes())
+    index_folder(folder)
+    stream = create_stream(config, 0, data)
+    assert stream.sequential and stream.experiences[0].train.tolist() == list(range(60))
+    for workers in (0, 1):
+        plan = LaneSampler(8, 3, stream.lanes_of, window=6, seed=1)
+        weights = np.random.default_rng(0).random(60)
+        weights[list(undrawn)] = 0
+        plan.set_groups([Group(np.arange(60), weights, 90)])
+        fresh = create_stream(config, 0, data)
+        fresh.replaced.clear()
+        log.write_text("")
+        seen = list(BatchLoader(fresh, plan, workers=workers))
+        ids = np.concatenate([batch.ids for batch in seen])
+        np.testing.assert_array_equal(np.concatenate([b.x[:, 0] for b in seen]), ids)
+        assert len(ids) == 90 and not fresh.replaced
+        opened = log.read_text().split()
+        assert len(opened) == len(set(opened))  # none twice; what is short is still in memory
+        assert {"s0.tar", "s1.tar", "s3.tar"} <= set(opened)
+
+
+def test_a_compressed_archive_can_be_streamed(tmp_path):
+    folder = folder_of(tmp_path, [5])
+    (tmp_path / "s0.tar").write_bytes(gzip.compress((tmp_path / "s0.tar").read_bytes()))
+    assert streamed(folder).read(np.array([3, 1])).x[:, 0].tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("pipe:head -c 9000 {folder}/{{name}}", "'s0.tar', after [34] samples: .*truncated"),
+        ("pipe:head -c 8192 {folder}/{{name}}; exit 3", "'s0.tar', after . samples: "),
+        ("{folder}/no-{{name}}", "'s0.tar', after 0 samples: .*cannot be opened"),
+        ("pipe:cat {folder}/s1.tar", "shard 's0.tar' has 2 samples but shards.json says 6 .id 2"),
+        ("pipe:echo nonsense", "'s0.tar', after 0 samples: "),
+    ],
+)
+def test_a_stream_that_fails_names_shard_and_id_or_is_skipped(tmp_path, url, message):
+    folder = folder_of(tmp_path, [6, 2])
+    where = url.format(folder=folder)
+    with pytest.raises(DataError, match=message):
+        streamed(folder, where).read(np.arange(6))
+    if "head" in url and "exit" not in url:
+        batch = streamed(folder, where, on_bad_sample="skip").read(np.arange(6))
+        assert batch.ids.tolist()[:3] == [0, 1, 2] and set(batch.ids.tolist()[4:]) <= {6, 7}
+
+
+def test_a_bad_sample_in_a_stream_is_named_or_replaced(tmp_path):
+    folder = folder_of(tmp_path, [4, 4], bad=(2,))
+    with pytest.raises(DataError, match=r"shard 's0\.tar', sample '0002', id 2: member"):
+        streamed(folder).read(np.array([1, 2]))
+    batch = streamed(folder, on_bad_sample="skip").read(np.array([2, 5]))
+    assert batch.ids.tolist() == [3, 5]
+
+
+def config_of(folder: Path, **options: str) -> StreamConfig:
+    return StreamConfig(source="shards", path=str(folder), options=options)
+
+
+def test_access_is_chosen_and_the_log_says_why(tmp_path, caplog):
+    folder = folder_of(tmp_path, [6, 6])
+    (tmp_path / "s1.tar").rename(tmp_path / "test.tar")
+    (tmp_path / "s1.index.npy").unlink()
+    index_folder(folder)
+    log = logging.getLogger("distcl")
+    log.propagate = True
+    with caplog.at_level(logging.INFO, "distcl"):
+        train, _ = shards(config_of(folder), DataConfig())
+        assert type(train) is ShardSource and "indexed access" in caplog.text
+        train, _ = shards(config_of(folder), DataConfig(), url=f"{folder}/{{name}}")
+        assert isinstance(train, StreamedSource) and "url is given" in caplog.text
+        (tmp_path / "s0.index.npy").unlink()
+        train, _ = shards(config_of(folder), DataConfig())
+        assert isinstance(train, StreamedSource) and "'s0.tar' has no index" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "message"),
+    [
+        ({"verify": True}, {}, ConfigError, "data.verify needs indexed access"),
+        ({}, {"experiences": "key:site"}, ConfigError, "by key or time needs indexed access"),
+        ({}, {}, DataError, "there are no test shards"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(tmp_path, data, options, error, message):
+    folder = folder_of(tmp_path, [6, 6])
+    with pytest.raises(error, match=re.escape(message)):
+        shards(config_of(folder), DataConfig(access="stream", **data), **options)
+
+
+def test_indexed_access_and_a_url_do_not_go_together(tmp_path):
+    folder = folder_of(tmp_path, [6])
+    assert json.loads((folder / "shards.json").read_text())["label"] == "cls"
+    with pytest.raises(ConfigError, match=r"stream\.options\.url needs"):
+        shards(config_of(folder), DataConfig(access="indexed"), url="x/{name}")

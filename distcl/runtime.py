@@ -98,13 +98,14 @@ class Runtime:
                 f"{started} processes were started but they see {self.world_size}; "
                 f"type: torchrun --nproc-per-node {started} -m distcl …"
             )
-        self.relay: FailureRelay | None = None
         store = None
         if self.world_size > 1:
             store = dist.distributed_c10d._get_default_store()
-            self.relay = FailureRelay(store, self.rank, _tell_stderr)
         self.peers = introduce(store, self.device, launch)
         self.about = first_line(launch, self.peers)
+        self.relay: FailureRelay | None = None
+        if store is not None:
+            self.relay = FailureRelay(store, self.rank, _tell_stderr)
 
     @property
     def is_main(self) -> bool:

@@ -17,8 +17,9 @@ FOLDER = ROOT / "launch" / "accelerate"
 
 @pytest.mark.parametrize("name", ["one_gpu", "eight_gpus", "several_nodes", "cpu"])
 def test_accelerate_reads_the_file(name):
-    found = load_config_from_file(FOLDER / f"{name}.yaml")
-    assert found.num_processes == {"one_gpu": 1, "eight_gpus": 8, "several_nodes": 16, "cpu": 2}[name]
+    found = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+    counts = {"one_gpu": 1, "eight_gpus": 8, "several_nodes": 16, "cpu": 2}
+    assert found.num_processes == counts[name]
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,10 @@ def fail(error: Exception) -> NoReturn:
         complain(text)
     else:
         sleep(RANK_0_FIRST)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # threads of a broken process group could abort a tidy exit
     sys.exit(code)
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
@@ -21,7 +20,7 @@ from distcl.priority.lanes import LaneSampler
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
-from distcl.priority.weights import Correction, RoundWeights, Shape, weigh
+from distcl.priority.weights import Correction, RoundWeights, Shape, as_array, as_tensor, weigh
 from distcl.priority.windows import Part, WindowPlan
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Source
@@ -68,7 +67,7 @@ class Feed:
         self._scorer = scorer
         self._ledger = ledger
         self._sequential = bool(getattr(source, "sequential", False))
-        if self._sequential and priority.source != "score":
+        if self._sequential and continual.importance_weighting and priority.source != "score":
             raise ConfigError(
                 f"priority.source = '{priority.source}' draws at random, which a stream of shards "
                 "cannot be read by; use 'score', or data.access = 'indexed'"
@@ -359,7 +358,6 @@ class Feed:
 
     def state_dict(self, done: int) -> dict[str, Any]:
         """Return what all ranks share of a round after ``done`` steps: tensors, plain values."""
-        w = self._weights
         plans = {}
         for which, plan in self._plans.items():
             consumed = done
@@ -371,15 +369,8 @@ class Feed:
             "current": torch.from_numpy(self._current),
             "history": torch.from_numpy(self._history),
             "replayed": self._replayed,
-            "weights": {
-                "current": _tensor(w.current),
-                "history": _tensor(w.history),
-                "pool": _tensor(w.pool),
-                "chosen": list(w.chosen),
-                "report": w.report,
-                "note": w.note,
-            },
-            "weighted": [_tensor(ids) for ids in self._weighted],
+            "weights": self._weights.state_dict(),
+            "weighted": [as_tensor(ids) for ids in self._weighted],
             "digest": self._digest.hex(),
             "seconds": self._refresh_seconds,
             "plans": plans,
@@ -388,19 +379,11 @@ class Feed:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the round that was saved, at any world size. Local."""
-        w = state["weights"]
         self._round = state["round"]
         self._current, self._history = state["current"].numpy(), state["history"].numpy()
         self._replayed = state["replayed"]
-        self._weights = RoundWeights(
-            _array(w["current"]),
-            _array(w["history"]),
-            _array(w["pool"]),
-            (w["chosen"][0], w["chosen"][1]),
-            w["report"],
-            w["note"],
-        )
-        self._weighted = (_array(state["weighted"][0]), _array(state["weighted"][1]))
+        self._weights = RoundWeights.from_state(state["weights"])
+        self._weighted = (as_array(state["weighted"][0]), as_array(state["weighted"][1]))
         draws = sum(self._draws(self._current, self._history))
         self._pass_steps = -(-draws // self._training.batch_size)
         self._digest = bytes.fromhex(state["digest"])
@@ -412,11 +395,3 @@ class Feed:
             plan.load_state_dict(state["plans"][which])
         for which, chooser in self._choosers.items():
             chooser.load_state_dict(state["choosers"][which])
-
-
-def _tensor(array: npt.NDArray[Any] | None) -> torch.Tensor | None:
-    return None if array is None else torch.from_numpy(array)
-
-
-def _array(tensor: torch.Tensor | None) -> Any:
-    return None if tensor is None else tensor.numpy()

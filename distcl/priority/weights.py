@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +41,24 @@ class RoundWeights:
             text = " ".join(f"{key}={value:.6g}" for key, value in stats.items())
             lines.append(f"[priority/{name}] {text}")
         return lines
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything as tensors and plain values."""
+        return {
+            "current": as_tensor(self.current),
+            "history": as_tensor(self.history),
+            "pool": as_tensor(self.pool),
+            "chosen": list(self.chosen),
+            "report": self.report,
+            "note": self.note,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> RoundWeights:
+        """Return the weights that ``state_dict`` was called on."""
+        arrays = {name: as_array(state[name]) for name in ("current", "history", "pool")}
+        chosen = (state["chosen"][0], state["chosen"][1])
+        return cls(**arrays, chosen=chosen, report=state["report"], note=state["note"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +203,7 @@ def check_priority(config: Config, signal: PrioritySignal, takes_history: bool) 
         refuse(
             f"priority.source = '{p.source}'", f"pool = {p.pool}, which is for source = 'online'"
         )
-    if p.source == "candidates" and takes_history is False and p.target == "history":
+    if p.source == "candidates" and not takes_history and p.target == "history":
         refuse(
             "priority.source = 'candidates'",
             "target = 'history' and mixed batches: use target = 'union', or an update_mode that "
@@ -195,3 +215,13 @@ def check_priority(config: Config, signal: PrioritySignal, takes_history: bool) 
             f"priority.correction = {p.correction}",
             f"{other}, whose draws have no probabilities of their own",
         )
+
+
+def as_tensor(array: npt.NDArray[Any] | None) -> torch.Tensor | None:
+    """Return an array as a tensor over the same memory; None stays None."""
+    return None if array is None else torch.from_numpy(array)
+
+
+def as_array(tensor: torch.Tensor | None) -> Any:
+    """Return what :func:`as_tensor` was given."""
+    return None if tensor is None else tensor.numpy()

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from distcl import registry
 from distcl.anchor import Anchor
 from distcl.checkpoint import CheckpointStore, read_manifest
 from distcl.config import Config
+from distcl.config_load import to_toml
 from distcl.data.history import CopyingStream
 from distcl.data.streams import create_stream
 from distcl.errors import (
@@ -182,6 +184,7 @@ def execute(
         with runtime.guard():
             _check(command, config, runtime)
             with folder.open(append=resume != "never"):
+                log.info(runtime.about)
                 job = Job(command, config, runtime, folder, progress)
                 return job.run(resume, frozenset(allow_changed))
     except BaseException as error:
@@ -192,6 +195,15 @@ def execute(
 
 
 def _check(command: Command, config: Config, runtime: Runtime) -> None:
+    texts = [text.splitlines() for text in runtime.gather_objects(to_toml(config))]
+    for peer, lines in zip(runtime.peers, texts, strict=True):
+        if lines != texts[0]:
+            pairs = zip_longest(lines, texts[0], fillvalue="nothing")
+            theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ConfigError(
+                f"rank {peer.rank} on {peer.node} has '{theirs}' where rank 0 has '{ours}'; give "
+                "all processes the same file, DISTCL_ environment and --set"
+            )
     if config.training.batch_size < runtime.world_size:
         raise ConfigError(
             f"training.batch_size = {config.training.batch_size} is smaller than the number of "
@@ -229,13 +241,13 @@ class Job:
 
     def run(self, resume: str, allowed: frozenset[str]) -> dict[str, Any]:
         """Run to the end and return the summary."""
-        path = self._start_from(resume)
-        if path is not None:
-            saved = read_manifest(path)["config"]
-            check_config(path, saved, self._config, allowed, self._say)
-            self._say(f"[resume] from {path}")
         self._preemption.install()
         try:
+            path = self._start_from(resume)
+            if path is not None:
+                saved = read_manifest(path)["config"]
+                check_config(path, saved, self._config, allowed, self._say)
+                self._say(f"[resume] from {path}")
             while True:
                 try:
                     return self._attempt(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -229,23 +230,17 @@ class Ledger:
     def _of_all_ranks(self, columns: list[torch.Tensor]) -> list[torch.Tensor]:
         """Gather this rank's columns [n], batch by batch, and in each rank by rank.
 
-        A rank's part of a batch has ceil(total / W) rows at most, one more if it is two in one.
         Rows that are not filled have the id -1.
         """
         run = self._runtime
-        space = [-(-total // run.world_size) + 1 for _, total in self._sizes]
-        starts = np.cumsum([0, *space])
-        each = int(starts[-1])
+        own, order = _layout(tuple(self._sizes), run.world_size)
+        each = len(order) // run.world_size
         padded = torch.full((each, 4), _UNKNOWN, dtype=torch.int64, device=run.device)
         if columns[0] is not None:
-            own = [starts[k] + np.arange(n) for k, (n, _) in enumerate(self._sizes)]
             ids, scores, losses, labels = (column.to(run.device) for column in columns)
             bits = [value.double().view(torch.int64) for value in (scores, losses)]
-            rows = torch.stack([ids, *bits, labels.long()], dim=1)
-            padded[torch.from_numpy(np.concatenate(own)).to(run.device)] = rows
-        every = run.all_gather(padded, each * run.world_size).cpu()
-        of_batch = np.tile(np.repeat(np.arange(len(space)), space), run.world_size)
-        every = every[torch.from_numpy(np.argsort(of_batch, kind="stable"))]
+            padded[own.to(run.device)] = torch.stack([ids, *bits, labels.long()], dim=1)
+        every = run.all_gather(padded, len(order)).cpu()[order]
         ids, scores, losses, labels = every.T.contiguous()
         return [ids, scores.view(torch.float64), losses.view(torch.float64), labels]
 
@@ -277,6 +272,20 @@ class Ledger:
         """Restore what ``state_dict`` returned, at any world size."""
         self.table.load_state_dict(state["table"])
         self._round, self._heard = state["round"], state["heard"]
+
+
+@lru_cache(maxsize=2)
+def _layout(sizes: tuple[tuple[int, int], ...], world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where a rank's rows go among its own, and the order of all ranks' rows.
+
+    ``sizes``: of each batch, this rank's part and all parts. A rank has room for ceil(total / W)
+    rows of a batch, and one more: it may be two in one. Most windows have the same sizes.
+    """
+    room = [-(-total // world) + 1 for _, total in sizes]
+    starts = np.cumsum([0, *room])
+    own = np.concatenate([starts[k] + np.arange(n) for k, (n, _) in enumerate(sizes)])
+    of_batch = np.tile(np.repeat(np.arange(len(room)), room), world)
+    return torch.from_numpy(own), torch.from_numpy(np.argsort(of_batch, kind="stable"))
 
 
 def _cat(some: tuple[PyTree, ...]) -> PyTree:

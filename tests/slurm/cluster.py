@@ -32,6 +32,10 @@ def unavailable() -> str:
         return f"not installed: {', '.join(missing)} (tests/slurm/install installs them)"
     if os.getuid() != 0:
         return "needs root, to run SLURM's daemons"
+    if not os.access(_HOSTS, os.W_OK):
+        return f"{_HOSTS} is not writable, so the nodes cannot have names"
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        return "unshare --uts is not allowed here, so the nodes cannot have names of their own"
     return ""
 
 

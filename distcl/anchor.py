@@ -16,13 +16,18 @@ class Anchor:
     """theta_star over parameters and buffers. A new anchor equals the weights as they are.
 
     ``theta_star``: name -> 1-D tensor, the slices that this rank owns (``Partition.owned``).
+    They stay where the weights are, or on ``device`` (pinned, where that is the host of a GPU).
     ``older``: what theta_star was in earlier rounds, newest first, at most ``keep`` - 1; 1/W each.
     """
 
-    def __init__(self, partition: Partition, keep: int = 1) -> None:
+    def __init__(
+        self, partition: Partition, keep: int = 1, device: torch.device | None = None
+    ) -> None:
         self._partition = partition
         self._keep = keep
-        self.theta_star = {name: view.clone() for name, view in partition.owned().items()}
+        self.theta_star = {
+            name: _copy(view, device or view.device) for name, view in partition.owned().items()
+        }
         self.older: list[dict[str, torch.Tensor]] = []
         self._begun = False  # whether theta_star is the start of a round
 
@@ -38,7 +43,7 @@ class Anchor:
         ``Updater.cl_preprocessing``.
         """
         if self._keep > 1 and self._begun:
-            self.older.insert(0, {name: value.clone() for name, value in self.theta_star.items()})
+            self.older.insert(0, {n: _copy(v, v.device) for n, v in self.theta_star.items()})
             del self.older[self._keep - 1 :]
         self._begun = True
         self._take()
@@ -81,3 +86,8 @@ class Anchor:
             value.copy_(state["theta_star"][name])
         self.older = [{n: v.clone() for n, v in old.items()} for old in state["older"]]
         self._begun = state["begun"]
+
+
+def _copy(view: torch.Tensor, device: torch.device) -> torch.Tensor:
+    pinned = device.type == "cpu" and view.device.type == "cuda"
+    return torch.empty_like(view, device=device, pin_memory=pinned).copy_(view)

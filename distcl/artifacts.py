@@ -52,7 +52,7 @@ def evaluate(path: Path) -> dict[str, Any]:
     ``average_accuracy``.
     """
     weights, config = find(path)
-    runtime = Runtime(config.run, config.parallel)
+    runtime = Runtime(config.run, config.parallel, config.training)
     with runtime.guard():
         stream = create_stream(config.stream, config.run.seed)
         quiet = config.model_copy(

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from time import sleep
 from typing import Annotated, Any, Literal, NoReturn
@@ -287,6 +288,42 @@ def init(
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
     say(f"wrote {path}; train with: distcl run {path}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Default: report.html, of one run in its folder."
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="DIR", help="Write each plot as a PNG file, too."),
+    ] = None,
+) -> None:
+    """Write report.html: what a run kept and forgot, or how several compare. No network."""
+    from distcl.report import write_report
+
+    if launch_rank() != 0:
+        return
+    file = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    pictures = write_report(runs, file, png)
+    say(f"wrote {file}" + (f" and {len(pictures)} PNG files in {png}" if png else ""))
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say how far a run is: its state, last round, rate and time left."""
+    from distcl.status import read_status
+
+    found = read_status(folder)
+    say(json.dumps(asdict(found), indent=2) if as_json else str(found))
 
 
 @app.command()

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from distcl import registry
 from distcl.errors import ConfigError
 
+TrackerKind = Literal["jsonl", "wandb", "mlflow", "none"]
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after loading."""
@@ -35,6 +37,7 @@ class RunConfig(Section):
     poll_steps: int = Field(
         20, ge=1, description="steps between two points at which the loop looks at losses"
     )
+    report: bool = Field(True, description="write report.html into the run folder at the end")
     max_minutes: float = Field(
         0.0, ge=0, description="save and stop with exit code 75 after this long; 0: never"
     )
@@ -183,6 +186,12 @@ class TrainingConfig(Section):
     )
     max_rollbacks: int = Field(2, ge=1, description="rollbacks of a run, at most")
     eval_batch_size: int = Field(256, ge=1, description="chunk of an evaluation pass, per rank")
+    accumulate: int = Field(
+        1, ge=1, description="parts of a global batch, one after another; draws stay the same"
+    )
+    clip_norm: float = Field(
+        0.0, ge=0, description="largest L2 norm of the gradient, regularizers included; 0: any"
+    )
 
 
 class ContinualLearningConfig(Section):
@@ -384,10 +393,36 @@ class DetectorConfig(Section):
 class ParallelConfig(Section):
     """How the work is spread over processes."""
 
-    strategy: Literal["ddp"] = Field("ddp", description="layout of weights and optimizer")
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        "ddp", description="layout of weights, gradients and optimizer state; see PARALLEL.md"
+    )
     processes: int = Field(
         0, ge=0, description="processes that there must be; 0: as many as were started"
     )
+    anchor_device: Literal["device", "cpu"] = Field(
+        "device", description="where theta_star is kept: beside the weights, or in host memory"
+    )
+    offload_optimizer: bool = Field(
+        False,
+        description="keep optimizer state and master weights (fsdp2: all shards) in host memory",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute the model's blocks in backward instead of keeping activations"
+    )
+    deepspeed_config: str = Field(
+        "", description="zero1, zero2, zero3: a DeepSpeed JSON of your own"
+    )
+    fsdp_unit: int = Field(
+        1_000_000, ge=1, description="fsdp2: parameters that are gathered together, at least"
+    )
+
+    @model_validator(mode="after")
+    def _belongs(self) -> ParallelConfig:
+        if self.offload_optimizer and self.strategy == "ddp":
+            raise ValueError("offload_optimizer needs strategy zero1, zero2, zero3 or fsdp2")
+        if self.deepspeed_config and not self.strategy.startswith("zero"):
+            raise ValueError("deepspeed_config needs strategy zero1, zero2 or zero3")
+        return self
 
 
 class DataConfig(Section):
@@ -436,9 +471,33 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where metrics go."""
+    """Where metrics go. ``OUT/metrics.jsonl`` is written unless kind is none."""
 
-    kind: Literal["jsonl", "none"] = Field("jsonl", description="jsonl: OUT/metrics.jsonl")
+    kind: TrackerKind | list[TrackerKind] = Field(
+        "jsonl", description="jsonl, wandb, mlflow or none; or a list of them"
+    )
+    project: str = Field("distcl", min_length=1, description="project, or experiment, of the run")
+    name: str = Field("", description="name of the run; empty: that of the run folder")
+    entity: str = Field("", description="wandb: user or team; empty: the user's own")
+    mode: Literal["auto", "online", "offline"] = Field(
+        "auto", description="wandb; auto: online if there is a key, else offline"
+    )
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: TrackerKind | list[TrackerKind]) -> TrackerKind | list[TrackerKind]:
+        if isinstance(value, list) and ("none" in value or not value or _repeats(value)):
+            raise ValueError("a list holds one or more of jsonl, wandb, mlflow, each once")
+        return value
+
+    @property
+    def kinds(self) -> list[TrackerKind]:
+        """The kinds as a list."""
+        return [self.kind] if isinstance(self.kind, str) else list(self.kind)
+
+
+def _repeats(values: list[TrackerKind]) -> bool:
+    return len(set(values)) < len(values)
 
 
 class Config(Section):

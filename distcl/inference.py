@@ -60,11 +60,34 @@ class ShardedForward:
         return self.runtime.all_gather(mine, n, each=-(-chunks // self.runtime.world_size) * size)
 
     def outputs(self, batch: Batch) -> Outputs:
-        """Return loss [B] and logits of one chunk already on the device. Local."""
+        """Return loss [B] and logits of one chunk already on the device; see :meth:`inferring`."""
         with self.runtime.autocast():
             logits = self.module(batch.x)
             loss = self.criterion(logits, batch.y)
         return Outputs(loss=loss.to(self.runtime.dtype), logits=logits)
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Eval mode, no gradient. All ranks call ``outputs`` equally often inside. Local."""
+        with evaluating(self.module), self.partition.inference():
+            yield
+
+    @contextmanager
+    def inferring(self, source: Source, ids: Ids, calls: int) -> Iterator[None]:
+        """As :meth:`inference`, but inside, this rank calls ``outputs`` exactly ``calls`` times.
+
+        Where weights are gathered for every forward, ranks with fewer calls then join those of the
+        others, with one sample of ``ids``. Collective.
+        """
+        missing = 0
+        if self.partition.sharded:  # known before the first forward: forwards are collectives too
+            most = torch.tensor(calls, device=self.runtime.device)
+            missing = int(self.runtime.all_reduce(most, "max")) - calls
+        with self.inference():
+            yield
+            for _ in range(missing):
+                for batch in self.chunks(source, ids[:1], 1):
+                    self.outputs(batch)
 
     def chunks(self, source: Source, ids: Ids, size: int) -> Iterator[Batch]:
         """Yield ``ids`` in chunks of ``size``, on the device. Local."""
@@ -99,8 +122,9 @@ class ShardedForward:
             return torch.empty(0, dtype=self.runtime.dtype, device=self.runtime.device)
         self.partition.sync_buffers()
         parts: list[torch.Tensor] = []
-        with evaluating(self.module), torch.inference_mode():
-            for batch in self.chunks(source, self.mine(ids, size), size):
+        mine = self.mine(ids, size)
+        with self.inferring(source, ids, max(1, -(-len(mine) // size))):
+            for batch in self.chunks(source, mine, size):
                 parts.append(measure(batch))
             if not parts:  # more ranks than chunks: learn the shape from one sample
                 for batch in self.chunks(source, ids[:1], 1):

@@ -26,6 +26,7 @@ from distcl.errors import (
     ConfigError,
     DivergenceError,
     Preempted,
+    UsageError,
 )
 from distcl.failure import Cause
 from distcl.folder import RunFolder
@@ -41,8 +42,10 @@ from distcl.priority.feed import Feed
 from distcl.priority.online import Ledger
 from distcl.priority.scoring import Scorer, create_signal
 from distcl.priority.weights import check_priority
+from distcl.record import RoundRecorder
 from distcl.resume import JobState, check_config, collect, restore, weights
 from distcl.runtime import Runtime, describe
+from distcl.status import FolderProgress
 from distcl.tracking import create_tracker
 from distcl.trainer import ContinuousTrainer, Parts
 from distcl.types import Progress, Stream
@@ -79,9 +82,10 @@ def assemble(
     if config.continual_learning.history_store == "copy":
         stream = CopyingStream(stream)
     criterion = create_loss(config.model.loss)
-    model = runtime.prepare(create_model(config.model, stream.spec, seed))
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = runtime.prepare_optimizer(create_optimizer(config.optimizer, trainable))
+    model, optimizer = runtime.prepare_training(
+        create_model(config.model, stream.spec, seed),
+        lambda params: create_optimizer(config.optimizer, params),
+    )
     partition = create_partition(runtime, model)
     forward = ShardedForward(runtime, model, partition, criterion)
     signal = create_signal(
@@ -92,7 +96,9 @@ def assemble(
         classes=stream.spec.classes,
     )
     importance = config.continual_learning.importance_weighting
-    anchor = Anchor(partition, keep=getattr(signal, "anchors", 1) if importance else 1)
+    keep = getattr(signal, "anchors", 1) if importance else 1
+    host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
+    anchor = Anchor(partition, keep, host)
     scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
     ledger = None
     if importance and config.priority.source == "online":
@@ -110,6 +116,7 @@ def assemble(
             scorer=scorer,
             seed=seed,
             pretrained=bool(config.model.pretrained),
+            accumulate=config.training.accumulate,
             ledger=ledger,
         ),
     )
@@ -126,6 +133,8 @@ def assemble(
         scorer,
         ledger,
     )
+    shown = progress if progress is not None and runtime.is_main else Quiet()
+    tracker = create_tracker(config.tracking, out, runtime.rank, resume, shown.message)
     return Parts(
         runtime=runtime,
         stream=stream,
@@ -136,8 +145,9 @@ def assemble(
         scorer=scorer,
         updater=updater,
         feed=feed,
-        tracker=create_tracker(config.tracking, out, runtime.rank, resume),
-        progress=progress if progress is not None and runtime.is_main else Quiet(),
+        tracker=tracker,
+        recorder=RoundRecorder(runtime, out, tracker),
+        progress=shown,
     )
 
 
@@ -159,7 +169,7 @@ def execute(
 
     Raises the errors of ``distcl.errors``; ``OUT/status.json`` says how it ended.
     """
-    runtime = Runtime(config.run, config.parallel)
+    runtime = Runtime(config.run, config.parallel, config.training)
     folder = RunFolder(out, config, runtime.is_main)
 
     def peer_failed(cause: Cause) -> None:
@@ -279,12 +289,18 @@ class Job:
         begun = time.perf_counter()
         torch.manual_seed(config.run.seed + runtime.rank)
         stream = create_stream(config.stream, config.run.seed, config.data)
-        parts = assemble(config, runtime, stream, folder.path, self._progress, path is not None)
+        progress = None
+        if runtime.is_main:
+            stages = len(stream.experiences) if self._command == "train" else 0
+            progress = FolderProgress(self._progress or Quiet(), folder.path, stages)
+        parts = assemble(config, runtime, stream, folder.path, progress, path is not None)
         trainer = ContinuousTrainer(parts, config)
         monitor = None if self._command == "train" else self._monitor(trainer)
         state = JobState(self._command)
         if path is not None:
             restore(path, state, config, trainer, monitor)
+            if progress is not None:
+                progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
         before = state.seconds
         self._rollbacks = max(self._rollbacks, state.rollbacks)
         halvings = self._rollbacks - state.rollbacks
@@ -319,9 +335,20 @@ class Job:
         summary = summarize(trainer, baseline, drifts, config, seconds)
         if runtime.is_main:
             folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
+        parts.tracker.summarize(summary)
         parts.tracker.finish()
         folder.status("done", 0, "")
+        if runtime.is_main and config.run.report:
+            self._report(folder.path)
         return summary
+
+    def _report(self, path: Path) -> None:
+        from distcl.report import write_report
+
+        try:
+            write_report([path], path / "report.html")
+        except UsageError as error:  # the run itself is done
+            self._say(f"[report] {error}")
 
     def _monitor(self, trainer: ContinuousTrainer) -> Monitor:
         chosen = self._config.detector

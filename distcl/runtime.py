@@ -1,31 +1,30 @@
-"""The one wrapper of Accelerate: who I am, what I run on, how ranks talk and fail together."""
+"""Who I am among the processes, what I run on, how ranks talk and fail together."""
 
 from __future__ import annotations
 
 import os
 import sys
-import warnings
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from distcl.config import ParallelConfig, RunConfig
+from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.errors import DistclError, Preempted, UsageError
 from distcl.failure import Cause, FailureRelay
 from distcl.launchers import adopt
 from distcl.peers import first_line, introduce
+from distcl.strategies import MakeOptimizer, create_strategy
+from distcl.strategies.activation import checkpoint_blocks
+from distcl.strategies.launcher import check_launcher
 
 T = TypeVar("T")
 
-_MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
+_AGREE_SECONDS = 5.0
 
 
 def check_launch(environ: Mapping[str, str], processes: int = 0) -> int:
@@ -72,24 +71,22 @@ class Runtime:
     """
 
     def __init__(
-        self, run: RunConfig | None = None, parallel: ParallelConfig | None = None
+        self,
+        run: RunConfig | None = None,
+        parallel: ParallelConfig | None = None,
+        training: TrainingConfig | None = None,
     ) -> None:
         run, parallel = run or RunConfig(), parallel or ParallelConfig()
         launch = adopt(os.environ)
         started = check_launch(os.environ, parallel.processes)
-        cpu = not torch.cuda.is_available()
-        if run.precision == "fp16" and cpu:
+        training = training or TrainingConfig()
+        check_launcher(run, parallel, training)
+        if run.precision == "fp16" and not torch.cuda.is_available():
             raise UsageError("run.precision = 'fp16' needs a GPU; on a CPU use 'bf16' or 'fp32'")
-        self.precision = run.precision
+        self.precision, self.strategy = run.precision, parallel.strategy
         self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
-        self.accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=_MIXED[run.precision],
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(seconds=run.timeout_seconds)),
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
-        )
+        self._strategy = create_strategy(run, parallel, training)
+        self.accelerator = self._strategy.accelerator
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -98,6 +95,7 @@ class Runtime:
                 f"{started} processes were started but they see {self.world_size}; "
                 f"type: torchrun --nproc-per-node {started} -m distcl …"
             )
+        self._raised = 0
         store = None
         if self.world_size > 1:
             store = dist.distributed_c10d._get_default_store()
@@ -115,34 +113,51 @@ class Runtime:
     # -- the model ---------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Move a model to the device and wrap it for training. Collective."""
-        model = model.to(self.device, self.dtype)
-        with warnings.catch_warnings():  # accelerate has no word for DDP's newer option yet
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
-            return self.accelerator.prepare(model)  # type: ignore[no-any-return]
+        """Move a model to the device and wrap it; its optimizer is yours (ddp, fsdp2). Collective.
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Wrap an optimizer, such that loss scaling (fp16) is handled. Local."""
-        return self.accelerator.prepare(optimizer)  # type: ignore[no-any-return]
+        Raises UsageError where the strategy needs the optimizer too (zero1, zero2, zero3).
+        """
+        return self._strategy.prepare(model, None)[0]
+
+    def prepare_training(
+        self, model: nn.Module, make_optimizer: MakeOptimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return a model, wrapped for training, and its optimizer. Collective.
+
+        ``make_optimizer`` is called with the parameters that take gradients, once they are where
+        the strategy wants them.
+        """
+        if self._strategy.parallel.activation_checkpointing:
+            checkpoint_blocks(model)
+        prepared, optimizer = self._strategy.prepare(model, make_optimizer)
+        assert optimizer is not None
+        return prepared, optimizer
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the loss scale (fp16) out of the gradients, once, before they are changed. Local."""
-        self.accelerator.unscale_gradients(optimizer)
+        self._strategy.unscale(optimizer)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the module inside the wrapper; forwards of it do not communicate."""
-        return model.module if isinstance(model, DistributedDataParallel) else model
+        """Return the module inside the wrapper. Local.
+
+        Forwards of it do not communicate, unless the partition is sharded.
+        """
+        return self._strategy.unwrap(model)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which forwards run outside the wrapper (scoring, evaluation)."""
-        if self.precision in ("bf16", "fp16"):
-            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
-            return torch.autocast(self.device.type, dtype=dtype)
-        return nullcontext()
+        return self._strategy.autocast()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of a loss; gradients are averaged over ranks. Collective."""
-        self.accelerator.backward(loss)
+        self._strategy.backward(loss)
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of one forward and backward out of several that make a step. Local.
+
+        Gradients add up; before the ``last`` one they need not be averaged yet.
+        """
+        return self._strategy.accumulating(model, last)
 
     # -- collectives -------------------------------------------------------------------------
 
@@ -198,6 +213,21 @@ class Runtime:
         """Wait for every rank. Collective."""
         if self.world_size > 1:
             dist.barrier()
+
+    def all_raised(self) -> bool:
+        """Tell whether all ranks are handling an exception, within seconds; never blocks for good.
+
+        Call it once while handling one. Afterwards ranks may talk only if the answer was yes.
+        """
+        if self.world_size == 1:
+            return True
+        self._raised += 1
+        store, key = dist.distributed_c10d._get_default_store(), f"distcl/raised/{self._raised}"
+        count, deadline = store.add(key, 1), time.monotonic() + _AGREE_SECONDS
+        while count < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            count = store.add(key, 0)
+        return bool(count >= self.world_size)
 
     # -- the end -----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from distcl.config import OptimizerConfig
 from distcl.optim import warmup_factor
+from distcl.partition.base import clip_grads_
 from distcl.priority.feed import Feed
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
@@ -107,6 +108,7 @@ class StepLoop:
         tracker: Tracker,
         progress: Progress,
         config: OptimizerConfig,
+        clip_norm: float,
         poll_steps: int,
     ) -> None:
         self._runtime = runtime
@@ -117,6 +119,7 @@ class StepLoop:
         self._tracker = tracker
         self._progress = progress
         self._warmup_steps = config.warmup_steps
+        self._clip_norm = clip_norm
         self._poll_steps = poll_steps
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
         self.keeper: Keeping = KeepNothing()
@@ -143,6 +146,7 @@ class StepLoop:
                 result = self._updater.fwd_bwd(batch, hist_batch)
             self._runtime.unscale(self._optimizer)
             self._updater.update_post_fwd_bwd()
+            clip_grads_(self._updater.partition, self._runtime, self._clip_norm)
             self._optimizer.step()
             self._updater.update_post_optimizer_call()
             self._optimizer.zero_grad(set_to_none=True)

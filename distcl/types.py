@@ -58,6 +58,17 @@ class Batch:
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
+    def part(self, k: int, parts: int) -> Batch:
+        """Return part ``k`` of ``parts`` (sizes within one), of the same global batch."""
+        if parts == 1:
+            return self
+        from torch.utils._pytree import tree_map
+
+        lo, hi = len(self) * k // parts, len(self) * (k + 1) // parts
+        ids, x, y = tree_map(lambda t: t[lo:hi], (self.ids, self.x, self.y))
+        weights = None if self.weights is None else self.weights[lo:hi]
+        return Batch(ids, x, y, self.total, weights)
+
     def joined(self, other: Batch) -> Batch:
         """Return both as one batch: these samples, then the other's; ``total`` is of both."""
         import torch
@@ -183,6 +194,10 @@ class Detector(Protocol):
 
 UnreducedLoss = Callable[[Any, Any], "torch.Tensor"]
 """(outputs, y) -> loss of each sample, [B]."""
+
+
+WATCHING = "watching the stream"
+"""Title of the part of a run in which the monitor goes through the stream."""
 
 
 class Progress(Protocol):

@@ -31,3 +31,32 @@ def awkward(seed: int = 0) -> Awkward:
     model.norm.running_mean.normal_()
     model.norm.running_var.uniform_(0.5, 2)
     return model
+
+
+class Tangled(nn.Module):
+    """Trained tied weights, a frozen layer, a norm, sizes that no number of ranks divides."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 11)
+        self.norm = norm
+        self.left = nn.Linear(11, 11)
+        self.frozen = nn.Linear(11, 11).requires_grad_(False)
+        self.right = nn.Linear(11, 11, bias=False)
+        self.right.weight = self.left.weight
+        self.head = nn.Linear(11, 3)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.norm(self.left(self.first(x))))
+        return self.head(self.right(self.frozen(h))) * self.scale
+
+
+def tangled(seed: int = 0, batchnorm: bool = True) -> Tangled:
+    torch.manual_seed(seed)
+    if not batchnorm:
+        return Tangled(nn.LayerNorm(11))
+    model = Tangled(nn.BatchNorm1d(11))
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    return model

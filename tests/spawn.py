@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,15 @@ from queue import Empty
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "accelerate", "distcl.job"])
+_preloaded = ["torch", "accelerate", "distcl.job"]
+_context.set_forkserver_preload(_preloaded)
+
+
+def preload(module: str) -> None:
+    """Import a module once for all ranks; call it where a test module is imported."""
+    if module not in _preloaded:
+        _preloaded.append(module)
+        _context.set_forkserver_preload(_preloaded)
 
 
 def free_port() -> int:
@@ -41,6 +50,25 @@ def _child(fn: Callable[..., Any], rank: int, env: dict[str, str], args: Any, qu
     except BaseException:
         queue.put((rank, False, traceback.format_exc()))
         raise
+
+
+def exit_codes(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:
+    """Run fn(*args) on every rank and return how the processes ended; None: it had to be killed."""
+    port, queue = free_port(), _context.Queue()
+    processes = [
+        _context.Process(target=_child, args=(fn, rank, env, args, queue))
+        for rank, env in enumerate(rank_environment(r, world, port) for r in range(world))
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
 
 
 def run_ranks(world: int, fn: Callable[..., Any], *args: Any, timeout: float = 90) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from distcl.runtime import Runtime
 
@@ -34,10 +36,15 @@ class OptimizerState:
 class Partition(Protocol):
     """Who owns which slice of the weights. Every element of the model is owned by one rank."""
 
-    def owned(self) -> dict[str, torch.Tensor]:
-        """Return my slice of each parameter and buffer, 1-D live views. Local.
+    sharded: bool
+    """Whether parameters are gathered for every forward: then forwards are collective, all ranks
+    run equally many, and ``torch.func`` cannot be used on the module."""
 
-        Names of which this rank owns nothing are absent. Tied parameters appear once.
+    def owned(self) -> dict[str, torch.Tensor]:
+        """Return my slice of each parameter and buffer, 1-D live views, to be read only. Local.
+
+        Names of which this rank owns nothing are absent. Tied parameters appear once. Where an
+        optimizer keeps float32 master weights, these are the slices of those.
         """
         ...
 
@@ -79,7 +86,8 @@ class Partition(Protocol):
     def add_grad_(self, slices: Slices) -> None:
         """Add to the global mean gradient, each rank for its own slices. Collective.
 
-        Call it after backward and before the optimizer's step, on every rank.
+        Call it after backward and before the optimizer's step, on every rank. Where a loss scale
+        (fp16) is in the gradients, it must be in ``slices``.
         """
         ...
 
@@ -92,6 +100,10 @@ class Partition(Protocol):
         """
         ...
 
+    def scale_grads_(self, factor: torch.Tensor) -> None:
+        """Multiply the global mean gradient by a scalar, the same on every rank. Local."""
+        ...
+
     def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum full-size tensors over ranks and return my slices of the sums. Collective."""
         ...
@@ -99,8 +111,23 @@ class Partition(Protocol):
     def swapped(self, slices: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
         """Compute with other weights inside the context, in place. Collective.
 
-        ``slices`` has the names and shapes of :meth:`owned`; while inside, it holds the current
-        weights. They are put back exactly, also when the body raises.
+        ``slices`` has the names and shapes of :meth:`owned`; leave it alone while inside, where it
+        may hold the current weights. Both are put back exactly, also when the body raises. An
+        exception must leave the body on all ranks, or the run must end.
+        """
+        ...
+
+    def inference(self) -> AbstractContextManager[object]:
+        """Return the context for forwards without gradient; enter it inside ``swapped``. Local.
+
+        ``torch.inference_mode`` would leave inference tensors behind where weights are gathered.
+        """
+        ...
+
+    def squares(self) -> AbstractContextManager[None]:
+        """Square each rank's own gradient before it is averaged, inside the context. Local.
+
+        For layouts that are sharded; see ``updaters.fisher``.
         """
         ...
 
@@ -114,7 +141,35 @@ class Partition(Protocol):
 
 
 def create_partition(runtime: Runtime, model: nn.Module) -> Partition:
-    """Return the partition that fits how ``model`` was prepared. Local."""
+    """Return the partition that fits how ``model`` was prepared. Local, but for ZeRO-3."""
+    if isinstance(model, FSDPModule):
+        from distcl.partition.fsdp2 import FullySharded
+
+        return FullySharded(runtime, model)
+    if "deepspeed" in sys.modules:
+        from deepspeed import DeepSpeedEngine
+
+        if isinstance(model, DeepSpeedEngine):
+            from distcl.partition.zero3 import Zero3
+            from distcl.partition.zero12 import Zero12
+
+            stage = int(model.zero_optimization_stage())
+            return Zero3(runtime, model) if stage == 3 else Zero12(runtime, model)
     from distcl.partition.replicated import Replicated
 
     return Replicated(runtime, model)
+
+
+def clip_grads_(partition: Partition, runtime: Runtime, max_norm: float) -> None:
+    """Scale the global mean gradient to an L2 norm of at most ``max_norm``; 0: leave it alone.
+
+    The norm is one over all parameters, computed from owned slices in float64. The factor is
+    min(1, max_norm / (norm + 1e-6)), as torch's ``clip_grad_norm_`` has it. Collective.
+    """
+    if not max_norm:
+        return
+    square = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for grad in partition.grads().values():
+        square += torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+    norm = runtime.all_reduce(square).sqrt()
+    partition.scale_grads_((max_norm / (norm + 1e-6)).clamp(max=1.0))

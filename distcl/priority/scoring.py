@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +16,7 @@ from distcl import registry
 from distcl.anchor import Anchor
 from distcl.data.loader import as_source
 from distcl.errors import ConfigError, DistclError, DivergenceError
-from distcl.inference import ShardedForward, evaluating
+from distcl.inference import ShardedForward
 from distcl.partition.base import create_partition
 from distcl.priority.cache import LossCache, fingerprint
 from distcl.priority.sampler import part_of
@@ -88,7 +86,7 @@ class Scorer:
         mine = self.forward.mine(ids, size)
         anchors = self._anchor_passes(source, ids, mine) if self.signal.needs_anchor else None
         rows: list[torch.Tensor] = []
-        with evaluating(self.forward.module), torch.inference_mode():
+        with self.forward.inferring(source, ids, -(-len(mine) // size)):
             for k, batch in enumerate(self.forward.chunks(source, mine, size)):
                 rows.append(self._row(batch, anchors[k] if anchors is not None else None))
         self.forward.forwards += n
@@ -112,10 +110,10 @@ class Scorer:
             batch = Batch(torch.zeros(1, dtype=torch.int64), x, y)
         backs = range(1 + len(self.anchor.older)) if self.signal.needs_anchor else ()
         for back in backs:
-            with self._under_anchor(back):
+            with self.anchor.swapped_in(back), self.forward.inference():
                 outputs = self.forward.outputs(batch)
             anchor = replace(anchor, older=(*anchor.older, outputs)) if anchor else outputs
-        with evaluating(self.forward.module), torch.inference_mode():
+        with self.forward.inference():
             row = self._row(batch, anchor)[:n]
         self.forward.forwards += len(ids) * (1 + len(backs))
         each = -(-len(ids) // run.world_size)
@@ -141,17 +139,13 @@ class Scorer:
         """Return theta_star's outputs for each of my chunks, older anchors' in them. Collective."""
         found = self._anchor_pass(source, ids, mine)
         for back in range(1, 1 + len(self.anchor.older)):
-            with self._under_anchor(back):
+            calls = -(-len(mine) // self.batch_size)
+            with self.anchor.swapped_in(back), self.forward.inferring(source, ids, calls):
                 for k, batch in enumerate(self.forward.chunks(source, mine, self.batch_size)):
                     older = (*found[k].older, self.forward.outputs(batch))
                     found[k] = replace(found[k], older=older)
             self.forward.forwards += len(ids)
         return found
-
-    @contextmanager
-    def _under_anchor(self, back: int = 0) -> Iterator[None]:
-        with self.anchor.swapped_in(back), evaluating(self.forward.module), torch.inference_mode():
-            yield
 
     def _anchor_pass(self, source: Source, ids: Ids, mine: Ids) -> list[Outputs]:
         """Return theta_star's outputs for each of my chunks. Collective."""
@@ -165,7 +159,8 @@ class Scorer:
         found = [Outputs(loss=loss) for loss in torch.split(mine_losses, size)]
         if bool(known.all()):
             return found
-        with self._under_anchor():
+        calls = sum(not bool(hit.all()) for hit in hits)
+        with self.anchor.swapped_in(), self.forward.inferring(source, ids, calls):
             for k, hit in enumerate(hits):
                 missing = mine[k * size : k * size + len(hit)][~hit.numpy()]
                 for batch in self.forward.chunks(source, missing, size):

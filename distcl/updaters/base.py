@@ -8,9 +8,9 @@ A round calls them in this order: ``begin_round``, ``cl_preprocessing``; for eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class UpdaterSetup:
 
     ``pretrained``: the model started from trained weights (``model.pretrained``). ``ledger``: takes
     the scores of training batches, under ``priority.source = "online"``.
+    ``accumulate``: in how many parts a step's batches are computed (``training.accumulate``).
     """
 
     config: ContinualLearningConfig
@@ -44,6 +45,7 @@ class UpdaterSetup:
     seed: int
     pretrained: bool = False
     ledger: Ledger | None = None
+    accumulate: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class Updater:
     """Whether ``fwd_bwd`` wants a batch of history too."""
     trains = True
     """Whether rounds take steps."""
+    unsupported: ClassVar[Mapping[str, str]] = {}
+    """``parallel.strategy`` -> why the method cannot run under it."""
     sliced: tuple[str, ...] = ()
     """Entries of ``state_dict`` that are owned slices, name -> 1-D tensor."""
     dealt: tuple[str, ...] = ()
@@ -91,6 +95,8 @@ class Updater:
         self.model = setup.model
         self.partition = setup.partition
         self.anchor = setup.anchor
+        self.first_part = True
+        """Whether this is the first part of a step's batches; see :meth:`accumulated`."""
 
     @property
     def theta_star(self) -> dict[str, torch.Tensor]:
@@ -119,6 +125,9 @@ class Updater:
 
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """Forward and backward of one step; gradients are the global batch's mean. Collective."""
+        return self.accumulated(self._plain, batch)
+
+    def _plain(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         losses = self.losses(batch)
         self.backward(losses, batch)
         return StepResult(losses.detach(), batch.ids, batch.total)
@@ -156,6 +165,29 @@ class Updater:
         return state
 
     # -- for the methods -----------------------------------------------------------------------
+
+    def accumulated(
+        self,
+        fwd_bwd: Callable[[Batch, Batch | None], StepResult],
+        batch: Batch,
+        hist_batch: Batch | None = None,
+    ) -> StepResult:
+        """Call ``fwd_bwd`` on the parts of a step's batches; their gradients add up. Collective.
+
+        There are ``training.accumulate`` parts on every rank, some of which may be empty. ``total``
+        of each is that of the whole. Returns the results together, in order.
+        """
+        parts = self.setup.accumulate
+        results: list[StepResult] = []
+        for k in range(parts):
+            self.first_part = k == 0
+            with self.runtime.accumulating(self.model, last=k + 1 == parts):
+                past = hist_batch.part(k, parts) if hist_batch is not None else None
+                results.append(fwd_bwd(batch.part(k, parts), past))
+        if parts == 1:
+            return results[0]
+        losses = torch.cat([r.losses for r in results])
+        return StepResult(losses, torch.cat([r.ids for r in results]), results[0].total)
 
     def _unreduced_criterion(self, outputs: PyTree, y: PyTree) -> torch.Tensor:
         """Return the loss of each sample, [B]; of no sample, [0] with a gradient (of zero)."""

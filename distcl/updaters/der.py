@@ -42,6 +42,9 @@ class DarkExperienceReplay(Updater):
 
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """One forward on the union; the losses returned are of both. Collective."""
+        return self.accumulated(self._part, batch, hist_batch)
+
+    def _part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         both = batch if hist_batch is None else batch.joined(hist_batch)
         outputs = one_tensor(self.forward(both), "der")
         losses = self.losses_of(outputs, both)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from distcl.errors import ConfigError
 from distcl.priority.draws import generator
 from distcl.types import Ids, Source
 from distcl.updaters.base import Updater, UpdaterSetup
@@ -30,6 +31,11 @@ class EWCOnline(Updater):
 
     def __init__(self, setup: UpdaterSetup) -> None:
         super().__init__(setup)
+        if self.partition.sharded and self.runtime.precision == "fp16":
+            raise ConfigError(
+                "continual_learning.update_mode = 'ewc_online' does not work with run.precision = "
+                "'fp16' where weights are sharded: squared gradients leave its range; use 'bf16'"
+            )
         self.fisher: dict[str, torch.Tensor] = {}
         self.commits = 0
 
@@ -45,7 +51,13 @@ class EWCOnline(Updater):
             draw = generator(self.setup.seed, self.commits, 0xF15E)
             ids = draw.choice(ids, size=limit, replace=False)
         new = diagonal_fisher(
-            self.runtime, self.model, self.partition, self.setup.criterion, source, ids
+            self.runtime,
+            self.model,
+            self.setup.optimizer,
+            self.partition,
+            self.setup.criterion,
+            source,
+            ids,
         )
         decay = self.config.ewc_ema_decay if self.commits else 0.0
         for name, value in new.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from distcl.data.loader import iterate_chunks
 from distcl.inference import evaluating
@@ -18,6 +19,7 @@ CHUNK_ELEMENTS = 1 << 24
 def diagonal_fisher(
     runtime: Runtime,
     model: nn.Module,
+    optimizer: torch.optim.Optimizer,
     partition: Partition,
     criterion: UnreducedLoss,
     source: Source,
@@ -27,25 +29,56 @@ def diagonal_fisher(
 
     Per-sample gradients of the labelled loss, squared (the *empirical* Fisher; Kirkpatrick et al.
     2017, eq. 3 with observed labels): never the square of a batch's mean gradient. Eval mode.
-    Each rank takes its share of the samples; sums are reduced bucket by bucket. Collective.
+    Each rank takes its share of the samples. Collective.
+
+    Whole weights: per-sample gradients of a chunk at once, sums reduced bucket by bucket. Sharded
+    weights: one sample a rank at a time, whose gradient is squared before it is averaged over
+    ranks; ``optimizer`` forgets the gradients afterwards.
     """
+    partition.sync_buffers()
+    if partition.sharded:
+        return _one_by_one(runtime, model, optimizer, partition, criterion, source, ids)
     module = runtime.unwrap(model)
     weights = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     buffers = dict(module.named_buffers())
 
     def loss_of_one(w: dict[str, torch.Tensor], x: PyTree, y: PyTree) -> torch.Tensor:
-        one = torch.utils._pytree.tree_map(lambda t: t.unsqueeze(0), (x, y))
+        one = tree_map(lambda t: t.unsqueeze(0), (x, y))
         outputs = torch.func.functional_call(module, (w, buffers), (one[0],))
         return criterion(outputs, one[1]).sum()
 
     per_sample = torch.func.vmap(torch.func.grad(loss_of_one), in_dims=(None, 0, 0))
-    total = {name: torch.zeros_like(w) for name, w in weights.items()}
+    total = {name: torch.zeros_like(w, dtype=runtime.dtype) for name, w in weights.items()}
     size = max(1, CHUNK_ELEMENTS // max(1, sum(w.numel() for w in weights.values())))
     start, stop = runtime.share(len(ids))
-    partition.sync_buffers()
     with evaluating(module):
         for batch in iterate_chunks(source, ids[start:stop], min(size, 256)):
             batch = batch.to(runtime.device, runtime.dtype)
             for name, grad in per_sample(weights, batch.x, batch.y).items():
-                total[name] += grad.square().sum(dim=0)
+                total[name] += grad.to(runtime.dtype).square().sum(dim=0)
     return {name: value / len(ids) for name, value in partition.reduce_owned(total).items()}
+
+
+def _one_by_one(
+    runtime: Runtime,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    partition: Partition,
+    criterion: UnreducedLoss,
+    source: Source,
+    ids: Ids,
+) -> dict[str, torch.Tensor]:
+    """See :func:`diagonal_fisher`. Every rank runs equally many samples, some of weight zero."""
+    start, stop = runtime.share(len(ids))
+    mine = ids[start:stop]
+    rounds = -(-len(ids) // runtime.world_size)
+    with evaluating(runtime.unwrap(model)), partition.squares():
+        for k in range(rounds):
+            one, weight = (mine[k : k + 1], 1.0) if k < len(mine) else (ids[:1], 0.0)
+            batch = source.read(one).to(runtime.device, runtime.dtype)
+            with runtime.accumulating(model, last=k + 1 == rounds):
+                runtime.backward(weight * criterion(model(batch.x), batch.y).sum())
+    scale = runtime.world_size / len(ids)  # gradients are averaged over ranks
+    total = {name: grad.to(runtime.dtype) * scale for name, grad in partition.grads().items()}
+    optimizer.zero_grad(set_to_none=True)
+    return total

@@ -46,31 +46,41 @@ class JVPReg(Updater):
         Raises ConfigError if ``jvp_rho_x`` > 0 and x has no floating-point tensor.
         """
         rho_theta, rho_x = self.config.jvp_rho_theta, self.config.jvp_rho_x
+        self._moved: list[tuple[Batch, torch.Tensor]] = []
+        result = self.accumulated(self._part, batch, hist_batch)
+        if not (rho_theta or rho_x):
+            return result
+        uphill = self._uphill_weights() if rho_theta else None
+        self.setup.optimizer.zero_grad(set_to_none=True)
+        moved = self.partition.swapped(uphill) if uphill is not None else nullcontext()
+        with buffers_kept(self.runtime.unwrap(self.model)), moved:
+            self.accumulated(self._moved_part, batch)
+        return result
+
+    def _part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
+        """First pass: the gradient at w; keep the inputs, moved, for the second one."""
         both = batch if hist_batch is None else batch.joined(hist_batch)
         weights = torch.ones(len(both), dtype=self.runtime.dtype, device=self.runtime.device)
         if hist_batch is not None:  # so that the mean over both is the sum of the two means
             weights[: len(batch)] = both.total / batch.total
             weights[len(batch) :] = both.total / hist_batch.total
         inputs: list[torch.Tensor] = []
-        if rho_x:
+        if self.config.jvp_rho_x:
             inputs = [x.detach().requires_grad_() for x in floating(both.x, "jvp_rho_x")]
             both = replace(both, x=with_floating(both.x, inputs))
-
         losses = self.losses(both)
         self.backward(losses * weights, both)
-        result = StepResult(losses.detach(), both.ids, both.total)
-        if not (rho_theta or rho_x):
-            return result
-
-        if rho_x:
+        if inputs:
             both = replace(both, x=with_floating(both.x, self._uphill_inputs(inputs)))
-        uphill = self._uphill_weights() if rho_theta else None
-        self.setup.optimizer.zero_grad(set_to_none=True)
-        moved = self.partition.swapped(uphill) if uphill is not None else nullcontext()
-        with buffers_kept(self.runtime.unwrap(self.model)), moved:
-            losses = self._unreduced_criterion(self.forward(both), both.y)
-            self.backward(losses * weights, both)
-        return result
+        self._moved.append((both, weights))
+        return StepResult(losses.detach(), both.ids, both.total)
+
+    def _moved_part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
+        """Second pass, on what the first one kept."""
+        both, weights = self._moved.pop(0)
+        losses = self._unreduced_criterion(self.forward(both), both.y)
+        self.backward(losses * weights, both)
+        return StepResult(losses.detach(), both.ids, both.total)
 
     def _uphill_inputs(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Return x + δ. Their gradients are c_i ∇_x ℓ_i; c_i > 0 cancels, as a loss scale does."""
@@ -92,7 +102,7 @@ class JVPReg(Updater):
         vanished = norm < torch.finfo(self.runtime.dtype).tiny
         scale = torch.where(vanished, 0.0, self.config.jvp_rho_theta / norm).to(self.runtime.dtype)
         return {
-            name: torch.addcmul(w, grads[name], scale) if name in grads else w.clone()
+            name: torch.addcmul(w, grads[name], scale.to(w.device)) if name in grads else w.clone()
             for name, w in self.partition.owned().items()
         }
 

@@ -31,6 +31,10 @@ class JVPPenalty(Updater):
     """
 
     uses_hist_batch = True
+    unsupported = dict.fromkeys(
+        ("zero1", "zero2", "zero3", "fsdp2"),
+        "it differentiates the model twice, which sharding libraries do not allow",
+    )
 
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """See the class. The losses returned are without the penalty. Collective.
@@ -40,8 +44,14 @@ class JVPPenalty(Updater):
         """
         if hist_batch is None or not self.config.jvp_lambda:
             return super().fwd_bwd(batch, None)
+        return self.accumulated(self._part, batch, self._partners(batch, hist_batch))
+
+    def _part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
+        assert hist_batch is not None
         here = [x.detach().requires_grad_() for x in floating(batch.x, "jvp_lambda")]
-        steps = self._steps(here, batch, hist_batch)
+        past = floating(hist_batch.x, "jvp_lambda")
+        between = [h - x.detach() for h, x in zip(past, here, strict=True)]
+        steps = [self.config.jvp_deltax_norm * direction for direction in normalized(between)]
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             losses = self.losses(replace(batch, x=with_floating(batch.x, here)))
         try:
@@ -60,32 +70,29 @@ class JVPPenalty(Updater):
             ) from error
         return StepResult(losses.detach(), batch.ids, batch.total)
 
-    def _steps(
-        self, here: list[torch.Tensor], batch: Batch, hist_batch: Batch
-    ) -> list[torch.Tensor]:
-        """Return δ of my current samples, in the shapes of their inputs. Collective.
+    def _partners(self, batch: Batch, hist_batch: Batch) -> Batch:
+        """Return the history samples that my current ones are paired with, in order. Collective.
 
         Batches of equal size are cut into equal parts, so that partners lie on the same rank;
         otherwise the history batch is gathered. Parts are cut as DistributedWeightedSampler does.
         """
         past = floating(hist_batch.x, "jvp_lambda")
-        for x, h in zip(here, past, strict=True):
+        for x, h in zip(floating(batch.x, "jvp_lambda"), past, strict=True):
             if x.shape[1:] != h.shape[1:]:
                 raise DataError(
                     "jvp_penalty needs samples of equal shape; current ones have "
                     f"{list(x.shape[1:])}, those of the history {list(h.shape[1:])}"
                 )
-        if hist_batch.total != batch.total:
-            world = self.runtime.world_size
-            starts = [_start(hist_batch.total, rank, world) for rank in range(world + 1)]
-            each = starts[1]
-            rows = [r * each + k for r in range(world) for k in range(starts[r + 1] - starts[r])]
-            first = _start(batch.total, self.runtime.rank, world)
-            mine = [rows[p % len(rows)] for p in range(first, first + len(batch))]
-            past = [self.runtime.all_gather(h, world * each, each)[mine] for h in past]
-        length = self.config.jvp_deltax_norm
-        between = [h - x.detach() for h, x in zip(past, here, strict=True)]
-        return [length * direction for direction in normalized(between)]
+        if hist_batch.total == batch.total:
+            return hist_batch
+        world = self.runtime.world_size
+        starts = [_start(hist_batch.total, rank, world) for rank in range(world + 1)]
+        each = starts[1]
+        rows = [r * each + k for r in range(world) for k in range(starts[r + 1] - starts[r])]
+        first = _start(batch.total, self.runtime.rank, world)
+        mine = [rows[p % len(rows)] for p in range(first, first + len(batch))]
+        gathered = [self.runtime.all_gather(h, world * each, each)[mine] for h in past]
+        return Batch(batch.ids, gathered, batch.y, batch.total)
 
 
 def _start(total: int, rank: int, world: int) -> int:

@@ -89,7 +89,8 @@ class KFACOnline(Updater):
         super().backward(losses, batch)
         if not self._recording:
             return
-        self.samples += batch.total
+        if self.first_part:
+            self.samples += batch.total
         for layer in self.layers:
             flat = torch.zeros(
                 layer.elements + 1, dtype=self.runtime.dtype, device=self.runtime.device

@@ -54,6 +54,9 @@ class LwF(Updater):
 
         Raises ConfigError if the model returns anything but a tensor.
         """
+        return self.accumulated(self._part, batch)
+
+    def _part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         outputs = one_tensor(self.forward(batch), "lwf")
         losses = self.losses_of(outputs, batch)
         if len(self.teacher.ids):

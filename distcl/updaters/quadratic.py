@@ -26,5 +26,5 @@ def add_pull(
             k = scale * curvature[name]
             if step == "damped":
                 k = k / (1 + lr * k)
-            pull[name] = k * (w - updater.theta_star[name])
+            pull[name] = k * (w - updater.theta_star[name].to(w.device))
     updater.partition.add_grad_(pull)

@@ -50,7 +50,7 @@ class SynapticIntelligence(Updater):
     def cl_postprocessing(self, source: Source, ids: Ids) -> None:
         """Fold ω into Ω. Local."""
         for name, w in self.partition.trainable().items():
-            moved = (w - self.theta_star[name]).square()
+            moved = (w - self.theta_star[name].to(w.device)).square()
             gained = self.path[name] / (moved + self.config.si_xi)
             self.importance[name] += gained.clamp(min=0)
             self.path[name].zero_()

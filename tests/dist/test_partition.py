@@ -37,10 +37,11 @@ def test_every_element_is_owned_once_and_no_rank_owns_more_than_its_share(world:
     for name, tensor in dense.items():
         joined = np.concatenate([part[name] for part in parts if name in part])
         np.testing.assert_array_equal(joined, tensor.detach().float().reshape(-1).numpy())
-    by_dtype: dict[torch.dtype, int] = {}
+    cuts: dict[tuple[torch.dtype, bool], int] = {}
     for tensor in dense.values():
-        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.numel()
-    share = sum(-(-n // world) for n in by_dtype.values())
+        key = (tensor.dtype, isinstance(tensor, torch.nn.Parameter))
+        cuts[key] = cuts.get(key, 0) + tensor.numel()
+    share = sum(-(-n // world) for n in cuts.values())
     assert max(sum(v.size for v in part.values()) for part in parts) <= share
 
 

@@ -1,0 +1,246 @@
+"""FSDP2: ``fully_shard`` gives every rank some rows of each parameter, and gathers per unit.
+
+Rows are dealt as by ``torch.chunk`` along the first dimension, so shards are contiguous in the
+parameter's memory; a parameter with fewer rows than ranks leaves some ranks without any. Shards are
+exchanged while nothing is gathered. Buffers lie whole on every rank and are cut as under DDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from distcl.partition.base import Fetch, OptimizerState
+from distcl.partition.cut import Whole, average_buffers, cut_by_dtype, deliver, restoring
+from distcl.runtime import Runtime
+
+
+class FullySharded:
+    """The partition of a model sharded by ``fully_shard``. See ``base.Partition``.
+
+    Shards are float32; under bf16 only what is gathered is half precision.
+    """
+
+    sharded = True
+
+    def __init__(self, runtime: Runtime, model: nn.Module) -> None:
+        self._runtime = runtime
+        self._model = model
+        self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._names = [name for name, _ in model.named_parameters()]
+        self._buffers = dict(model.named_buffers())
+        self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
+        self._reshard()
+        self._shapes = {n: p.shape for n, p in self._sharded().items()}
+        self._rows = {n: -(-shape[0] // runtime.world_size) for n, shape in self._shapes.items()}
+
+    def _sharded(self) -> dict[str, DTensor]:
+        """Return the parameters, which must not be gathered: their local shards are the truth."""
+        found: dict[str, DTensor] = {}
+        for name, parameter in self._model.named_parameters():
+            assert isinstance(parameter, DTensor), f"'{name}' is gathered"
+            found[name] = parameter
+        return found
+
+    def _reshard(self) -> None:
+        for unit in self._units:
+            unit.reshard()
+
+    # -- what is mine --------------------------------------------------------------------------
+
+    def owned(self) -> dict[str, torch.Tensor]:
+        """My shards, live views; buffers."""
+        return {**self._shards(), **self._rest.owned()}
+
+    def _shards(self) -> dict[str, torch.Tensor]:
+        self._reshard()
+        mine = {n: self._local(p) for n, p in self._sharded().items()}
+        return {n: v for n, v in mine.items() if len(v)}
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Where in each tensor my slice lies."""
+        mine = {n: (self._start(n), self._start(n) + len(v)) for n, v in self._shards().items()}
+        return {**mine, **self._rest.ranges()}
+
+    def load(self, fetch: Fetch) -> None:
+        """Replace shards and buffers. Local."""
+        ranges = self.ranges()
+        with torch.no_grad():
+            for name, shard in self._shards().items():
+                shard.copy_(fetch(name, *ranges[name]))
+        self._rest.load(fetch)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
+        """My shards of what has a parameter's shape. Local."""
+        self._reshard()
+        found = OptimizerState({}, {})
+        for name, parameter in self._sharded().items():
+            if parameter not in optimizer.state:
+                continue
+            plain = found.plain.setdefault(name, {})
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, DTensor):
+                    shard = self._local(value)
+                    if len(shard):
+                        found.slices.setdefault(key, {})[name] = shard
+                elif value is not None:
+                    plain[key] = torch.as_tensor(value)
+        return found
+
+    def load_optimizer_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        fetch: Mapping[str, Fetch],
+        plain: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Restore the states of my shards. Local."""
+        ranges = self.ranges()
+        for name, parameter in self._sharded().items():
+            if name not in plain:
+                continue
+            state: dict[str, Any] = {key: value.clone() for key, value in plain[name].items()}
+            for key, read in fetch.items():
+                state[key] = torch.zeros_like(parameter, requires_grad=False)
+                if name in ranges:
+                    self._local(state[key]).copy_(read(name, *ranges[name]))
+            optimizer.state[parameter] = state
+
+    def trainable(self) -> dict[str, torch.Tensor]:
+        """My shards of the parameters that take gradients, live views."""
+        owned = self.owned()
+        return {n: owned[n] for n, p in self._sharded().items() if p.requires_grad and n in owned}
+
+    @staticmethod
+    def _local(tensor: Any) -> torch.Tensor:
+        local: torch.Tensor = tensor.to_local().detach().reshape(-1)
+        return local
+
+    # -- gradients -----------------------------------------------------------------------------
+
+    def grads(self) -> dict[str, torch.Tensor]:
+        """My shards of the gradients, live views."""
+        self._reshard()
+        mine = {n: self._local(p.grad) for n, p in self._sharded().items() if p.grad is not None}
+        return {n: v for n, v in mine.items() if len(v)}
+
+    def _grads_or_zeros(self) -> dict[str, torch.Tensor]:
+        self._reshard()
+        for p in self._sharded().values():
+            if p.requires_grad and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return self.grads()
+
+    def add_grad_(self, slices: Mapping[str, torch.Tensor]) -> None:
+        """Add my slices to mine of the gradients. Local."""
+        for name, grad in self._grads_or_zeros().items():
+            if name in slices:
+                grad.add_(slices[name].to(grad.device))
+
+    def add_full_grads_(self, grads: Mapping[str, torch.Tensor], owners: Mapping[str, int]) -> None:
+        """Broadcast each rank's tensors, a bucket at a time; add what is mine. Collective."""
+        held = self._grads_or_zeros()
+
+        def add(name: str, values: torch.Tensor) -> None:
+            if name in held:
+                start = self._start(name)
+                part = values[start : start + len(held[name])]
+                held[name].add_(part.to(held[name].device))
+
+        dtypes = dict.fromkeys(self._names, torch.float32)
+        sizes = {name: shape.numel() for name, shape in self._shapes.items()}
+        deliver(self._runtime, dtypes, sizes, grads, owners, add)
+
+    def _start(self, name: str) -> int:
+        """Return where my shard begins in the parameter's memory."""
+        row = self._shapes[name].numel() // max(1, self._shapes[name][0])
+        start: int = row * min(int(self._runtime.rank) * self._rows[name], self._shapes[name][0])
+        return start
+
+    def scale_grads_(self, factor: torch.Tensor) -> None:
+        """Multiply my shards of the gradients. Local."""
+        for grad in self.grads().values():
+            grad.mul_(factor.to(grad.device))
+
+    @contextmanager
+    def squares(self) -> Iterator[None]:
+        """Square gradients on their way to the average: hooks on the gathered parameters."""
+        handles = []
+        for unit in self._units:
+            unit.unshard()
+            own: Any = unit._get_fsdp_state()._fsdp_param_group
+            for p in own.fsdp_params if own is not None else ():
+                if p.unsharded_param.requires_grad:
+                    handles.append(p.unsharded_param.register_hook(torch.square))
+            unit.reshard()
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # -- whole tensors -------------------------------------------------------------------------
+
+    def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sum over ranks, tensor by tensor; keep my shards. Collective."""
+        lengths = {name: len(view) for name, view in self.owned().items()}
+        mine: dict[str, torch.Tensor] = {}
+        for name, tensor in full.items():
+            if name in self._buffers:
+                mine |= self._rest.reduce({name: tensor})
+                continue
+            total = self._runtime.all_reduce(tensor.reshape(-1).clone())
+            if name in lengths:
+                start = self._start(name)
+                mine[name] = total[start : start + lengths[name]].clone()
+        return mine
+
+    def gather(self, name: str) -> torch.Tensor:
+        """Gather one parameter from its owners. Collective."""
+        if name in self._buffers:
+            return self._buffers[name].detach().clone()
+        shape = self._shapes[name]
+        mine = self.owned().get(name, torch.empty(0)).to(self._runtime.device)
+        each = self._rows[name] * (shape.numel() // max(1, shape[0]))
+        return self._runtime.all_gather(mine, shape.numel(), each).clone().view(shape)
+
+    def sync_buffers(self) -> None:
+        """Average floating-point buffers; others (counters) take the largest. Collective."""
+        average_buffers(self._runtime, self._buffers)
+
+    # -- other weights -------------------------------------------------------------------------
+
+    @contextmanager
+    def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Exchange the shards with ``slices``, and back, while nothing is gathered. Collective."""
+        buffers = self._rest.copies()  # each rank's own
+
+        def restore(raised: bool) -> None:
+            if raised:  # a forward may have been cut short
+                self._units[0].reset_iter_state()  # of the root
+            self._exchange(slices)
+            self._rest.put_back(buffers)
+
+        self._exchange(slices)
+        self._rest.put(slices)
+        with restoring(self._runtime, restore):
+            yield
+
+    def inference(self) -> AbstractContextManager[object]:
+        """``torch.no_grad``: what is gathered first is used by every later forward. Local."""
+        return torch.no_grad()
+
+    def _exchange(self, slices: dict[str, torch.Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self._reshard()
+            for name, parameter in self._sharded().items():
+                shard = self._local(parameter)
+                if len(shard):
+                    held = shard.to(slices[name].device, copy=True)
+                    shard.copy_(slices[name])
+                    slices[name].copy_(held)

@@ -1,0 +1,27 @@
+"""How a model and its optimizer are spread over ranks: one module a strategy."""
+
+from __future__ import annotations
+
+from distcl.config import ParallelConfig, RunConfig, TrainingConfig
+from distcl.strategies.base import MakeOptimizer, Strategy
+
+__all__ = ["MakeOptimizer", "Strategy", "create_strategy"]
+
+
+def create_strategy(run: RunConfig, parallel: ParallelConfig, training: TrainingConfig) -> Strategy:
+    """Return the strategy of ``parallel.strategy``; it joins the process group. Collective.
+
+    Raises UsageError or ConfigError if it is not installed, or if a launcher or a DeepSpeed file
+    asks for something else.
+    """
+    if parallel.strategy == "ddp":
+        from distcl.strategies.ddp import DDP
+
+        return DDP(run, parallel)
+    if parallel.strategy == "fsdp2":
+        from distcl.strategies.fsdp2 import FSDP2
+
+        return FSDP2(run, parallel)
+    from distcl.strategies.zero import Zero
+
+    return Zero(run, parallel, training)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tests.spawn import free_port
@@ -82,20 +83,20 @@ class Cluster:
             if file.exists():
                 _end(int(file.read_text()))
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         lines = _HOSTS.read_text().splitlines(keepends=True)
         _HOSTS.write_text("".join(line for line in lines if self._mark not in line))
 
     def processes(self) -> list[int]:
-        """Every process of our jobs, also one whose parent is gone: SLURM alone loses those."""
+        """Every process of this SLURM and its jobs, also those that it has lost sight of."""
         found = []
         for entry in Path("/proc").glob("[0-9]*/environ"):
             try:
                 variables = entry.read_bytes().split(b"\0")
             except OSError:
                 continue
-            ours = f"SLURM_CONF={self.conf}".encode() in variables
-            if ours and any(v.startswith(b"SLURM_JOB_ID=") for v in variables):
+            if f"SLURM_CONF={self.conf}".encode() in variables:
                 found.append(int(entry.parent.name))
         return found
 

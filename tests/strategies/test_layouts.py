@@ -11,7 +11,6 @@ import torch
 
 from distcl.anchor import Anchor
 from distcl.partition.base import Partition, create_partition
-from distcl.runtime import Runtime
 from tests.layouts import (
     DEEPSPEED,
     LAYOUTS,
@@ -26,7 +25,6 @@ from tests.layouts import (
 )
 from tests.models import tangled
 from tests.spawn import run_ranks
-
 
 
 class Midway(Exception):
@@ -63,7 +61,9 @@ def _session(
     for step in range(7):
         module.eval()
         if swaps and step >= 3:
-            inside += _swap(0 if sabotage else step - 3, anchor, partition, module, x[0].to(runtime.device))
+            inside += _swap(
+                0 if sabotage else step - 3, anchor, partition, module, x[0].to(runtime.device)
+            )
         module.train()
         mine = x[step].to(runtime.device) + runtime.rank
         loss = model(mine).square().mean()

@@ -13,8 +13,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -84,19 +84,16 @@ class FailureRelay:
 
     def _announce(self, text: str) -> str | None:
         """Return the cause that came before this one, or this one; None: the store is lost."""
-        answer: SimpleQueue[str | None] = SimpleQueue()
+        answers: list[str] = []
 
         def ask() -> None:
-            try:
-                answer.put(self._store.compare_set(_FAILED, "", text).decode())
-            except RuntimeError:  # it went with its host
-                answer.put(None)
+            with suppress(RuntimeError):  # the store went with its host
+                answers.append(self._store.compare_set(_FAILED, "", text).decode())
 
-        threading.Thread(target=ask, name="distcl-failed", daemon=True).start()
-        try:
-            return answer.get(timeout=_ANSWER_SECONDS)
-        except Empty:
-            return None
+        asking = threading.Thread(target=ask, name="distcl-failed", daemon=True)
+        asking.start()
+        asking.join(_ANSWER_SECONDS)
+        return answers[0] if answers else None
 
     def close(self) -> None:
         """Stop watching. Call it before a barrier and the end of the process group."""

@@ -31,6 +31,7 @@ MOST_SKEW = 2.0
 """Seconds by which clocks of two ranks may provably differ."""
 
 _KEY = "distcl/peers"
+_READ_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ def introduce(store: Store | None, device: torch.device, launch: Launch) -> list
         store.get(f"{_KEY}/go")
         store.set(f"{_KEY}/{launch.rank}", json.dumps(asdict(myself(launch.rank, device))))
         verdict = json.loads(store.get(f"{_KEY}/all"))
+        store.add(f"{_KEY}/read", 1)
     else:
         first = myself(0, device)
         store.set(f"{_KEY}/go", "")
@@ -94,6 +96,12 @@ def introduce(store: Store | None, device: torch.device, launch: Launch) -> list
         verdict = {"refused": refusal(peers, skews), "peers": [asdict(peer) for peer in peers]}
         store.set(f"{_KEY}/all", json.dumps(verdict))
     if verdict["refused"]:
+        if launch.rank == 0:  # whose end is the store's: let the others read why
+            deadline = time.monotonic() + _READ_SECONDS
+            while store.add(f"{_KEY}/read", 0) < launch.world_size - 1:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
         raise UsageError(verdict["refused"])
     return [Peer(**peer) for peer in verdict["peers"]]
 

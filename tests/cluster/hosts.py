@@ -22,12 +22,11 @@ def unavailable() -> str:
         return "needs root, to make network namespaces"
     if not shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
         return "not installed: ip (Debian's iproute2)"
-    probe = f"distcl-probe-{os.getpid()}"
-    done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
-    if done.returncode:
-        return f"network namespaces are not allowed here: {done.stderr.strip()}"
-    _ip("netns", "del", probe)
-    return ""
+    try:
+        with Hosts().up():
+            return ""
+    except subprocess.CalledProcessError as error:
+        return f"network namespaces are not allowed here: {error.stderr.strip()}"
 
 
 def _ip(*command: str) -> None:
@@ -42,9 +41,11 @@ class Hosts:
 
     @contextmanager
     def up(self) -> Iterator[Hosts]:
-        for name in self.names:
-            _ip("netns", "add", name)
+        made = []
         try:
+            for name in self.names:
+                _ip("netns", "add", name)
+                made.append(name)
             ends = [("dev", CABLE, "netns", name) for name in self.names]
             _ip("link", "add", *ends[0][1:], "type", "veth", "peer", *ends[1][1:])
             for name, address in zip(self.names, ADDRESSES, strict=True):
@@ -53,7 +54,7 @@ class Hosts:
                     _ip("-n", name, "link", "set", device, "up")
             yield self
         finally:
-            for name in self.names:
+            for name in made:
                 _ip("netns", "del", name)
 
     def cable(self, state: str) -> None:

@@ -16,7 +16,7 @@ from tests.spawn import free_port, rank_environment
 ROOT = Path(__file__).parent.parent.parent
 
 RANK = """
-import sys, time
+import os, sys, time
 import torch
 from distcl.runtime import Runtime
 from distcl.errors import DataError
@@ -41,7 +41,7 @@ try:
 except Exception as error:
     if runtime.is_main:
         print(f"told: {error}", file=sys.stderr, flush=True)
-    sys.exit(getattr(error, "exit_code", 1))
+    os._exit(getattr(error, "exit_code", 1))  # as the command line does, and for its reason
 """
 
 

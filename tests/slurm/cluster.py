@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tests.spawn import free_port
@@ -32,6 +33,10 @@ def unavailable() -> str:
         return f"not installed: {', '.join(missing)} (tests/slurm/install installs them)"
     if os.getuid() != 0:
         return "needs root, to run SLURM's daemons"
+    if not os.access(_HOSTS, os.W_OK):
+        return f"{_HOSTS} is not writable, so the nodes cannot have names"
+    if subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode:
+        return "unshare --uts is not allowed here, so the nodes cannot have names of their own"
     return ""
 
 
@@ -78,20 +83,20 @@ class Cluster:
             if file.exists():
                 _end(int(file.read_text()))
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         lines = _HOSTS.read_text().splitlines(keepends=True)
         _HOSTS.write_text("".join(line for line in lines if self._mark not in line))
 
     def processes(self) -> list[int]:
-        """Every process of our jobs, also one whose parent is gone: SLURM alone loses those."""
+        """Every process of this SLURM and its jobs, also those that it has lost sight of."""
         found = []
         for entry in Path("/proc").glob("[0-9]*/environ"):
             try:
                 variables = entry.read_bytes().split(b"\0")
             except OSError:
                 continue
-            ours = f"SLURM_CONF={self.conf}".encode() in variables
-            if ours and any(v.startswith(b"SLURM_JOB_ID=") for v in variables):
+            if f"SLURM_CONF={self.conf}".encode() in variables:
                 found.append(int(entry.parent.name))
         return found
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from time import sleep
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -17,6 +18,7 @@ from rich.console import Console
 from distcl import __version__, registry
 from distcl.config_load import load_with_origins, to_toml
 from distcl.errors import DataError, DistclError, UsageError
+from distcl.launchers import rank_of
 
 app = typer.Typer(
     help="Distributed continual learning with prioritized sampling.",
@@ -110,7 +112,11 @@ def fail(error: Exception) -> NoReturn:
     if launch_rank() == 0:
         complain(text)
     else:
-        time.sleep(RANK_0_FIRST)
+        sleep(RANK_0_FIRST)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # threads of a broken process group could abort a tidy exit
     sys.exit(code)
 
 
@@ -120,15 +126,8 @@ def complain(text: str) -> None:
 
 
 def launch_rank(environ: Mapping[str, str] = os.environ) -> int:
-    """Return this process's rank as its launcher tells it; 0 without a launcher.
-
-    A RANK without WORLD_SIZE is a leftover, not a launcher's, and must not make a run silent.
-    """
-    launched = ("RANK", "LOCAL_RANK") if "WORLD_SIZE" in environ else ()
-    for name in (*launched, "SLURM_PROCID"):
-        if environ.get(name, "").isdecimal():
-            return int(environ[name])
-    return 0
+    """Return this process's rank as its launcher tells it; 0 without a launcher."""
+    return rank_of(environ)
 
 
 # -- commands -----------------------------------------------------------------------------------
@@ -292,11 +291,54 @@ def init(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Default: report.html, of one run in its folder."
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="DIR", help="Write each plot as a PNG file, too."),
+    ] = None,
+) -> None:
+    """Write report.html: what a run kept and forgot, or how several compare. No network."""
+    from distcl.report import write_report
+
+    if launch_rank() != 0:
+        return
+    file = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    pictures = write_report(runs, file, png)
+    say(f"wrote {file}" + (f" and {len(pictures)} PNG files in {png}" if png else ""))
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say how far a run is: its state, last round, rate and time left."""
+    from distcl.status import read_status
+
+    found = read_status(folder)
+    say(json.dumps(asdict(found), indent=2) if as_json else str(found))
+
+
+@app.command()
 def doctor() -> None:
-    """Say what this machine can do and what is misconfigured; exit 1 if something is broken."""
-    from distcl.doctor import examine
+    """Say what this machine can do and what is misconfigured; exit 1 if something is broken.
+
+    Under a launcher also what the processes can do together: folder, clocks, network.
+    """
+    from distcl.doctor import examine, in_a_group
 
     findings = examine()
+    if in_a_group(findings):
+        from distcl.doctor_group import examine_group
+
+        findings += examine_group(findings)
     for finding in findings:
         say(f"{finding.level:<8} {finding.topic:<18} {finding.text}")
     if any(finding.level == "broken" for finding in findings):
@@ -382,6 +424,71 @@ def shard(
             f"{folder}: {len(found)} shards, {sum(s.samples for s in found):,} samples, "
             f"{sum(s.bytes for s in found) / 1e6:,.1f} MB"
         )
+
+
+@app.command()
+def launch(
+    config: ConfigArgument = None,
+    file: ConfigOption = None,
+    command: Annotated[
+        Literal["run", "train", "detect"], typer.Option(help="What the job does.")
+    ] = "run",
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of each node; 0: CPUs only.")] = 0,
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes on each node; 0: one per GPU, or one.")
+    ] = 0,
+    cpus: Annotated[int, typer.Option(min=0, help="Cores of each process.")] = 0,
+    time: Annotated[str, typer.Option(help="Time limit, as 4:00:00.")] = "",
+    partition: Annotated[str, typer.Option(help="Partition.")] = "",
+    account: Annotated[str, typer.Option(help="Account.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the job. Default: of the run folder.")] = "",
+    via: Annotated[
+        Literal["auto", "srun", "torchrun", "accelerate"],
+        typer.Option(help="What starts the processes; auto: torchrun on one node, srun on more."),
+    ] = "auto",
+    setup: Annotated[
+        str, typer.Option(metavar="FILE", help="Shell commands for the job to begin with.")
+    ] = "",
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="Any other option, as --qos=debug. Repeatable."),
+    ] = None,
+    sets: Overrides = None,
+    out: Out = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command and the script, submit nothing.")
+    ] = False,
+) -> None:
+    """Submit a job to SLURM that trains, saves when it must stop, and requeues itself."""
+    from distcl.submit import Submission, submit
+
+    path = _one_config(config, file)
+    if path is None:
+        raise UsageError("distcl launch needs a CONFIG; 'distcl init' writes one")
+    loaded, _ = load_with_origins(path, sets or [])  # refuse it here, not hours later
+    arguments = [command, str(path)]
+    for one in sets or []:
+        arguments += ["--set", one]
+    job = Submission(
+        arguments=arguments,
+        out=out or Path(loaded.run.out or f"runs/{path.stem}"),
+        nodes=nodes,
+        gpus=gpus,
+        processes=processes,
+        cpus=cpus,
+        time=time,
+        partition=partition,
+        account=account,
+        name=name,
+        via=via,
+        setup=setup,
+        options=sbatch or (),
+    )
+    if dry_run:
+        say(f"{job}\n\n{job.script.read_text(encoding='utf-8').rstrip()}")
+        return
+    say(f"submitted job {submit(job)}; its output: {job.out}/slurm-*.out")
 
 
 def say(text: str) -> None:

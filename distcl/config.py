@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from distcl import registry
 from distcl.errors import ConfigError
 
+TrackerKind = Literal["jsonl", "wandb", "mlflow", "none"]
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values never change after loading."""
@@ -35,6 +37,7 @@ class RunConfig(Section):
     poll_steps: int = Field(
         20, ge=1, description="steps between two points at which the loop looks at losses"
     )
+    report: bool = Field(True, description="write report.html into the run folder at the end")
     max_minutes: float = Field(
         0.0, ge=0, description="save and stop with exit code 75 after this long; 0: never"
     )
@@ -468,9 +471,33 @@ class CheckpointConfig(Section):
 
 
 class TrackingConfig(Section):
-    """Where metrics go."""
+    """Where metrics go. ``OUT/metrics.jsonl`` is written unless kind is none."""
 
-    kind: Literal["jsonl", "none"] = Field("jsonl", description="jsonl: OUT/metrics.jsonl")
+    kind: TrackerKind | list[TrackerKind] = Field(
+        "jsonl", description="jsonl, wandb, mlflow or none; or a list of them"
+    )
+    project: str = Field("distcl", min_length=1, description="project, or experiment, of the run")
+    name: str = Field("", description="name of the run; empty: that of the run folder")
+    entity: str = Field("", description="wandb: user or team; empty: the user's own")
+    mode: Literal["auto", "online", "offline"] = Field(
+        "auto", description="wandb; auto: online if there is a key, else offline"
+    )
+
+    @field_validator("kind")
+    @classmethod
+    def _kind(cls, value: TrackerKind | list[TrackerKind]) -> TrackerKind | list[TrackerKind]:
+        if isinstance(value, list) and ("none" in value or not value or _repeats(value)):
+            raise ValueError("a list holds one or more of jsonl, wandb, mlflow, each once")
+        return value
+
+    @property
+    def kinds(self) -> list[TrackerKind]:
+        """The kinds as a list."""
+        return [self.kind] if isinstance(self.kind, str) else list(self.kind)
+
+
+def _repeats(values: list[TrackerKind]) -> bool:
+    return len(set(values)) < len(values)
 
 
 class Config(Section):

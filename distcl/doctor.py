@@ -17,6 +17,7 @@ import psutil
 
 from distcl.config_load import load_config
 from distcl.errors import UsageError
+from distcl.launchers import adopt
 
 Level = Literal["ok", "note", "warning", "broken"]
 
@@ -31,6 +32,15 @@ class Finding:
     level: Level
     topic: str
     text: str
+
+
+_ALONE = frozenset({"launcher", "torch", "torch.distributed", "gloo", "RANK", "WORLD_SIZE"})
+
+
+def in_a_group(findings: list[Finding], environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether several processes were started such that they can find each other."""
+    broken = {finding.topic for finding in findings if finding.level == "broken"}
+    return not broken & _ALONE and adopt(dict(environ)).world_size > 1
 
 
 def examine(environ: Mapping[str, str] = os.environ, out: Path = Path("runs")) -> list[Finding]:
@@ -154,7 +164,7 @@ def _machine(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _disk(out: Path) -> Iterator[Finding]:
-    where = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    where = existing(out)
     if not os.access(where, os.W_OK):
         yield Finding("warning", "disk", f"{where} is not writable; choose another --out")
         return
@@ -164,15 +174,21 @@ def _disk(out: Path) -> Iterator[Finding]:
     )
 
 
+def existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that exists."""
+    return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+
+
 def _launcher(environ: Mapping[str, str]) -> Iterator[Finding]:
-    signs = {
-        "torchrun": "TORCHELASTIC_RUN_ID",
-        "accelerate": "ACCELERATE_MIXED_PRECISION",
-        "slurm": "SLURM_JOB_ID",
-    }
-    found = [name for name, variable in signs.items() if variable in environ]
-    world = environ.get("WORLD_SIZE", "1")
-    yield Finding("ok", "launcher", f"{' in '.join(found) or 'none'}, {world} process(es)")
+    environ = dict(environ)
+    try:
+        found = adopt(environ)
+    except UsageError as error:
+        yield Finding("broken", "launcher", str(error))
+    else:
+        by = "none" if found.launcher == "hand" else found.launcher
+        where = f" in {found.job}" if found.job else ""
+        yield Finding("ok", "launcher", f"{by}{where}, {found.world_size} process(es)")
     numbers: dict[str, int] = {}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_PROCID"):
         text = environ.get(name, "")
@@ -188,15 +204,10 @@ def _launcher(environ: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding("broken", "launcher", text)
     absent = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
     if numbers.get("WORLD_SIZE", 1) > 1 and absent:
-        text = f"WORLD_SIZE is {world} but not set: {', '.join(absent)}"
+        text = f"WORLD_SIZE is {numbers['WORLD_SIZE']} but not set: {', '.join(absent)}"
         yield Finding("broken", "launcher", text)
     if "WORLD_SIZE" in numbers or "WORLD_SIZE" not in environ:
         yield from _launch_check(environ)
-    tasks = environ.get("SLURM_NTASKS", "1")
-    in_step = "SLURM_STEP_ID" in environ and tasks.isdecimal() and int(tasks) > 1
-    if in_step and "RANK" not in environ:
-        text = f"srun started {tasks} tasks but RANK and WORLD_SIZE are not set: each runs alone"
-        yield Finding("warning", "launcher", text)
 
 
 def _launch_check(environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _FAILED = "distcl/failed"
 _TOLD = "distcl/told"
 _POLL_SECONDS = 0.25
 _TOLD_SECONDS = 5.0
+_ANSWER_SECONDS = 15.0  # a store that takes longer is out of reach: a cable may be cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +66,13 @@ class FailureRelay:
         if told:  # the watching thread is about to end this process
             time.sleep(2 * _TOLD_SECONDS)
         try:
-            first = self._store.compare_set(_FAILED, "", json.dumps(asdict(cause))).decode()
+            first = self._announce(json.dumps(asdict(cause)))
             cause = Cause(**json.loads(first)) if first else cause
-            if self._rank == 0:
+            if self._rank == 0 and first is not None:
                 self._store.set(_TOLD, "1")
                 return cause
             deadline = time.monotonic() + _TOLD_SECONDS
-            while time.monotonic() < deadline:
+            while first is not None and time.monotonic() < deadline:
                 if self._store.check([_TOLD]):
                     return cause
                 time.sleep(_POLL_SECONDS / 5)
@@ -79,6 +81,22 @@ class FailureRelay:
         if self._rank != 0:
             self.tell(cause)
         return cause
+
+    def _announce(self, text: str) -> str | None:
+        """Return the cause that came before this one, or this one; None: the store is lost."""
+        answer: SimpleQueue[str | None] = SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answer.put(self._store.compare_set(_FAILED, "", text).decode())
+            except RuntimeError:  # it went with its host
+                answer.put(None)
+
+        threading.Thread(target=ask, name="distcl-failed", daemon=True).start()
+        try:
+            return answer.get(timeout=_ANSWER_SECONDS)
+        except Empty:
+            return None
 
     def close(self) -> None:
         """Stop watching. Call it before a barrier and the end of the process group."""

@@ -88,5 +88,6 @@ class RunFolder:
     def status(self, state: str, exit_code: int | None, reason: str) -> None:
         """Write ``status.json``, if the folder is in use and this is rank 0."""
         if self._is_main and self._ready:
-            status = {"state": state, "exit_code": exit_code, "reason": reason}
+            me = {"host": socket.gethostname(), "pid": os.getpid()}  # where to send SIGUSR1
+            status = {"state": state, "exit_code": exit_code, **me, "reason": reason}
             self.write("status.json", json.dumps(status))

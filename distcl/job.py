@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from distcl import registry
 from distcl.anchor import Anchor
 from distcl.checkpoint import CheckpointStore, read_manifest
 from distcl.config import Config
+from distcl.config_load import to_toml
 from distcl.data.history import CopyingStream
 from distcl.data.streams import create_stream
 from distcl.errors import (
@@ -24,6 +26,7 @@ from distcl.errors import (
     ConfigError,
     DivergenceError,
     Preempted,
+    UsageError,
 )
 from distcl.failure import Cause
 from distcl.folder import RunFolder
@@ -39,8 +42,10 @@ from distcl.priority.feed import Feed
 from distcl.priority.online import Ledger
 from distcl.priority.scoring import Scorer, create_signal
 from distcl.priority.weights import check_priority
+from distcl.record import RoundRecorder
 from distcl.resume import JobState, check_config, collect, restore, weights
 from distcl.runtime import Runtime, describe
+from distcl.status import FolderProgress
 from distcl.tracking import create_tracker
 from distcl.trainer import ContinuousTrainer, Parts
 from distcl.types import Progress, Stream
@@ -128,6 +133,8 @@ def assemble(
         scorer,
         ledger,
     )
+    shown = progress if progress is not None and runtime.is_main else Quiet()
+    tracker = create_tracker(config.tracking, out, runtime.rank, resume, shown.message)
     return Parts(
         runtime=runtime,
         stream=stream,
@@ -138,8 +145,9 @@ def assemble(
         scorer=scorer,
         updater=updater,
         feed=feed,
-        tracker=create_tracker(config.tracking, out, runtime.rank, resume),
-        progress=progress if progress is not None and runtime.is_main else Quiet(),
+        tracker=tracker,
+        recorder=RoundRecorder(runtime, out, tracker),
+        progress=shown,
     )
 
 
@@ -176,6 +184,7 @@ def execute(
         with runtime.guard():
             _check(command, config, runtime)
             with folder.open(append=resume != "never"):
+                log.info(runtime.about)
                 job = Job(command, config, runtime, folder, progress)
                 return job.run(resume, frozenset(allow_changed))
     except BaseException as error:
@@ -186,6 +195,15 @@ def execute(
 
 
 def _check(command: Command, config: Config, runtime: Runtime) -> None:
+    texts = [text.splitlines() for text in runtime.gather_objects(to_toml(config))]
+    for peer, lines in zip(runtime.peers, texts, strict=True):
+        if lines != texts[0]:
+            pairs = zip_longest(lines, texts[0], fillvalue="nothing")
+            theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ConfigError(
+                f"rank {peer.rank} on {peer.node} has '{theirs}' where rank 0 has '{ours}'; give "
+                "all processes the same file, DISTCL_ environment and --set"
+            )
     if config.training.batch_size < runtime.world_size:
         raise ConfigError(
             f"training.batch_size = {config.training.batch_size} is smaller than the number of "
@@ -223,13 +241,13 @@ class Job:
 
     def run(self, resume: str, allowed: frozenset[str]) -> dict[str, Any]:
         """Run to the end and return the summary."""
-        path = self._start_from(resume)
-        if path is not None:
-            saved = read_manifest(path)["config"]
-            check_config(path, saved, self._config, allowed, self._say)
-            self._say(f"[resume] from {path}")
         self._preemption.install()
         try:
+            path = self._start_from(resume)
+            if path is not None:
+                saved = read_manifest(path)["config"]
+                check_config(path, saved, self._config, allowed, self._say)
+                self._say(f"[resume] from {path}")
             while True:
                 try:
                     return self._attempt(path)
@@ -271,12 +289,18 @@ class Job:
         begun = time.perf_counter()
         torch.manual_seed(config.run.seed + runtime.rank)
         stream = create_stream(config.stream, config.run.seed, config.data)
-        parts = assemble(config, runtime, stream, folder.path, self._progress, path is not None)
+        progress = None
+        if runtime.is_main:
+            stages = len(stream.experiences) if self._command == "train" else 0
+            progress = FolderProgress(self._progress or Quiet(), folder.path, stages)
+        parts = assemble(config, runtime, stream, folder.path, progress, path is not None)
         trainer = ContinuousTrainer(parts, config)
         monitor = None if self._command == "train" else self._monitor(trainer)
         state = JobState(self._command)
         if path is not None:
             restore(path, state, config, trainer, monitor)
+            if progress is not None:
+                progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
         before = state.seconds
         self._rollbacks = max(self._rollbacks, state.rollbacks)
         halvings = self._rollbacks - state.rollbacks
@@ -311,9 +335,20 @@ class Job:
         summary = summarize(trainer, baseline, drifts, config, seconds)
         if runtime.is_main:
             folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
+        parts.tracker.summarize(summary)
         parts.tracker.finish()
         folder.status("done", 0, "")
+        if runtime.is_main and config.run.report:
+            self._report(folder.path)
         return summary
+
+    def _report(self, path: Path) -> None:
+        from distcl.report import write_report
+
+        try:
+            write_report([path], path / "report.html")
+        except UsageError as error:  # the run itself is done
+            self._say(f"[report] {error}")
 
     def _monitor(self, trainer: ContinuousTrainer) -> Monitor:
         chosen = self._config.detector

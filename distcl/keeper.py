@@ -30,11 +30,17 @@ _STOP, _WRITING, _DUE = range(3)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+SAME_SECONDS = 1.0
+"""Signals within this long of the first are the same request: SLURM sends one to a launcher and to
+the processes that it started, and the launcher passes it on to them."""
+
+
 class Preemption:
     """Notes the signals that ask the run to stop, and when its time is over. Local."""
 
     def __init__(self, max_minutes: float) -> None:
         self.reason = ""
+        self._noted: float | None = None
         self._deadline = time.monotonic() + max_minutes * 60 if max_minutes else None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -58,9 +64,12 @@ class Preemption:
         return bool(self.reason)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.reason:  # the second time: at once; the last checkpoint is whole
+        now = time.monotonic()
+        if self._noted is None:
+            self._noted = now
+            self.reason = self.reason or f"{signal.Signals(number).name} received"
+        elif now - self._noted > SAME_SECONDS:  # at once; the last checkpoint is whole
             os._exit(128 + number)
-        self.reason = f"{signal.Signals(number).name} received"
 
 
 class Keeper:

@@ -76,15 +76,18 @@ class AccuracyMatrix:
         Chaudhry et al., "Riemannian walk for incremental learning", ECCV 2018. Negative where an
         experience is known better at the end than ever before.
         """
+        return _mean(lost for lost in self.forgetting() if lost is not None)
+
+    def forgetting(self) -> list[Entry]:
+        """Return what :meth:`average_forgetting` averages, of each j seen before row T."""
         if len(self._rows) < 2:
-            return None
-        lost: list[float] = []
+            return []
+        lost: list[Entry] = []
         for j in range(self._seen[-2]):
             column = [self._at(i, j) for i in range(len(self._rows))]
             earlier, last = [r for r in column[:-1] if r is not None], column[-1]
-            if earlier and last is not None:
-                lost.append(max(earlier) - last)
-        return _mean(lost)
+            lost.append(max(earlier) - last if earlier and last is not None else None)
+        return lost
 
     def backward_transfer(self) -> Entry:
         """Mean over j with first(j) < T of R[T][j] - R[first(j)][j].

@@ -16,7 +16,7 @@ from distcl.priority.draws import generator
 from distcl.steps import pack_experience, unpack_experience
 from distcl.stream_metrics import StreamMetric, create_metric
 from distcl.trainer import ContinuousTrainer
-from distcl.types import Batch, Detector, Experience, Ids
+from distcl.types import WATCHING, Batch, Detector, Experience, Ids
 
 log = logging.getLogger("distcl")
 
@@ -124,7 +124,7 @@ class Monitor:
         progress = self.trainer.parts.progress
         if self.trainer.stage is not None:  # a resumed run goes on with its round
             self._deal_with_drift(rounds)
-        progress.round_begins("watching the stream", total, self.metric_name)
+        progress.round_begins(WATCHING, total, self.metric_name)
         while self.watched < len(self._order) and not self._enough:
             self.watched = min(self.watched + self.config.batch_size, len(self._order))
             fired = self._measure(self._labelled if self.metric.needs_labels else self.watched)
@@ -136,7 +136,7 @@ class Monitor:
             if self._due is not None and self._ready(self._due, rounds):
                 self._due = None
                 self._deal_with_drift(rounds)
-                progress.round_begins("watching the stream", total, self.metric_name)
+                progress.round_begins(WATCHING, total, self.metric_name)
             else:
                 self.trainer.loop.keeper.poll()
         if self._due is not None and rounds:

@@ -22,6 +22,7 @@ HARMLESS = (
     "run.poll_steps",
     "run.timeout_seconds",
     "run.max_minutes",
+    "run.report",
     "training.on_divergence",
     "training.max_rollbacks",
     "training.accumulate",

@@ -17,6 +17,8 @@ from torch import nn
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.errors import DistclError, Preempted, UsageError
 from distcl.failure import Cause, FailureRelay
+from distcl.launchers import adopt
+from distcl.peers import first_line, introduce
 from distcl.strategies import MakeOptimizer, create_strategy
 from distcl.strategies.activation import checkpoint_blocks
 from distcl.strategies.launcher import check_launcher
@@ -65,10 +67,11 @@ class Runtime:
     """This process among its peers. Making one is collective: every rank makes exactly one.
 
     Attributes: ``rank``, ``world_size``, ``device``, ``dtype`` (of the model's weights: float64
-    under ``fp64``, else float32).
+    under ``fp64``, else float32), ``peers`` (every process, in rank order), ``about`` (one line:
+    what started the run, which rank is where).
 
-    Raises UsageError if fewer processes exist than were asked for, or on a strategy or precision
-    that this machine cannot run.
+    Raises UsageError if fewer processes exist than were asked for, if they cannot work together
+    (see ``distcl.peers``), or on a strategy or precision that this machine cannot run.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Runtime:
         training: TrainingConfig | None = None,
     ) -> None:
         run, parallel = run or RunConfig(), parallel or ParallelConfig()
+        launch = adopt(os.environ)
         started = check_launch(os.environ, parallel.processes)
         training = training or TrainingConfig()
         check_launcher(run, parallel, training)
@@ -95,10 +99,14 @@ class Runtime:
                 f"{started} processes were started but they see {self.world_size}; "
                 f"type: torchrun --nproc-per-node {started} -m distcl …"
             )
-        self.relay: FailureRelay | None = None
         self._raised = 0
+        store = None
         if self.world_size > 1:
             store = dist.distributed_c10d._get_default_store()
+        self.peers = introduce(store, self.device, launch)
+        self.about = first_line(launch, self.peers)
+        self.relay: FailureRelay | None = None
+        if store is not None:
             self.relay = FailureRelay(store, self.rank, _tell_stderr)
             atexit.register(self.relay.close)  # a thread in the store would abort the exit
 

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from distcl.config import TrackingConfig
-from distcl.errors import UsageError
+from distcl.errors import ConfigError, UsageError
+from distcl.tracking_values import Histogram
 
 _RESERVED = ("step", "time", "nonfinite")
+_IDS = "tracking.json"
+_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+
+log = logging.getLogger("distcl")
 
 
 class Tracker(Protocol):
-    """One place that values go to. Local: called on every rank, does something on rank 0 only."""
+    """One place that values go to. Local: called on every rank, does something on rank 0 only.
+
+    Calls of ``log`` are numbered from 0. A run that goes on from a checkpoint repeats those after
+    it; a tracker holds each of them once all the same.
+    """
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        """Record values at a step: the number of optimizer steps of the run so far."""
+        """Record values at a step: the number of optimizer steps of the run so far.
+
+        Values: numbers, strings, bools, None, lists and dicts of them, and ``Histogram``.
+        """
+        ...
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Record the contents of ``summary.json`` when the run is over."""
         ...
 
     def finish(self) -> None:
@@ -34,43 +53,59 @@ class Tracker(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there: what was logged since is logged again, so it is taken back."""
+        """Go on from there: what was logged since will be logged again."""
         ...
 
 
 class Trackers:
-    """Several trackers as one; with none, nothing is recorded."""
+    """Several trackers as one; with none, nothing is recorded.
 
-    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
+    A tracker that fails is dropped with one warning: tracking never stops training.
+    """
+
+    def __init__(
+        self, trackers: Iterable[Tracker] = (), warn: Callable[[str], None] = log.warning
+    ) -> None:
         self._trackers = list(trackers)
+        self._warn = warn
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Pass values on to every tracker."""
-        for tracker in self._trackers:
-            tracker.log(values, step)
+        self._each(lambda tracker: tracker.log(values, step))
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Pass the summary on to every tracker."""
+        self._each(lambda tracker: tracker.summarize(summary))
 
     def finish(self) -> None:
         """Finish every tracker."""
-        for tracker in self._trackers:
-            tracker.finish()
+        self._each(lambda tracker: tracker.finish())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every tracker, by its place."""
-        return {str(k): tracker.state_dict() for k, tracker in enumerate(self._trackers)}
+        """Return the state of every tracker, by its kind."""
+        return {type(tracker).__name__: tracker.state_dict() for tracker in self._trackers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        for k, tracker in enumerate(self._trackers):
-            tracker.load_state_dict(state.get(str(k), {}))
+        """Restore what ``state_dict`` returned; a tracker that was not there begins here."""
+        self._each(lambda t: t.load_state_dict(state.get(type(t).__name__, {})))
+
+    def _each(self, act: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                act(tracker)
+            except Exception as error:  # whatever a service or its client raises
+                self._trackers.remove(tracker)
+                kind = type(tracker).__name__.removesuffix("Tracker").lower()
+                self._warn(f"[tracking] {_failed(kind, error)}")
 
 
 class JsonlTracker:
     """One JSON object a line: ``round``, ``step``, ``time`` (Unix seconds), then the values.
 
-    A value is a number, string, bool, None, or a list or dict of them. JSON has no NaN and no
-    infinity: such a number becomes null, and the line's ``nonfinite`` maps its dotted name to
-    "nan", "inf" or "-inf". Every line is flushed. An existing file is replaced, or with ``resume``
-    kept, until ``load_state_dict`` cuts it. Raises UsageError if it cannot be written.
+    JSON has no NaN and no infinity: such a number becomes null, and the line's ``nonfinite`` maps
+    its dotted name to "nan", "inf" or "-inf". A histogram is its ``counts`` and ``edges``. Every
+    line is flushed. An existing file is replaced, or with ``resume`` kept, until
+    ``load_state_dict`` cuts it. Raises UsageError if it cannot be written.
     """
 
     def __init__(self, path: Path, resume: bool = False) -> None:
@@ -91,6 +126,9 @@ class JsonlTracker:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Do nothing: ``summary.json`` is beside the file."""
+
     def finish(self) -> None:
         """Close the file."""
         self._file.close()
@@ -106,17 +144,81 @@ class JsonlTracker:
             self._file.seek(0, os.SEEK_END)
 
 
-def create_tracker(config: TrackingConfig, out: Path, rank: int, resume: bool = False) -> Tracker:
-    """Return this rank's tracker: those that are configured on rank 0, none on other ranks."""
-    if rank != 0 or config.kind == "none":
+def create_tracker(
+    config: TrackingConfig,
+    out: Path,
+    rank: int,
+    resume: bool = False,
+    tell: Callable[[str], None] = log.info,
+) -> Tracker:
+    """Return this rank's tracker: those that are configured on rank 0, none on other ranks.
+
+    ``resume``: go on with what the folder ``out`` holds, in the same runs. ``tell`` takes a line
+    for the user. ``out/metrics.jsonl`` is written whenever there is any tracker. Raises ConfigError
+    if a package is not installed; a service that cannot be used is left out, with a warning.
+    """
+    if rank != 0 or config.kinds == ["none"]:
         return Trackers()
-    return Trackers([JsonlTracker(out / "metrics.jsonl", resume)])
+    for kind in config.kinds:
+        package = _PACKAGES.get(kind, "json").partition("-")[0]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"tracking.kind = '{kind}' needs the package {_PACKAGES[kind]}: "
+                f"pip install 'distcl[{kind}]'"
+            )
+    path = out / "metrics.jsonl"
+    logged = _lines(path) if resume else 0
+    trackers: list[Tracker] = [JsonlTracker(path, resume)]
+    for kind in config.kinds:
+        try:
+            if kind == "wandb":
+                from distcl.tracking_wandb import WandbTracker
+
+                trackers.append(WandbTracker(config, out, _id(out, kind, resume), logged, tell))
+            elif kind == "mlflow":
+                from distcl.tracking_mlflow import MlflowTracker
+
+                trackers.append(MlflowTracker(config, out, _id(out, kind, resume), logged, tell))
+        except Exception as error:  # whatever a service or its client raises
+            tell(f"[tracking] {_failed(kind, error)}")
+    return Trackers(trackers, tell)
+
+
+def _failed(kind: str, error: Exception) -> str:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return f"{kind} failed, so the run goes on without it: {reason}"
+
+
+def _lines(path: Path) -> int:
+    """Return how many calls of ``log`` a file has whole lines of."""
+    try:
+        with path.open("rb") as stream:
+            return sum(line.endswith(b"\n") for line in stream)
+    except FileNotFoundError:
+        return 0
+
+
+def _id(out: Path, kind: str, resume: bool) -> str:
+    """Return the id of the run at a service: of ``out/tracking.json`` if it goes on, else new."""
+    path = out / _IDS
+    known: dict[str, str] = {}
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+    if not resume or kind not in known:
+        known[kind] = uuid.uuid4().hex[:12]
+        temporary = path.with_name(f".{_IDS}")
+        temporary.write_text(json.dumps(known) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    return known[kind]
 
 
 def _plain(value: Any, name: str, nonfinite: dict[str, str]) -> Any:
     """Return ``value`` as JSON can hold it; numbers that it cannot hold are noted by name."""
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, Histogram):
+        held = value.trimmed()
+        value = {"counts": held.counts.tolist(), "edges": held.edges.tolist()}
     if isinstance(value, dict):
         return {str(k): _plain(v, f"{name}.{k}", nonfinite) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

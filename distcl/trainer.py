@@ -23,6 +23,7 @@ from distcl.optim import reset
 from distcl.priority.feed import EMPTY, Feed
 from distcl.priority.scoring import Scorer
 from distcl.priority.weights import RoundWeights
+from distcl.record import RoundRecorder
 from distcl.runtime import Runtime
 from distcl.steps import Stage, StepLoop
 from distcl.tracking import Tracker
@@ -46,6 +47,7 @@ class Parts:
     updater: Updater
     feed: Feed
     tracker: Tracker
+    recorder: RoundRecorder
     progress: Progress
 
 
@@ -110,6 +112,7 @@ class ContinuousTrainer:
             self.history.add(stage.experience.train)
         stage.seconds += time.perf_counter() - clock
         report = self._report(stage, accepted)
+        self.parts.recorder.write(report, self.parts.feed, self.parts.stream, self.loop.steps)
         self.rounds.append(report)
         self.stage = None
         return report

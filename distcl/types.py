@@ -196,6 +196,10 @@ UnreducedLoss = Callable[[Any, Any], "torch.Tensor"]
 """(outputs, y) -> loss of each sample, [B]."""
 
 
+WATCHING = "watching the stream"
+"""Title of the part of a run in which the monitor goes through the stream."""
+
+
 class Progress(Protocol):
     """Where a run shows that it is alive. Called on rank 0 only, at poll points."""
 

@@ -20,6 +20,7 @@ from distcl.priority.lanes import LaneSampler
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
+from distcl.priority.tally import DrawTally
 from distcl.priority.weights import Correction, RoundWeights, Shape, as_array, as_tensor, weigh
 from distcl.priority.windows import Part, WindowPlan
 from distcl.runtime import Runtime
@@ -150,6 +151,7 @@ class Feed:
         self._replayed = history_batch and len(history) > 0
         self._pass_steps = -(-sum(self._draws(current, history)) // self._training.batch_size)
         self._digest = b""
+        self.tally = DrawTally()
         self._refresh_seconds = 0.0
         self._choosers: dict[int, Chooser] = {}
         self._plans = {which: self._plan(which, g) for which, g in self._groups(weights).items()}
@@ -267,6 +269,12 @@ class Feed:
             self._weights.report[name] = chooser.statistics()
 
     @property
+    def candidates(self) -> int:
+        """How many samples could be drawn in this round."""
+        history = self._replayed or self._draws(self._current, self._history)[1] > 0
+        return len(self._current) + (len(self._history) if history else 0)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the global ids drawn in this round so far, in order; equal on all ranks.
 
@@ -293,6 +301,8 @@ class Feed:
     def _take(self, lane: Iterator[Drawn]) -> Batch:
         batch, ids = next(lane)
         self._digest = hashlib.sha256(self._digest + ids.astype("<i8").tobytes()).digest()
+        if self._runtime.is_main:
+            self.tally.add(ids)
         return batch
 
     def _lane(self, which: int, done: int) -> Iterator[Drawn]:
@@ -372,6 +382,7 @@ class Feed:
             "weights": self._weights.state_dict(),
             "weighted": [as_tensor(ids) for ids in self._weighted],
             "digest": self._digest.hex(),
+            "tally": self.tally.state_dict(),  # rank 0's, which is the one that is saved
             "seconds": self._refresh_seconds,
             "plans": plans,
             "choosers": {which: c.state_dict() for which, c in self._choosers.items()},
@@ -387,6 +398,8 @@ class Feed:
         draws = sum(self._draws(self._current, self._history))
         self._pass_steps = -(-draws // self._training.batch_size)
         self._digest = bytes.fromhex(state["digest"])
+        self.tally = DrawTally()
+        self.tally.load_state_dict(state["tally"])
         self._refresh_seconds = state["seconds"]
         self._choosers = {}
         groups = self._groups(self._weights)

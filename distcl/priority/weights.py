@@ -34,6 +34,12 @@ class RoundWeights:
     report: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def parts(self) -> dict[str, Weights]:
+        """The weights that there are, by the name of their part in ``report``."""
+        both = {"cur": self.current, "hist": self.history}
+        return {name: weights for name, weights in both.items() if weights is not None}
+
     def lines(self) -> list[str]:
         """Return the note and the report as lines for the log."""
         lines = [self.note] if self.note else []

@@ -6,6 +6,7 @@ A new config is enrolled by being there. One whose source reads files needs a ma
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,9 @@ def _one_process(config: Config) -> bool:
 def test_a_shipped_config_runs(path: Path, tmp_path: Path) -> None:
     command = "run" if f"distcl run configs/{path.name}" in path.read_text() else "train"
     sets = _sets(path, tmp_path)
+    strategy = load_config(path, sets).parallel.strategy
+    if strategy.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed; type: pip install 'distcl[deepspeed]'")
     if not _one_process(load_config(path, sets)):
         arguments = [word for text in sets for word in ("--set", text)]
         done = distcl(command, str(path), "--out", str(tmp_path / "out"), *arguments, ranks=2)

@@ -265,10 +265,19 @@ def test_doctor_finds_nothing_broken_here(distcl_command):
         ({"RANK": "0"}, "broken", "RANK is set but WORLD_SIZE is not"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "broken", "RANK = 2 but WORLD_SIZE = 2"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, "broken", "not set: MASTER_PORT"),
-        ({"RANK": "one"}, "broken", "'one' is not a number"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, "broken", "'one' is not a number"),
         ({"OMP_NUM_THREADS": "all"}, "warning", "'all' is not a number of threads"),
         ({"LOCAL_WORLD_SIZE": "2"}, "warning", "2 processes here would each use all cores"),
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}, "warning", "srun started 4 tasks"),
+        (
+            {
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NUM_TASKS": "4",
+                "SLURM_STEP_NODELIST": "n[1-4]",
+                "WORLD_SIZE": "1",
+            },
+            "broken",
+            "srun started 4 processes",
+        ),
         ({"DISTCL_SEED": "1"}, "broken", "DISTCL_SEED: unknown section or key 'seed'"),
     ],
 )

@@ -53,6 +53,7 @@ def test_later_places_win(toml):
         "out": "default",
         "precision": "default",
         "max_minutes": "default",
+        "report": "default",
     }
 
 

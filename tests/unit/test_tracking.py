@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from distcl.config import TrackingConfig
-from distcl.errors import UsageError
+from distcl.config_load import load_config
+from distcl.errors import ConfigError, UsageError
 from distcl.tracking import JsonlTracker, Trackers, create_tracker
+from distcl.tracking_values import Histogram, flat
 
 
 def strict(text):
@@ -85,3 +87,60 @@ def test_several_trackers_get_the_same(tmp_path):
 def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"cannot write '.*absent/metrics\.jsonl': No such file"):
         create_tracker(TrackingConfig(), tmp_path / "absent", 0)
+
+
+def test_a_resumed_file_is_cut_to_what_the_checkpoint_knew(tmp_path):
+    first = create_tracker(TrackingConfig(), tmp_path, 0)
+    first.log({"loss": 1.0}, 1)
+    state = first.state_dict()
+    first.log({"loss": 2.0}, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"round": null, "st')  # the process was killed while it wrote
+    second = create_tracker(TrackingConfig(), tmp_path, 0, resume=True)
+    second.load_state_dict(state)
+    second.log({"loss": 2.0}, 2)
+    assert [line["step"] for line in strict((tmp_path / "metrics.jsonl").read_text())] == [1, 2]
+
+
+def test_a_tracker_that_fails_is_dropped_with_one_warning(tmp_path):
+    class BrokenTracker(JsonlTracker):
+        def log(self, values, step):
+            raise ConnectionError("no route to host\nand more")
+
+    warnings = []
+    whole = JsonlTracker(tmp_path / "whole.jsonl")
+    trackers = Trackers([BrokenTracker(tmp_path / "broken.jsonl"), whole], warnings.append)
+    for step in range(3):
+        trackers.log({"loss": 1.0}, step)
+    trackers.summarize({})
+    trackers.finish()
+    assert warnings == [
+        "[tracking] broken failed, so the run goes on without it: ConnectionError: "
+        "no route to host and more"
+    ]
+    assert len(strict((tmp_path / "whole.jsonl").read_text())) == 3
+
+
+def test_a_histogram_is_written_without_empty_bins_at_its_ends(tmp_path):
+    tracker = JsonlTracker(tmp_path / "m.jsonl")
+    tracker.log({"h": Histogram(np.array([0, 2, 0, 1, 0]), np.arange(6.0))}, 0)
+    tracker.log({"h": Histogram(np.zeros(3, dtype=int), np.arange(4.0))}, 0)
+    first, second = strict((tmp_path / "m.jsonl").read_text())
+    assert first["h"] == {"counts": [2, 0, 1], "edges": [1.0, 2.0, 3.0, 4.0]}
+    assert second["h"] == {"counts": [0], "edges": [0.0, 1.0]}
+
+
+def test_nested_values_become_flat_names():
+    assert flat({"a": {"b": {"c": 1}}, "d": [2]}) == {"a/b/c": 1, "d": [2]}
+
+
+@pytest.mark.parametrize("kind", ["[]", '["none", "jsonl"]', '["wandb", "wandb"]', '"csv"'])
+def test_kinds_that_make_no_sense_are_refused(kind):
+    with pytest.raises(ConfigError, match=r"tracking\.kind"):
+        load_config(None, [f"tracking.kind={kind}"])
+
+
+def test_a_package_that_is_missing_is_named_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs the package wandb: pip install 'distcl\[wandb\]"):
+        create_tracker(TrackingConfig(kind="wandb"), tmp_path, 0)

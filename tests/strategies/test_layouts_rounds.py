@@ -178,7 +178,9 @@ def steps(tmp_path_factory: Any) -> dict[str, Any]:
 def test_regularizers_reach_the_step_once_and_are_clipped(layout: str, steps: Any) -> None:
     model = tangled(0, batchnorm=False)
     x = torch.randn(2, 2, 3, 7, generator=torch.Generator().manual_seed(3))
-    torch.stack([model(x[r, k]).square().mean() / 4 for r in (0, 1) for k in (0, 1)]).sum().backward()
+    torch.stack(
+        [model(x[r, k]).square().mean() / 4 for r in (0, 1) for k in (0, 1)]
+    ).sum().backward()
     for name, p in model.named_parameters():
         if p.requires_grad:
             p.grad += 2 * p.detach() + (2 if name == "first.weight" else 0)

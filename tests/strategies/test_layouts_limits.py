@@ -52,9 +52,7 @@ def _square() -> nn.Module:
 
 def _allocations(layout: str, folder: Path) -> dict[str, int]:
     runtime = fresh_runtime(layout, folder=folder)
-    model, _ = runtime.prepare_training(
-        _square(), lambda params: torch.optim.SGD(params, lr=0.1)
-    )
+    model, _ = runtime.prepare_training(_square(), lambda params: torch.optim.SGD(params, lr=0.1))
     partition = create_partition(runtime, model)
     anchor = Anchor(partition)
     with Allocations() as one:  # that what is made is seen
@@ -69,9 +67,7 @@ def _allocations(layout: str, folder: Path) -> dict[str, int]:
 
 def _owned(layout: str, folder: Path) -> dict[str, int]:
     runtime = fresh_runtime(layout, folder=folder)
-    model, _ = runtime.prepare_training(
-        tangled(0), lambda params: torch.optim.SGD(params, lr=0.1)
-    )
+    model, _ = runtime.prepare_training(tangled(0), lambda params: torch.optim.SGD(params, lr=0.1))
     return {n: len(v) for n, v in create_partition(runtime, model).owned().items()}
 
 

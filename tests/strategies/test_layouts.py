@@ -28,7 +28,6 @@ from tests.models import tangled
 from tests.spawn import run_ranks
 
 
-
 class Midway(Exception):
     """Raised inside a forward."""
 
@@ -63,7 +62,9 @@ def _session(
     for step in range(7):
         module.eval()
         if swaps and step >= 3:
-            inside += _swap(0 if sabotage else step - 3, anchor, partition, module, x[0].to(runtime.device))
+            inside += _swap(
+                0 if sabotage else step - 3, anchor, partition, module, x[0].to(runtime.device)
+            )
         module.train()
         mine = x[step].to(runtime.device) + runtime.rank
         loss = model(mine).square().mean()

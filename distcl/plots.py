@@ -1,0 +1,338 @@
+"""The plots of a report, drawn by matplotlib; as SVG they follow the page's light or dark colours.
+
+Every function returns a ``Figure``; :func:`svg` and :func:`save_png` turn it into what is needed.
+Nothing here knows of run folders.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+Entry = float | None
+Matrix = Sequence[Sequence[Entry]]
+
+COLORS = {
+    "ink": ("#1c2127", "#e6e9ee"),
+    "soft": ("#66707c", "#99a3b0"),
+    "grid": ("#dfe3e8", "#323942"),
+    "c1": ("#2f6fb3", "#6aaaf0"),
+    "c2": ("#c8632b", "#f0955c"),
+    "c3": ("#2c8a66", "#55c79b"),
+    "c4": ("#8a57a8", "#c394e0"),
+    "c5": ("#9c7c16", "#d9b84a"),
+    "c6": ("#b23f5c", "#ef8299"),
+    "alarm": ("#c22f2f", "#ff7f76"),
+}
+"""Name → (light, dark). Figures are drawn in light colours; SVG names them, CSS decides."""
+
+INK, SOFT, GRID = (COLORS[name][0] for name in ("ink", "soft", "grid"))
+LINES = [COLORS[f"c{k}"][0] for k in range(1, 7)]
+ALARM = COLORS["alarm"][0]
+
+WIDTH = 4.3  # inches of every figure, such that its text can be read on a phone
+_MOST_ROWS = 12  # rounds of one plot
+_HEAT = LinearSegmentedColormap.from_list("heat", ["#f4e7c3", "#e0a458", "#a4496a", "#3b2a63"])
+_STYLE: Any = {  # matplotlib's rcParams, in force while a figure is made
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": GRID,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+}
+_styled = matplotlib.rc_context(_STYLE)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Return a figure as an ``<svg>`` element; its ids begin with ``name``, letters and hyphens."""
+    stream = io.StringIO()
+    style: Any = {"svg.hashsalt": name, "svg.fonttype": "none", "image.composite_image": False}
+    with matplotlib.rc_context(style):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(stream, format="svg", metadata=nothing, transparent=True)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{name}-", text)
+    for key, (light, _) in COLORS.items():
+        text = text.replace(light, f"var(--{key})")
+    text = text.replace("'DejaVu Sans'", "inherit")
+    return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file on white."""
+    figure.savefig(path, format="png", dpi=160, facecolor="white")
+
+
+@_styled
+def matrix(rows: Matrix, names: Sequence[str], metric: str) -> Figure:
+    """Heat map of the accuracy matrix: a row per evaluation, a column per experience."""
+    rows, names = rows[-_MOST_ROWS * 2 :], names[-_MOST_ROWS * 2 :]
+    values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
+    high, width = values.shape
+    figure, axes = _figure(0.9 + 0.31 * high)
+    known = values[np.isfinite(values)]
+    low = float(min(known.min(initial=1.0), 0.99))
+    scale = (values - low) / (max(float(known.max(initial=1.0)), low + 1e-9) - low)
+    for i, j in np.ndindex(high, width):
+        if np.isfinite(values[i, j]):
+            color = _HEAT(0.05 + 0.95 * scale[i, j])
+            axes.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, color=color, lw=0))
+            if width <= 10:
+                text = "white" if scale[i, j] > 0.45 else "black"
+                shown = (
+                    f"{100 * values[i, j]:.1f}" if metric == "accuracy" else f"{values[i, j]:.2f}"
+                )
+                axes.text(j, i, shown, ha="center", va="center", color=text, fontsize=8)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(high - 0.5, -0.5), xlabel="experience")
+    axes.set_yticks(range(high), names)
+    _whole_ticks(axes, width)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+@_styled
+def forgetting(values: Sequence[Entry]) -> Figure:
+    """Bars: points lost of each experience since it was known best."""
+    figure, axes = _figure(2.1)
+    points = [np.nan if v is None else 100 * v for v in values]
+    colors = [LINES[1] if v > 0 else LINES[2] for v in points]
+    axes.bar(range(len(points)), points, color=colors, width=0.62)
+    axes.axhline(0, color=SOFT, lw=0.8)
+    for k, v in enumerate(points):
+        if np.isfinite(v) and len(points) <= 12:
+            offset = (0, 3 if v >= 0 else -3)
+            axes.annotate(
+                f"{v:+.1f}",
+                (k, v),
+                offset,
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if v >= 0 else "top",
+                fontsize=8,
+            )
+    axes.margins(y=0.22)
+    axes.set(xlabel="experience", ylabel="points forgotten")
+    _whole_ticks(axes, len(points))
+    return figure
+
+
+@_styled
+def watched(
+    positions: Sequence[float], values: Sequence[float], drifts: Sequence[float], metric: str
+) -> Figure:
+    """The watched metric over stream positions, with the drifts that were detected."""
+    figure, axes = _figure(2.2)
+    x, y = np.asarray(positions, dtype=float), np.asarray(values, dtype=float)
+    axes.plot(x, y, color=LINES[0], lw=0.6, alpha=0.4)
+    width = max(1, min(9, len(y) // 8))
+    axes.plot(x, _smooth(y, width), color=LINES[0], label=f"{metric}, running mean")
+    for k, drift in enumerate(drifts):
+        label = "drift detected" if k == 0 else None
+        axes.axvline(drift, color=ALARM, lw=1.1, ls=(0, (4, 2)), label=label)
+    axes.set(xlabel="stream position (samples)", ylabel=metric)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    return figure
+
+
+@_styled
+def loss(
+    steps: Sequence[int], values: Sequence[float], begins: Sequence[tuple[int, str]]
+) -> Figure:
+    """Training loss over steps; ``begins``: (first step, name) of each round."""
+    figure, axes = _figure(2.2)
+    axes.plot(steps, values, color=LINES[0], lw=1.2)
+    top = axes.get_xaxis_transform()
+    apart, last = 0.05 * (steps[-1] - steps[0]), -np.inf
+    for step, name in begins:
+        axes.axvline(step, color=GRID, lw=1, zorder=0)
+        if step - last >= apart:
+            axes.text(step, 1.02, name, transform=top, fontsize=8, color=SOFT)
+            last = step
+    axes.set(xlabel="optimizer step", ylabel="training loss")
+    axes.set_ylim(bottom=0) if min(values) >= 0 else None
+    return figure
+
+
+@_styled
+def weights(
+    histograms: Sequence[npt.NDArray[np.float64]],
+    edges: npt.NDArray[np.float64],
+    ess: Sequence[Entry],
+    names: Sequence[str],
+) -> Figure:
+    """Spread of draw weights, a ridge per round, and the effective sample size beside it."""
+    shares = [np.asarray(h, dtype=float) / max(h.sum(), 1) for h in histograms][-_MOST_ROWS:]
+    ess, names = ess[-_MOST_ROWS:], names[-_MOST_ROWS:]
+    figure = _canvas(1.0 + 0.36 * len(shares))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
+    top = max(float(share.max()) for share in shares)
+    for k, share in enumerate(shares):
+        line = k - 0.85 * share / top
+        left.stairs(line, edges, baseline=k, fill=True, color=LINES[0], alpha=0.75, lw=0)
+        left.axhline(k, color=GRID, lw=0.7, zorder=0)
+        value = ess[k]
+        if value is not None:
+            right.barh(k - 0.3, value, height=0.42, color=LINES[2])
+            right.text(value + 0.05, k - 0.3, f"{value:.0%}", va="center", fontsize=8)
+    left.axvline(1, color=SOFT, lw=0.8, ls=":")
+    occupied = np.flatnonzero(np.sum(shares, axis=0))
+    low, high = min(edges[occupied[0]], 0.5), max(edges[occupied[-1] + 1], 2.0)
+    left.set(xscale="log", xlim=(low, high), ylim=(len(shares) - 0.8, -1.0))
+    left.set(xlabel="draw weight (1 = uniform)")
+    left.set_yticks(range(len(shares)), names)
+    digits = (1, 2, 5) if high / low < 30 else (1,)
+    left.xaxis.set_major_locator(LogLocator(subs=digits, numticks=6))
+    left.xaxis.set_minor_locator(NullLocator())
+    left.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    right.set(xlim=(0, 1.5), xlabel="effective\nsample size")
+    right.set_xticks([0, 1], ["0", "100 %"])
+    for axes in (left, right):
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    return figure
+
+
+@_styled
+def most_drawn(
+    images: Sequence[npt.NDArray[np.uint8]], captions: Sequence[Sequence[str]], names: Sequence[str]
+) -> Figure:
+    """Thumbnails of the samples drawn most, a row per round; images: uint8 [n, h, w, 1 or 3]."""
+    images, captions, names = images[-_MOST_ROWS:], captions[-_MOST_ROWS:], names[-_MOST_ROWS:]
+    across = 6
+    figure, axes = _figure(0.1 + 0.84 * len(images))
+    for row, (pictures, texts) in enumerate(zip(images, captions, strict=True)):
+        for column, (picture, text) in enumerate(zip(pictures[:across], texts, strict=False)):
+            high, wide = (
+                picture.shape[0] / max(picture.shape),
+                picture.shape[1] / max(picture.shape),
+            )
+            left, top = column + 0.5 - 0.45 * wide, 1.25 * row + 0.9 - 0.9 * high
+            axes.imshow(
+                picture[..., 0] if picture.shape[-1] == 1 else picture,
+                cmap="gray",
+                vmin=0,
+                vmax=255,
+                interpolation="nearest",
+                extent=(left, left + 0.9 * wide, top + 0.9 * high, top),
+            )
+            axes.text(column + 0.5, top - 0.06, text, ha="center", va="bottom", fontsize=7.5)
+    axes.set(xlim=(0, across), ylim=(1.25 * len(images) - 0.3, -0.3), aspect="equal")
+    axes.set_yticks([1.25 * row + 0.45 for row in range(len(images))], names)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+@_styled
+def times(stages: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Figure:
+    """Stacked bars: seconds of each stage of the run, by what they were spent on."""
+    shown = stages[-2 * _MOST_ROWS :]
+    figure, axes = _figure(0.95 + 0.24 * len(shown))
+    left = np.zeros(len(shown))
+    for k, (name, seconds) in enumerate(parts.items()):
+        values = np.asarray(seconds, dtype=float)[-len(shown) :]
+        if values.any():
+            axes.barh(range(len(shown)), values, left=left, color=LINES[k], height=0.66, label=name)
+            left += values
+    axes.set(xlabel="seconds", ylim=(len(shown) - 0.5, -0.5))
+    axes.set_yticks(range(len(shown)), shown)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    return figure
+
+
+@_styled
+def curves(series: Mapping[str, Sequence[Sequence[float]]], ylabel: str) -> Figure:
+    """Lines of several variants: mean over runs, and the spread (standard deviation) as a band.
+
+    Each variant has a list of runs, each a value per evaluation; runs may differ in length.
+    """
+    figure, axes = _figure(2.6)
+    for k, (name, runs) in enumerate(series.items()):
+        length = max(map(len, runs))
+        table = np.full((len(runs), length), np.nan)
+        for i, run in enumerate(runs):
+            table[i, : len(run)] = run
+        x, mean = np.arange(length), np.nanmean(table, axis=0)
+        color = LINES[k % len(LINES)]
+        axes.plot(x, mean, color=color, marker="o", ms=3, label=name)
+        if len(runs) > 1:
+            count = np.isfinite(table).sum(axis=0)
+            spread = np.where(count > 1, np.nanstd(table, axis=0, ddof=0), 0.0)
+            spread *= np.sqrt(count / np.maximum(count - 1, 1))
+            axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
+    axes.set(xlabel="evaluation", ylabel=ylabel)
+    _whole_ticks(axes, max(len(run) for runs in series.values() for run in runs))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1)
+    return figure
+
+
+@_styled
+def dots(groups: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
+    """One value per run: dots of each variant, with mean and standard deviation."""
+    names = [name.replace(", ", "\n") for name in groups]
+    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
+    for k, values in enumerate(groups.values()):
+        color, n = LINES[k % len(LINES)], len(values)
+        axes.plot(values, [k] * n, "o", ms=4, color=color, alpha=0.45, mew=0)
+        spread = float(np.std(values, ddof=1)) if n > 1 else 0.0
+        mean = float(np.mean(values))
+        axes.errorbar(mean, k, xerr=spread, fmt="|", ms=12, mew=2, color=color, capsize=3)
+    axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
+    axes.set_yticks(range(len(groups)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.1)
+    return figure
+
+
+def _canvas(height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = _canvas(height)
+    return figure, figure.add_subplot()
+
+
+def _whole_ticks(axes: Axes, number: int, first: int = 1) -> None:
+    every = max(1, -(-number // 12))
+    axes.set_xticks(range(0, number, every), [str(k + first) for k in range(0, number, every)])
+
+
+def _smooth(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:
+    """Return the running mean over ``width`` values, of fewer at both ends."""
+    kernel = np.ones(width)
+    counts = np.convolve(np.ones(len(values)), kernel, "same")
+    smooth: npt.NDArray[np.float64] = np.convolve(values, kernel, "same") / counts
+    return smooth

@@ -1,0 +1,249 @@
+"""How far a run is: ``OUT/progress.json``, which the run writes and ``distcl status`` reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distcl.errors import UsageError
+from distcl.types import WATCHING, Progress
+
+FILE = "progress.json"
+EVERY_SECONDS = 1.0
+"""Least time between two writes of ``progress.json`` within one part of a run."""
+
+
+class FolderProgress:
+    """Passes everything on to another display, and keeps ``progress.json`` up to date. Rank 0.
+
+    ``stages``: how many parts (pretraining and rounds) the run has; 0 where rounds start on drift,
+    and watching the stream tells how far the run is. A file that cannot be written is let be: the
+    run's own files tell of a full disk soon enough.
+    """
+
+    def __init__(
+        self,
+        shown: Progress,
+        folder: Path,
+        stages: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._shown = shown
+        self._folder = folder
+        self._stages = stages
+        self._clock = clock
+        self._begun = self._written = clock()
+        self._finished = -1  # stages done
+        self._watched = 0.0  # share of the stream that was watched
+        self._first: float | None = None  # share of the run that was done when this process began
+        self._state: dict[str, Any] = {}
+
+    def round_begins(self, title: str, steps: int, metric: str = "loss") -> None:
+        """Begin a part of the run."""
+        self._finished += 1
+        watching = title == WATCHING
+        self._state = {"title": title, "metric": metric, "of": steps, "watching": watching}
+        self._write(0, math.nan, 0.0)
+        self._shown.round_begins(title, steps, metric)
+
+    def resumed(self, finished: int) -> None:
+        """Say that the run goes on after so many finished stages. Before the first of its own."""
+        self._finished = finished - 1
+
+    def step(self, done: int, value: float, samples_per_second: float) -> None:
+        """Note how far the part has come."""
+        if 0 < self._state["of"] <= done or self._clock() - self._written >= EVERY_SECONDS:
+            self._write(done, value, samples_per_second)
+        self._shown.step(done, value, samples_per_second)
+
+    def message(self, text: str) -> None:
+        """Pass it on."""
+        self._shown.message(text)
+
+    def _write(self, done: int, value: float, rate: float) -> None:
+        part = done / self._state["of"] if self._state["of"] else 0.0
+        if self._state["watching"]:
+            self._watched = part
+        now = self._clock()
+        self._written = now
+        share = (self._finished + part) / self._stages if self._stages else self._watched
+        if self._first is None:
+            self._first = share
+        record = {
+            "title": self._state["title"],
+            "done": done,
+            "of": self._state["of"],
+            "metric": self._state["metric"],
+            "value": value if math.isfinite(value) else None,
+            "samples_per_second": rate or None,
+            "share": share,
+            "first_share": self._first,
+            "begun": self._begun,
+            "time": now,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        temporary = self._folder / f".{FILE}.{os.getpid()}"
+        try:
+            temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            temporary.replace(self._folder / FILE)
+        except OSError:
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """What a run folder tells. Times in seconds; None where nothing is known.
+
+    ``state``: running, done, failed, preempted, or ``gone``: it says running, but its process is
+    not there any more. ``left``: estimated from the pace so far.
+    """
+
+    state: str
+    reason: str
+    last_round: int | None
+    stage: str
+    samples_per_second: float | None
+    seconds: float | None
+    left: float | None
+    silent: float | None
+    results: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = [f"state       {self.state}" + (f": {self.reason}" if self.reason else "")]
+        if self.last_round is not None:
+            lines.append(f"last round  {self.last_round}")
+        if self.stage and self.state != "done":
+            lines.append(f"now at      {self.stage}")
+        if self.samples_per_second:
+            lines.append(f"rate        {self.samples_per_second:,.0f} samples/s")
+        if self.seconds is not None:
+            lines.append(f"time        {clock(self.seconds)}")
+        if self.left is not None:
+            lines.append(f"time left   about {clock(self.left)}")
+        if self.silent is not None and self.silent >= 60:
+            lines.append(f"last sign   {clock(self.silent)} ago")
+        lines += [f"{name:<11} {100 * value:.1f}" for name, value in self.results.items()]
+        return "\n".join(lines)
+
+
+def read_status(folder: Path, now: float | None = None) -> RunStatus:
+    """Read a run folder, of a run that is going on or over. Raises UsageError if it is none."""
+    status = read_json(folder, "status.json")
+    if status is None:
+        raise UsageError(f"'{folder}' is not a run folder: it has no status.json")
+    progress = read_json(folder, FILE) or {}
+    summary = read_json(folder, "summary.json") if status.get("state") == "done" else None
+    now = time.time() if now is None else now
+    state, reason = str(status.get("state")), str(status.get("reason") or "")
+    seconds = left = silent = None
+    rate, last = progress.get("samples_per_second"), _last_round(folder)
+    if progress:
+        seconds, silent = progress["time"] - progress["begun"], now - progress["time"]
+    if state == "running":
+        if _is_gone(progress):
+            state, reason = "gone", f"process {progress['pid']} of {progress['host']} has ended"
+        elif seconds and progress["first_share"] < progress["share"] <= 1:
+            pace = (progress["share"] - progress["first_share"]) / seconds
+            left = (1 - progress["share"]) / pace
+    else:
+        silent = None
+    results = {}
+    if summary:
+        seconds, rate = summary.get("seconds"), summary.get("samples_per_second")
+        last = len(summary.get("rounds") or [])
+        results = {
+            name: summary[key]
+            for name, key in (("accuracy %", "average_accuracy"), ("forgetting", _FORGETTING))
+            if isinstance(summary.get(key), float)
+        }
+    return RunStatus(state, reason, last, _stage(progress), rate, seconds, left, silent, results)
+
+
+_FORGETTING = "average_forgetting"
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return a JSON object of a run folder, None if it is not there.
+
+    Raises UsageError naming the file if it cannot be read or is no JSON object.
+    """
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UsageError(f"'{folder / name}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"'{folder / name}' is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"'{folder / name}' is not a JSON object")
+    return found
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl``, [] without one; a line cut short at the end is let be.
+
+    Raises UsageError naming the line if another one is no JSON object.
+    """
+    path = folder / "metrics.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"'{path}' cannot be read: {error}") from error
+    lines = []
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            if not line.endswith("\n"):  # being written, or cut off with the run
+                break
+            raise UsageError(f"'{path}', line {number}, is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"'{path}', line {number}, is not a JSON object")
+        lines.append(found)
+    return lines
+
+
+def clock(seconds: float) -> str:
+    """Return a duration for people, such as 1:02:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _last_round(folder: Path) -> int | None:
+    """Return the last round that was evaluated, by ``metrics.jsonl``."""
+    done = [line.get("round") for line in read_metrics(folder) if any("/0" in k for k in line)]
+    return max((r for r in done if isinstance(r, int)), default=None)
+
+
+def _stage(progress: dict[str, Any]) -> str:
+    if not progress:
+        return ""
+    text = f"{progress['title']}, {progress['done']} of {progress['of']}"
+    if progress["value"] is not None:
+        text += f", {progress['metric']} {progress['value']:.4f}"
+    return text
+
+
+def _is_gone(progress: dict[str, Any]) -> bool:
+    """Tell whether the writer of ``progress`` ran on this machine and has ended."""
+    if not progress or progress["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(progress["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

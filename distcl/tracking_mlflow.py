@@ -1,0 +1,99 @@
+"""MLflow: numbers as metrics of one run, however often it is requeued."""
+
+from __future__ import annotations
+
+import os
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.tracking import MlflowClient
+
+from distcl import __version__
+from distcl.config import TrackingConfig
+from distcl.tracking_values import flat
+
+_PARAM_LENGTH = 500  # characters that a parameter may have, at every server
+_TAG = "distcl.id"
+
+
+class MlflowTracker:
+    """Logs the numbers of each call as metrics of one run, found again by the tag ``distcl.id``.
+
+    The server is MLFLOW_TRACKING_URI; without it, files in ``OUT/mlruns``. The first ``logged``
+    calls are left out, since the run has them. MLflow's metrics are numbers: nothing else is sent.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        out: Path,
+        run_id: str,
+        logged: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else it refuses files
+            uri = (out / "mlruns").absolute().as_uri()
+            tell("[tracking] MLflow has no server (MLFLOW_TRACKING_URI), so it writes OUT/mlruns")
+        self._out = out
+        self._client = MlflowClient(tracking_uri=uri)
+        self._calls, self._logged = 0, logged
+        found = self._client.get_experiment_by_name(config.project)
+        experiment = (
+            found.experiment_id if found else self._client.create_experiment(config.project)
+        )
+        runs = self._client.search_runs([experiment], f"tags.`{_TAG}` = '{run_id}'")
+        if runs:
+            self._run = runs[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        name = config.name or out.resolve().name
+        run = self._client.create_run(experiment, tags={_TAG: run_id}, run_name=name)
+        self._run = run.info.run_id
+        path = out / "config.toml"
+        values = tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        params = [
+            Param(key.replace("/", "."), str(value)[:_PARAM_LENGTH])
+            for key, value in flat(values).items()
+        ]
+        tags = [RunTag("distcl.version", __version__)]
+        for first in range(0, len(params), 100):  # the most that one request may hold
+            self._client.log_batch(self._run, params=params[first : first + 100], tags=tags)
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Log the numbers among the values, unless the run has them."""
+        if self._calls >= self._logged:
+            self._send(flat(values), step)
+        self._calls += 1
+
+    def summarize(self, summary: dict[str, Any]) -> None:
+        """Record the final numbers, and the summary as a file."""
+        self._send({f"final/{name}": value for name, value in flat(summary).items()}, 0)
+        self._client.log_dict(self._run, summary, "summary.json")
+
+    def finish(self) -> None:
+        """Close the run."""
+        self._client.set_terminated(self._run)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many calls of ``log`` there were."""
+        return {"calls": self._calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count on from there."""
+        self._calls = state.get("calls", self._calls)
+
+    def _send(self, values: dict[str, Any], step: int) -> None:
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(name, float(value), now, step)
+            for name, value in values.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        ]
+        if metrics:
+            self._client.log_batch(self._run, metrics=metrics)

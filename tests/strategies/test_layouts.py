@@ -11,7 +11,6 @@ import torch
 
 from distcl.anchor import Anchor
 from distcl.partition.base import Partition, create_partition
-from distcl.runtime import Runtime
 from tests.layouts import (
     DEEPSPEED,
     LAYOUTS,

@@ -1,5 +1,5 @@
-"""The contract of the layouts on CUDA with NCCL: the scenarios of tests/strategies, on one GPU and on
-several. Start it by ``pytest tests/gpu``."""
+"""The contract of the layouts on CUDA with NCCL: the scenarios of tests/strategies, on one GPU and
+on several. Start it by ``pytest tests/gpu``."""
 
 from __future__ import annotations
 

@@ -362,11 +362,12 @@ class Job:
                 self._progress.message(text)
 
 
-def train(trainer: ContinuousTrainer, state: JobState) -> None:
+def train(trainer: ContinuousTrainer, state: JobState | None = None) -> None:
     """Run one round per experience, the first by pretraining if asked. Collective.
 
     ``state.baseline`` becomes the untrained model's accuracy on every experience.
     """
+    state = state or JobState("train")
     experiences, keeper = trainer.parts.stream.experiences, trainer.loop.keeper
     if not state.baseline:
         state.baseline = [trainer.accuracy(e) for e in experiences]

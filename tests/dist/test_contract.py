@@ -36,8 +36,8 @@ KEYS = (
     "run.precision=fp64",
     "stream.samples_per_experience=151",
     "training.batch_size=25",
-    "optimizer.lr=0.2",
-    "training.epochs=5",
+    "optimizer.lr=0.05",
+    "training.epochs=8",
     "continual_learning.kfac_every=2",
     "continual_learning.fisher_samples=64",
 )

@@ -34,9 +34,22 @@ def test_accelerate_launch_starts_what_the_file_says(name, more, processes, tmp_
     port = () if name == "one_gpu" else ("--main_process_port", str(free_port()))
     sets = [word for one in SMALL for word in ("--set", one)]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch"]
-        + ["--config_file", str(FOLDER / f"{name}.yaml"), *more, *port]
-        + ["-m", "distcl", "train", "configs/digits.toml", *sets, "--out", str(tmp_path / "run")],
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(FOLDER / f"{name}.yaml"),
+            *more,
+            *port,
+            "-m",
+            "distcl",
+            "train",
+            "configs/digits.toml",
+            *sets,
+            "--out",
+            str(tmp_path / "run"),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

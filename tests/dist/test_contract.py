@@ -162,6 +162,8 @@ def _signals() -> dict[str, Any]:
         for source in ("score", "candidates", "online"):
             config = small(
                 *KEYS,
+                "optimizer.lr=0.2",
+                "training.epochs=5",
                 f"priority.signal={name}",
                 f"priority.source={source}",
                 "priority.target=union",

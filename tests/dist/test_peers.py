@@ -73,7 +73,8 @@ def test_ranks_that_run_other_code_are_refused_by_name(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [2, 2]
+    assert processes[0].returncode == 2
+    assert processes[1].returncode != 0  # 2, or 1 if rank 0, which hosts the store, left first
     assert errors[0].startswith("distcl: rank 1 on ")
     assert "install the same on every node" in errors[0]
     assert errors[1] == ""

@@ -15,14 +15,14 @@ from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, T
 from distcl.data.loader import BatchLoader
 from distcl.errors import ConfigError
 from distcl.priority.candidates import Chooser
-from distcl.priority.draws import Weights, generator
+from distcl.priority.draws import Weights
 from distcl.priority.lanes import LaneSampler
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
 from distcl.priority.tally import DrawTally
 from distcl.priority.weights import Correction, RoundWeights, Shape, as_array, as_tensor, weigh
-from distcl.priority.windows import Part, WindowPlan
+from distcl.priority.windows import Part, Permutations, WindowPlan
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Source
 
@@ -74,6 +74,7 @@ class Feed:
                 "cannot be read by; use 'score', or data.access = 'indexed'"
             )
         self._shape = Shape(priority, continual.importance_alpha)
+        self._pool = Permutations(seed, _POOL)
         self._weighted: tuple[Ids | None, Ids | None] = (None, None)
         self._sizes = {
             _MAIN: training.batch_size,
@@ -122,8 +123,7 @@ class Feed:
         current, history = self._weighted
         size, chosen, pool = self._priority.pool, None, None
         if history is not None and 0 < size < len(history):
-            rng = generator(self._seed, _POOL, round_index, update)
-            chosen = rng.choice(len(history), size, replace=False, shuffle=False)
+            chosen = self._pool.take(round_index, len(history), update * size, size)
             pool = history[chosen]
 
         def read(ids: Ids) -> Weights:

@@ -218,11 +218,13 @@ class Ledger:
         columns = [_cat(tuple(getattr(seen, f) for seen in self._seen)) for f in _Seen.__slots__]
         if self._runtime.world_size > 1:
             columns = self._of_all_ranks(columns)
-        ids, scores, losses, labels = (column.cpu() for column in columns)
-        good = losses.isfinite() & (ids >= 0)
+        ids, scores, losses, labels = columns
+        rows = (ids, scores.double(), losses.double(), labels.long())
+        ids, scores, losses, labels = (row.cpu().numpy() for row in rows)
+        good = np.isfinite(losses) & (ids >= 0)
         if not good.all():
             ids, scores, labels = ids[good], scores[good], labels[good]
-        return ids.numpy(), scores.double().numpy(), labels.long().numpy()
+        return ids, scores, labels
 
     def _of_all_ranks(self, columns: list[torch.Tensor]) -> list[torch.Tensor]:
         """Gather this rank's columns [n], batch by batch, and in each rank by rank.

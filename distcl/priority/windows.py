@@ -68,7 +68,7 @@ class WindowPlan:
         self._sizes = apportion(self.batch_size, [g.draws for g in groups])
         evenly = [(np.arange(size) + 0.5) / size for size in self._sizes]
         self._order = np.argsort(np.concatenate(evenly), kind="stable")
-        self._passes: dict[int, tuple[int, draws.Positions]] = {}  # of a group: the one it is in
+        self._uniform = [Permutations(self._seed, self._stream) for _ in groups]
 
     def set_groups(self, groups: Sequence[Part], *, from_step: int) -> None:
         """Draw by these groups from a window on that is not drawn yet; they are as many as before.
@@ -124,24 +124,14 @@ class WindowPlan:
         columns = []
         for g, (group, size) in enumerate(zip(groups, self._sizes, strict=True)):
             if group.weights is None:
-                at = self._permuted(g, len(group.ids), first * size, steps * size)
+                at = self._uniform[g].take(
+                    self._round, len(group.ids), first * size, steps * size, kind=2 * g + 1
+                )
             else:
                 rng = draws.generator(self._seed, self._stream, self._round, index, 2 * g)
                 at = self._draw(group.weights, steps * size, rng)
             columns.append(group.ids[at].reshape(steps, size))
         return np.concatenate(columns, axis=1)[:, self._order], groups
-
-    def _permuted(self, g: int, number: int, first: int, n: int) -> draws.Positions:
-        """Return draws ``first`` to ``first`` + n of endless permutations of ``number``."""
-        found = []
-        while n:
-            index, at = divmod(first, number)
-            if g not in self._passes or self._passes[g][0] != index:
-                rng = draws.generator(self._seed, self._stream, self._round, index, 2 * g + 1)
-                self._passes[g] = index, draws.uniform(number, number, rng)
-            found.append(self._passes[g][1][at : at + n])
-            first, n = first + len(found[-1]), n - len(found[-1])
-        return np.concatenate(found)
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
         """Return what a resume after ``consumed`` steps needs: ints and tensors."""
@@ -165,6 +155,34 @@ class WindowPlan:
         self._schedule = schedule
         self.first_step = state["consumed"]
         self._next = self.first_step // self.window
+
+
+class Permutations:
+    """Permutations of N positions, one after another without end, read at any place.
+
+    The k-th is a function of (seed, k and the counters), so any rank and a resumed run read the
+    same. Holds one, 8 N bytes.
+    """
+
+    def __init__(self, seed: int, stream: int) -> None:
+        self._seed = seed
+        self._stream = stream
+        self._held: tuple[tuple[int, ...], draws.Positions] | None = None
+
+    def take(
+        self, round_index: int, number: int, first: int, n: int, kind: int = 0
+    ) -> draws.Positions:
+        """Return draws ``first`` to ``first`` + n of ``number`` positions, int64 [n]."""
+        found = []
+        while n:
+            index, at = divmod(first, number)
+            key = (self._stream, round_index, index, kind)
+            if self._held is None or self._held[0] != (number, *key):
+                drawn = draws.uniform(number, number, draws.generator(self._seed, *key))
+                self._held = (number, *key), drawn
+            found.append(self._held[1][at : at + n])
+            first, n = first + len(found[-1]), n - len(found[-1])
+        return np.concatenate(found)
 
 
 def apportion(total: int, shares: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -25,6 +26,9 @@ from distcl.strategies.launcher import check_launcher
 T = TypeVar("T")
 
 _AGREE_SECONDS = 5.0
+_left: list[Any] = []
+"""Process groups that were left. A model wrapped by DDP holds its group too; were that the last
+reference, freeing the model could wait for ever for the group's threads (torch 2.13, gloo)."""
 
 
 def check_launch(environ: Mapping[str, str], processes: int = 0) -> int:
@@ -104,6 +108,7 @@ class Runtime:
         self.relay: FailureRelay | None = None
         if store is not None:
             self.relay = FailureRelay(store, self.rank, _tell_stderr)
+            atexit.register(self.relay.close)  # a thread in the store would abort the exit
 
     @property
     def is_main(self) -> bool:
@@ -260,6 +265,7 @@ class Runtime:
             self.relay = None
             self.barrier()
         if dist.is_initialized():
+            _left.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

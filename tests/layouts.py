@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
@@ -67,6 +68,7 @@ def fresh_runtime(
     """Return a runtime of this process for a layout; ``folder`` takes DeepSpeed's file."""
     from accelerate.state import AcceleratorState, PartialState
 
+    _forget_introductions()
     AcceleratorState._reset_state()
     PartialState._reset_state()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
@@ -78,6 +80,17 @@ def fresh_runtime(
         path.write_text(json.dumps({"zero_optimization": zero}))
         keys["deepspeed_config"] = str(path)
     return Runtime(RunConfig(precision=precision), ParallelConfig(**keys), training)
+
+
+def _forget_introductions() -> None:
+    """Let the ranks introduce themselves anew; what they said before would look like old clocks."""
+    if dist.is_initialized():
+        dist.barrier()
+        if dist.get_rank() == 0:
+            store = dist.distributed_c10d._get_default_store()
+            for key in ("go", "all", *map(str, range(1, dist.get_world_size()))):
+                store.delete_key(f"distcl/peers/{key}")
+        dist.barrier()
 
 
 def cut(partition: Partition, runtime: Runtime, dense: dict[str, Any]) -> dict[str, torch.Tensor]:

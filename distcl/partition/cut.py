@@ -89,17 +89,18 @@ class Cut:
     def spread(self, take: Take, write: Write) -> None:
         """Send every rank's range to all ranks, bucket by bucket. Collective."""
         runtime, world = self._runtime, self._runtime.world_size
+        most = min(BUCKET_ELEMENTS, self._each)
+        mine = torch.empty(most, dtype=self.dtype, device=runtime.device)
+        gathered = mine if world == 1 else mine.new_empty(world * most)
         for at in range(0, self._each, BUCKET_ELEMENTS):
             size = min(BUCKET_ELEMENTS, self._each - at)
-            bucket = torch.zeros(size, dtype=self.dtype, device=runtime.device)
+            bucket, everyone = mine[:size].zero_(), gathered[: world * size]
             for name, a, b, offset in self._overlaps(runtime.rank, at, size):
                 start = self.mine[name][0]
                 values = take(name, a - start, b - start)
                 if values is not None:
                     bucket[offset : offset + b - a] = values
-            everyone = bucket
             if world > 1:  # as bytes: backends gather few dtypes
-                everyone = bucket.new_empty(world * size)
                 dist.all_gather_single(everyone.view(torch.uint8), bucket.view(torch.uint8))
             for rank in range(world):
                 part = everyone[rank * size : (rank + 1) * size]

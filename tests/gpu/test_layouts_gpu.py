@@ -1,5 +1,5 @@
-"""The contract of the layouts on CUDA with NCCL: the scenarios of tests/dist, on one GPU and on
-several. Start it by ``pytest tests/gpu``."""
+"""The contract of the layouts on CUDA with NCCL: the scenarios of tests/strategies, on one GPU and
+on several. Start it by ``pytest tests/gpu``."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dist import test_layouts, test_layouts_methods, test_layouts_rounds
 from tests.layouts import available
 from tests.spawn import run_ranks
+from tests.strategies import test_layouts, test_layouts_methods, test_layouts_rounds
 
 COUNT = torch.cuda.device_count()
 one = [pytest.mark.gpu, pytest.mark.skipif(COUNT < 1, reason="needs a CUDA device; there is none")]

@@ -71,37 +71,41 @@ def _owned(layout: str, folder: Path) -> dict[str, int]:
     return {n: len(v) for n, v in create_partition(runtime, model).owned().items()}
 
 
-def _layouts(folder: Path, layouts: list[str]) -> dict[str, Any]:
+def _layouts(folder: Path, layouts: list[str], traced: bool) -> dict[str, Any]:
     found: dict[str, Any] = {"owned": each(layouts, _owned, folder)}
-    if int(os.environ["WORLD_SIZE"]) == 2:
-        found["allocations"] = each(layouts, _allocations, folder)
-    return found
+    return found | ({"made": each(layouts, _allocations, folder)} if traced else {})
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("limits")
-    return run_ranks(request.param, _layouts, folder, available(NAMES), timeout=150)
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: Any) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("pair")
+    return run_ranks(2, _layouts, folder, available(NAMES), True, timeout=150)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: Any) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("four")
+    return run_ranks(4, _layouts, folder, available(NAMES), False, timeout=150)
 
 
 @layout_params(NAMES)
-def test_owned_counts_add_up_to_the_model(layout: str, ranks: list[Any]) -> None:
-    counts, dense = [rank["owned"][layout] for rank in ranks], tensors(tangled(0))
-    for name, tensor in dense.items():
-        assert sum(c.get(name, 0) for c in counts) == tensor.numel()
+def test_owned_counts_add_up_to_the_model(layout: str, pair: list[Any], four: list[Any]) -> None:
+    dense = tensors(tangled(0))
     total = sum(t.numel() for t in dense.values())
     rows = sum(t.numel() // len(t) if t.ndim else 1 for t in dense.values())
-    padding = {"fsdp2": rows, "zero3": len(dense)}.get(layout.split()[0], 4 * len(ranks))
-    assert max(sum(c.values()) for c in counts) <= -(-total // len(ranks)) + padding
+    for ranks in (pair, four):
+        counts = [rank["owned"][layout] for rank in ranks]
+        for name, tensor in dense.items():
+            assert sum(c.get(name, 0) for c in counts) == tensor.numel()
+        padding = {"fsdp2": rows, "zero3": len(dense)}.get(layout.split()[0], 4 * len(ranks))
+        assert max(sum(c.values()) for c in counts) <= -(-total // len(ranks)) + padding
 
 
 @layout_params(["fsdp2 in units", "zero3", "zero3 mixed"])
-def test_refresh_and_swap_never_allocate_the_whole_model(layout: str, ranks: list[Any]) -> None:
-    if len(ranks) != 2:
-        pytest.skip("traced on two ranks")
+def test_refresh_and_swap_never_allocate_the_whole_model(layout: str, pair: list[Any]) -> None:
     total = sum(p.numel() for p in _square().parameters())
-    for rank in ranks:
-        found = rank["allocations"][layout]
+    for rank in pair:
+        found = rank["made"][layout]
         assert found["owned"] <= total / 2 + 20
         assert found["largest"] <= 1600  # one parameter of twelve
 

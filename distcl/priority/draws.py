@@ -286,6 +286,10 @@ def _shuffled(pieces: Iterable[Positions], n: int, rng: np.random.Generator) -> 
     1962): the same distribution as one big shuffle, with a bucket at a time in the cache.
     """
     buckets = 1 << min(8, (n >> 19).bit_length())
+    if buckets == 1:
+        joined = np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+        rng.shuffle(joined)
+        return joined
     deal = np.frombuffer(rng.bytes(n), dtype=np.uint8) & np.uint8(buckets - 1)
     sizes = np.zeros(buckets, dtype=np.int64)
     for first in range(0, n, _BLOCK):

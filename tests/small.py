@@ -18,6 +18,7 @@ SMALL = (
     "training.pretrain_epochs=2",
     "continual_learning.importance_weighting=true",
     "priority.score_batch=64",
+    "run.report=false",
 )
 
 

@@ -108,7 +108,8 @@ def restore(
     shared = reader.shared
     if shared["job"]["command"] != job.command:
         raise CheckpointError(
-            f"checkpoint '{path}' is of 'distcl {shared['job']['command']}', not '{job.command}'"
+            f"checkpoint '{path}' is of 'distcl {shared['job']['command']}', "
+            f"not 'distcl {job.command}'"
         )
     vars(job).update(shared["job"])
     partition.load(reader.weights)

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from distcl import job
 from distcl.errors import CheckpointError, ConfigError, Preempted
+from distcl.losses import cross_entropy
 from tests.small import small
 from tests.spawn import run_ranks
 
@@ -39,12 +41,23 @@ class Killer(job.Quiet):
             os.kill(os.getpid(), self.number)
 
 
-def go(
-    command: str, keys: tuple[str, ...], out: Path, polls: int, resume: str, victim: int = 0
-) -> str:
+class KillingLoss:
+    """The cross entropy; on rank 1, its 50th batch brings the process a signal."""
+
+    def __init__(self) -> None:
+        self.batches = 50 if os.environ.get("RANK") == "1" else 0
+
+    def __call__(self, outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        self.batches -= 1
+        if self.batches == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return cross_entropy(outputs, y)
+
+
+def go(command: str, keys: tuple[str, ...], out: Path, polls: int, resume: str) -> str:
     """Run a job, interrupted after some polls of rank 0 (0: never); return how it ended."""
-    if int(os.environ.get("RANK", "0")) != victim:
-        polls = 0
+    if int(os.environ.get("RANK", "0")) != 0:
+        polls = 0  # only rank 0 has a display
     try:
         config = small(*ALWAYS, *keys)
         job.execute(command, config, out, Killer(polls) if polls else None, resume=resume)
@@ -160,7 +173,8 @@ def test_a_run_goes_on_at_another_number_of_ranks(mode: str, tmp_path: Path) -> 
 
 
 def test_a_signal_on_any_rank_stops_all_of_them(tmp_path: Path) -> None:
-    ended = run_ranks(2, go, "train", (), tmp_path, 4, "never", 1)
+    loss = (f"model.loss={__name__}:KillingLoss",)
+    ended = run_ranks(2, go, "train", loss, tmp_path, 0, "never")
     assert ended == ["preempted"] * 2
     status = json.loads((tmp_path / "status.json").read_text())
     assert "rank 1: SIGTERM received; the state is saved" in status["reason"]

@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from distcl import registry
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -65,6 +67,16 @@ def test_constraints_pin_all_that_is_required():
                 marker = Requirement(inner).marker
                 if marker is None or marker.evaluate({"extra": extra}):
                     todo.append(inner)
+
+
+@pytest.mark.parametrize(
+    "kind", ["updater", "signal", "detector", "drift", "metric", "model", "loss"]
+)
+def test_every_part_is_described_among_the_methods(kind):
+    text = (ROOT / "docs" / "METHODS.md").read_text(encoding="utf-8")
+    for part in registry.parts(kind):
+        if (kind, part.name) != ("drift", "none"):
+            assert re.search(rf"^(#+ |\| `|- \*\*).*\b{part.name}\b", text, re.MULTILINE), part.name
 
 
 def test_documents_link_to_files_that_exist():

@@ -28,6 +28,7 @@ class ArraySource:
     regression floating-point targets [N, ...]. On reading, uint8 becomes float32 in [0, 1], float64
     stays, every other type becomes float32; inside a pytree, signed integers and booleans (token
     ids, masks) keep their type. ``labels``: int64 [N], or None where ``y`` are targets.
+    ``groups``: the concept that each sample belongs to, int64 [N]; None: to all.
 
     Raises DataError naming ``name``, and the row where one is at fault, on unequal lengths, no
     samples, values that are NaN or infinite, types that are not numbers, and labels that are not
@@ -42,6 +43,7 @@ class ArraySource:
         self._x = tree_map(np.asarray, x)
         self._in_tree = not isinstance(self._x, np.ndarray)
         self._rows: Ids | None = None  # row of the arrays for each id; None: the same
+        self.groups: Ids | None = None
         for leaf in tree_leaves(self._x):
             _check_x(leaf, len(y), name)
 
@@ -88,6 +90,7 @@ class ArraySource:
         part.labels = None if self.labels is None else self.labels[ids]
         part._y = self._y[ids] if part.labels is None else part.labels
         part._rows = ids if self._rows is None else self._rows[ids]
+        part.groups = None if self.groups is None else self.groups[ids]
         return part
 
 
@@ -115,23 +118,31 @@ def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
     return ArraySource(x, y, "digits").holdout(config.test_fraction)
 
 
-def arrays(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
+def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, ArraySource]:
     """Return (train, test) of ``stream.path`` (.npz) or of ``stream.x``, ``stream.y``, … (.npy).
 
     An .npz holds x and y, optionally x_test and y_test; or x_train and y_train, as Keras names
     them. x is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer;
     y is integer labels [N], or floating-point targets [N, ...] for regression. Files without a test
-    split hold out ``test_fraction`` (of each class, if any). Raises ConfigError on keys that
-    do not go together, DataError naming the file, and the row where one is at fault, on bad data.
+    split hold out ``test_fraction`` (of each class, if any). ``experiences``: which samples make an
+    experience. Empty: all; ``order``: equal stretches of each split, in the order of its rows.
+
+    Raises ConfigError on keys that do not go together, DataError naming the file, and the row where
+    one is at fault, on bad data.
     """
+    if experiences not in ("", "order"):
+        raise ConfigError(
+            f"stream.options.experiences = '{experiences}', but source 'arrays' knows 'order' only"
+        )
     found = _from_npz(config) if config.path else _from_npy(config)
-    x, y, name = found[0]
-    train = ArraySource(_as_samples(x, name), y, name)
-    if len(found) == 1:
-        return train.holdout(config.test_fraction)
-    x, y, name = found[1]
-    test = ArraySource(_as_samples(x, name), y, name)
-    return train, test
+    splits = [ArraySource(_as_samples(x, name), y, name) for x, y, name in found]
+    if experiences:
+        concepts = min(config.recurring or config.experiences, config.experiences)
+        for split in splits:
+            split.groups = np.arange(len(split)) * concepts // len(split)
+    if len(splits) == 1:
+        return splits[0].holdout(config.test_fraction)
+    return splits[0], splits[1]
 
 
 _Split = tuple[Array, Array, str]  # x, y, and how messages name them

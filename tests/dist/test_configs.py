@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distcl import registry
 from distcl.config import Config
 from distcl.config_load import load_config
 from distcl.data.samples import ArraySamples
@@ -34,26 +35,50 @@ SMALLER = (
 )
 
 
-def _mnist(folder: Path) -> None:
+def _mnist(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (400, 28, 28), dtype=np.uint8)
     write_mnist(folder, images, (np.arange(400) % 10).astype(np.uint8), at=300)
+    return folder
 
 
-def _cifar10(folder: Path) -> None:
+def _cifar10(folder: Path) -> Path:
     write_cifar(folder, 10, {"data_batch_1.bin": 500, "test_batch.bin": 50})
+    return folder
 
 
-def _shards(folder: Path) -> None:
+def _shards(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (500, 3, 32, 32), dtype=np.uint8)
-    npz = folder.with_suffix(".npz")
+    npz = folder / "whole.npz"
     np.savez(npz, x=x[:400], y=np.arange(400) % 10, x_test=x[400:], y_test=np.arange(100) % 10)
-    write_shards(ArraySamples(npz), folder, per_shard=100)
+    write_shards(ArraySamples(npz), folder / "shards", per_shard=100)
+    return folder / "shards"
 
 
-FILES: dict[str, Callable[[Path], None]] = {"mnist": _mnist, "cifar10": _cifar10, "shards": _shards}
-"""Writes small files of the right format for a source that needs some."""
+def _arrays(folder: Path) -> Path:
+    x = np.random.default_rng(0).random((800, 5), dtype=np.float32)
+    np.savez(folder / "train.npz", x=x, y=np.arange(800) % 3)
+    return folder / "train.npz"
+
+
+def _hf(folder: Path) -> Path:
+    datasets = pytest.importorskip("datasets", reason="the extra 'data' is not installed")
+    images = np.random.default_rng(0).integers(0, 256, (500, 8, 8), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    columns = {"image": list(images), "label": (np.arange(500) % 10).tolist()}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder / "hf"))
+    return folder / "hf"
+
+
+FILES: dict[str, Callable[[Path], Path]] = {
+    "mnist": _mnist,
+    "cifar10": _cifar10,
+    "shards": _shards,
+    "arrays": _arrays,
+    "hf": _hf,
+}
+"""Writes small files of the right format into a folder and returns stream.path."""
 
 SMALL_NET = ["model.options.width=4", "stream.samples_per_experience=40"]
 LESS = {"cifar10-binary": SMALL_NET, "cifar10-shards": SMALL_NET}
@@ -66,13 +91,25 @@ def _sets(path: Path, folder: Path) -> list[str]:
     if config.stream.path:
         make = FILES.get(config.stream.source)
         assert make is not None, f"say in FILES how to make files for '{config.stream.source}'"
-        make(folder)
-        sets.append(f"stream.path={folder}")
+        sets.append(f"stream.path={make(folder)}")
     return sets
 
 
 def _one_process(config: Config) -> bool:
     return config.parallel.strategy == "ddp" and config.parallel.processes < 2
+
+
+def test_every_method_stands_in_a_config() -> None:
+    configs = [load_config(path) for path in CONFIGS]
+    shown = {
+        "updater": {c.continual_learning.update_mode for c in configs},
+        "signal": {c.priority.signal for c in configs if c.continual_learning.importance_weighting},
+        "detector": {c.detector.name for c in configs},
+        "drift": {name for c in configs for name in c.stream.drifts},
+        "source": {c.stream.source for c in configs} | {"cifar100"},  # as cifar10, but for its name
+    }
+    for kind, names in shown.items():
+        assert names == {part.name for part in registry.parts(kind)}, kind
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

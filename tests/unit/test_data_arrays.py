@@ -11,6 +11,7 @@ import torch
 from distcl.config import StreamConfig
 from distcl.data.arrays import MAX_CLASSES, ArraySource, arrays, digits
 from distcl.data.npy import open_npy, open_npz
+from distcl.data.streams import create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.types import Source
 
@@ -382,3 +383,22 @@ def test_newer_npy_versions_are_read(tmp_path):
         with (tmp_path / "x.npy").open("wb") as file:
             np.lib.format.write_array(file, X, version=version)
         np.testing.assert_array_equal(open_npy(tmp_path / "x.npy"), X)
+
+
+def test_experiences_are_stretches_of_the_rows_in_order(tmp_path):
+    x = np.arange(100, dtype=np.float32)[:, None]
+    np.savez(tmp_path / "a.npz", x=x, y=np.zeros(100, dtype=np.int64))
+    config = StreamConfig(
+        source="arrays",
+        path=str(tmp_path / "a.npz"),
+        drift="none",
+        experiences=4,
+        options={"experiences": "order"},
+    )
+    stream = create_stream(config, 0)
+    for e, experience in enumerate(stream.experiences):
+        rows = stream.read(np.concatenate([experience.train, experience.test])).x
+        assert sorted(rows.flatten().tolist()) == list(range(25 * e, 25 * e + 25))
+        assert len(experience.test) > 0
+    with pytest.raises(ConfigError, match="'time', but source 'arrays' knows 'order' only"):
+        arrays(config, experiences="time")

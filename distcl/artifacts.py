@@ -8,12 +8,12 @@ from typing import Any
 
 from safetensors import safe_open
 
+from distcl.assembly import assemble
 from distcl.checkpoint import MODEL, SHARED, load, verify
 from distcl.config import Config
 from distcl.config_load import load_config, to_toml
 from distcl.data.streams import create_stream
 from distcl.errors import CheckpointError
-from distcl.job import assemble
 from distcl.partition.base import Fetch
 from distcl.runtime import Runtime
 from distcl.trainer import ContinuousTrainer

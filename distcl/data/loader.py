@@ -32,8 +32,8 @@ class BatchPlan(Protocol):
         """Return the number of global batches of an epoch."""
         ...
 
-    def global_batch(self, step: int) -> Ids:
-        """Return the ids of global batch ``step`` of this epoch, over all ranks."""
+    def total(self, step: int) -> int:
+        """Return the size of global batch ``step`` of this epoch."""
         ...
 
 
@@ -101,7 +101,7 @@ class _Steps:
 
     def __iter__(self) -> Iterator[tuple[list[int], int]]:
         for step, ids in enumerate(self._plan, self._plan.first_step):
-            yield ids, len(self._plan.global_batch(step))
+            yield ids, self._plan.total(step)
 
 
 class _Reads(Dataset[Any]):

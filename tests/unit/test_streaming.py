@@ -21,8 +21,8 @@ from distcl.data.shards import ShardSource
 from distcl.data.streaming import StreamedSource
 from distcl.data.streams import create_stream
 from distcl.errors import ConfigError, DataError
-from distcl.priority.lanes import LaneSampler
-from distcl.priority.sampler import Group
+from distcl.priority.lanes import LaneGroup, LaneSampler
+from distcl.priority.slices import Dealer
 
 pytest.importorskip("webdataset")
 
@@ -78,10 +78,11 @@ def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tm
     stream = create_stream(config, 0, data)
     assert stream.sequential and stream.experiences[0].train.tolist() == list(range(60))
     for workers in (0, 1):
-        plan = LaneSampler(8, 3, stream.lanes_of, window=6, seed=1)
+        plan = LaneSampler(8, window=6, seed=1)
         weights = np.random.default_rng(0).random(60)
         weights[list(undrawn)] = 0
-        plan.set_groups([Group(np.arange(60), weights, 90)])
+        slices = Dealer(3, stream.lanes_of).deal(np.arange(60))
+        plan.set_groups([LaneGroup(slices, weights, 90)])
         fresh = create_stream(config, 0, data)
         fresh.replaced.clear()
         log.write_text("")

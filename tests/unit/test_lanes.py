@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_ranks_share_out_the_same_global_batches_at_every_world_size(
     assert [len(ids) for ids in whole] == totals
     ranks = on_ranks(world, run, lanes)
     for step, expected in enumerate(whole):  # rank by rank, it is the same sequence
-        assert sum((steps[step] for steps, _, _ in ranks), []) == expected
+        assert list(chain.from_iterable(steps[step] for steps, _, _ in ranks)) == expected
     assert digest_of([part for _, _, part in ranks]) == digest_of([chains])
 
 
@@ -219,7 +220,7 @@ def test_a_resumed_pass_goes_on_exactly(world):
         return list(resumed)
 
     ranks = on_ranks(world, run)
-    together = [sum(parts, []) for parts in zip(*ranks, strict=True)]
+    together = [list(chain.from_iterable(parts)) for parts in zip(*ranks, strict=True)]
     assert together == list(whole)[5:]
     with pytest.raises(ValueError, match="not"):
         alone(12).load_state_dict(state)

@@ -80,7 +80,7 @@ def draws(folder: Path, access: str) -> None:
             shard, number = source.shards_of(ids)
             return shard * lanes // number
 
-        slices = Dealer.over(runtime, 8, lanes_of).deal_range(len(source))
+        slices = Dealer.over(runtime, 8, lanes_of).deal(np.arange(len(source)))
         plan = LaneSampler(BATCH, window=1024)
         plan.set_groups([LaneGroup(slices, rng.random(len(slices.ids)), len(source))])
     for step, ids in zip(range(STEPS), plan, strict=False):
@@ -114,7 +114,9 @@ def train(folder: Path, access: str) -> None:
     execute("train", load_config(None, keys, environ={}), out)
 
 
-def child(what: str, folder: Path, access: str, rank: int, world: int, port: int, queue: Any):
+def child(
+    what: str, folder: Path, access: str, rank: int, world: int, port: int, queue: Any
+) -> None:
     """Do it as one rank, and tell the peak RSS in bytes."""
     import torch
 

@@ -189,8 +189,6 @@ class Job:
         state = JobState(self._command)
         if path is not None:
             restore(path, state, config, trainer, monitor)
-            if runtime.is_main:
-                self._store.go_on_from(trainer.loop.steps)
             if progress is not None:
                 progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
         before = state.seconds

@@ -70,16 +70,8 @@ def _finite(value: Any) -> Any:
 
 
 def save_final(parts: Parts, path: Path) -> None:
-    """Write parameters and buffers to a safetensors file, by rank 0. Collective.
-
-    The file is there as a whole or not at all; raises CheckpointError if it cannot be written.
-    """
+    """Write parameters and buffers to a safetensors file, by rank 0. Collective."""
     state = weights(parts)
     if parts.runtime.is_main:
-        part = path.with_name(f".{path.name}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(state, str(part))
-            part.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"'{path}' cannot be written: {error}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, str(path))

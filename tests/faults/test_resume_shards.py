@@ -70,8 +70,15 @@ def killed(keys: tuple[str, ...], out: Path, world: int, polls: int, resume: str
     assert list((out / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("access", ACCESS)
+@pytest.mark.parametrize(
+    ("access", "ranks"),
+    [
+        ("indexed with workers", 1),
+        ("indexed", 2),
+        ("stream with a worker", 1),
+        ("stream with a worker", 2),
+    ],
+)
 def test_a_killed_run_over_shards_goes_on_as_if_nothing_had_happened(
     access: str, ranks: int, folder: Path, tmp_path: Path
 ) -> None:

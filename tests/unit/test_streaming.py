@@ -164,6 +164,18 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path, data, options, error, mess
         shards(config_of(folder), DataConfig(access="stream", **data), **options)
 
 
+def test_a_stream_has_experiences_by_ranges_of_its_shards(tmp_path):
+    folder = folder_of(tmp_path, [6, 2, 4, 3])
+    for name in ("test-0.tar", "test-1.tar"):
+        (tmp_path / name).write_bytes((tmp_path / "s0.tar").read_bytes())
+    index_folder(folder)
+    config = config_of(folder, experiences="shards").model_copy(update={"experiences": 2})
+    stream = create_stream(
+        config.model_copy(update={"drift": "none"}), 0, DataConfig(access="stream")
+    )
+    assert [len(e.train) for e in stream.experiences] == [8, 7]
+
+
 def test_indexed_access_and_a_url_do_not_go_together(tmp_path):
     folder = folder_of(tmp_path, [6])
     assert json.loads((folder / "shards.json").read_text())["label"] == "cls"

@@ -15,12 +15,12 @@ from distcl.data.loader import BatchLoader
 from distcl.errors import ConfigError
 from distcl.priority.account import Account, Drawn, LaneAccount, WholeAccount
 from distcl.priority.candidates import Chooser
-from distcl.priority.draws import Sums, Weights
-from distcl.priority.lanes import LaneGroup, LaneSampler
+from distcl.priority.draws import Weights
+from distcl.priority.lanes import LaneSampler
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
-from distcl.priority.slices import Dealer, Slices
+from distcl.priority.streamed import Streamed
 from distcl.priority.weights import (
     Correction,
     RoundWeights,
@@ -73,17 +73,14 @@ class Feed:
         self._seed = seed
         self._scorer = scorer
         self._ledger = ledger
-        self._sequential = bool(getattr(source, "sequential", False))
-        if self._sequential and continual.importance_weighting and priority.source != "score":
-            raise ConfigError(
-                f"priority.source = '{priority.source}' draws at random, which a stream of shards "
-                "cannot be read by; use 'score', or data.access = 'indexed'"
-            )
-        self._dealer: Dealer | None = None
-        if self._sequential:
-            lanes_of = source.lanes_of  # type: ignore[attr-defined]
-            self._dealer = Dealer.over(runtime, data.lanes, lanes_of)
-        self._lane_states: list[dict[str, Any]] = []
+        self._streamed: Streamed | None = None
+        if getattr(source, "sequential", False):
+            if continual.importance_weighting and priority.source != "score":
+                raise ConfigError(
+                    f"priority.source = '{priority.source}' draws at random, which a stream of "
+                    "shards cannot be read by; use 'score', or data.access = 'indexed'"
+                )
+            self._streamed = Streamed(runtime, source, data, scorer, seed)
         self._shape = Shape(priority, continual.importance_alpha)
         self._pool = Permutations(seed, _POOL)
         self._weighted: tuple[Ids | None, Ids | None] = (None, None)
@@ -120,8 +117,8 @@ class Feed:
         elif self._ledger is not None:
             self._ledger.expect(round_index, self._source, current, history)
             result = self._from_ledger(self._ledger, round_index, 0)
-        elif self._dealer is not None:
-            result = self._weigh_lanes(self._dealer.deal(current), self._dealer.deal(history))
+        elif self._streamed is not None:
+            result = self._streamed.weigh(self._shape, self._weighted, current, history)
         else:
             result = weigh(self._shape, self._score, *self._weighted)
         result.note = note
@@ -130,20 +127,6 @@ class Feed:
     def _score(self, ids: Ids) -> Weights:
         scores: Weights = self._scorer.score(self._source, ids).cpu().numpy().astype(np.float64)
         return scores
-
-    def _weigh_lanes(self, current: Slices, history: Slices) -> RoundWeights:
-        """Return the weights of this rank's lanes; no rank has all of them. Collective."""
-        cut, wanted = (current, history), self._weighted
-
-        def score(mine: Ids) -> Weights:
-            which = 0 if mine is current.ids else 1
-            ids = wanted[which]
-            assert ids is not None
-            scores = self._scorer.score_slices(self._source, ids, cut[which])
-            return scores.cpu().numpy().astype(np.float64)
-
-        mine = [None if ids is None else held.ids for ids, held in zip(wanted, cut, strict=True)]
-        return weigh(self._shape, score, *mine, over=cut)
 
     def _from_ledger(self, ledger: Ledger, round_index: int, update: int) -> RoundWeights:
         """Return weights by the table as it is, over a fresh pool of the history if asked."""
@@ -174,25 +157,17 @@ class Feed:
         if self._ledger is not None:
             self._ledger.expect(round_index, self._source, current, history)
         self._round, self._current, self._history = round_index, current, history
-        self._weights = self._dealt(weights)
+        self._weights = weights
+        self.account: Account = WholeAccount(self._runtime)
+        if self._streamed is not None:
+            self._weights = self._streamed.dealt(weights, current, history)
+            self.account = self._streamed.account()
         self._replayed = history_batch and len(history) > 0
         self._pass_steps = -(-sum(self._draws(current, history)) // self._training.batch_size)
-        self.account = self._account()
         self._refresh_seconds = 0.0
         self._choosers: dict[int, Chooser] = {}
         groups = self._groups(self._weights)
         self._plans = {which: self._plan(which, g) for which, g in groups.items()}
-
-    def _dealt(self, weights: RoundWeights) -> RoundWeights:
-        """Return weights that know this rank's ids, if it has but some. Collective."""
-        if self._dealer is None or isinstance(weights.over[0], Slices):
-            return weights
-        over = self._dealer.deal(self._current), self._dealer.deal(self._history)
-        return replace(weights, over=over)
-
-    def _account(self) -> Account:
-        run = self._runtime
-        return WholeAccount(run) if self._dealer is None else LaneAccount(run, self._dealer)
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
@@ -264,16 +239,8 @@ class Feed:
             self._choosers[which] = Chooser(
                 self._scorer, self._source, self._shape, of, seed, which + _CHOICE
             )
-        if self._sequential:
-            lanes = LaneSampler(
-                size,
-                window=self._data.shuffle_buffer,
-                seed=seed,
-                round_index=self._round,
-                stream=which,
-            )
-            lanes.set_groups([LaneGroup(_slices(p.over), p.weights, p.draws) for p in groups])
-            return lanes
+        if self._streamed is not None:
+            return self._streamed.sampler(size, groups, self._round, which)
         sampler = DistributedWeightedSampler(
             size,
             rank=rank,
@@ -337,7 +304,9 @@ class Feed:
         loader = BatchLoader(
             self._source,
             plan,
-            workers=min(self._data.workers, 1) if self._sequential else self._data.workers,
+            workers=min(self._data.workers, 1)
+            if self._streamed is not None
+            else self._data.workers,
             pin_memory=self._data.pin_memory,
             device=self._runtime.device,
             dtype=self._runtime.dtype,
@@ -416,58 +385,28 @@ class Feed:
             "replayed": self._replayed,
             "weights": self._weights.state_dict(),
             "weighted": [as_tensor(ids) for ids in self._weighted],
-            "account": None if self._sequential else self.account.state_dict(),
+            "account": None if self._streamed is not None else self.account.state_dict(),
             "seconds": self._refresh_seconds,
             "plans": plans,
             "choosers": {which: c.state_dict() for which, c in self._choosers.items()},
         }
 
     def lane_state(self, in_round: bool) -> dict[str, Any] | None:
-        """Return what only this rank has, of the lanes of a sequential source; else None. Local.
+        """Return what only this rank has, if the source is read in lanes, else None. Local.
 
-        Beside :meth:`state_dict`, if a round is in progress.
+        It goes beside :meth:`state_dict`; ``in_round``: whether a round is in progress.
         """
-        if self._dealer is None:
+        if self._streamed is None:
             return None
-        state: dict[str, Any] = {"cache": self._scorer.cache.state_dict()}
-        if in_round:
-            pairs = zip(
-                self._weights.held(self._current, self._history),
-                (self._weights.current, self._weights.history),
-                strict=True,
-            )
-            state["weights"] = [
-                None if weights is None else (as_tensor(ids), as_tensor(weights))
-                for ids, weights in pairs
-            ]
-            state["account"] = self.account.state_dict()
-        return state
+        if not in_round:
+            return self._streamed.state(None, None)
+        assert isinstance(self.account, LaneAccount)
+        return self._streamed.state(self._weights, self.account)
 
     def load_lane_states(self, states: Sequence[dict[str, Any] | None]) -> None:
-        """Take what all ranks, however many there were, had; before :meth:`load_state_dict`.
-
-        Each rank keeps what is of its lanes. Local.
-        """
-        self._lane_states = [state for state in states if state is not None]
-        if self._dealer is not None and self._lane_states:
-            caches = [state["cache"] for state in self._lane_states]
-            self._scorer.cache.load_parts(caches, self._dealer.own)
-
-    def _load_lanes(self) -> None:
-        """Go on with this rank's part of the weights and the account of a round. Collective."""
-        states, self._lane_states = self._lane_states, []
-        self._weights = self._dealt(self._weights)
-        found: list[Weights | None] = []
-        for k, over in enumerate(self._weights.over):
-            parts = [state["weights"][k] for state in states]
-            if any(part is None for part in parts):
-                found.append(None)
-                continue
-            ids, weights = (np.concatenate([as_array(p[j]) for p in parts]) for j in (0, 1))
-            found.append(_slices(over).pick(ids, weights))
-        self._weights = replace(self._weights, current=found[0], history=found[1])
-        assert isinstance(self.account, LaneAccount)
-        self.account.load_states([state["account"] for state in states])
+        """Restore those of all ranks, before :meth:`load_state_dict`, at any world size. Local."""
+        if self._streamed is not None:
+            self._streamed.load([state for state in states if state is not None])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the round that was saved, at any world size. Collective."""
@@ -475,11 +414,14 @@ class Feed:
         self._current, self._history = state["current"].numpy(), state["history"].numpy()
         self._replayed = state["replayed"]
         self._weights = RoundWeights.from_state(state["weights"])
-        self.account = self._account()
-        if isinstance(self.account, WholeAccount):
-            self.account.load_state_dict(state["account"])
+        if self._streamed is None:
+            whole = WholeAccount(self._runtime)
+            whole.load_state_dict(state["account"])
+            self.account = whole
         else:
-            self._load_lanes()
+            self._weights, self.account = self._streamed.resumed(
+                self._weights, self._current, self._history
+            )
         self._weighted = (as_array(state["weighted"][0]), as_array(state["weighted"][1]))
         draws = sum(self._draws(self._current, self._history))
         self._pass_steps = -(-draws // self._training.batch_size)
@@ -491,8 +433,3 @@ class Feed:
             plan.load_state_dict(state["plans"][which])
         for which, chooser in self._choosers.items():
             chooser.load_state_dict(state["choosers"][which])
-
-
-def _slices(over: Sums) -> Slices:
-    assert isinstance(over, Slices)
-    return over

@@ -157,8 +157,6 @@ def measure(samples: int, repeats: int) -> dict[str, Any]:
                     lambda f=folder, e=ext, w=workers: library(f, e, True, w), repeats
                 )
                 for access in ("indexed", "stream"):
-                    if access == "stream" and workers > 1:
-                        continue  # it reads ahead in one process at most
                     for kind, given in (("uniform", None), ("weighted", weights)):
                         run = ours(folder, access, given, workers)
                         rates[f"{access} {name} {kind}"] = rate(run, repeats)

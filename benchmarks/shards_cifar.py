@@ -75,6 +75,18 @@ def finish(process: subprocess.Popen[bytes]) -> None:
         raise SystemExit(f"{' '.join(map(str, process.args))} ended with {process.returncode}")
 
 
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a job with all that it has started, at once."""
+    tree, listed = {process.pid}, subprocess.check_output(["ps", "-eo", "pid=,ppid="], text=True)
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    for pid, parent in sorted(pairs):
+        if parent in tree:
+            tree.add(pid)
+    for pid in sorted(tree):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
 def essence(out: Path) -> tuple[Any, Any]:
     """Return what must be equal: digests, accuracies."""
     summary = json.loads((out / "summary.json").read_text())
@@ -114,8 +126,7 @@ def main() -> None:
                 if process.poll() is not None:
                     raise SystemExit(f"{name}: it ended before it could be killed")
                 time.sleep(0.05)
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            kill(process)
             finish(start(ranks, *train, "--out", str(parts), "--resume", "auto"))
             if essence(whole) != essence(parts):
                 raise SystemExit(f"{name}: the resumed run differs from the undisturbed one")

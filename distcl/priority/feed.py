@@ -304,9 +304,7 @@ class Feed:
         loader = BatchLoader(
             self._source,
             plan,
-            workers=min(self._data.workers, 1)
-            if self._streamed is not None
-            else self._data.workers,
+            workers=self._data.workers,
             pin_memory=self._data.pin_memory,
             device=self._runtime.device,
             dtype=self._runtime.dtype,

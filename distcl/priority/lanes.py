@@ -124,6 +124,22 @@ class LaneSampler:
         for step in range(first, len(self)):
             yield [id_ for _, ids in self.parts(step) for id_ in ids.tolist()]
 
+    @property
+    def readers(self) -> int:
+        """The number of lanes in which this rank has samples."""
+        return len(self._lanes())
+
+    def _lanes(self) -> list[int]:
+        held = [group.slices.lanes[group.slices.sizes > 0] for group in self._groups]
+        return [int(lane) for lane in np.unique(np.concatenate([np.empty(0, np.int64), *held]))]
+
+    def cut(self, step: int, readers: int) -> list[list[int]]:
+        """Return this rank's part of a batch as ``readers`` parts, each of its own lanes."""
+        lanes, found = self._lanes(), [list[int]() for _ in range(readers)]
+        for lane, ids in self.parts(step):
+            found[lanes.index(lane) * readers // len(lanes)] += ids.tolist()
+        return found
+
     def total(self, step: int) -> int:
         """Return the size of a global batch."""
         return min(self.batch_size, self._total - step * self.batch_size)

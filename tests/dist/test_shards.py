@@ -168,7 +168,7 @@ def test_streams_give_the_same_run_at_one_and_two_ranks(data, tmp_path):
     assert made.returncode == 0, made.stderr
     over = ["stream.source=shards", f"stream.path={folder}", "data.access=stream"]
     over += ["data.shuffle_buffer=100", "stream.experiences=2", "training.epochs=1"]
-    one = train("configs/digits.toml", tmp_path / "one", *over, "data.workers=1")
+    one = train("configs/digits.toml", tmp_path / "one", *over, "data.workers=2")
     two = train("configs/digits.toml", tmp_path / "two", *over, ranks=2)
     assert essence(one) == essence(two) and one["average_accuracy"] > 0.5
 

@@ -25,10 +25,10 @@ ACCESS = {
     "indexed": ("data.access=indexed",),
     "indexed with workers": ("data.access=indexed", "data.workers=2"),
     "stream": ("data.access=stream", "data.shuffle_buffer=40", "data.lanes=4"),
-    "stream with a worker": (
+    "stream with workers": (
         "data.access=stream",
         "data.shuffle_buffer=100",
-        "data.workers=1",
+        "data.workers=2",
         "priority.target=union",
     ),
 }
@@ -75,8 +75,8 @@ def killed(keys: tuple[str, ...], out: Path, world: int, polls: int, resume: str
     [
         ("indexed with workers", 1),
         ("indexed", 2),
-        ("stream with a worker", 1),
-        ("stream with a worker", 2),
+        ("stream with workers", 1),
+        ("stream with workers", 2),
     ],
 )
 def test_a_killed_run_over_shards_goes_on_as_if_nothing_had_happened(

@@ -77,7 +77,7 @@ def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tm
     index_folder(folder)
     stream = create_stream(config, 0, data)
     assert stream.sequential and stream.experiences[0].train.tolist() == list(range(60))
-    for workers in (0, 1):
+    for workers in (0, 1, 2):
         plan = LaneSampler(8, window=6, seed=1)
         weights = np.random.default_rng(0).random(60)
         weights[list(undrawn)] = 0

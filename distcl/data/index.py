@@ -200,7 +200,7 @@ def _sound(index: Array) -> bool:
     """Tell whether samples follow one another and have labels; a block at a time: it is mapped."""
     for start in range(0, index.shape[1], _BLOCK):
         begins, words = index[:, start : start + _BLOCK + 1]
-        if (np.diff(begins) <= 0).any() or (words[:-1] >= MAX_CLASSES << 32).any():
+        if (begins[1:] <= begins[:-1]).any() or (words[:-1] >= MAX_CLASSES << 32).any():
             return False
     return True
 

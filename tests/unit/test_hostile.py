@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -275,6 +275,7 @@ def test_any_archive(tmp_path: Path, shards: Path, edits: Edits) -> None:
 
 @fuzz
 @given(edits=EDITS)
+@example(edits=[("put", 0.65625, b"\x01\0\0\0\0\0\0\0\x81")])
 def test_any_index(tmp_path: Path, shards: Path, edits: Edits) -> None:
     folder = _copied(shards, tmp_path / "shards")
     path = index_path(sorted(folder.glob("*.tar"))[0])

@@ -75,6 +75,7 @@ def execute(
             _check(command, config, runtime)
             with folder.open(append=resume != "never"):
                 log.info(runtime.about)
+                runtime.watchdog.write_to(out / "log.txt")
                 job = Job(command, config, runtime, folder, progress)
                 return job.run(resume, frozenset(allow_changed))
     except BaseException as error:
@@ -189,6 +190,8 @@ class Job:
         state = JobState(self._command)
         if path is not None:
             restore(path, state, config, trainer, monitor)
+            if runtime.is_main:
+                self._store.go_on_from(trainer.loop.steps)
             if progress is not None:
                 progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
         before = state.seconds

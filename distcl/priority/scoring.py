@@ -91,7 +91,11 @@ class Scorer:
                 rows.append(self._row(batch, anchors[k] if anchors is not None else None))
         self.forward.forwards += n
         empty = torch.empty((0, 2), dtype=run.dtype, device=run.device)
-        scores, losses = self._split(self.forward.gather(torch.cat([empty, *rows]), n, size), ids)
+        chunks = -(-n // size)
+        share = -(-chunks // run.world_size) * size  # samples a rank
+        scores, losses = self._split(
+            self.forward.gather(torch.cat([empty, *rows]), n, size), ids, np.arange(n) // share
+        )
         if self.signal.needs_anchor and not self.signal.needs_logits:
             self.cache.put(fingerprint(self.forward.partition.owned(), run), ids, losses)
         return scores
@@ -120,7 +124,8 @@ class Scorer:
         every = run.all_gather(row, each * run.world_size, each)
         parts = [part_of(len(ids), rank, run.world_size) for rank in range(run.world_size)]
         rows = [rank * each + k for rank, (lo, hi) in enumerate(parts) for k in range(hi - lo)]
-        return self._split(every[rows], ids)[0]
+        ranks = np.repeat(np.arange(run.world_size), [hi - lo for lo, hi in parts])
+        return self._split(every[rows], ids, ranks)[0]
 
     def _row(self, batch: Batch, anchor: Outputs | None) -> torch.Tensor:
         """Return score and loss, [B, 2], of a chunk under the weights as they are."""
@@ -128,11 +133,14 @@ class Scorer:
         score = checked(self.signal, self.signal.score(batch, now, anchor), len(batch))
         return torch.stack([score.to(now.loss), now.loss], dim=1)
 
-    def _split(self, both: torch.Tensor, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores [N] and losses [N], once they are known to be good."""
+    def _split(self, both: torch.Tensor, ids: Ids, ranks: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores [N] and losses [N], once they are known to be good.
+
+        ``ranks`` [N]: which rank has computed them.
+        """
         scores, losses = both[:, 0].clone(), both[:, 1].clone()
-        require_finite(losses, ids, "the loss", DivergenceError)
-        require_finite(scores, ids, f"the score of signal '{self._name}'", ConfigError)
+        require_sound(losses, ids, "the loss", ranks)
+        require_sound(scores, ids, f"the score of signal '{self._name}'", ranks)
         return scores, losses
 
     def _anchor_passes(self, source: Source, ids: Ids, mine: Ids) -> list[Outputs]:
@@ -172,12 +180,21 @@ class Scorer:
         return found
 
 
-def require_finite(values: torch.Tensor, ids: Ids, what: str, error: type[DistclError]) -> None:
-    """Raise ``error`` naming the first id whose value [N] is NaN, infinite or negative."""
-    bad = torch.nonzero(~(torch.isfinite(values) & (values >= 0)))
+def require_sound(values: torch.Tensor, ids: Ids, what: str, ranks: Ids | None = None) -> None:
+    """Raise an error naming the first of ``ids`` whose value [N] is no number from 0 up.
+
+    DivergenceError if one is NaN or infinite, else ConfigError. ``ranks`` [N]: which rank has
+    computed it.
+    """
+    bad = torch.nonzero(~torch.isfinite(values))[:, 0]
+    error: type[DistclError] = DivergenceError
+    if not len(bad):
+        bad, error = torch.nonzero(values < 0)[:, 0], ConfigError
     if len(bad):
         at = int(bad[0])
-        raise error(f"{what} of sample id {int(ids[at])} is {float(values[at])}")
+        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        where = "" if ranks is None else f", on rank {int(ranks[at])}"
+        raise error(f"{what} of sample id {int(ids[at])}{more} is {float(values[at])}{where}")
 
 
 def checked(signal: PrioritySignal, score: Any, number: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ def _save(folder: Path, steps: tuple[int, ...], scores: tuple[float, ...], keep:
             {"slice": torch.full((3,), float(runtime.rank)), "step": step},
             {"who": "rank 0", "list": [1, (2, 3)]},
             {"w": weight},
-            {"score": score},
+            {"score": score, "config": {}},
         )
         weight.fill_(-1)  # training goes on while the file is written
         assert store.finish()
@@ -121,12 +121,12 @@ def _disk_full(folder: Path) -> tuple[list[str], bool]:
     runtime = Runtime()
     warned: list[str] = []
     store = CheckpointStore(runtime, folder, 2, warned.append)
-    store.save(1, {}, {}, {"w": torch.zeros(8)}, {})
+    store.save(1, {}, {}, {"w": torch.zeros(8)}, {"config": {}})
     assert store.finish()
     if runtime.rank == 1:  # this rank cannot write more than 64 KiB
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
-    store.save(2, {"big": torch.zeros(1 << 16)}, {}, {"w": torch.zeros(8)}, {})
+    store.save(2, {"big": torch.zeros(1 << 16)}, {}, {"w": torch.zeros(8)}, {"config": {}})
     return warned, store.finish()
 
 

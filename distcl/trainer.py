@@ -161,6 +161,7 @@ class ContinuousTrainer:
             f"fell from {before:.4f} to {after:.4f}"
         )
         self.parts.anchor.put_back()
+        self.parts.updater.taken_back()
         reset(self.parts.optimizer)
         return False
 

@@ -218,6 +218,11 @@ class KFACOnline(Updater):
         if idle and self.runtime.is_main:
             log.info(f"[kfac_online] in no counted pass of the round: {', '.join(idle)}")
         self.commits += 1
+        self.taken_back()
+
+    def taken_back(self) -> None:
+        """Begin the round's sums anew. Local."""
+        self.sums.clear()
         self.steps = self.samples = 0
 
     def _folded(self, name: str, a: torch.Tensor, g: torch.Tensor) -> Curvature:

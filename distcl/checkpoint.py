@@ -226,7 +226,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest_path = path / MANIFEST
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise CheckpointError(f"checkpoint '{manifest_path}' cannot be read: {reason}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):

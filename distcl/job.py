@@ -165,6 +165,7 @@ class Job:
         """Return the checkpoint to go back to after a divergence, or raise it again."""
         if self._config.training.on_divergence != "rollback":
             raise error
+        self._store.finish()  # what was saved before the divergence
         path = self._store.newest()
         if path is None:
             raise DivergenceError(f"{error}; there is no checkpoint to roll back to") from error

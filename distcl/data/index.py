@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"the folder of shards '{folder}' {what}") from None
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"'{path}' is damaged ({type(error).__name__}: {error})") from error
     if manifest != numbered(manifest.label, manifest.shards):
         raise DataError(f"'{path}' is damaged: first_id is not the sum of the samples before")
@@ -93,8 +93,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _shard(line: dict[str, Any]) -> Shard:
     shard = Shard(**line)
-    numbers = (shard.samples, shard.bytes, shard.first_id)
-    if not all(type(n) is int and n >= 0 for n in numbers) or Path(shard.name).name != shard.name:
+    numbers, texts = (shard.samples, shard.bytes, shard.first_id), (shard.split, shard.sha256)
+    if (
+        not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+        or not all(isinstance(text, str) for text in texts)
+        or Path(shard.name).name != shard.name
+        or shard.name in ("", "..")
+        or "\0" in shard.name
+    ):
         raise ValueError(f"bad entry {line}")
     return shard
 
@@ -181,6 +187,9 @@ def open_index(tar: Path, samples: int, size: int) -> Array:
     index = open_npy(path)
     if index.dtype != np.dtype("<i8") or index.shape != (2, samples + 1):
         raise DataError(f"{where}: its index is of another number of samples; {_HOW} {tar.parent}")
+    places = index[0]
+    if places[0] < 0 or (places[1:] < places[:-1]).any() or places[-1] > size:
+        raise DataError(f"{where}: its index is damaged, places are out of order")
     if index[1, -1] != size or samples == 0:
         raise DataError(
             f"{where}: {'it is empty' if samples == 0 else 'its index is of another archive'}"

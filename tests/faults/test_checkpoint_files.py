@@ -81,7 +81,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "escape": (
         lambda p: (p / MANIFEST).write_text(
-            json.dumps({"schema": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}})
+            json.dumps(
+                (found := json.loads((p / MANIFEST).read_text()))
+                | {"files": {"../x": {"bytes": 1, "sha256": ""}} | found["files"]}
+            )
         ),
         "names a file outside itself: '../x'",
     ),
@@ -100,6 +103,15 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(damage: str, tmp_path
     assert store.newest() == tmp_path / "step-00000001"
     assert len(warned) == 1
     assert "falling back to the one before" in warned[0]
+
+
+def test_a_link_out_of_a_checkpoint_is_not_followed(tmp_path: Path) -> None:
+    _save(tmp_path / "run", (1,), (0.0,), keep=1)
+    path = tmp_path / "run" / "step-00000001"
+    (path / "shared.pt").rename(tmp_path / "elsewhere")
+    (path / "shared.pt").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="names a file outside itself: 'shared.pt'"):
+        verify(path)
 
 
 def test_a_pickle_is_never_executed(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_a_link_out_of_a_checkpoint_is_not_followed(tmp_path: Path) -> None:
     path = tmp_path / "run" / "step-00000001"
     (path / "shared.pt").rename(tmp_path / "elsewhere")
     (path / "shared.pt").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="names a file outside itself: 'shared.pt'"):
+    with pytest.raises(CheckpointError, match="names a file outside itself"):
         verify(path)
 
 

@@ -349,15 +349,16 @@ def _checkpoint(folder: Path) -> Path:
 
     folder.mkdir(exist_ok=True)
     torch.save({"trainer": {"stage": None}}, folder / "shared.pt")
+    torch.save({}, folder / "rank-00000.pt")
     save_file({"w": torch.zeros(3)}, folder / "model.safetensors")
     files = {
         name: {
             "bytes": (folder / name).stat().st_size,
             "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
         }
-        for name in ("shared.pt", "model.safetensors")
+        for name in ("shared.pt", "model.safetensors", "rank-00000.pt")
     }
-    manifest = {"schema": SCHEMA, "step": 4, "world_size": 1, "files": files}
+    manifest = {"schema": SCHEMA, "step": 4, "world_size": 1, "config": {}, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from safetensors import safe_open
 
+from distcl.assembly import assemble
 from distcl.checkpoint import MODEL, SHARED, load, verify
 from distcl.config import Config
 from distcl.config_load import load_config, to_toml
 from distcl.data.streams import create_stream
 from distcl.errors import CheckpointError
-from distcl.job import assemble
 from distcl.partition.base import Fetch
 from distcl.runtime import Runtime
 from distcl.trainer import ContinuousTrainer
@@ -21,24 +21,33 @@ from distcl.trainer import ContinuousTrainer
 FINAL = "final.safetensors"
 
 
+def checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints of a run folder, oldest first, or the one that ``path`` is. Local.
+
+    Raises CheckpointError if it is neither.
+    """
+    if (path / "manifest.json").is_file():
+        return [path]
+    if not (path / "config.toml").is_file():
+        raise CheckpointError(
+            f"'{path}' is neither a run folder (no config.toml) nor a checkpoint (no manifest.json)"
+        )
+    return sorted((path / "checkpoints").glob("step-*"))
+
+
 def find(path: Path) -> tuple[Path, Config]:
     """Return the weights file and the configuration of a run folder or a checkpoint. Local.
 
     Of a run: the final weights, else those of its newest checkpoint. Raises CheckpointError.
     """
-    if (path / "manifest.json").is_file():
+    found = checkpoints(path)
+    if found == [path]:
         manifest = verify(path)
         return path / MODEL, Config.model_validate(manifest["config"])
-    config_file = path / "config.toml"
-    if not config_file.is_file():
-        raise CheckpointError(
-            f"'{path}' is neither a run folder (no config.toml) nor a checkpoint (no manifest.json)"
-        )
-    config = load_config(config_file, environ={})
+    config = load_config(path / "config.toml", environ={})
     final = path / "checkpoints" / FINAL
     if final.is_file():
         return final, config
-    found = sorted((path / "checkpoints").glob("step-*"))
     if not found:
         raise CheckpointError(f"run folder '{path}' has no weights yet")
     verify(found[-1])
@@ -84,7 +93,8 @@ def reader(path: Path) -> Fetch:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds, after verifying it. Local."""
+    """Return what a checkpoint, or a run's newest, holds, after verifying it. Local."""
+    path = _some(path)[-1]
     manifest = verify(path)
     trainer = load(path / SHARED)["trainer"]
     stage = trainer["stage"]
@@ -93,6 +103,7 @@ def describe(path: Path) -> dict[str, Any]:
         name = f"round {stage['number']}" if stage["number"] else "pretraining"
         within = f"in {name}, step {stage['done']} of {stage['steps']}"
     return {
+        "checkpoint": str(path),
         "step": manifest["step"],
         "rounds": manifest["round"],
         "where": within,
@@ -100,6 +111,21 @@ def describe(path: Path) -> dict[str, Any]:
         "average_accuracy": manifest["score"],
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
     }
+
+
+def verify_all(path: Path) -> dict[str, int]:
+    """Verify a checkpoint, or all of a run; return their numbers of files. Local.
+
+    Raises CheckpointError naming the first file that is not as it was written.
+    """
+    return {str(one): len(verify(one)["files"]) for one in _some(path)}
+
+
+def _some(path: Path) -> list[Path]:
+    found = checkpoints(path)
+    if not found:
+        raise CheckpointError(f"run folder '{path}' has no checkpoints")
+    return found
 
 
 def export(path: Path, destination: Path) -> list[Path]:

@@ -1,10 +1,9 @@
-"""A whole run: build the parts from a configuration, run a command, leave the run folder."""
+"""A whole run of a command: from its first step or a checkpoint to the run folder it leaves."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from itertools import zip_longest
@@ -12,14 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
 from distcl import registry
-from distcl.anchor import Anchor
+from distcl.assembly import Quiet, assemble
 from distcl.checkpoint import CheckpointStore, read_manifest
 from distcl.config import Config
 from distcl.config_load import to_toml
-from distcl.data.history import CopyingStream
 from distcl.data.streams import create_stream
 from distcl.errors import (
     CheckpointError,
@@ -30,125 +27,19 @@ from distcl.errors import (
 )
 from distcl.failure import Cause
 from distcl.folder import RunFolder
-from distcl.inference import ShardedForward
 from distcl.keeper import Contents, Keeper, Preemption
-from distcl.losses import create_loss
-from distcl.metrics import AccuracyMatrix
-from distcl.models import create_model
 from distcl.monitor import Monitor
-from distcl.optim import create_optimizer
-from distcl.partition.base import create_partition
-from distcl.priority.feed import Feed
-from distcl.priority.online import Ledger
-from distcl.priority.scoring import Scorer, create_signal
-from distcl.priority.weights import check_priority
-from distcl.record import RoundRecorder
-from distcl.resume import JobState, check_config, collect, restore, weights
+from distcl.resume import JobState, check_config, collect, restore
 from distcl.runtime import Runtime, describe
 from distcl.status import FolderProgress
-from distcl.tracking import Tracker, Trackers, create_tracker
-from distcl.trainer import ContinuousTrainer, Parts
-from distcl.types import Progress, Stream
-from distcl.updaters import UpdaterSetup, create_updater
+from distcl.summary import chance, save_final, summarize
+from distcl.tracking import Tracker, Trackers
+from distcl.trainer import ContinuousTrainer
+from distcl.types import Progress
 
 Command = Literal["run", "train", "detect"]
 
 log = logging.getLogger("distcl")
-
-
-class Quiet:
-    """A progress display that shows nothing."""
-
-    def round_begins(self, title: str, steps: int, metric: str = "loss") -> None:
-        """Ignore it."""
-
-    def step(self, done: int, value: float, samples_per_second: float) -> None:
-        """Ignore it."""
-
-    def message(self, text: str) -> None:
-        """Ignore it."""
-
-
-def assemble(
-    config: Config,
-    runtime: Runtime,
-    stream: Stream,
-    out: Path,
-    progress: Progress | None = None,
-    resume: bool = False,
-) -> Parts:
-    """Build every part of a trainer. Collective. ``resume``: keep what trackers have written."""
-    seed = config.run.seed
-    if config.continual_learning.history_store == "copy":
-        stream = CopyingStream(stream)
-    criterion = create_loss(config.model.loss)
-    model, optimizer = runtime.prepare_training(
-        create_model(config.model, stream.spec, seed),
-        lambda params: create_optimizer(config.optimizer, params),
-    )
-    partition = create_partition(runtime, model)
-    forward = ShardedForward(runtime, model, partition, criterion)
-    signal = create_signal(
-        config.priority.signal,
-        config.priority.options,
-        criterion=criterion,
-        loss=config.model.loss,
-        classes=stream.spec.classes,
-    )
-    importance = config.continual_learning.importance_weighting
-    keep = getattr(signal, "anchors", 1) if importance else 1
-    host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
-    anchor = Anchor(partition, keep, host)
-    scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
-    ledger = None
-    if importance and config.priority.source == "online":
-        ledger = Ledger(runtime, signal, stream.spec.classes)
-    updater = create_updater(
-        config.continual_learning.update_mode,
-        UpdaterSetup(
-            config=config.continual_learning,
-            runtime=runtime,
-            model=model,
-            optimizer=optimizer,
-            partition=partition,
-            anchor=anchor,
-            criterion=criterion,
-            scorer=scorer,
-            seed=seed,
-            pretrained=bool(config.model.pretrained),
-            accumulate=config.training.accumulate,
-            ledger=ledger,
-        ),
-    )
-    if importance:
-        check_priority(config, signal, updater.uses_hist_batch)
-    feed = Feed(
-        runtime,
-        stream,
-        config.training,
-        config.continual_learning,
-        config.priority,
-        config.data,
-        seed,
-        scorer,
-        ledger,
-    )
-    shown = progress if progress is not None and runtime.is_main else Quiet()
-    tracker = create_tracker(config.tracking, out, runtime.rank, resume, shown.message)
-    return Parts(
-        runtime=runtime,
-        stream=stream,
-        model=model,
-        optimizer=optimizer,
-        anchor=anchor,
-        forward=forward,
-        scorer=scorer,
-        updater=updater,
-        feed=feed,
-        tracker=tracker,
-        recorder=RoundRecorder(runtime, out, tracker),
-        progress=shown,
-    )
 
 
 def execute(
@@ -335,7 +226,7 @@ class Job:
         else:
             monitor.run() if self._command == "run" else monitor.detect()
             drifts = monitor.drifts
-            baseline = [_chance(trainer)] * len(monitor.experiences)
+            baseline = [chance(trainer)] * len(monitor.experiences)
         keeper.finish()
         if config.checkpoint.save_final:
             final = folder.path / "checkpoints" / "final.safetensors"
@@ -392,65 +283,3 @@ def train(trainer: ContinuousTrainer, state: JobState | None = None) -> None:
         trainer.run_round(experience, "scheduled", experiences[: experience.index + 1])
         trainer.evaluate(experiences, seen=experience.index + 1)
         keeper.round_ended()
-
-
-def _chance(trainer: ContinuousTrainer) -> float | None:
-    """Return what a model that knows nothing would score, or None where that is unknown."""
-    classes = trainer.parts.stream.spec.classes
-    if classes:
-        return 1.0 / classes
-    return 0.0 if trainer.metric == "r2" else None
-
-
-def summarize(
-    trainer: ContinuousTrainer,
-    baseline: Sequence[float | None],
-    drifts: list[int],
-    config: Config,
-    seconds: float,
-) -> dict[str, Any]:
-    """Return the contents of ``summary.json``. Local."""
-    matrix: AccuracyMatrix = trainer.matrix
-    trained = sum(float(r["train_seconds"]) for r in trainer.rounds)
-    if trainer.pretraining:
-        trained += float(trainer.pretraining["train_seconds"])
-    summary = {
-        "status": "done",
-        "world_size": trainer.parts.runtime.world_size,
-        "strategy": config.parallel.strategy,
-        "seconds": seconds,
-        "samples_per_second": trainer.loop.samples / trained if trained else None,
-        "seed": config.run.seed,
-        "metric": trainer.metric,
-        "accuracy": matrix.rows(),
-        "average_accuracy": matrix.average_accuracy(),
-        "average_forgetting": matrix.average_forgetting(),
-        "backward_transfer": matrix.backward_transfer(),
-        "forward_transfer": matrix.forward_transfer(baseline),
-        "average_anytime_accuracy": matrix.average_anytime_accuracy(),
-        "worst_experience_accuracy": matrix.worst_experience_accuracy(),
-        "drifts": drifts,
-        "bad_samples": trainer.bad.count,
-        "pretrain": trainer.pretraining,
-        "evaluate_seconds": trainer.evaluate_seconds,
-        "rounds": trainer.rounds,
-    }
-    cleaned: dict[str, Any] = _finite(summary)
-    return cleaned
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities by None: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def save_final(parts: Parts, path: Path) -> None:
-    """Write parameters and buffers to a safetensors file, by rank 0. Collective."""
-    state = weights(parts)
-    if parts.runtime.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, str(path))

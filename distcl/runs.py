@@ -19,6 +19,7 @@ from distcl.status import read_json, read_metrics
 _IGNORED = ("run.seed", "run.out", "tracking", "checkpoint", "run.poll_steps", "run.timeout")
 """Keys that do not make two runs different experiments."""
 
+_LONGEST = 90  # characters of a variant's name
 _DRAWS = ("ids", "counts", "labels", "thumbnails")
 
 
@@ -123,15 +124,22 @@ def read_run(folder: Path) -> Run:
 def variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Group runs whose configurations differ in nothing but the seed and where results go.
 
-    A group is named by the keys in which it differs from the others.
+    A group is named by the keys in which it differs from the others; where those are too many to be
+    read in a plot, by its first run's folder.
     """
     flat = [_flat(run.config) for run in runs]
     keys = sorted({key for one in flat for key in one})
     differing = [key for key in keys if len({repr(one.get(key)) for one in flat}) > 1]
-    groups: dict[str, list[Run]] = {}
+    found: dict[str, list[Run]] = {}
     for run, one in zip(runs, flat, strict=True):
         values = (f"{key.split('.', 1)[-1]} = {one.get(key, '–')}" for key in differing)
-        groups.setdefault(", ".join(values) or "all runs", []).append(run)
+        found.setdefault(", ".join(values) or "all runs", []).append(run)
+    if max(map(len, found), default=0) <= _LONGEST:
+        return found
+    groups: dict[str, list[Run]] = {}
+    for members in found.values():
+        name = members[0].name
+        groups[name if name not in groups else str(members[0].folder)] = members
     return groups
 
 

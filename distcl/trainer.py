@@ -35,7 +35,7 @@ log = logging.getLogger("distcl")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a trainer works with, built by ``distcl.job.assemble`` from a configuration."""
+    """What a trainer works with, built by ``distcl.assembly.assemble`` from a configuration."""
 
     runtime: Runtime
     stream: Stream

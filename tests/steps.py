@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from distcl.assembly import assemble
 from distcl.config import Config
 from distcl.data.streams import create_stream
-from distcl.job import assemble
 from distcl.models import create_model
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids

@@ -30,12 +30,14 @@ def evaluate(
 
 
 checkpoint = typer.Typer(help="Look at, verify and export checkpoints.")
-CheckpointArgument = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint's folder.")]
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run folder.")
+]
 
 
 @checkpoint.command("inspect")
 def inspect_checkpoint(path: CheckpointArgument) -> None:
-    """Say what a checkpoint holds."""
+    """Say what a checkpoint, or the newest of a run, holds."""
     from distcl.artifacts import describe
 
     for key, value in describe(path).items():
@@ -48,15 +50,16 @@ def inspect_checkpoint(path: CheckpointArgument) -> None:
 
 @checkpoint.command("verify")
 def verify_checkpoint(path: CheckpointArgument) -> None:
-    """Check every file of a checkpoint against its manifest; exit 5 if one does not match."""
-    from distcl.checkpoint import verify
+    """Check every file of a checkpoint, or of all of a run; exit 5 if one does not match."""
+    from distcl.artifacts import verify_all
 
-    say(f"{path}: {len(verify(path)['files'])} files are as they were written")
+    for checked, files in verify_all(path).items():
+        say(f"{checked}: {files} files are as they were written")
 
 
 @checkpoint.command("export")
 def export_checkpoint(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run folder.")],
+    path: CheckpointArgument,
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to write.")] = Path(
         "export"
     ),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from distcl.artifacts import describe, evaluate, export
+from distcl.artifacts import describe, evaluate, export, verify_all
 from distcl.errors import CheckpointError
 from tests.small import execute
 from tests.spawn import distcl
@@ -24,6 +24,9 @@ def test_a_run_and_its_checkpoints_are_evaluated_and_exported(tmp_path: Path) ->
     assert evaluate(newest)["accuracy"] == summary["accuracy"][-1]
     assert describe(newest)["where"] == "between rounds"
     assert describe(newest)["rounds"] == 2
+    assert describe(run) == describe(newest)
+    assert list(verify_all(run)) == [str(p) for p in sorted((run / "checkpoints").glob("step-*"))]
+    assert set(verify_all(run).values()) == {3}
 
     weights, config = export(newest, tmp_path / "export")
     exported, final = load_file(weights), load_file(run / "checkpoints" / "final.safetensors")

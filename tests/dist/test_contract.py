@@ -20,7 +20,7 @@ from distcl import registry
 from distcl.config import Config
 from distcl.data.streams import create_stream
 from distcl.errors import ConfigError
-from distcl.job import assemble
+from distcl.assembly import assemble
 from distcl.runtime import Runtime
 from distcl.trainer import ContinuousTrainer
 from distcl.types import Experience

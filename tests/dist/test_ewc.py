@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distcl.data.streams import create_stream
-from distcl.job import assemble
+from distcl.assembly import assemble
 from distcl.models import create_model
 from distcl.runtime import Runtime
 from tests.small import small

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from distcl.data.streams import create_stream
-from distcl.job import assemble
+from distcl.assembly import assemble
 from distcl.runtime import Runtime
 from tests.spawn import run_ranks
 from tests.steps import batches, dense_model, exact, train

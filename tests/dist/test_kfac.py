@@ -11,7 +11,7 @@ import torch
 
 from distcl.config import RunConfig
 from distcl.data.streams import create_stream
-from distcl.job import assemble
+from distcl.assembly import assemble
 from distcl.partition import replicated
 from distcl.partition.base import create_partition
 from distcl.runtime import Runtime

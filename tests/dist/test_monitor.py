@@ -15,7 +15,7 @@ import pytest
 from distcl import registry
 from distcl.data.streams import create_stream
 from distcl.errors import ConfigError
-from distcl.job import Quiet, assemble
+from distcl.assembly import Quiet, assemble
 from distcl.monitor import Monitor
 from distcl.runtime import Runtime
 from distcl.trainer import ContinuousTrainer

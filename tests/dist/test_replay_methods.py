@@ -18,7 +18,8 @@ from torch import nn
 from distcl.data.history import History
 from distcl.data.streams import create_stream
 from distcl.errors import DistclError
-from distcl.job import assemble, train
+from distcl.assembly import assemble
+from distcl.job import train
 from distcl.models import create_model
 from distcl.runtime import Runtime
 from distcl.trainer import ContinuousTrainer

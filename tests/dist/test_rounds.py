@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from distcl.config import Config
 from distcl.data.streams import create_stream
-from distcl.job import assemble
+from distcl.assembly import assemble
 from distcl.runtime import Runtime
 from distcl.trainer import ContinuousTrainer
 from distcl.updaters import Updater

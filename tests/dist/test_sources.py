@@ -11,7 +11,7 @@ import torch
 
 from distcl import Runtime, registry
 from distcl.data.streams import create_stream
-from distcl.job import assemble
+from distcl.assembly import assemble
 from distcl.priority.weights import RoundWeights
 from distcl.priority.windows import WindowPlan
 from distcl.trainer import ContinuousTrainer

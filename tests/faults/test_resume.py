@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from distcl import job
+from distcl.assembly import Quiet
 from distcl.errors import CheckpointError, ConfigError, Preempted
 from distcl.losses import cross_entropy
 from tests.small import small
@@ -28,7 +29,7 @@ ALWAYS = (
 )
 
 
-class Killer(job.Quiet):
+class Killer(Quiet):
     """A display that sends its own process a signal when it has been told of so many polls."""
 
     def __init__(self, polls: int, number: int = signal.SIGTERM) -> None:

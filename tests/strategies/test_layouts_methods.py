@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from distcl import registry
+from distcl.assembly import assemble
 from distcl.data.streams import create_stream
 from distcl.errors import ConfigError
-from distcl.job import assemble
 from distcl.losses import cross_entropy
 from distcl.priority.scoring import Scorer, create_signal
 from distcl.trainer import ContinuousTrainer

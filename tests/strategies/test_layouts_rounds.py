@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from distcl.assembly import assemble
 from distcl.data.streams import create_stream
-from distcl.job import assemble
 from distcl.losses import cross_entropy
 from distcl.models import create_model
 from distcl.partition.base import clip_grads_, create_partition

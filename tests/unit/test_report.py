@@ -84,6 +84,17 @@ def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
     assert "importance_alpha = 1.0 2 84.3 ± 1.4" in text
 
 
+def test_runs_that_differ_in_many_keys_are_named_by_their_folders(tmp_path):
+    folders = [run_folder(tmp_path / name / "same") for name in ("a", "b")]
+    folders.append(run_folder(tmp_path / "other"))
+    for k, folder in enumerate(folders):
+        keys = "".join(f"key_of_a_long_name_{n} = {k}\n" for n in range(6))
+        with (folder / "config.toml").open("a") as config:
+            config.write(f"[more]\n{keys}")
+    found = runs.variants([runs.read_run(folder) for folder in folders])
+    assert list(found) == ["same", str(folders[1]), "other"]
+
+
 def test_a_run_that_is_not_over_is_shown_as_far_as_it_went(tmp_path):
     folder = run_folder(tmp_path / "a", state="running")
     write_report([folder], tmp_path / "r.html")

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from distcl.assembly import Quiet
 from distcl.errors import UsageError
-from distcl.job import Quiet
 from distcl.status import FolderProgress, read_metrics, read_status
 from distcl.types import WATCHING
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from distcl.assembly import assemble
 from distcl.data.streams import create_stream
 from distcl.errors import ConfigError, UsageError
-from distcl.job import assemble
 from distcl.runtime import Runtime
 from distcl.types import DataSpec
 from distcl.updaters.logits import LastLogits, LogitTable

@@ -1,0 +1,77 @@
+"""What a run leaves behind when it is done: ``summary.json`` and the final weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from distcl.config import Config
+from distcl.metrics import AccuracyMatrix
+from distcl.resume import weights
+from distcl.trainer import ContinuousTrainer, Parts
+
+
+def chance(trainer: ContinuousTrainer) -> float | None:
+    """Return what a model that knows nothing would score, or None where that is unknown."""
+    classes = trainer.parts.stream.spec.classes
+    if classes:
+        return 1.0 / classes
+    return 0.0 if trainer.metric == "r2" else None
+
+
+def summarize(
+    trainer: ContinuousTrainer,
+    baseline: Sequence[float | None],
+    drifts: list[int],
+    config: Config,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return the contents of ``summary.json``. Local."""
+    matrix: AccuracyMatrix = trainer.matrix
+    trained = sum(float(r["train_seconds"]) for r in trainer.rounds)
+    if trainer.pretraining:
+        trained += float(trainer.pretraining["train_seconds"])
+    summary = {
+        "status": "done",
+        "world_size": trainer.parts.runtime.world_size,
+        "strategy": config.parallel.strategy,
+        "seconds": seconds,
+        "samples_per_second": trainer.loop.samples / trained if trained else None,
+        "seed": config.run.seed,
+        "metric": trainer.metric,
+        "accuracy": matrix.rows(),
+        "average_accuracy": matrix.average_accuracy(),
+        "average_forgetting": matrix.average_forgetting(),
+        "backward_transfer": matrix.backward_transfer(),
+        "forward_transfer": matrix.forward_transfer(baseline),
+        "average_anytime_accuracy": matrix.average_anytime_accuracy(),
+        "worst_experience_accuracy": matrix.worst_experience_accuracy(),
+        "drifts": drifts,
+        "bad_samples": trainer.bad.count,
+        "pretrain": trainer.pretraining,
+        "evaluate_seconds": trainer.evaluate_seconds,
+        "rounds": trainer.rounds,
+    }
+    cleaned: dict[str, Any] = _finite(summary)
+    return cleaned
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities by None: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_final(parts: Parts, path: Path) -> None:
+    """Write parameters and buffers to a safetensors file, by rank 0. Collective."""
+    state = weights(parts)
+    if parts.runtime.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, str(path))

@@ -55,7 +55,7 @@ class WandbTracker(ServiceTracker):
                 silent=True,
                 console="off",
                 init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", _INIT_SECONDS)),
-                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", _FINISH_SECONDS)),
+                finish_timeout=_FINISH_SECONDS,
             ),
         )
         self._run.define_metric("*", step_metric="step")
@@ -88,6 +88,7 @@ class WandbTracker(ServiceTracker):
         if ending == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=int(ending != "done"))
+        wandb.teardown()  # returns when the files are whole, which finish() does not wait for
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many calls of ``log`` there were, and the run's id."""

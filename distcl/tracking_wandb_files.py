@@ -43,7 +43,7 @@ def rows(out: Path, run_id: str) -> int:
     A row's step is its call's number, and each process begins where those before it ended.
     """
     count = 0
-    for path in out.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"):
+    for path in out.glob(f"wandb/offline-run-*/run-{run_id}.wandb"):
         for record in records(path):
             if record.HasField("history"):
                 count = max(count, record.history.step.num + 1)

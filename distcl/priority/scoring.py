@@ -88,7 +88,8 @@ class Scorer:
         pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
         rows = self._rows(source, ids, pieces)
         self.forward.forwards += n
-        share = -(-(-(-n // size)) // run.world_size) * size  # samples a rank
+        chunks = -(-n // size)
+        share = -(-chunks // run.world_size) * size  # samples a rank
         return self._remember(self.forward.gather(rows, n, size), ids, np.arange(n) // share)
 
     def score_slices(self, source: Source, ids: Ids, slices: Slices) -> torch.Tensor:

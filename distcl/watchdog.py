@@ -63,6 +63,7 @@ class Watchdog:
 
     def __enter__(self) -> None:
         main = threading.main_thread().ident
+        self._arm()
         self._thread = threading.Thread(
             target=self._watch, args=(main,), name="distcl-watchdog", daemon=True
         )
@@ -82,12 +83,16 @@ class Watchdog:
             return ""
         return _named(self._found())
 
+    def _arm(self) -> None:
+        """Let faulthandler strike unless this is called again in time."""
+        if self._world_size > 1:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
+
     def _watch(self, main: int) -> None:
         every = min(1.0, self._seconds / 8)
         seen, since = -1, time.monotonic()
         while not self._stop.wait(every):
-            if self._world_size > 1:
-                faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
+            self._arm()
             if self._beats != seen:
                 if self._stuck:
                     self._tell(None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.faults.campaign import FAULTS, Campaign, attempt
@@ -21,11 +23,11 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_three_tries(fault: str, campaign: Campaign) -> None:
-    for number in range(3):
-        result = attempt(campaign, fault, 0, number)
-        if result.startswith("not possible"):
-            pytest.skip(result)
-        expected = ("clean stop",) if fault in CLEAN else ("recovered",)
-        if fault == "checkpoint of an older version":  # the newest only, or all
-            expected = ("recovered", "clean stop")
-        assert result in expected
+    with ThreadPoolExecutor(3) as pool:  # much of a try is waiting
+        results = list(pool.map(lambda number: attempt(campaign, fault, 0, number), range(3)))
+    if results[0].startswith("not possible"):
+        pytest.skip(results[0])
+    expected = {"clean stop"} if fault in CLEAN else {"recovered"}
+    if fault == "checkpoint of an older version":  # the newest only, or all
+        expected = {"recovered", "clean stop"}
+    assert set(results) <= expected, results

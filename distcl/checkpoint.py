@@ -68,6 +68,8 @@ class CheckpointStore:
         self._keep = keep
         self._warn = warn
         self._writing: _Writing | None = None
+        self.failure = ""
+        """Why the last checkpoint was not written; '' if it was."""
 
     def save(
         self,
@@ -124,7 +126,9 @@ class CheckpointStore:
         if self._runtime.is_main and failed:
             shutil.rmtree(writing.partial, ignore_errors=True)
             self._warn(f"the checkpoint of step {writing.step} was not written ({failed[0]})")
-        return self._runtime.broadcast(not failed)
+        failed = self._runtime.broadcast(failed)
+        self.failure = failed[0] if failed else ""
+        return not failed
 
     def _publish(self, writing: _Writing, files: dict[str, Any]) -> list[str]:
         """Write the manifest, sync, rename, and drop what is no longer kept. Local to rank 0."""

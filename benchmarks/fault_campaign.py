@@ -34,7 +34,6 @@ COLUMNS = ("recovered", "clean stop", "wrong", "hung", "not possible")
 def campaign(seed: int, minutes: float, at_once: int) -> dict[str, Counter[str]]:
     """Try faults until the time is over; say of each try that goes wrong what happened."""
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    folder.chmod(0o755)
     begun = time.monotonic()
     field, tries = Campaign(folder / "campaign"), {fault: Counter[str]() for fault in FAULTS}
     turn = [fault for fault in FAULTS for _ in range(OFTEN.get(fault, 1))]

@@ -142,7 +142,8 @@ class CheckpointStore:
         final = self.folder / f"step-{writing.step:08d}"
         try:
             path = writing.partial / MANIFEST
-            path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+            text = json.dumps(sealed(manifest), indent=1, allow_nan=False)
+            path.write_text(text, encoding="utf-8")
             _sync(path)
             _sync(writing.partial)
             old = self.folder / f"{_OLD}{final.name}"
@@ -225,6 +226,13 @@ class CheckpointStore:
                 _rename(path, aside)
 
 
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the SHA-256 of itself without it, as JSON with sorted keys."""
+    plain = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(plain, sort_keys=True)
+    return plain | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest. Raises CheckpointError naming what is wrong. Local."""
     manifest_path = path / MANIFEST
@@ -239,6 +247,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint '{path}' has schema {manifest.get('schema')}; this version reads {SCHEMA}"
         )
+    if sealed(manifest)["sha256"] != manifest.get("sha256"):
+        raise CheckpointError(f"checkpoint '{manifest_path}' is damaged: its SHA-256 differs")
     world, step = manifest.get("world_size"), manifest.get("step")
     if not (type(world) is int and type(step) is int and world > 0 <= step):
         raise CheckpointError(f"checkpoint '{manifest_path}' has no step or no world_size")

@@ -57,8 +57,10 @@ class CheckpointStore:
     """The checkpoints of a run. Methods are collective unless they say otherwise.
 
     ``keep``: how many of the newest stay; the one with the best ``score`` stays too. ``warn`` takes
-    one line on rank 0.
+    one line on rank 0. ``published`` is called there with the path of each that is finished.
     """
+
+    published: Callable[[Path], None] | None = None
 
     def __init__(
         self, runtime: Runtime, folder: Path, keep: int, warn: Callable[[str], None]
@@ -155,6 +157,8 @@ class CheckpointStore:
         except OSError as error:
             return [f"rank 0: {error.strerror or error}"]
         shutil.rmtree(old, ignore_errors=True)
+        if self.published is not None:
+            self.published(final)
         self._prune()
         return []
 

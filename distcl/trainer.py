@@ -181,7 +181,7 @@ class ContinuousTrainer:
             "train_seconds": stage.seconds - feed.priority_seconds,
             "priority_seconds": stage.report["priority_seconds"] + feed.priority_seconds,
             "forward_passes_per_sample": scored / candidates if candidates else 0.0,
-            "draws_sha256": feed.digest,
+            "draws_sha256": feed.account.digest(),
             "final_loss": stage.loss,
             "accepted": accepted,
             "priority": feed.weights.report,
@@ -205,7 +205,7 @@ class ContinuousTrainer:
         self.pretraining = {
             "steps": stage.steps,
             "train_seconds": stage.seconds + time.perf_counter() - clock,
-            "draws_sha256": feed.digest,
+            "draws_sha256": feed.account.digest(),
             "final_loss": stage.loss,
         }
         self.stage = None
@@ -251,8 +251,8 @@ class ContinuousTrainer:
             self.history.ids(),
             self.parts.updater.uses_hist_batch,
         )
-        stored = self.history.ids() if weights.pool is None else weights.pool
-        self.bad.silence((experience.train, weights.current), (stored, weights.history))
+        current, stored = weights.held(experience.train, self.history.ids())
+        self.bad.silence((current, weights.current), (stored, weights.history))
         for line in weights.lines():
             self._say(line)
         return weights

@@ -33,6 +33,7 @@ from distcl.resume import JobState, check_config, collect, restore
 from distcl.runtime import Runtime, describe
 from distcl.status import FolderProgress
 from distcl.summary import chance, save_final, summarize
+from distcl.tracking import Tracker, Trackers
 from distcl.trainer import ContinuousTrainer
 from distcl.types import Progress
 
@@ -70,17 +71,19 @@ def execute(
 
     if runtime.relay is not None:
         runtime.relay.tell = peer_failed
+    job = Job(command, config, runtime, folder, progress)
     try:
         with runtime.guard():
             _check(command, config, runtime)
             with folder.open(append=resume != "never"):
                 log.info(runtime.about)
-                job = Job(command, config, runtime, folder, progress)
+                runtime.watchdog.write_to(out / "log.txt")
                 return job.run(resume, frozenset(allow_changed))
     except BaseException as error:
         cause = describe(error, runtime.rank)
         state = "preempted" if isinstance(error, Preempted) else "failed"
         folder.status(state, cause.exit_code, cause.message)
+        job.tracker.finish("failed")
         raise
 
 
@@ -123,9 +126,11 @@ class Job:
         self._runtime = runtime
         self._folder = folder
         self._progress = progress
+        self.tracker: Tracker = Trackers()
         self._store = CheckpointStore(
             runtime, folder.path / "checkpoints", config.checkpoint.keep, self._say
         )
+        self._store.published = lambda path: self.tracker.checkpoint(path)
         self._preemption = Preemption(config.run.max_minutes)
         self._rollbacks = 0
 
@@ -143,6 +148,10 @@ class Job:
                     return self._attempt(path)
                 except DivergenceError as error:
                     path = self._rolled_back(error)
+                    self.tracker.finish("preempted")
+        except Preempted:
+            self.tracker.finish("preempted")
+            raise
         finally:
             self._preemption.remove()
 
@@ -164,6 +173,7 @@ class Job:
         """Return the checkpoint to go back to after a divergence, or raise it again."""
         if self._config.training.on_divergence != "rollback":
             raise error
+        self._store.finish()  # what was saved before the divergence
         path = self._store.newest()
         if path is None:
             raise DivergenceError(f"{error}; there is no checkpoint to roll back to") from error
@@ -184,11 +194,14 @@ class Job:
             stages = len(stream.experiences) if self._command == "train" else 0
             progress = FolderProgress(self._progress or Quiet(), folder.path, stages)
         parts = assemble(config, runtime, stream, folder.path, progress, path is not None)
+        self.tracker = parts.tracker
         trainer = ContinuousTrainer(parts, config)
         monitor = None if self._command == "train" else self._monitor(trainer)
         state = JobState(self._command)
         if path is not None:
             restore(path, state, config, trainer, monitor)
+            if runtime.is_main:
+                self._store.go_on_from(trainer.loop.steps)
             if progress is not None:
                 progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
         before = state.seconds
@@ -220,13 +233,15 @@ class Job:
             baseline = [chance(trainer)] * len(monitor.experiences)
         keeper.finish()
         if config.checkpoint.save_final:
-            save_final(parts, folder.path / "checkpoints" / "final.safetensors")
+            final = folder.path / "checkpoints" / "final.safetensors"
+            save_final(parts, final)
+            self.tracker.checkpoint(final)
         seconds = before + time.perf_counter() - begun
         summary = summarize(trainer, baseline, drifts, config, seconds)
         if runtime.is_main:
             folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
-        parts.tracker.summarize(summary)
-        parts.tracker.finish()
+        self.tracker.summarize(summary)
+        self.tracker.finish()
         folder.status("done", 0, "")
         if runtime.is_main and config.run.report:
             self._report(folder.path)

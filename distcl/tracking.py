@@ -17,6 +17,7 @@ import numpy as np
 
 from distcl.config import TrackingConfig
 from distcl.errors import ConfigError, UsageError
+from distcl.tracking_service import Ending
 from distcl.tracking_values import Histogram
 
 _RESERVED = ("step", "time", "nonfinite")
@@ -44,7 +45,11 @@ class Tracker(Protocol):
         """Record the contents of ``summary.json`` when the run is over."""
         ...
 
-    def finish(self) -> None:
+    def checkpoint(self, path: Path) -> None:
+        """Record where a checkpoint, or the final weights, has been written."""
+        ...
+
+    def finish(self, ending: Ending = "done") -> None:
         """Write what is pending and close."""
         ...
 
@@ -77,16 +82,21 @@ class Trackers:
         """Pass the summary on to every tracker."""
         self._each(lambda tracker: tracker.summarize(summary))
 
-    def finish(self) -> None:
-        """Finish every tracker."""
-        self._each(lambda tracker: tracker.finish())
+    def checkpoint(self, path: Path) -> None:
+        """Pass it on to every tracker."""
+        self._each(lambda tracker: tracker.checkpoint(path))
+
+    def finish(self, ending: Ending = "done") -> None:
+        """Finish every tracker, and drop it."""
+        self._each(lambda tracker: tracker.finish(ending))
+        self._trackers.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every tracker, by its kind."""
         return {type(tracker).__name__: tracker.state_dict() for tracker in self._trackers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; a tracker that was not there begins here."""
+        """Restore what ``state_dict`` returned, also for a tracker that was not there."""
         self._each(lambda t: t.load_state_dict(state.get(type(t).__name__, {})))
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
@@ -129,7 +139,10 @@ class JsonlTracker:
     def summarize(self, summary: dict[str, Any]) -> None:
         """Do nothing: ``summary.json`` is beside the file."""
 
-    def finish(self) -> None:
+    def checkpoint(self, path: Path) -> None:
+        """Do nothing."""
+
+    def finish(self, ending: Ending = "done") -> None:
         """Close the file."""
         self._file.close()
 
@@ -166,19 +179,17 @@ def create_tracker(
                 f"tracking.kind = '{kind}' needs the package {_PACKAGES[kind]}: "
                 f"pip install 'distcl[{kind}]'"
             )
-    path = out / "metrics.jsonl"
-    logged = _lines(path) if resume else 0
-    trackers: list[Tracker] = [JsonlTracker(path, resume)]
+    trackers: list[Tracker] = [JsonlTracker(out / "metrics.jsonl", resume)]
     for kind in config.kinds:
         try:
             if kind == "wandb":
                 from distcl.tracking_wandb import WandbTracker
 
-                trackers.append(WandbTracker(config, out, _id(out, kind, resume), logged, tell))
+                trackers.append(WandbTracker(config, out, _id(out, kind, resume), tell))
             elif kind == "mlflow":
                 from distcl.tracking_mlflow import MlflowTracker
 
-                trackers.append(MlflowTracker(config, out, _id(out, kind, resume), logged, tell))
+                trackers.append(MlflowTracker(config, out, _id(out, kind, resume), tell))
         except Exception as error:  # whatever a service or its client raises
             tell(f"[tracking] {_failed(kind, error)}")
     return Trackers(trackers, tell)
@@ -187,15 +198,6 @@ def create_tracker(
 def _failed(kind: str, error: Exception) -> str:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return f"{kind} failed, so the run goes on without it: {reason}"
-
-
-def _lines(path: Path) -> int:
-    """Return how many calls of ``log`` a file has whole lines of."""
-    try:
-        with path.open("rb") as stream:
-            return sum(line.endswith(b"\n") for line in stream)
-    except FileNotFoundError:
-        return 0
 
 
 def _id(out: Path, kind: str, resume: bool) -> str:

@@ -14,17 +14,20 @@ from mlflow.tracking import MlflowClient
 
 from distcl import __version__
 from distcl.config import TrackingConfig
+from distcl.tracking_service import Ending, ServiceTracker
 from distcl.tracking_values import flat
 
 _PARAM_LENGTH = 500  # characters that a parameter may have, at every server
-_TAG = "distcl.id"
+_TAG, _CALL = "distcl.id", "call"
+_STATUS: dict[Ending, str] = {"done": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 
 
-class MlflowTracker:
+class MlflowTracker(ServiceTracker):
     """Logs the numbers of each call as metrics of one run, found again by the tag ``distcl.id``.
 
-    The server is MLFLOW_TRACKING_URI; without it, files in ``OUT/mlruns``. The first ``logged``
-    calls are left out, since the run has them. MLflow's metrics are numbers: nothing else is sent.
+    The server is MLFLOW_TRACKING_URI; without it, files in ``OUT/mlruns``. The metric ``call`` is
+    the number of the call, and tells what the run has. MLflow's metrics are numbers: nothing else
+    is sent.
     """
 
     def __init__(
@@ -32,7 +35,6 @@ class MlflowTracker:
         config: TrackingConfig,
         out: Path,
         run_id: str,
-        logged: int,
         tell: Callable[[str], None],
     ) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -40,9 +42,8 @@ class MlflowTracker:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else it refuses files
             uri = (out / "mlruns").absolute().as_uri()
             tell("[tracking] MLflow has no server (MLFLOW_TRACKING_URI), so it writes OUT/mlruns")
-        self._out = out
+        super().__init__(out)
         self._client = MlflowClient(tracking_uri=uri)
-        self._calls, self._logged = 0, logged
         found = self._client.get_experiment_by_name(config.project)
         experiment = (
             found.experiment_id if found else self._client.create_experiment(config.project)
@@ -50,6 +51,7 @@ class MlflowTracker:
         runs = self._client.search_runs([experiment], f"tags.`{_TAG}` = '{run_id}'")
         if runs:
             self._run = runs[0].info.run_id
+            self._held = int(runs[0].data.metrics.get(_CALL, -1)) + 1
             self._client.update_run(self._run, status="RUNNING")
             return
         name = config.name or out.resolve().name
@@ -65,28 +67,22 @@ class MlflowTracker:
         for first in range(0, len(params), 100):  # the most that one request may hold
             self._client.log_batch(self._run, params=params[first : first + 100], tags=tags)
 
-    def log(self, values: dict[str, Any], step: int) -> None:
-        """Log the numbers among the values, unless the run has them."""
-        if self._calls >= self._logged:
-            self._send(flat(values), step)
-        self._calls += 1
+    def send(self, values: dict[str, Any], step: int, call: int) -> None:
+        """Log the numbers among the values."""
+        self._send({**flat(values), _CALL: call}, step)
+
+    def checkpoint(self, path: Path) -> None:
+        """Tell where the newest checkpoint is, by the tag ``distcl.checkpoint``."""
+        self._client.set_tag(self._run, "distcl.checkpoint", path.absolute().as_uri())
 
     def summarize(self, summary: dict[str, Any]) -> None:
         """Record the final numbers, and the summary as a file."""
         self._send({f"final/{name}": value for name, value in flat(summary).items()}, 0)
         self._client.log_dict(self._run, summary, "summary.json")
 
-    def finish(self) -> None:
-        """Close the run."""
-        self._client.set_terminated(self._run)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many calls of ``log`` there were."""
-        return {"calls": self._calls}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count on from there."""
-        self._calls = state.get("calls", self._calls)
+    def finish(self, ending: Ending = "done") -> None:
+        """Close the run, or this process's part of it."""
+        self._client.set_terminated(self._run, _STATUS[ending])
 
     def _send(self, values: dict[str, Any], step: int) -> None:
         now = int(time.time() * 1000)

@@ -14,16 +14,20 @@ import wandb
 
 from distcl import __version__
 from distcl.config import TrackingConfig
+from distcl.tracking_service import Ending, ServiceTracker
 from distcl.tracking_values import Histogram, flat
+from distcl.tracking_wandb_files import rows
 
 _BASE_URL = "https://api.wandb.ai"
+_INIT_SECONDS, _FINISH_SECONDS = 60.0, 60.0
+"""How long a server that does not answer may hold up the start of a run, and its end."""
 
 
-class WandbTracker:
+class WandbTracker(ServiceTracker):
     """Logs to one W&B run, by id; call n of ``log`` is W&B's step n, and ``step`` is its x axis.
 
-    Online, W&B itself drops a call whose number it has. Offline, the first ``logged`` calls are
-    left out, since the files of the run's earlier processes hold them.
+    What the run holds already is asked of the server, or offline of the files that earlier
+    processes left.
     """
 
     def __init__(
@@ -31,15 +35,12 @@ class WandbTracker:
         config: TrackingConfig,
         out: Path,
         run_id: str,
-        logged: int,
         tell: Callable[[str], None],
     ) -> None:
         mode = self._mode(config, tell)
         for name in ("CACHE", "DATA", "ARTIFACT"):  # everything that it writes is in the run folder
             os.environ.setdefault(f"WANDB_{name}_DIR", str((out / "wandb").absolute()))
-        self._out = out
-        self._calls = 0
-        self._logged = logged if mode == "offline" else 0
+        super().__init__(out, rows(out, run_id))
         (out / "wandb").mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=config.project,
@@ -50,44 +51,48 @@ class WandbTracker:
             dir=out,
             mode=mode,
             config={**_config(out), "distcl_version": __version__},
-            settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", _INIT_SECONDS)),
+                finish_timeout=_FINISH_SECONDS,
+            ),
         )
         self._run.define_metric("*", step_metric="step")
         if mode == "online":
+            self._held = self._run.starting_step
             tell(f"[tracking] W&B: {self._run.url}")
 
-    def log(self, values: dict[str, Any], step: int) -> None:
-        """Log one row, unless the run has it."""
-        if self._calls >= self._logged:
-            row = {name: _wandb(value) for name, value in flat(values).items()}
-            known = {name: value for name, value in row.items() if value is not None}
-            self._run.log({**known, "step": step}, step=self._calls)
-        self._calls += 1
+    def send(self, values: dict[str, Any], step: int, call: int) -> None:
+        """Log one row."""
+        row = {name: _wandb(value) for name, value in flat(values).items()}
+        known = {name: value for name, value in row.items() if value is not None}
+        self._run.log({**known, "step": step}, step=call)
+
+    def checkpoint(self, path: Path) -> None:
+        """Record a checkpoint as the newest version of an artifact: by reference, not its bytes."""
+        artifact = wandb.Artifact(f"checkpoints-{self._run.id}", type="model")
+        artifact.add_reference(path.absolute().as_uri(), checksum=False)
+        self._run.log_artifact(artifact, aliases=["latest", path.stem])
 
     def summarize(self, summary: dict[str, Any]) -> None:
-        """Record final numbers, the accuracy matrix as table and heat map, and checkpoints."""
+        """Record final numbers, and the accuracy matrix as table and heat map."""
         plain = {k: v for k, v in flat(summary).items() if isinstance(v, int | float | str | bool)}
         self._run.summary.update(plain)
         matrix = summary.get("accuracy") or []
         if matrix and matrix[0]:
             self._log_matrix(matrix, str(summary.get("metric", "accuracy")))
-        folder = self._out / "checkpoints"
-        if folder.is_dir():
-            artifact = wandb.Artifact(f"checkpoints-{self._run.id}", type="model")
-            artifact.add_reference(folder.absolute().as_uri(), checksum=False)
-            self._run.log_artifact(artifact)
 
-    def finish(self) -> None:
-        """Write what is pending and close the run."""
-        self._run.finish()
+    def finish(self, ending: Ending = "done") -> None:
+        """Write what is pending and close the run, or this process's part of it."""
+        if ending == "preempted":
+            self._run.mark_preempting()
+        self._run.finish(exit_code=int(ending != "done"))
+        wandb.teardown()  # returns when the files are whole, which finish() does not wait for
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many calls of ``log`` there were."""
-        return {"calls": self._calls, "id": self._run.id}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Count on from there."""
-        self._calls = state.get("calls", self._calls)
+        """Return how many calls of ``log`` there were, and the run's id."""
+        return {**super().state_dict(), "id": self._run.id}
 
     def _log_matrix(self, matrix: list[list[float | None]], metric: str) -> None:
         from distcl import plots

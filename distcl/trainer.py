@@ -15,6 +15,7 @@ from distcl.anchor import Anchor
 from distcl.config import Config
 from distcl.data.faults import BadSamples
 from distcl.data.history import CopyingStream, History
+from distcl.errors import DivergenceError
 from distcl.evaluation import Evaluator
 from distcl.inference import ShardedForward
 from distcl.losses import judged_by
@@ -128,7 +129,10 @@ class ContinuousTrainer:
 
         clock = time.perf_counter()
         forwards = self.parts.forward.forwards
-        weights = self._compute_priorities(experience)  # 1. priorities
+        try:
+            weights = self._compute_priorities(experience)  # 1. priorities
+        except DivergenceError as error:
+            raise DivergenceError(f"before step 1 of round {number}: {error}") from error
         scored = self.parts.forward.forwards - forwards
         priority_seconds = time.perf_counter() - clock
 
@@ -157,6 +161,7 @@ class ContinuousTrainer:
             f"fell from {before:.4f} to {after:.4f}"
         )
         self.parts.anchor.put_back()
+        self.parts.updater.taken_back()
         reset(self.parts.optimizer)
         return False
 

@@ -88,7 +88,9 @@ class Scorer:
         pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
         rows = self._rows(source, ids, pieces)
         self.forward.forwards += n
-        return self._remember(self.forward.gather(rows, n, size), ids)
+        chunks = -(-n // size)
+        share = -(-chunks // run.world_size) * size  # samples a rank
+        return self._remember(self.forward.gather(rows, n, size), ids, np.arange(n) // share)
 
     def score_slices(self, source: Source, ids: Ids, slices: Slices) -> torch.Tensor:
         """Return the scores [n] of this rank's part of ``ids``, in the order of ``slices.ids``.
@@ -98,7 +100,8 @@ class Scorer:
         """
         rows = self._rows(source, ids, slices.pieces(self.batch_size))
         self.forward.forwards += slices.number()
-        return self._remember(rows, slices.ids)
+        rank = np.full(len(slices.ids), self.forward.runtime.rank)
+        return self._remember(rows, slices.ids, rank)
 
     def _rows(self, source: Source, ids: Ids, pieces: list[Ids]) -> torch.Tensor:
         """Return score and loss, [n, 2], of my chunks of ``ids``, one after another. Collective."""
@@ -115,9 +118,9 @@ class Scorer:
         for piece in pieces:
             yield from self.forward.chunks(source, piece, len(piece))
 
-    def _remember(self, rows: torch.Tensor, ids: Ids) -> torch.Tensor:
+    def _remember(self, rows: torch.Tensor, ids: Ids, ranks: Ids) -> torch.Tensor:
         """Return the scores [N]; keep the losses for the next round. Collective."""
-        scores, losses = self._split(rows, ids)
+        scores, losses = self._split(rows, ids, ranks)
         if self.signal.needs_anchor and not self.signal.needs_logits:
             owned = self.forward.partition.owned()
             self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses)
@@ -147,7 +150,8 @@ class Scorer:
         every = run.all_gather(row, each * run.world_size, each)
         parts = [part_of(len(ids), rank, run.world_size) for rank in range(run.world_size)]
         rows = [rank * each + k for rank, (lo, hi) in enumerate(parts) for k in range(hi - lo)]
-        return self._split(every[rows], ids)[0]
+        ranks = np.repeat(np.arange(run.world_size), [hi - lo for lo, hi in parts])
+        return self._split(every[rows], ids, ranks)[0]
 
     def _row(self, batch: Batch, anchor: Outputs | None) -> torch.Tensor:
         """Return score and loss, [B, 2], of a chunk under the weights as they are."""
@@ -155,11 +159,14 @@ class Scorer:
         score = checked(self.signal, self.signal.score(batch, now, anchor), len(batch))
         return torch.stack([score.to(now.loss), now.loss], dim=1)
 
-    def _split(self, both: torch.Tensor, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores [N] and losses [N], once they are known to be good."""
+    def _split(self, both: torch.Tensor, ids: Ids, ranks: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores [N] and losses [N], once they are known to be good.
+
+        ``ranks`` [N]: which rank has computed them.
+        """
         scores, losses = both[:, 0].clone(), both[:, 1].clone()
-        require_finite(losses, ids, "the loss", DivergenceError)
-        require_finite(scores, ids, f"the score of signal '{self._name}'", ConfigError)
+        require_sound(losses, ids, "the loss", ranks)
+        require_sound(scores, ids, f"the score of signal '{self._name}'", ranks)
         return scores, losses
 
     def _anchor_passes(self, source: Source, ids: Ids, pieces: list[Ids]) -> list[Outputs]:
@@ -200,12 +207,21 @@ class Scorer:
         return found
 
 
-def require_finite(values: torch.Tensor, ids: Ids, what: str, error: type[DistclError]) -> None:
-    """Raise ``error`` naming the first id whose value [N] is NaN, infinite or negative."""
-    bad = torch.nonzero(~(torch.isfinite(values) & (values >= 0)))
+def require_sound(values: torch.Tensor, ids: Ids, what: str, ranks: Ids | None = None) -> None:
+    """Raise an error naming the first of ``ids`` whose value [N] is no number from 0 up.
+
+    DivergenceError if one is NaN or infinite, else ConfigError. ``ranks`` [N]: which rank has
+    computed it.
+    """
+    bad = torch.nonzero(~torch.isfinite(values))[:, 0]
+    error: type[DistclError] = DivergenceError
+    if not len(bad):
+        bad, error = torch.nonzero(values < 0)[:, 0], ConfigError
     if len(bad):
         at = int(bad[0])
-        raise error(f"{what} of sample id {int(ids[at])} is {float(values[at])}")
+        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        where = "" if ranks is None else f", on rank {int(ranks[at])}"
+        raise error(f"{what} of sample id {int(ids[at])}{more} is {float(values[at])}{where}")
 
 
 def checked(signal: PrioritySignal, score: Any, number: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ def unavailable() -> str:
     """Say why a SLURM cannot be started here; "" if it can."""
     missing = [p for p in PROGRAMS if not shutil.which(p, path=f"{os.environ['PATH']}:{_SBIN}")]
     if missing:
-        return f"not installed: {', '.join(missing)} (tests/slurm/install installs them)"
+        return f"not installed: {', '.join(missing)} (tests/install installs them)"
     if os.getuid() != 0:
         return "needs root, to run SLURM's daemons"
     if not os.access(_HOSTS, os.W_OK):

@@ -1,32 +1,11 @@
-"""Reads the file that an offline W&B run leaves: blocks of 32 KiB that hold protobuf records."""
+"""What an offline W&B run left in its files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from wandb.proto.wandb_internal_pb2 import Record
-
-_BLOCK, _FILE_HEADER, _HEADER = 32768, 7, 7
-
-
-def records(path: Path) -> list[Record]:
-    """Return every record: each has a header of CRC (4 bytes), length (2) and type (1)."""
-    data, at, found, partial = path.read_bytes(), _FILE_HEADER, [], b""
-    while at + _HEADER <= len(data):
-        left = _BLOCK - at % _BLOCK
-        if left < _HEADER:  # the end of a block is padded
-            at += left
-            continue
-        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        if not kind:
-            break
-        partial += data[at + _HEADER : at + _HEADER + size]
-        at += _HEADER + size
-        if kind in (1, 4):  # whole, or the last piece
-            found.append(Record.FromString(partial))
-            partial = b""
-    return found
+from distcl.tracking_wandb_files import records
 
 
 class OfflineRun:

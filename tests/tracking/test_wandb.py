@@ -1,4 +1,10 @@
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from signal import SIGKILL, SIGTERM, SIGUSR1
 
 import numpy as np
 import pytest
@@ -12,8 +18,10 @@ pytest.importorskip("wandb", reason="the package wandb is not installed")
 
 from tests.tracking.offline import OfflineRun
 
+ROOT = Path(__file__).parents[2]
 NO_KEY = {"WANDB_API_KEY": "", "NETRC": "/dev/null"}
 SHORT = ["training.epochs=1", "training.pretrain_epochs=1", "stream.experiences=3"]
+PIECES = ("manifest.json", "model.safetensors", "rank-00000.pt", "rank-00001.pt")
 OURS = ("_runtime", "_timestamp", "_step", "_wandb")
 
 
@@ -76,10 +84,19 @@ def test_config_code_version_and_checkpoints_are_there(out):
     run = OfflineRun(out)
     assert run.config["training"]["epochs"] == 1
     assert run.config["distcl_version"]
-    (artifact,) = [artifact for artifact in run.artifacts if artifact.type == "model"]
-    references = [entry.ref for entry in artifact.manifest.contents]
-    assert [ref.rpartition("/")[2] for ref in references] == ["final.safetensors"]
-    assert references[0].startswith("file://")  # by reference: nothing is copied
+    models = [artifact for artifact in run.artifacts if artifact.type == "model"]
+    told = []
+    for artifact in models:
+        references = [entry.ref for entry in artifact.manifest.contents]
+        assert all(ref.startswith("file://") for ref in references)  # nothing is copied
+        told.append(artifact.aliases[-1])
+        if told[-1] != "final":
+            assert {f"{out}/checkpoints/{told[-1]}/{name}" for name in PIECES} <= {
+                ref.removeprefix("file://") for ref in references
+            }
+    assert len({artifact.name for artifact in models}) == 1
+    kept = [path.stem for path in (out / "checkpoints").iterdir()]
+    assert len(told) == 4 and set(kept) <= set(told)  # one a round, and the final weights
 
 
 def test_everything_is_in_the_run_folder(out):
@@ -141,22 +158,70 @@ def test_a_server_that_cannot_be_reached_does_not_stop_the_run(tmp_path):
     assert len(lines(tmp_path / "run")) > 5
 
 
-def test_a_run_interrupted_mid_round_ends_as_an_uninterrupted_one_in_one_run(tmp_path):
-    sets = ["run.report=false", "run.poll_steps=5", "training.epochs=3", "stream.experiences=3"]
-    sets += ["training.pretrain_epochs=3", "tracking.kind=wandb", "tracking.mode=offline"]
+def test_rows_lost_on_the_way_to_wandb_are_sent_by_the_next_process(tmp_path):
+    first = tracker(tmp_path, resume=False)
+    histogram = Histogram(np.array([0, 2, 1]), np.array([0.0, 1.0, 2.0, 3.0]))
+    for n in range(4):
+        first.log({"round": 1, "loss": 1.0 / (n + 1), "bad": float("nan"), "h": histogram}, n)
+    state = first.state_dict()
+    first.finish()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    data = path.read_bytes()
+    held = data.index(b"0.3333333333333333")  # within the third of four rows
+    path.write_bytes(data[:held])  # as a node leaves it that goes down
+    assert len(OfflineRun(tmp_path).rows) == 2
+    second = tracker(tmp_path, resume=True)
+    second.load_state_dict(state)
+    second.log({"round": 1, "loss": 0.2}, 4)
+    second.finish()
+    run = OfflineRun(tmp_path)
+    assert [row["_step"] for row in run.rows] == list(range(5))
+    assert [row["loss"] for row in run.rows] == [1.0 / (n + 1) for n in range(5)]
+    assert run.rows[3]["h"] == run.rows[0]["h"] and run.rows[3]["h"]["values"] == [2, 1]
+    assert run.rows[3]["bad"] == run.rows[0]["bad"]
+
+
+def _interrupted(command, out, after_lines, number):
+    """Start a run, signal it once metrics.jsonl has so many lines; return its exit code."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distcl", *command],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    path = out / "metrics.jsonl"
+    while process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= after_lines:
+            process.send_signal(number)
+            break
+        time.sleep(0.002)
+    return process.wait(60)
+
+
+def test_a_run_interrupted_five_times_at_random_has_each_step_once_as_an_uninterrupted_one(
+    tmp_path, monkeypatch
+):
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # each process has its own
+    sets = ["run.report=false", "run.poll_steps=5", "training.steps_per_round=400"]
+    sets += ["stream.experiences=3", "training.pretrain_epochs=3", "checkpoint.every_steps=50"]
+    sets += ["tracking.kind=wandb", "tracking.mode=offline"]
     arguments = [part for text in sets for part in ("--set", text)]
 
     def train(out, *more):
-        return distcl("train", "configs/digits.toml", "--out", str(out), *arguments, *more)
+        return "train", "configs/digits.toml", "--out", str(out), *arguments, *more
 
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    assert train(whole).returncode == 0
-    stop = ("--set", "run.max_minutes=0.0001")  # at the first poll
-    codes = [train(pieces, *stop).returncode]
-    for _ in range(4):
-        codes.append(train(pieces, "--resume", "auto", *stop).returncode)
-    codes.append(train(pieces, "--resume", "auto").returncode)
-    assert codes == [75] * 5 + [0]
+    assert distcl(*train(whole)).returncode == 0
+    total = len(lines(whole))
+    rng = np.random.default_rng(8)
+    moments = sorted(rng.choice(np.arange(25, total - 40), 5, replace=False).tolist())
+    signals = [SIGTERM, SIGKILL, SIGUSR1, SIGKILL, SIGTERM]
+    codes = [
+        _interrupted(train(pieces, "--resume", "auto"), pieces, moment, number)
+        for moment, number in zip(moments, signals, strict=True)
+    ]
+    assert codes == [75, -SIGKILL, 75, -SIGKILL, 75]
+    assert distcl(*train(pieces, "--resume", "auto")).returncode == 0
 
     def told(line):
         clocked = ("time", "samples_per_second")
@@ -165,7 +230,8 @@ def test_a_run_interrupted_mid_round_ends_as_an_uninterrupted_one_in_one_run(tmp
     assert [told(line) for line in lines(pieces)] == [told(line) for line in lines(whole)]
     run = OfflineRun(pieces)
     assert run.processes == 6 and len(run.ids) == 1
-    assert [row["_step"] for row in run.rows] == list(range(len(lines(pieces)) + 1))
+    assert [row["_step"] for row in run.rows] == list(range(total + 1))  # + the matrix
+    assert [row.get("loss") for row in run.rows[:-1]] == [line.get("loss") for line in lines(whole)]
     one, other = (json.loads((out / "summary.json").read_text()) for out in (whole, pieces))
     assert [r["draws"] for r in one["rounds"]] == [r["draws"] for r in other["rounds"]]
     for name in sorted(path.name for path in (whole / "draws").iterdir()):

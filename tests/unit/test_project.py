@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_constraints_pin_all_that_is_required():
             name, _, version = line.partition("==")
             assert re.fullmatch(r"[\w.]+", version), line
             pins[canonicalize_name(name)] = version
-    todo = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
+    todo = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
     seen: set[tuple[str, str]] = set()
     while todo:
         requirement = Requirement(todo.pop())
@@ -62,7 +63,7 @@ def test_constraints_pin_all_that_is_required():
             try:
                 inside = importlib.metadata.requires(name) or []
             except importlib.metadata.PackageNotFoundError:
-                continue  # not in this environment; it is in the one that the README makes
+                continue  # not in this environment; .ci/run runs this test in one with all of them
             for inner in inside:
                 marker = Requirement(inner).marker
                 if marker is None or marker.evaluate({"extra": extra}):
@@ -99,3 +100,20 @@ def test_the_look_around_commands_of_the_readme_work(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my.toml").exists()
+
+
+def test_every_promise_of_reliability_names_a_test_that_exists() -> None:
+    from tests.faults.campaign import FAULTS
+
+    text = (ROOT / "docs" / "RELIABILITY.md").read_text()
+    named = re.findall(r"`((?:tests/\w+/)?test_\w+\.py)(?:::(\w+))?(?:\[([^\]]+)\])?`", text)
+    assert len(named) > 20
+    for file, function, fault in named:
+        path = ROOT / (file if "/" in file else f"tests/faults/{file}")
+        assert path.is_file(), file
+        assert f"def {function}(" in path.read_text() or not function, function
+        assert fault in FAULTS or not fault, fault
+    promises = [
+        line for line in text.splitlines() if line.startswith("| ") and "promise" not in line
+    ]
+    assert all(".py" in line for line in promises)

@@ -46,8 +46,8 @@ def test_scripts_ask_for_the_warning_and_may_be_requeued(path):
 
 def test_scripts_pass_shellcheck():
     if shutil.which("shellcheck") is None:
-        pytest.skip("not installed: shellcheck (tests/slurm/install installs it)")
-    files = [*SCRIPTS, ROOT / "tests/slurm/install", ROOT / ".ci/run"]
+        pytest.skip("not installed: shellcheck (tests/install installs it)")
+    files = [*SCRIPTS, ROOT / "tests/install", ROOT / ".ci/run"]
     done = subprocess.run(["shellcheck", *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

@@ -89,7 +89,12 @@ def weight_histogram(weights: Weights, runtime: Runtime) -> npt.NDArray[np.int64
     """
     begin, end = runtime.share(len(weights))
     relative = weights[begin:end] * (len(weights) / weights.sum())
-    bins = np.clip(np.searchsorted(EDGES, relative, side="right") - 1, 0, BINS - 1)
-    mine = torch.from_numpy(np.bincount(bins, minlength=BINS)).to(runtime.device)
+    mine = torch.from_numpy(binned(relative)).to(runtime.device)
     counts: npt.NDArray[np.int64] = runtime.all_reduce(mine).cpu().numpy()
     return counts
+
+
+def binned(relative: Weights) -> npt.NDArray[np.int64]:
+    """Return how many of these weights [n], in means, lie between ``EDGES``, int64 [BINS]."""
+    bins = np.clip(np.searchsorted(EDGES, relative, side="right") - 1, 0, BINS - 1)
+    return np.bincount(bins, minlength=BINS)

@@ -97,7 +97,9 @@ def _all_jobs(out: Path) -> dict[str, Any]:
     results = {}
     for name, keys in JOBS.items():
         trainer = _train(_trainer(runtime, out, *keys))
+        runtime.barrier()  # rank 0 has written its files
         results[name] = (trainer.rounds, _weights(trainer), _histograms(out))
+        runtime.barrier()  # all have read them
     return results
 
 

@@ -34,8 +34,9 @@ from distcl.data.opening import shards
 from distcl.data.streaming import open_url, stream_samples
 from distcl.data.streams import create_stream
 from distcl.data.writing import Members, write_shards
-from distcl.priority.lanes import LaneSampler
-from distcl.priority.sampler import DistributedWeightedSampler, Group
+from distcl.priority.lanes import LaneGroup, LaneSampler
+from distcl.priority.sampler import DistributedWeightedSampler
+from distcl.priority.slices import Dealer
 
 BATCH = 256
 SHARDS = 10
@@ -102,8 +103,9 @@ def ours(folder: Path, access: str, weights: np.ndarray | None, workers: int) ->
     ids, epoch = stream.experiences[0].train, 0
     plan: LaneSampler | DistributedWeightedSampler
     if access == "stream":
-        plan = LaneSampler(BATCH, 8, stream.lanes_of, window=1024)
-        plan.set_groups([Group(ids, weights, len(ids))])
+        plan = LaneSampler(BATCH, window=1024)
+        slices = Dealer(8, stream.lanes_of).deal(ids)
+        plan.set_groups([LaneGroup(slices, weights, len(ids))])
     else:
         plan = DistributedWeightedSampler(BATCH)
         plan.set_weights(ids, weights)
@@ -155,8 +157,6 @@ def measure(samples: int, repeats: int) -> dict[str, Any]:
                     lambda f=folder, e=ext, w=workers: library(f, e, True, w), repeats
                 )
                 for access in ("indexed", "stream"):
-                    if access == "stream" and workers > 1:
-                        continue  # it reads ahead in one process at most
                     for kind, given in (("uniform", None), ("weighted", weights)):
                         run = ours(folder, access, given, workers)
                         rates[f"{access} {name} {kind}"] = rate(run, repeats)

@@ -4,6 +4,7 @@ A checkpoint is ``checkpoints/step-NNNNNNNN/`` with a file per rank, shared file
 ``manifest.json``, which has the size and SHA-256 of each. It is written into a folder whose name
 begins with ``.partial-`` and renamed when every file is on disk; so what has the final name is
 whole. Files are loaded with ``weights_only=True``: tensors and plain values, nothing executable.
+What cannot be used, or is later than where a run goes on from, is renamed to ``aside-step-…``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distcl.errors import CheckpointError
@@ -29,6 +31,8 @@ MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 SHARED = "shared.pt"
 _PARTIAL = ".partial-"
+_OLD = ".old-"
+_ASIDE = "aside-"
 _BLOCK = 1 << 20
 
 
@@ -46,7 +50,7 @@ class _Writing:
     meta: dict[str, Any]
     thread: threading.Thread = field(init=False)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    error: str = ""
+    error: str = "its writer ended early"
 
 
 class CheckpointStore:
@@ -139,11 +143,15 @@ class CheckpointStore:
             path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
             _sync(path)
             _sync(writing.partial)
-            shutil.rmtree(final, ignore_errors=True)
-            writing.partial.rename(final)
+            old = self.folder / f"{_OLD}{final.name}"
+            shutil.rmtree(old, ignore_errors=True)
+            if final.exists():  # one of the same step, from before the run was resumed
+                _rename(final, old)
+            _rename(writing.partial, final)
             _sync(self.folder)
         except OSError as error:
             return [f"rank 0: {error.strerror or error}"]
+        shutil.rmtree(old, ignore_errors=True)
         if self.published is not None:
             self.published(final)
         self._prune()
@@ -165,25 +173,56 @@ class CheckpointStore:
         """Remove what an interrupted writer left. Local to rank 0; call before the first save."""
         for path in self.folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(path, ignore_errors=True)
+        for old in self.folder.glob(f"{_OLD}*"):
+            final = self.folder / old.name.removeprefix(_OLD)
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:  # the writer was about to replace it
+                _rename(old, final)
 
     def clear(self) -> None:
         """Remove every checkpoint: a run begins anew. Local to rank 0."""
-        for path in self.all():
+        for path in (*self.all(), *self.folder.glob(f"{_ASIDE}*")):
             shutil.rmtree(path)
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint that verifies, or None; say which ones do not."""
+        """Return the newest checkpoint that verifies, None if there are none at all.
+
+        ``warn`` tells of those that do not verify. Raises CheckpointError if no one does, on every
+        rank: to begin anew then is the user's decision.
+        """
         found: Path | None = None
+        faults: list[str] = []
         if self._runtime.is_main:
             for path in reversed(self.all()):
                 try:
                     verify(path)
                 except CheckpointError as error:
-                    self._warn(f"{error}; falling back to the one before")
+                    faults.append(str(error))
                 else:
                     found = path
                     break
-        return self._runtime.broadcast(found)
+            for fault in faults if found is not None else ():
+                self._warn(f"{fault}; falling back to the one before")
+        found, faults = self._runtime.broadcast((found, faults))
+        if faults and found is None:
+            raise CheckpointError(
+                f"no checkpoint in '{self.folder}' can be used: {faults[0]}; "
+                "restore one from a copy, or begin anew with --resume never"
+            )
+        return found
+
+    def go_on_from(self, step: int) -> None:
+        """Set aside every checkpoint later than ``step``. Local to rank 0.
+
+        They are damaged, or of a future that will not be; left in place they would be taken for
+        the newest.
+        """
+        for path in self.all():
+            if path.name > f"step-{step:08d}":
+                aside = self.folder / f"{_ASIDE}{path.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                _rename(path, aside)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -191,7 +230,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest_path = path / MANIFEST
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise CheckpointError(f"checkpoint '{manifest_path}' cannot be read: {reason}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
@@ -200,6 +239,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint '{path}' has schema {manifest.get('schema')}; this version reads {SCHEMA}"
         )
+    world, step = manifest.get("world_size"), manifest.get("step")
+    if not (type(world) is int and type(step) is int and world > 0 <= step):
+        raise CheckpointError(f"checkpoint '{manifest_path}' has no step or no world_size")
+    files = manifest["files"]
+    ranks = (rank_file(rank) for rank in range(min(world, len(files))))
+    if missing := sorted({MODEL, SHARED, *ranks} - files.keys()):
+        raise CheckpointError(f"checkpoint '{manifest_path}' does not list '{missing[0]}'")
+    if not isinstance(manifest.get("config"), dict):
+        raise CheckpointError(f"checkpoint '{manifest_path}' has no configuration")
     return manifest
 
 
@@ -211,8 +259,10 @@ def verify(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         file = path / name
-        if Path(name).name != name or not isinstance(entry, dict):
+        if Path(name).name != name or "\0" in name or file.is_symlink():
             raise CheckpointError(f"checkpoint '{path}' names a file outside itself: '{name}'")
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"checkpoint '{path}' has no size of '{name}'")
         if not file.is_file():
             raise CheckpointError(f"checkpoint file '{file}' is missing")
         if file.stat().st_size != entry.get("bytes"):
@@ -246,7 +296,8 @@ def _write(writing: _Writing, files: Mapping[str, Any]) -> None:
                 torch.save(content, path)
             _sync(path)
             writing.files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        writing.error = ""
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in three libraries
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         writing.error = reason.splitlines()[0]
 
@@ -260,6 +311,10 @@ def _to_cpu(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_to_cpu(v) for v in value]
     return value
+
+
+def _rename(path: Path, to: Path) -> None:
+    path.rename(to)
 
 
 def _sync(path: Path) -> None:

@@ -42,7 +42,10 @@ class RunConfig(Section):
         0.0, ge=0, description="save and stop with exit code 75 after this long; 0: never"
     )
     timeout_seconds: float = Field(
-        300.0, gt=0, description="a collective that takes longer ends the run on all ranks"
+        300.0,
+        gt=0,
+        description="a collective that takes longer ends the run on all ranks; after half of it "
+        "the log names the rank that hangs, and where",
     )
 
 

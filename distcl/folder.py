@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import IO
 from distcl.config import Config
 from distcl.config_load import to_toml
 from distcl.errors import UsageError
+
+_ORPHANS_SECONDS = 15.0
 
 log = logging.getLogger("distcl")
 
@@ -62,18 +65,26 @@ class RunFolder:
             lock.close()
 
     def _lock(self) -> IO[str]:
-        """Hold the folder as long as this process lives: the system lets go when it dies."""
+        """Hold the folder as long as this process lives: the system lets go when it dies.
+
+        Workers that a killed process leaves hold it too, until they notice seconds later.
+        """
         lock = (self.path / ".lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            who = lock.read().strip() or "unknown"
-            lock.close()
-            raise UsageError(
-                f"the run folder '{self.path}' is in use by another run ({who}); "
-                "wait for it, or give --out another folder"
-            ) from None
+        deadline = time.monotonic() + _ORPHANS_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                lock.seek(0)
+                who = lock.read().strip()
+            if not _is_dead(who) or time.monotonic() > deadline:
+                lock.close()
+                raise UsageError(
+                    f"the run folder '{self.path}' is in use by another run ({who or 'unknown'}); "
+                    "wait for it, or give --out another folder"
+                )
+            time.sleep(0.1)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
@@ -91,3 +102,17 @@ class RunFolder:
             me = {"host": socket.gethostname(), "pid": os.getpid()}  # where to send SIGUSR1
             status = {"state": state, "exit_code": exit_code, **me, "reason": reason}
             self.write("status.json", json.dumps(status))
+
+
+def _is_dead(who: str) -> bool:
+    """Tell whether the holder of a lock was a process of this machine that is gone."""
+    words = who.split()
+    if len(words) != 4 or words[3] != socket.gethostname() or not words[1].isdigit():
+        return False
+    try:
+        os.kill(int(words[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -92,6 +92,7 @@ class ShardedForward:
     def chunks(self, source: Source, ids: Ids, size: int) -> Iterator[Batch]:
         """Yield ``ids`` in chunks of ``size``, on the device. Local."""
         for batch in iterate_chunks(source, ids, size):
+            self.runtime.watchdog.beat()
             yield batch.to(self.runtime.device, self.runtime.dtype)
 
     def per_sample(

@@ -77,6 +77,7 @@ def execute(
             _check(command, config, runtime)
             with folder.open(append=resume != "never"):
                 log.info(runtime.about)
+                runtime.watchdog.write_to(out / "log.txt")
                 return job.run(resume, frozenset(allow_changed))
     except BaseException as error:
         cause = describe(error, runtime.rank)
@@ -172,6 +173,7 @@ class Job:
         """Return the checkpoint to go back to after a divergence, or raise it again."""
         if self._config.training.on_divergence != "rollback":
             raise error
+        self._store.finish()  # what was saved before the divergence
         path = self._store.newest()
         if path is None:
             raise DivergenceError(f"{error}; there is no checkpoint to roll back to") from error
@@ -198,6 +200,8 @@ class Job:
         state = JobState(self._command)
         if path is not None:
             restore(path, state, config, trainer, monitor)
+            if runtime.is_main:
+                self._store.go_on_from(trainer.loop.steps)
             if progress is not None:
                 progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
         before = state.seconds

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from distcl.priority.feed import Feed
-from distcl.priority.tally import EDGES, DrawTally
+from distcl.priority.tally import EDGES
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
 from distcl.tracking_values import Histogram, flat
@@ -55,21 +55,24 @@ class RoundRecorder:
         Afterwards the report is the same on every rank, as it was before.
         """
         histograms = {name: Histogram(h, EDGES) for name, h in feed.histograms().items()}
+        report["draws"], ids, counts = feed.account.told(feed.candidates, TOP)
         if self._runtime.is_main:
             try:
-                self._save(int(report["round"]), feed.tally, histograms, source)
+                self._save(int(report["round"]), ids, counts, histograms, source)
             except OSError as error:  # a full disk: the report will show less
                 log.warning(f"[report] draws of round {report['round']} are not kept: {error}")
-        mine = feed.tally.statistics(feed.candidates)  # only rank 0 counts
-        report["draws"] = self._runtime.broadcast(mine)
         values = {name: value for name, value in report.items() if name not in _UNTOLD}
         told = {f"priority/{name}/weights": histogram for name, histogram in histograms.items()}
         self._tracker.log(flat(values) | told, step)
 
     def _save(
-        self, number: int, tally: DrawTally, histograms: dict[str, Histogram], source: Source
+        self,
+        number: int,
+        ids: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+        histograms: dict[str, Histogram],
+        source: Source,
     ) -> None:
-        ids, counts = tally.top(TOP)
         arrays: dict[str, npt.NDArray[Any]] = {"ids": ids, "counts": counts}
         arrays |= _seen(source, ids)
         for name, histogram in histograms.items():

@@ -60,12 +60,13 @@ def collect(
         "optimizer_plain": optimizer.plain,
         "updater": updater.state_dict(),
         "random": random_state(parts.runtime),
+        "lanes": feed.lane_state(trainer.stage is not None),
     }
     shared = {
         "job": vars(job),
         "trainer": trainer.state_dict(),
         "monitor": None if monitor is None else monitor.state_dict(),
-        "cache": parts.scorer.cache.state_dict(),
+        "cache": None if mine["lanes"] else parts.scorer.cache.state_dict(),
         "forwards": parts.forward.forwards,
         "ledger": feed.ledger_state(),
         "lrs": trainer.loop.base_lrs,
@@ -131,7 +132,9 @@ def restore(
     partition.load_optimizer_state(
         parts.optimizer, {key: reader.slices("optimizer", key) for key in keys}, plain
     )
-    parts.scorer.cache.load_state_dict(shared["cache"])
+    if shared["cache"] is not None:
+        parts.scorer.cache.load_state_dict(shared["cache"])
+    parts.feed.load_lane_states([state["lanes"] for state in reader.ranks])
     parts.forward.forwards = shared["forwards"]
     parts.feed.load_ledger(shared["ledger"])
     trainer.load_state_dict(shared["trainer"])

@@ -22,6 +22,7 @@ from distcl.peers import first_line, introduce
 from distcl.strategies import MakeOptimizer, create_strategy
 from distcl.strategies.activation import checkpoint_blocks
 from distcl.strategies.launcher import check_launcher
+from distcl.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -105,6 +106,7 @@ class Runtime:
             store = dist.distributed_c10d._get_default_store()
         self.peers = introduce(store, self.device, launch)
         self.about = first_line(launch, self.peers)
+        self.watchdog = Watchdog(self.rank, self.world_size, run.timeout_seconds, store)
         self.relay: FailureRelay | None = None
         if store is not None:
             self.relay = FailureRelay(store, self.rank, _tell_stderr)
@@ -177,6 +179,7 @@ class Runtime:
         ``each`` rows lie on every rank but the last ones, which may hold fewer or none; by default
         ceil(n/W), as :meth:`share` cuts them.
         """
+        self.watchdog.beat()
         if self.world_size == 1:
             return mine
         each = each or -(-n // self.world_size)
@@ -188,6 +191,7 @@ class Runtime:
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduce in place over ranks, ``op`` = sum, max or min; return the tensor. Collective."""
+        self.watchdog.beat()
         if self.world_size > 1:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
         return tensor
@@ -216,6 +220,7 @@ class Runtime:
 
     def barrier(self) -> None:
         """Wait for every rank. Collective."""
+        self.watchdog.beat()
         if self.world_size > 1:
             dist.barrier()
 
@@ -241,16 +246,20 @@ class Runtime:
         """Run the body such that an exception on any rank ends all ranks with its cause.
 
         On rank 0 the exception that leaves this is the first cause, even if rank 0 itself only saw
-        a broken connection. The process group is gone afterwards. Collective.
+        a broken connection. The process group is gone afterwards. Inside, a watchdog names ranks
+        that hang. Collective.
         """
         try:
-            yield
+            with self.watchdog:
+                yield
         except Preempted:  # raised on all ranks together
             self.close()
             raise
         except BaseException as error:
             if self.relay is not None:
                 own = describe(error, self.rank)
+                if is_connection_loss(error) and (verdict := self.watchdog.verdict()):
+                    own = Cause(self.rank, 1, f"{verdict}; log.txt has its stack")
                 first = self.relay.report(own)
                 if first.message != own.message or is_connection_loss(error):
                     raise PeerFailure(first) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from distcl.config import OptimizerConfig
+from distcl.errors import DivergenceError
 from distcl.optim import warmup_factor
 from distcl.partition.base import clip_grads_
 from distcl.priority.feed import Feed
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
-from distcl.types import Experience, Progress
+from distcl.types import Batch, Experience, Progress
 from distcl.updaters import Updater
 from distcl.watch import LossWatch
 
@@ -133,11 +134,13 @@ class StepLoop:
 
         ``stage.loss`` becomes the global mean loss of the last step. Collective.
         """
-        watch = LossWatch(self._runtime, stage.number, stage.done)
+        weights = self._updater.partition.owned
+        watch = LossWatch(self._runtime, stage.number, weights, stage.done)
         self._progress.round_begins(title, stage.steps)
         self._model.train()
         begun, before, samples = time.perf_counter(), stage.seconds, 0
-        for batch, hist_batch in self._feed.batches(stage.steps, stage.done):
+        for batch, hist_batch in self._batches(stage):
+            self._runtime.watchdog.beat()
             self._set_rate(stage.done)
             self._updater.update_pre_fwd_bwd()
             if stage.number == 0:
@@ -163,6 +166,13 @@ class StepLoop:
                 self._tell(stage, float(np.mean(losses)), samples / elapsed)
                 if stage.done < stage.steps:  # a save of the last step belongs to the round's end
                     self.keeper.act(flags)
+
+    def _batches(self, stage: Stage) -> Iterator[tuple[Batch, Batch | None]]:
+        try:
+            yield from self._feed.batches(stage.steps, stage.done)
+        except DivergenceError as error:  # of a scoring pass
+            where = f"in round {stage.number}, step {stage.done + 1}"
+            raise DivergenceError(f"{where}: {error}") from error
 
     def _tell(self, stage: Stage, loss: float, rate: float) -> None:
         values = {"round": stage.number, "loss": loss, "samples_per_second": rate}

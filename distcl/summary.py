@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from distcl.config import Config
+from distcl.errors import CheckpointError
 from distcl.metrics import AccuracyMatrix
 from distcl.resume import weights
 from distcl.trainer import ContinuousTrainer, Parts
@@ -70,8 +72,16 @@ def _finite(value: Any) -> Any:
 
 
 def save_final(parts: Parts, path: Path) -> None:
-    """Write parameters and buffers to a safetensors file, by rank 0. Collective."""
+    """Write parameters and buffers to a safetensors file, by rank 0. Collective.
+
+    The file is there as a whole or not at all; raises CheckpointError if it cannot be written.
+    """
     state = weights(parts)
     if parts.runtime.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, str(path))
+        part = path.with_name(f".{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(state, str(part))
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"'{path}' cannot be written: {error}") from error

@@ -15,6 +15,7 @@ from distcl.anchor import Anchor
 from distcl.config import Config
 from distcl.data.faults import BadSamples
 from distcl.data.history import CopyingStream, History
+from distcl.errors import DivergenceError
 from distcl.evaluation import Evaluator
 from distcl.inference import ShardedForward
 from distcl.losses import judged_by
@@ -128,7 +129,10 @@ class ContinuousTrainer:
 
         clock = time.perf_counter()
         forwards = self.parts.forward.forwards
-        weights = self._compute_priorities(experience)  # 1. priorities
+        try:
+            weights = self._compute_priorities(experience)  # 1. priorities
+        except DivergenceError as error:
+            raise DivergenceError(f"before step 1 of round {number}: {error}") from error
         scored = self.parts.forward.forwards - forwards
         priority_seconds = time.perf_counter() - clock
 
@@ -157,6 +161,7 @@ class ContinuousTrainer:
             f"fell from {before:.4f} to {after:.4f}"
         )
         self.parts.anchor.put_back()
+        self.parts.updater.taken_back()
         reset(self.parts.optimizer)
         return False
 
@@ -176,7 +181,7 @@ class ContinuousTrainer:
             "train_seconds": stage.seconds - feed.priority_seconds,
             "priority_seconds": stage.report["priority_seconds"] + feed.priority_seconds,
             "forward_passes_per_sample": scored / candidates if candidates else 0.0,
-            "draws_sha256": feed.digest,
+            "draws_sha256": feed.account.digest(),
             "final_loss": stage.loss,
             "accepted": accepted,
             "priority": feed.weights.report,
@@ -200,7 +205,7 @@ class ContinuousTrainer:
         self.pretraining = {
             "steps": stage.steps,
             "train_seconds": stage.seconds + time.perf_counter() - clock,
-            "draws_sha256": feed.digest,
+            "draws_sha256": feed.account.digest(),
             "final_loss": stage.loss,
         }
         self.stage = None
@@ -246,8 +251,8 @@ class ContinuousTrainer:
             self.history.ids(),
             self.parts.updater.uses_hist_batch,
         )
-        stored = self.history.ids() if weights.pool is None else weights.pool
-        self.bad.silence((experience.train, weights.current), (stored, weights.history))
+        current, stored = weights.held(experience.train, self.history.ids())
+        self.bad.silence((current, weights.current), (stored, weights.history))
         for line in weights.lines():
             self._say(line)
         return weights

@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ from distcl.types import Ids
 
 MANIFEST = "shards.json"
 CRC_MASK = (1 << 32) - 1
+_BLOCK = 1 << 16
+_NAME = re.compile(r"(?!\.\.?$)[^/\0]+")  # a file in a folder, nothing beyond it
 _HOW = "make it with: distcl shard --index-only"
 
 
@@ -84,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"the folder of shards '{folder}' {what}") from None
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"'{path}' is damaged ({type(error).__name__}: {error})") from error
     if manifest != numbered(manifest.label, manifest.shards):
         raise DataError(f"'{path}' is damaged: first_id is not the sum of the samples before")
@@ -94,7 +97,10 @@ def read_manifest(folder: Path) -> Manifest:
 def _shard(line: dict[str, Any]) -> Shard:
     shard = Shard(**line)
     numbers = (shard.samples, shard.bytes, shard.first_id)
-    if not all(type(n) is int and n >= 0 for n in numbers) or Path(shard.name).name != shard.name:
+    texts = (shard.name, shard.split, shard.sha256)
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise ValueError(f"bad entry {line}")
+    if not all(type(t) is str for t in texts) or not _NAME.fullmatch(shard.name):
         raise ValueError(f"bad entry {line}")
     return shard
 
@@ -185,7 +191,18 @@ def open_index(tar: Path, samples: int, size: int) -> Array:
         raise DataError(
             f"{where}: {'it is empty' if samples == 0 else 'its index is of another archive'}"
         )
+    if index[0, 0] < 0 or index[0, -1] > size or not _sound(index):
+        raise DataError(f"{where}: its index is damaged; {_HOW} {tar.parent}")
     return index
+
+
+def _sound(index: Array) -> bool:
+    """Tell whether samples follow one another and have labels; a block at a time: it is mapped."""
+    for start in range(0, index.shape[1], _BLOCK):
+        begins, words = index[:, start : start + _BLOCK + 1]
+        if (begins[1:] <= begins[:-1]).any() or (words[:-1] >= MAX_CLASSES << 32).any():
+            return False
+    return True
 
 
 def labels_in(index: Array) -> Ids:

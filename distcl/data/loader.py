@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,8 +33,22 @@ class BatchPlan(Protocol):
         """Return the number of global batches of an epoch."""
         ...
 
-    def global_batch(self, step: int) -> Ids:
-        """Return the ids of global batch ``step`` of this epoch, over all ranks."""
+    def total(self, step: int) -> int:
+        """Return the size of global batch ``step`` of this epoch."""
+        ...
+
+
+@runtime_checkable
+class LanePlan(BatchPlan, Protocol):
+    """A plan over lanes, each of which one process is to read, from front to back."""
+
+    @property
+    def readers(self) -> int:
+        """The number of lanes in which this rank has samples."""
+        ...
+
+    def cut(self, step: int, readers: int) -> list[list[int]]:
+        """Return this rank's part of a batch as ``readers`` parts, each of its own lanes."""
         ...
 
 
@@ -43,8 +58,9 @@ class BatchLoader:
     ``Batch.total`` is the size of the global batch. A rank without samples in a step gets a batch
     of none, with the trailing shapes of any other. Floating-point tensors are cast to ``dtype``.
 
-    ``workers`` processes read ahead; they keep the copy of ``source`` that they started with, so a
-    source that changes needs a new loader. ``pin_memory`` matters with CUDA only. What ``read``
+    ``workers`` processes read ahead; of a LanePlan each reads lanes of its own, at most as many as
+    there are. They keep the copy of ``source`` that they started with, so a source that changes
+    needs a new loader. ``pin_memory`` matters with CUDA only. What ``read``
     raises of distcl's own errors arrives as it was, also out of a worker. If the source has a set
     ``replaced``, ids in whose place another sample was read are added to it, here, in the main
     process.
@@ -62,7 +78,11 @@ class BatchLoader:
     ) -> None:
         self._device = torch.device(device)
         self._dtype = dtype
-        self._plan = _Steps(sampler)
+        self._source = source
+        self._readers = 1
+        if isinstance(sampler, LanePlan):
+            workers = self._readers = min(workers, sampler.readers)
+        self._plan = _Steps(sampler, max(1, self._readers))
         self._replaced: set[int] | None = getattr(source, "replaced", None)
         self._loader: DataLoader[Any] = DataLoader(
             _Reads(source),
@@ -78,42 +98,63 @@ class BatchLoader:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        for read in self._loader:
-            if isinstance(read, DistclError):
-                try:
-                    raise read
-                finally:
-                    del read  # else the traceback is in a cycle, and workers take seconds to end
-            batch, asked = Batch(*read[:-1]), read[-1]
-            if self._replaced is not None and not torch.equal(asked, batch.ids):
-                self._replaced.update(asked[asked != batch.ids].tolist())
-            yield batch.to(self._device, self._dtype)
+        reads = iter(self._loader)
+        for read in reads:
+            batch, total = self._batch(read)
+            for _ in range(1, self._readers):  # of other lanes of the same step
+                more, _ = self._batch(next(reads))
+                batch = batch.joined(more) if batch and more else batch or more
+            if batch is None:
+                batch = self._source.read(np.empty(0, dtype=np.int64))
+            yield replace(batch, total=total).to(self._device, self._dtype)
+
+    def _batch(self, read: Any) -> tuple[Batch | None, int]:
+        """Return what was read, None if it is nothing, and the size of the global batch."""
+        if isinstance(read, DistclError):
+            try:
+                raise read
+            finally:
+                del read  # else the traceback is in a cycle, and workers take seconds to end
+        if isinstance(read, int):
+            return None, read
+        batch, asked = Batch(*read[:-1]), read[-1]
+        if self._replaced is not None and not torch.equal(asked, batch.ids):
+            self._replaced.update(asked[asked != batch.ids].tolist())
+        return batch, batch.total
 
 
 class _Steps:
-    """The plan's steps as (ids, size of the global batch)."""
+    """The plan's steps as (ids, size of the global batch, whether that is all of my part)."""
 
-    def __init__(self, plan: BatchPlan) -> None:
+    def __init__(self, plan: BatchPlan, readers: int) -> None:
         self._plan = plan
+        self._readers = readers
 
     def __len__(self) -> int:
         return len(self._plan)
 
-    def __iter__(self) -> Iterator[tuple[list[int], int]]:
+    def __iter__(self) -> Iterator[tuple[list[int], int, bool]]:
         for step, ids in enumerate(self._plan, self._plan.first_step):
-            yield ids, len(self._plan.global_batch(step))
+            total = self._plan.total(step)
+            if self._readers == 1 or not isinstance(self._plan, LanePlan):
+                yield ids, total, True
+                continue
+            for part in self._plan.cut(step, self._readers):  # worker k gets each k-th
+                yield part, total, False
 
 
 class _Reads(Dataset[Any]):
-    """Reads whole batches. Returns errors, since DataLoader rewrites those that workers raise."""
+    """Reads whole batches, or parts. Returns errors: DataLoader rewrites those that are raised."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
 
     def __getitem__(
-        self, step: tuple[list[int], int]
-    ) -> tuple[torch.Tensor, PyTree, PyTree, int, torch.Tensor] | DistclError:
-        ids, total = np.asarray(step[0], dtype=np.int64), step[1]
+        self, step: tuple[list[int], int, bool]
+    ) -> tuple[torch.Tensor, PyTree, PyTree, int, torch.Tensor] | DistclError | int:
+        ids, total, whole = np.asarray(step[0], dtype=np.int64), step[1], step[2]
+        if not whole and len(ids) == 0:
+            return total
         try:
             batch = self._source.read(ids)
         except DistclError as error:

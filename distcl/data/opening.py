@@ -7,10 +7,10 @@ from pathlib import Path
 
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.groups import assign_groups
-from distcl.data.index import Manifest, index_path, read_manifest
+from distcl.data.index import MANIFEST, Manifest, index_path, read_manifest
 from distcl.data.shards import ShardSource
 from distcl.data.streaming import StreamedSource
-from distcl.errors import ConfigError
+from distcl.errors import ConfigError, DataError
 
 log = logging.getLogger("distcl")
 
@@ -43,6 +43,8 @@ def shards(
         raise ConfigError("stream.source = 'shards' needs stream.path, a folder of shards")
     folder = Path(config.path).expanduser()
     manifest = read_manifest(folder)
+    if not manifest.split("train"):
+        raise DataError(f"'{folder / MANIFEST}' lists no shards for training")
     access = choose_access(folder, manifest, data, url)
     found: list[ShardSource] = []
     for split in ("train", "test"):

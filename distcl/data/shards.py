@@ -117,6 +117,11 @@ class ShardSource:
         numbers = np.repeat(np.arange(len(counts)), counts)
         return numbers if self._rows is None else numbers[self._rows]
 
+    def shards_of(self, ids: Ids) -> tuple[Ids, int]:
+        """Return the number of each one's shard [B] within the split, and how many there are."""
+        rows = ids if self._rows is None else self._rows[ids]
+        return np.searchsorted(self._firsts, rows, side="right") - 1, len(self.shards)
+
     @property
     def replaces(self) -> bool:
         """Whether ``read`` may put another sample in the place of a bad one."""

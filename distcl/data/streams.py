@@ -67,7 +67,7 @@ class DriftStream:
     bool [N], leaves bad ones out, and ``groups``, int64 [N], is each sample's concept (None: no
     restriction). A source whose ``replaces`` is true may read another sample in the place of a bad
     one, and says so by its id; ``replaced`` remembers the ids asked for. One that is ``sequential``
-    keeps its own order as the stream order, and tells by ``shard_of`` which parts can be read side
+    keeps its own order as the stream order, and tells by ``shards_of`` which parts can be read side
     by side. One with ``live_seconds`` may be given more samples as time goes by.
 
     Raises ConfigError naming the key that does not fit the data, DataError on bad data.
@@ -151,9 +151,9 @@ class DriftStream:
 
         For sequential sources only.
         """
-        shard = self._train.shard_of  # type: ignore[attr-defined]
-        lane: Ids = shard * lanes // (int(shard[-1]) + 1)
-        return lane[unpack_ids(ids)[1]]
+        shard, shards = self._train.shards_of(unpack_ids(ids)[1])  # type: ignore[attr-defined]
+        lane: Ids = shard * lanes // shards
+        return lane
 
     def _locate(self, ids: Ids) -> tuple[Ids, Ids, Mask]:
         """Return (base row [B], concept [B], is_test [B]) of ids that are in the stream."""

@@ -21,6 +21,7 @@ END = bytes(2 * BLOCK)
 """What closes an archive."""
 
 _REGULAR = (0x30, 0)  # type '0', or NUL in old archives
+_DAMAGED = (tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError)
 _PICKLES = ("pickle", "pkl", "pyd", "pt", "pth", "joblib", "dill")
 
 
@@ -55,10 +56,10 @@ def parse_header(header: bytes) -> tuple[str, int]:
     if header[156] not in _REGULAR or header[124] & 0x80 or header[345]:
         raise UnusualHeaderError("not a plain file, or a long name")
     name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
-    try:
-        return name, int(header[124:136].strip(b"\0 ") or b"0", 8)
-    except ValueError:
-        raise DataError(f"member '{name}' has a damaged header") from None
+    digits = header[124:136].strip(b"\0 ") or b"0"
+    if not digits.isdigit() or b"8" in digits or b"9" in digits:
+        raise DataError(f"member '{name}' has a damaged header")
+    return name, int(digits, 8)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -91,13 +92,25 @@ def _read_slowly(extent: bytes) -> tuple[str, dict[str, bytes]]:
     key, members = "", dict[str, bytes]()
     try:
         with tarfile.open(fileobj=io.BytesIO(extent + END), mode="r:") as archive:
-            for info in archive:
+            for info in _infos(archive, len(extent) + len(END)):
                 if info.isreg():
                     data = extent[info.offset_data : info.offset_data + info.size]
                     key = _collect(info.name, data, info.size, key, members)
-    except (tarfile.TarError, ValueError) as error:
+    except _DAMAGED as error:
         raise DataError(f"a header is damaged ({error})") from None
     return _complete(key, members)
+
+
+def _infos(archive: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """Yield the headers of an archive of ``size`` bytes, in order; ReadError where one lies.
+
+    The library itself follows sizes below 0 backwards, for ever, and those beyond the end.
+    """
+    while (info := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+        if not 0 <= info.size <= size - info.offset_data:
+            raise tarfile.ReadError(f"member '{info.name}' has {info.size} bytes")
+        yield info
 
 
 def _collect(name: str, data: bytes, size: int, key: str, members: dict[str, bytes]) -> str:
@@ -131,8 +144,7 @@ def scan(path: Path) -> Iterator[Extent]:
     key, begin, fault, members = "", 0, "", dict[str, bytes]()
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            while (info := archive.next()) is not None:
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+            for info in _infos(archive, path.stat().st_size):
                 found = split_name(info.name) if info.isreg() else None
                 if found is None:
                     continue
@@ -159,7 +171,7 @@ def scan(path: Path) -> Iterator[Extent]:
         raise DataError(f"{where} is missing from '{path.parent}'") from None
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror or error}") from error
-    except (tarfile.TarError, EOFError) as error:
+    except _DAMAGED as error:
         last = f" in or after sample '{key}'" if key else ""
         raise DataError(f"{where} is truncated, or no uncompressed tar{last} ({error})") from None
     if len(closing) < BLOCK:

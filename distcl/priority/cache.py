@@ -7,10 +7,11 @@ only if theta_star still has it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from distcl.runtime import Runtime
@@ -34,7 +35,8 @@ def fingerprint(slices: Mapping[str, torch.Tensor], runtime: Runtime) -> int:
 class LossCache:
     """Losses [N] by id under two sets of weights: theta_star's and those being scored now.
 
-    The same on every rank. A third set of weights drops the oldest.
+    The same on every rank, or those of each rank's own samples. A third set of weights drops the
+    oldest.
     """
 
     def __init__(self) -> None:
@@ -83,6 +85,18 @@ class LossCache:
                 for weights, (ids, losses) in self._tables.items()
             ]
         }
+
+    def load_parts(
+        self, states: Sequence[dict[str, Any]], own: Callable[[Ids], npt.NDArray[np.bool_]]
+    ) -> None:
+        """Restore what several caches held under the same weights, of ids [N] that ``own`` says."""
+        self._tables = {}
+        for parts in zip(*(state["tables"] for state in states), strict=True):
+            ids = np.concatenate([part["ids"].numpy() for part in parts])
+            losses = torch.cat([part["losses"] for part in parts])
+            mine = own(ids)
+            order = np.flatnonzero(mine)[np.argsort(ids[mine], kind="stable")]
+            self._tables[parts[0]["weights"]] = ids[order], losses[torch.from_numpy(order)]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""

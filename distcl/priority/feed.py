@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,14 +14,24 @@ import torch
 from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
 from distcl.data.loader import BatchLoader
 from distcl.errors import ConfigError
+from distcl.priority.account import Account, Drawn, LaneAccount, WholeAccount
 from distcl.priority.candidates import Chooser
 from distcl.priority.draws import Weights
 from distcl.priority.lanes import LaneSampler
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
-from distcl.priority.tally import DrawTally, weight_histogram
-from distcl.priority.weights import Correction, RoundWeights, Shape, as_array, as_tensor, weigh
+from distcl.priority.streamed import Streamed
+from distcl.priority.tally import weight_histogram
+from distcl.priority.weights import (
+    Correction,
+    RoundWeights,
+    Shape,
+    as_array,
+    as_tensor,
+    joined,
+    weigh,
+)
 from distcl.priority.windows import Part, Permutations, WindowPlan
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Source
@@ -32,10 +41,8 @@ _MAIN, _HISTORY, _POOL = 0, 1, 2
 _PARTS = {_MAIN: "cur", _HISTORY: "hist"}
 _WINDOWS, _CHOICE = 16, 32  # added to the stream of a lane
 
-Drawn = tuple[Batch, Ids]
-"""This rank's part of a global batch, and the ids of all of it."""
-Pass = DistributedWeightedSampler | LaneSampler
-"""What draws one pass after another."""
+Plan = DistributedWeightedSampler | LaneSampler | WindowPlan
+"""What draws one pass after another, or all of a round."""
 
 
 class Feed:
@@ -45,7 +52,7 @@ class Feed:
     both; a second one draws history batches for updaters that take them. A plan whose weights
     change on the way (``ledger``) is a WindowPlan, any other a DistributedWeightedSampler, whose
     batches may be candidates that a Chooser chooses among; over a source that is read from front
-    to back, a LaneSampler.
+    to back, a LaneSampler. There, each rank has the weights and draws of its own lanes only.
     """
 
     def __init__(
@@ -69,12 +76,14 @@ class Feed:
         self._seed = seed
         self._scorer = scorer
         self._ledger = ledger
-        self._sequential = bool(getattr(source, "sequential", False))
-        if self._sequential and continual.importance_weighting and priority.source != "score":
-            raise ConfigError(
-                f"priority.source = '{priority.source}' draws at random, which a stream of shards "
-                "cannot be read by; use 'score', or data.access = 'indexed'"
-            )
+        self._streamed: Streamed | None = None
+        if getattr(source, "sequential", False):
+            if continual.importance_weighting and priority.source != "score":
+                raise ConfigError(
+                    f"priority.source = '{priority.source}' draws at random, which a stream of "
+                    "shards cannot be read by; use 'score', or data.access = 'indexed'"
+                )
+            self._streamed = Streamed(runtime, source, data, scorer, seed)
         self._shape = Shape(priority, continual.importance_alpha)
         self._pool = Permutations(seed, _POOL)
         self._weighted: tuple[Ids | None, Ids | None] = (None, None)
@@ -111,6 +120,8 @@ class Feed:
         elif self._ledger is not None:
             self._ledger.expect(round_index, self._source, current, history)
             result = self._from_ledger(self._ledger, round_index, 0)
+        elif self._streamed is not None:
+            result = self._streamed.weigh(self._shape, self._weighted, current, history)
         else:
             result = weigh(self._shape, self._score, *self._weighted)
         result.note = note
@@ -145,18 +156,21 @@ class Feed:
         weights: RoundWeights,
         history_batch: bool,
     ) -> None:
-        """Set up the draws of a round; every rank passes the same. Collective if online."""
+        """Set up the draws of a round; every rank passes the same. Collective."""
         if self._ledger is not None:
             self._ledger.expect(round_index, self._source, current, history)
         self._round, self._current, self._history = round_index, current, history
         self._weights = weights
+        self.account: Account = WholeAccount(self._runtime)
+        if self._streamed is not None:
+            self._weights = self._streamed.dealt(weights, current, history)
+            self.account = self._streamed.account()
         self._replayed = history_batch and len(history) > 0
         self._pass_steps = -(-sum(self._draws(current, history)) // self._training.batch_size)
-        self._digest = b""
-        self.tally = DrawTally()
         self._refresh_seconds = 0.0
         self._choosers: dict[int, Chooser] = {}
-        self._plans = {which: self._plan(which, g) for which, g in self._groups(weights).items()}
+        groups = self._groups(self._weights)
+        self._plans = {which: self._plan(which, g) for which, g in groups.items()}
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
@@ -185,16 +199,17 @@ class Feed:
 
     def _groups(self, weights: RoundWeights) -> dict[int, list[Part]]:
         """Return what each plan draws from."""
-        stored = self._history if weights.pool is None else weights.pool
+        current, stored = weights.held(self._current, self._history)
         cur_draws, hist_draws = self._draws(self._current, self._history)
-        main = [Part(self._current, weights.current, cur_draws)]
+        main = [Part(current, weights.current, cur_draws, weights.over[0])]
         if hist_draws:
-            main.append(Part(stored, weights.history, hist_draws))
+            main.append(Part(stored, weights.history, hist_draws, weights.over[1]))
             if self._priority.target == "union" and weights.history is not None:
                 main = [self._union(main)]
         groups = {_MAIN: main}
         if self._replayed:
-            groups[_HISTORY] = [Part(stored, weights.history, len(self._history))]
+            draws = len(self._history)
+            groups[_HISTORY] = [Part(stored, weights.history, draws, weights.over[1])]
         return groups
 
     def _union(self, parts: list[Part]) -> Part:
@@ -204,14 +219,15 @@ class Feed:
         """
         current, stored = parts
         assert current.weights is not None and stored.weights is not None
-        each = len(self._history) / len(stored.ids)
+        each = len(self._history) / stored.over.number(stored.ids)
         return Part(
             np.concatenate([current.ids, stored.ids]),
             np.concatenate([current.weights, stored.weights * each]),
             current.draws + stored.draws,
+            joined(current.over, stored.over),
         )
 
-    def _plan(self, which: int, groups: list[Part]) -> Pass | WindowPlan:
+    def _plan(self, which: int, groups: list[Part]) -> Plan:
         """Return who draws the training batches, or the history batches."""
         rank, world = self._runtime.rank, self._runtime.world_size
         size, seed, draw = self._sizes[which], self._seed, self._priority.draw
@@ -226,20 +242,8 @@ class Feed:
             self._choosers[which] = Chooser(
                 self._scorer, self._source, self._shape, of, seed, which + _CHOICE
             )
-        if self._sequential:
-            lanes = LaneSampler(
-                size,
-                self._data.lanes,
-                self._source.lanes_of,  # type: ignore[attr-defined]
-                window=self._data.shuffle_buffer,
-                rank=rank,
-                world_size=world,
-                seed=seed,
-                round_index=self._round,
-                stream=which,
-            )
-            lanes.set_groups(groups)
-            return lanes
+        if self._streamed is not None:
+            return self._streamed.sampler(size, groups, self._round, which)
         sampler = DistributedWeightedSampler(
             size,
             rank=rank,
@@ -276,14 +280,6 @@ class Feed:
         return len(self._current) + (len(self._history) if history else 0)
 
     @property
-    def digest(self) -> str:
-        """SHA-256 of the global ids drawn in this round so far, in order; equal on all ranks.
-
-        A chain: of the digest before a batch and the batch's ids, little-endian int64.
-        """
-        return self._digest.hex()
-
-    @property
     def weights(self) -> RoundWeights:
         """The weights that the round began with, and their report."""
         return self._weights
@@ -293,7 +289,8 @@ class Feed:
 
         Of the weights that the round began with, or of those of all candidates so far.
         """
-        found = {n: weight_histogram(w, self._runtime) for n, w in self._weights.parts.items()}
+        parts = self._weights.parts.items()
+        found = {n: weight_histogram(w, self._runtime, over) for n, (w, over) in parts}
         chosen = {_PARTS[which]: c.histogram for which, c in self._choosers.items()}
         return found | chosen
 
@@ -308,39 +305,46 @@ class Feed:
         choosing = sum(chooser.seconds for chooser in self._choosers.values())
         return self._refresh_seconds + choosing
 
-    def _take(self, lane: Iterator[Drawn]) -> Batch:
-        batch, ids = next(lane)
-        self._digest = hashlib.sha256(self._digest + ids.astype("<i8").tobytes()).digest()
-        if self._runtime.is_main:
-            self.tally.add(ids)
+    def _take(self, lane: Iterator[tuple[Batch, Drawn]]) -> Batch:
+        batch, drawn = next(lane)
+        self.account.add(drawn)
         return batch
 
-    def _lane(self, which: int, done: int) -> Iterator[Drawn]:
+    def _lane(self, which: int, done: int) -> Iterator[tuple[Batch, Drawn]]:
         """Return the batches of a plan, without end or for all of the round's steps."""
         plan = self._plans[which]
         loader = BatchLoader(
             self._source,
             plan,
-            workers=min(self._data.workers, 1) if self._sequential else self._data.workers,
+            workers=self._data.workers,
             pin_memory=self._data.pin_memory,
             device=self._runtime.device,
             dtype=self._runtime.dtype,
         )
         if isinstance(plan, WindowPlan):
             return self._windows(plan, loader)
-        drawn = self._passes(plan, loader, self._groups(self._weights)[which])
+        steps = self._passes(plan, loader, self._groups(self._weights)[which])
+        if isinstance(plan, LaneSampler):
+            return ((batch, plan.parts(step)) for batch, step in steps)
+        drawn = ((batch, plan.global_batch(step)) for batch, step in steps)
         chooser = self._choosers.get(which)
         return drawn if chooser is None else chooser.choose(self._round, drawn, done)
 
-    def _passes(self, sampler: Pass, loader: BatchLoader, groups: list[Part]) -> Iterator[Drawn]:
+    def _passes(
+        self,
+        sampler: DistributedWeightedSampler | LaneSampler,
+        loader: BatchLoader,
+        groups: list[Part],
+    ) -> Iterator[tuple[Batch, int]]:
+        """Yield batches, and the steps of their epochs that they are of, without end."""
         correction, epoch = self._correction(), sampler.epoch
         while True:
             sampler.set_epoch(epoch)
             for step, batch in enumerate(loader, start=sampler.first_step):
-                yield correction.applied(batch, groups), sampler.global_batch(step)
+                yield correction.applied(batch, groups), step
             epoch += 1
 
-    def _windows(self, plan: WindowPlan, loader: BatchLoader) -> Iterator[Drawn]:
+    def _windows(self, plan: WindowPlan, loader: BatchLoader) -> Iterator[tuple[Batch, Ids]]:
         correction = self._correction()
         for step, batch in enumerate(loader, start=plan.first_step):
             yield correction.applied(batch, plan.groups(step)), plan.global_batch(step)
@@ -391,25 +395,46 @@ class Feed:
             "replayed": self._replayed,
             "weights": self._weights.state_dict(),
             "weighted": [as_tensor(ids) for ids in self._weighted],
-            "digest": self._digest.hex(),
-            "tally": self.tally.state_dict(),  # rank 0's, which is the one that is saved
+            "account": None if self._streamed is not None else self.account.state_dict(),
             "seconds": self._refresh_seconds,
             "plans": plans,
             "choosers": {which: c.state_dict() for which, c in self._choosers.items()},
         }
 
+    def lane_state(self, in_round: bool) -> dict[str, Any] | None:
+        """Return what only this rank has, if the source is read in lanes, else None. Local.
+
+        It goes beside :meth:`state_dict`; ``in_round``: whether a round is in progress.
+        """
+        if self._streamed is None:
+            return None
+        if not in_round:
+            return self._streamed.state(None, None)
+        assert isinstance(self.account, LaneAccount)
+        return self._streamed.state(self._weights, self.account)
+
+    def load_lane_states(self, states: Sequence[dict[str, Any] | None]) -> None:
+        """Restore those of all ranks, before :meth:`load_state_dict`, at any world size. Local."""
+        if self._streamed is not None:
+            self._streamed.load([state for state in states if state is not None])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the round that was saved, at any world size. Local."""
+        """Go on with the round that was saved, at any world size. Collective."""
         self._round = state["round"]
         self._current, self._history = state["current"].numpy(), state["history"].numpy()
         self._replayed = state["replayed"]
         self._weights = RoundWeights.from_state(state["weights"])
+        if self._streamed is None:
+            whole = WholeAccount(self._runtime)
+            whole.load_state_dict(state["account"])
+            self.account = whole
+        else:
+            self._weights, self.account = self._streamed.resumed(
+                self._weights, self._current, self._history
+            )
         self._weighted = (as_array(state["weighted"][0]), as_array(state["weighted"][1]))
         draws = sum(self._draws(self._current, self._history))
         self._pass_steps = -(-draws // self._training.batch_size)
-        self._digest = bytes.fromhex(state["digest"])
-        self.tally = DrawTally()
-        self.tally.load_state_dict(state["tally"])
         self._refresh_seconds = state["seconds"]
         self._choosers = {}
         groups = self._groups(self._weights)

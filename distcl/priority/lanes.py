@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from distcl.errors import UsageError
 from distcl.priority import draws
-from distcl.priority.sampler import Group
-from distcl.types import Ids, unpack_ids
+from distcl.priority.slices import Array, Slices
+from distcl.types import ROW_BITS, Ids
 
-_BITS = 22  # of the number of an experience
+_ROWS = (1 << ROW_BITS) - 1
+_BLOCK = 1 << 16  # weights quantized together
 
-LanesOf = Callable[[Ids, int], Ids]
+
+@dataclass(frozen=True, slots=True)
+class LaneGroup:
+    """Exactly ``draws`` of what ``slices`` hold over all ranks, by this rank's weights [n].
+
+    Without weights every sample is drawn as often as any other, but for one.
+    """
+
+    slices: Slices
+    weights: draws.Weights | None
+    draws: int
 
 
 class LaneSampler:
     """Yields this rank's part, a list of ids, of each global batch of a sequential source.
 
-    The source's shards are cut into lanes, each read in order; a lane belongs to one rank. A sample
-    is drawn a *number of times* (:func:`distcl.priority.draws.systematic_counts`; once each where
-    there are no weights), so a pass over the data is one pass over the shards, and what has count 0
-    is passed over undecoded. Draws are shuffled within windows of ``window`` neighbouring samples
-    in a lane, for each experience by itself, and the windows begin elsewhere in every epoch; then
-    lanes and experiences are merged evenly, each in proportion to its number of draws.
+    The source is cut into lanes, each read in order; a lane belongs to one rank, which alone has
+    the weights of its samples. Of the others it knows one number a run (what an experience has in
+    a lane), the sum of the run's weights in int64 fixed point. A sample is drawn a *number of
+    times* (:func:`distcl.priority.draws.systematic_counts_local`), so a pass over the data is one
+    pass over the shards, and what has count 0 is passed over undecoded. Draws are shuffled within
+    windows of ``window`` neighbouring samples of a run; the windows begin elsewhere in every
+    epoch. Runs are merged evenly, each in proportion to its number of draws.
 
     So the global batches are a pure function of (seed, stream, round, epoch, ids, weights), at any
-    world size; a rank's part may be large, small or empty, and every rank has every step. Weights
-    must be equal on all ranks. Local.
-
-    ``lanes``: how many; ``lanes_of(ids, lanes)`` [N] says which each sample is in.
+    world size; a rank's part may be large, small or empty, and every rank has every step. All but
+    ``set_groups`` is local. Memory: 8 bytes for each of this rank's draws.
     """
 
     def __init__(
         self,
         batch_size: int,
-        lanes: int,
-        lanes_of: LanesOf,
         *,
         window: int,
-        rank: int = 0,
-        world_size: int = 1,
         seed: int = 0,
         round_index: int = 0,
         stream: int = 0,
@@ -51,33 +59,40 @@ class LaneSampler:
         self.batch_size = batch_size
         self.round_index = round_index
         self.epoch = 0
-        self._lanes = lanes
-        self._lanes_of = lanes_of
         self._window = window
-        self._rank = rank
-        self._world_size = world_size
         self._seed = seed
         self._stream = stream
-        self._groups: list[tuple[Ids, draws.Weights | None, int]] = []
+        self._groups: list[LaneGroup] = []
+        self._sums: list[Array] = []  # of each group's weights in fixed point, by run
+        self._exponents: list[int] = []
         self._total = 0
         self._restart()
 
     def _restart(self, step: int = 0) -> None:
-        self._begin = self._handed_out = step
-        self._plan: tuple[Ids, Ids] | None = None
+        self._begin = step
+        self._plan: _Plan | None = None
 
-    def set_groups(self, groups: Sequence[Group]) -> None:
-        """Replace what is drawn, as :meth:`DistributedWeightedSampler.set_groups` does."""
-        self._groups = []
+    def set_groups(self, groups: Sequence[LaneGroup]) -> None:
+        """Replace what is drawn. Collective. Raises ValueError naming the id of a bad weight."""
+        self._groups, self._sums, self._exponents = list(groups), [], []
         for group in groups:
-            ids = np.array(group.ids, dtype=np.int64)
-            if len(ids) == 0:
+            held, number = group.slices, group.slices.number()
+            if number == 0:
                 raise ValueError("there are no ids to draw from")
-            weights = group.weights
-            if weights is not None:
-                weights = draws.check_weights(np.array(weights, dtype=np.float64), ids)
-            self._groups.append((ids, weights, group.draws))
-        self._total = sum(number for _, _, number in self._groups)
+            if group.weights is None:
+                self._exponents.append(0)
+                self._sums.append(held.everyones)
+                continue
+            weights = draws.check_weights(group.weights, held.ids, held)
+            exponent = draws.fixed_point_exponent(held.largest(weights), number)
+            sums = np.zeros(len(held.sizes), dtype=np.int64)
+            for run, place in held.runs():
+                of_run = weights[place]
+                for start in range(0, len(of_run), _BLOCK):
+                    sums[run] += draws.quantize(of_run[start : start + _BLOCK], exponent).sum()
+            self._exponents.append(exponent)
+            self._sums.append(held.reduce(sums, "sum"))
+        self._total = sum(group.draws for group in groups)
         self._restart()
 
     def set_round(self, round_index: int) -> None:
@@ -107,89 +122,167 @@ class LaneSampler:
         """Yield this rank's part of each batch; after a resume, of those not consumed."""
         first, self._begin = self._begin, 0
         for step in range(first, len(self)):
-            self._handed_out = step + 1
-            ids, lanes = self._batch(step)
-            mine = lanes * self._world_size // self._lanes == self._rank
-            yield ids[mine].tolist()
+            yield [id_ for _, ids in self.parts(step) for id_ in ids.tolist()]
 
-    def global_batch(self, step: int) -> Ids:
-        """Return the ids of all ranks' parts of a batch, int64 [b]."""
-        return self._batch(step)[0].copy()
+    @property
+    def readers(self) -> int:
+        """The number of lanes in which this rank has samples."""
+        return len(self._lanes())
 
-    def _batch(self, step: int) -> tuple[Ids, Ids]:
+    def _lanes(self) -> list[int]:
+        held = [group.slices.lanes[group.slices.sizes > 0] for group in self._groups]
+        return [int(lane) for lane in np.unique(np.concatenate([np.empty(0, np.int64), *held]))]
+
+    def cut(self, step: int, readers: int) -> list[list[int]]:
+        """Return this rank's part of a batch as ``readers`` parts, each of its own lanes."""
+        lanes, found = self._lanes(), [list[int]() for _ in range(readers)]
+        for lane, ids in self.parts(step):
+            found[lanes.index(lane) * readers // len(lanes)] += ids.tolist()
+        return found
+
+    def total(self, step: int) -> int:
+        """Return the size of a global batch."""
+        return min(self.batch_size, self._total - step * self.batch_size)
+
+    def parts(self, step: int) -> list[tuple[int, Ids]]:
+        """Return (lane, ids int64 [b]) of this rank's part of a batch, in order of lanes, runs."""
         if self._plan is None:
             self._plan = self._draw()
-        part = slice(step * self.batch_size, (step + 1) * self.batch_size)
-        return self._plan[0][part], self._plan[1][part]
-
-    def _draw(self) -> tuple[Ids, Ids]:
-        """Return (id, lane) of every draw of the epoch, in order, int64 [T] each."""
-        rng = draws.generator(self._seed, self._stream, self.round_index, self.epoch)
-        ids = np.concatenate([group[0] for group in self._groups])
-        counts = np.concatenate([_counts(*group[1:], len(group[0]), rng) for group in self._groups])
-        lanes = self._lanes_of(ids, self._lanes)
-        # a run: one experience's samples in one lane, which one cursor reads
-        experience, row, _ = unpack_ids(ids)
-        _, run = np.unique(lanes << _BITS | experience, return_inverse=True)
-        order = np.lexsort((ids, run))  # as the shards are read
-        ids, counts, lanes, run = ids[order], counts[order], lanes[order], run[order]
-        window = (row[order] + int(rng.integers(self._window))) // self._window
-        drawn = np.repeat(np.arange(len(ids)), counts)
-        drawn = drawn[np.lexsort((rng.random(len(drawn)), window[drawn], run[drawn]))]
-        lanes, run = lanes[drawn], run[drawn]
-        # draw j of the C of a run is due at (j + 1/2) / C of the epoch
-        sizes = np.bincount(run)
-        due = (np.arange(len(drawn)) - (np.cumsum(sizes) - sizes)[run] + 0.5) / sizes[run]
-        merged = np.argsort(due, kind="stable")
-        return ids[drawn[merged]], lanes[merged]
-
-    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
-        """Return all that a resume needs: ints and tensors (ids and weights included).
-
-        ``consumed``: the steps trained on so far; None: those handed out.
-        """
-        step = self._handed_out if consumed is None else consumed
-        groups = [
-            (torch.from_numpy(ids), None if w is None else torch.from_numpy(w), number)
-            for ids, w, number in self._groups
+        plan, begin = self._plan, step * self.batch_size
+        first, last = plan.merged(begin), plan.merged(begin + self.total(step))
+        return [
+            (lane, ids[first[run] : last[run]])
+            for run, (lane, ids) in plan.mine.items()
+            if first[run] < last[run]
         ]
+
+    def _draw(self) -> _Plan:
+        """Draw an epoch: how often each run is drawn, and this rank's draws in order."""
+        rng = self._generator(0)
+        shift = int(rng.integers(self._window))
+        counts: list[Ids] = []
+        mine: dict[int, tuple[int, Ids]] = {}
+        first = 0  # the group's first run
+        for group, sums, exponent in zip(self._groups, self._sums, self._exponents, strict=True):
+            u, total, held = rng.random(), int(sums.sum()), group.slices
+            counts.append(draws.systematic_counts_local(sums, 0, total, group.draws, u))
+            offsets = np.cumsum(sums) - sums
+            for run, place in held.runs():
+                if not counts[-1][run]:
+                    continue
+                ids, weights = held.ids[place], group.weights
+                units = (
+                    np.ones(len(ids), dtype=np.int64)
+                    if weights is None
+                    else draws.quantize(weights[place], exponent)
+                )
+                number = draws.systematic_counts_local(
+                    units, int(offsets[run]), total, group.draws, u
+                )
+                del units
+                drawn = self._shuffled(np.repeat(ids, number), shift, first + run)
+                mine[first + run] = int(held.lanes[run]), drawn
+            first += len(sums)
+        in_order = sorted(mine.items(), key=lambda item: (item[1][0], item[0]))  # lane by lane
+        return _Plan(np.concatenate(counts), dict(in_order))
+
+    def _shuffled(self, ids: Ids, shift: int, run: int) -> Ids:
+        """Return a run's ids, ascending so far, in random order within each window, in place."""
+        keys = self._generator(1 + run).random(len(ids))
+        window = ((ids & _ROWS) + shift) // self._window
+        bounds = np.flatnonzero(np.diff(window, prepend=-1, append=-1)).tolist()
+        del window
+        for begin, end in itertools.pairwise(bounds):
+            ids[begin:end] = ids[begin:end][np.argsort(keys[begin:end], kind="stable")]
+        return ids
+
+    def _generator(self, last: int) -> np.random.Generator:
+        return draws.generator(self._seed, self._stream, self.round_index, self.epoch, last)
+
+    def state_dict(self, consumed: int) -> dict[str, Any]:
+        """Return where a resume after ``consumed`` steps of this epoch goes on, at any world size.
+
+        Plain values, the same on every rank; what is drawn is not among them.
+        """
+        identity = self._identity()
         return {
             "round": self.round_index,
             "epoch": self.epoch,
-            "step": step,
-            "groups": groups,
-            "identity": self._identity(),
+            "step": consumed,
+            "identity": identity,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, at any world size.
+        """Go on where ``state_dict`` was taken, with the same groups, set before. Local.
 
-        Raises ValueError if seed, batch size, lanes or window differ.
+        Raises ValueError if seed, batch size or window differ.
         """
         if state["identity"] != self._identity():
             raise ValueError(
-                f"the saved draws are of (seed, stream, batch size, lanes, window) "
+                f"the saved draws are of (seed, stream, batch size, window) "
                 f"{state['identity']}, not {self._identity()}"
             )
-        self._groups = [
-            (ids.numpy(), None if w is None else w.numpy(), number)
-            for ids, w, number in state["groups"]
-        ]
-        self._total = sum(number for _, _, number in self._groups)
         self.round_index, self.epoch = state["round"], state["epoch"]
         self._restart(state["step"])
 
     def _identity(self) -> list[int]:
-        return [self._seed, self._stream, self.batch_size, self._lanes, self._window]
+        return [self._seed, self._stream, self.batch_size, self._window]
 
 
-def _counts(
-    weights: draws.Weights | None, n: int, number: int, rng: np.random.Generator
-) -> draws.Positions:
-    """Return how often each of ``number`` samples is drawn, of ``n`` draws."""
-    u = rng.random()
-    if weights is not None:
-        return draws.systematic_counts(weights, n, u)
-    if n == number:
-        return np.ones(number, dtype=np.int64)
-    return draws.systematic_counts(np.ones(number), n, u)
+class _Plan:
+    """The draws of an epoch: ``counts`` [R] of each run of all ranks, and this rank's ids."""
+
+    def __init__(self, counts: Ids, mine: dict[int, tuple[int, Ids]]) -> None:
+        self.mine = mine
+        """(lane, ids in order) of this rank's runs, by their number."""
+        self._counts = counts
+        self._total = int(counts.sum())
+        # how far the k-th draw of all may be from a run's share of k, in draws of the run
+        self._spare = np.ceil(len(counts) * counts / self._total).astype(np.int64) + 1
+        self._last: dict[int, Ids] = {}
+
+    def merged(self, number: int) -> Ids:
+        """Return how many of the first ``number`` draws of the epoch are of each run, int64 [R].
+
+        Draw j of the C of a run is due at (j + 1/2) / C of the epoch; equal ones in order of run.
+        """
+        if number not in self._last:
+            found = self._merge(number)
+            self._last = dict([*self._last.items()][-1:])  # a batch begins where another ends
+            self._last[number] = found
+        return self._last[number]
+
+    def _merge(self, number: int) -> Ids:
+        near = np.rint(self._counts * (number / self._total)).astype(np.int64)
+        low = np.clip(near - self._spare, 0, self._counts)
+        width = np.clip(near + self._spare, 0, self._counts) - low
+        run = np.repeat(np.arange(len(width)), width)
+        draw = np.arange(len(run)) - (np.cumsum(width) - width)[run] + low[run]
+        due = (draw + 0.5) / self._counts[run]
+        first = np.argsort(due, kind="stable")[: number - int(low.sum())]
+        merged: Ids = low + np.bincount(run[first], minlength=len(low))
+        return merged
+
+
+class LaneDigest:
+    """SHA-256 of the global batches drawn: a chain in each lane, then over the lanes.
+
+    A chain: of the digest before a batch and the lane's ids in it, little-endian int64. So no rank
+    need know another's draws, and the digest is the same at every world size.
+    """
+
+    def __init__(self, lanes: Sequence[int]) -> None:
+        self.chains = dict.fromkeys(lanes, b"")
+
+    def add(self, parts: Sequence[tuple[int, Ids]]) -> None:
+        """Add this rank's part of a batch, (lane, ids) in order of runs. Local."""
+        for lane, chain in self.chains.items():
+            drawn = b"".join(ids.astype("<i8").tobytes() for at, ids in parts if at == lane)
+            self.chains[lane] = hashlib.sha256(chain + drawn).digest()
+
+
+def digest_of(chains: Sequence[dict[int, bytes]]) -> str:
+    """Return the digest, in hex, of the chains of all ranks' lanes; '' if nothing was drawn."""
+    every = {lane: chain for part in chains for lane, chain in part.items()}
+    joined = b"".join(every[lane] for lane in sorted(every))
+    return hashlib.sha256(joined).hexdigest() if joined else ""

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.data.loader import iterate_chunks
 from distcl.errors import ConfigError
-from distcl.priority.scoring import Weights, checked, require_finite
+from distcl.priority.scoring import Weights, checked, require_sound
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source, unpack_ids
 
@@ -196,7 +196,7 @@ class Ledger:
 
         How often it is called makes no difference to the table. Samples are written in the order
         in which they were drawn. One whose loss is not finite is left to the loss watch. Raises
-        ConfigError naming signal and sample id for a bad score.
+        DivergenceError or ConfigError naming signal and sample id for a bad score.
         """
         self._score()
         if not self._sizes and self._heard:
@@ -211,7 +211,7 @@ class Ledger:
         self._sizes, self._seen, self._heard = [], [], True
         if not (np.isfinite(scores) & (scores >= 0)).all():
             what = f"the score of signal '{type(self._signal).__name__}'"
-            require_finite(torch.from_numpy(scores), ids, what, ConfigError)
+            require_sound(torch.from_numpy(scores), ids, what)
         self.table.write(ids, scores, labels)
 
     def _gathered(self) -> tuple[Ids, Weights, Ids]:

@@ -255,6 +255,11 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             )
         return self.global_batch_size
 
+    def total(self, step: int) -> int:
+        """Return the size of a global batch."""
+        begin, end = self._span(step)
+        return end - begin
+
     def global_batch(self, step: int) -> Ids:
         """Return the ids of all ranks' parts of a batch, int64 [b], in order of rank."""
         return self._read(*self._span(step)).copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from distcl.inference import ShardedForward
 from distcl.partition.base import create_partition
 from distcl.priority.cache import LossCache, fingerprint
 from distcl.priority.sampler import part_of
+from distcl.priority.slices import Slices
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedLoss
 
@@ -82,18 +84,46 @@ class Scorer:
         run, size, n = self.forward.runtime, self.batch_size, len(ids)
         if n == 0:
             return torch.empty(0, dtype=run.dtype)
-        self.forward.partition.sync_buffers()
         mine = self.forward.mine(ids, size)
-        anchors = self._anchor_passes(source, ids, mine) if self.signal.needs_anchor else None
-        rows: list[torch.Tensor] = []
-        with self.forward.inferring(source, ids, -(-len(mine) // size)):
-            for k, batch in enumerate(self.forward.chunks(source, mine, size)):
-                rows.append(self._row(batch, anchors[k] if anchors is not None else None))
+        pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
+        rows = self._rows(source, ids, pieces)
         self.forward.forwards += n
-        empty = torch.empty((0, 2), dtype=run.dtype, device=run.device)
-        scores, losses = self._split(self.forward.gather(torch.cat([empty, *rows]), n, size), ids)
+        chunks = -(-n // size)
+        share = -(-chunks // run.world_size) * size  # samples a rank
+        return self._remember(self.forward.gather(rows, n, size), ids, np.arange(n) // share)
+
+    def score_slices(self, source: Source, ids: Ids, slices: Slices) -> torch.Tensor:
+        """Return the scores [n] of this rank's part of ``ids``, in the order of ``slices.ids``.
+
+        Nothing is gathered, and the cache keeps this rank's losses only. Collective. Raises as
+        :meth:`score`.
+        """
+        rows = self._rows(source, ids, slices.pieces(self.batch_size))
+        self.forward.forwards += slices.number()
+        rank = np.full(len(slices.ids), self.forward.runtime.rank)
+        return self._remember(rows, slices.ids, rank)
+
+    def _rows(self, source: Source, ids: Ids, pieces: list[Ids]) -> torch.Tensor:
+        """Return score and loss, [n, 2], of my chunks of ``ids``, one after another. Collective."""
+        run = self.forward.runtime
+        self.forward.partition.sync_buffers()
+        anchors = self._anchor_passes(source, ids, pieces) if self.signal.needs_anchor else None
+        rows = [torch.empty((0, 2), dtype=run.dtype, device=run.device)]
+        with self.forward.inferring(source, ids, len(pieces)):
+            for k, batch in enumerate(self._read(source, pieces)):
+                rows.append(self._row(batch, anchors[k] if anchors is not None else None))
+        return torch.cat(rows)
+
+    def _read(self, source: Source, pieces: list[Ids]) -> Iterator[Batch]:
+        for piece in pieces:
+            yield from self.forward.chunks(source, piece, len(piece))
+
+    def _remember(self, rows: torch.Tensor, ids: Ids, ranks: Ids) -> torch.Tensor:
+        """Return the scores [N]; keep the losses for the next round. Collective."""
+        scores, losses = self._split(rows, ids, ranks)
         if self.signal.needs_anchor and not self.signal.needs_logits:
-            self.cache.put(fingerprint(self.forward.partition.owned(), run), ids, losses)
+            owned = self.forward.partition.owned()
+            self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses)
         return scores
 
     def score_batch(self, batch: Batch, ids: Ids) -> torch.Tensor:
@@ -120,7 +150,8 @@ class Scorer:
         every = run.all_gather(row, each * run.world_size, each)
         parts = [part_of(len(ids), rank, run.world_size) for rank in range(run.world_size)]
         rows = [rank * each + k for rank, (lo, hi) in enumerate(parts) for k in range(hi - lo)]
-        return self._split(every[rows], ids)[0]
+        ranks = np.repeat(np.arange(run.world_size), [hi - lo for lo, hi in parts])
+        return self._split(every[rows], ids, ranks)[0]
 
     def _row(self, batch: Batch, anchor: Outputs | None) -> torch.Tensor:
         """Return score and loss, [B, 2], of a chunk under the weights as they are."""
@@ -128,56 +159,69 @@ class Scorer:
         score = checked(self.signal, self.signal.score(batch, now, anchor), len(batch))
         return torch.stack([score.to(now.loss), now.loss], dim=1)
 
-    def _split(self, both: torch.Tensor, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores [N] and losses [N], once they are known to be good."""
+    def _split(self, both: torch.Tensor, ids: Ids, ranks: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores [N] and losses [N], once they are known to be good.
+
+        ``ranks`` [N]: which rank has computed them.
+        """
         scores, losses = both[:, 0].clone(), both[:, 1].clone()
-        require_finite(losses, ids, "the loss", DivergenceError)
-        require_finite(scores, ids, f"the score of signal '{self._name}'", ConfigError)
+        require_sound(losses, ids, "the loss", ranks)
+        require_sound(scores, ids, f"the score of signal '{self._name}'", ranks)
         return scores, losses
 
-    def _anchor_passes(self, source: Source, ids: Ids, mine: Ids) -> list[Outputs]:
+    def _anchor_passes(self, source: Source, ids: Ids, pieces: list[Ids]) -> list[Outputs]:
         """Return theta_star's outputs for each of my chunks, older anchors' in them. Collective."""
-        found = self._anchor_pass(source, ids, mine)
+        found = self._anchor_pass(source, ids, pieces)
         for back in range(1, 1 + len(self.anchor.older)):
-            calls = -(-len(mine) // self.batch_size)
-            with self.anchor.swapped_in(back), self.forward.inferring(source, ids, calls):
-                for k, batch in enumerate(self.forward.chunks(source, mine, self.batch_size)):
+            with self.anchor.swapped_in(back), self.forward.inferring(source, ids, len(pieces)):
+                for k, batch in enumerate(self._read(source, pieces)):
                     older = (*found[k].older, self.forward.outputs(batch))
                     found[k] = replace(found[k], older=older)
             self.forward.forwards += len(ids)
         return found
 
-    def _anchor_pass(self, source: Source, ids: Ids, mine: Ids) -> list[Outputs]:
+    def _anchor_pass(self, source: Source, ids: Ids, pieces: list[Ids]) -> list[Outputs]:
         """Return theta_star's outputs for each of my chunks. Collective."""
-        run, size = self.forward.runtime, self.batch_size
-        known, losses = self.cache.get(fingerprint(self.anchor.theta_star, run), ids)
+        run = self.forward.runtime
+        mine = np.concatenate([np.empty(0, np.int64), *pieces])
+        known, losses = self.cache.get(fingerprint(self.anchor.theta_star, run), mine)
         if self.signal.needs_logits:  # those are not cached
             known = torch.zeros_like(known)
-        start = run.share(-(-len(ids) // size))[0] * size
-        hits = torch.split(known[start : start + len(mine)], size)
-        mine_losses = losses[start : start + len(mine)].to(run.device, run.dtype, copy=True)
-        found = [Outputs(loss=loss) for loss in torch.split(mine_losses, size)]
-        if bool(known.all()):
+        sizes = [len(piece) for piece in pieces]
+        hits = torch.split(known, sizes)
+        mine_losses = losses.to(run.device, run.dtype, copy=True)
+        found = [Outputs(loss=loss) for loss in torch.split(mine_losses, sizes)]
+        unknown = int(run.all_reduce((~known).sum().to(run.device)))
+        if not unknown:
             return found
         calls = sum(not bool(hit.all()) for hit in hits)
         with self.anchor.swapped_in(), self.forward.inferring(source, ids, calls):
-            for k, hit in enumerate(hits):
-                missing = mine[k * size : k * size + len(hit)][~hit.numpy()]
-                for batch in self.forward.chunks(source, missing, size):
+            for k, (piece, hit) in enumerate(zip(pieces, hits, strict=True)):
+                missing = piece[~hit.numpy()]
+                for batch in self.forward.chunks(source, missing, len(piece)):
                     out = self.forward.outputs(batch)
                     found[k].loss[(~hit).to(run.device)] = out.loss
                     if self.signal.needs_logits:
                         found[k] = out
-        self.forward.forwards += int((~known).sum())
+        self.forward.forwards += unknown
         return found
 
 
-def require_finite(values: torch.Tensor, ids: Ids, what: str, error: type[DistclError]) -> None:
-    """Raise ``error`` naming the first id whose value [N] is NaN, infinite or negative."""
-    bad = torch.nonzero(~(torch.isfinite(values) & (values >= 0)))
+def require_sound(values: torch.Tensor, ids: Ids, what: str, ranks: Ids | None = None) -> None:
+    """Raise an error naming the first of ``ids`` whose value [N] is no number from 0 up.
+
+    DivergenceError if one is NaN or infinite, else ConfigError. ``ranks`` [N]: which rank has
+    computed it.
+    """
+    bad = torch.nonzero(~torch.isfinite(values))[:, 0]
+    error: type[DistclError] = DivergenceError
+    if not len(bad):
+        bad, error = torch.nonzero(values < 0)[:, 0], ConfigError
     if len(bad):
         at = int(bad[0])
-        raise error(f"{what} of sample id {int(ids[at])} is {float(values[at])}")
+        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+        where = "" if ranks is None else f", on rank {int(ranks[at])}"
+        raise error(f"{what} of sample id {int(ids[at])}{more} is {float(values[at])}{where}")
 
 
 def checked(signal: PrioritySignal, score: Any, number: int) -> torch.Tensor:

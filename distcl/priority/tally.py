@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distcl.priority.draws import Weights
+from distcl.priority.draws import WHOLE, Sums, Weights
 from distcl.runtime import Runtime
 from distcl.types import Ids
 
@@ -60,6 +60,13 @@ class DrawTally:
             "most": int(counts.max(initial=0)),
         }
 
+    def put(self, ids: Ids, counts: npt.NDArray[np.int64]) -> None:
+        """Add counts [n] of different ``ids`` [n], none of which has been drawn yet."""
+        self._merge()
+        both = np.concatenate([self._ids, ids])
+        order = np.argsort(both, kind="stable")
+        self._ids, self._counts = both[order], np.concatenate([self._counts, counts])[order]
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the counts so far as tensors."""
         ids, counts = self.counts()
@@ -82,14 +89,17 @@ class DrawTally:
         self._pending, self._number = [], 0
 
 
-def weight_histogram(weights: Weights, runtime: Runtime) -> npt.NDArray[np.int64]:
+def weight_histogram(
+    weights: Weights, runtime: Runtime, over: Sums = WHOLE
+) -> npt.NDArray[np.int64]:
     """Return how many weights [N], in means, lie between ``EDGES``, int64 [BINS]. Collective.
 
-    Every rank counts its part of them. A weight of 0 counts in the first bin.
+    Every rank counts its part of them: where ``over`` sums slices, those it holds. A weight of 0
+    counts in the first bin.
     """
-    begin, end = runtime.share(len(weights))
-    relative = weights[begin:end] * (len(weights) / weights.sum())
-    mine = torch.from_numpy(binned(relative)).to(runtime.device)
+    each = over.number(weights) / over.total(weights)
+    begin, end = runtime.share(len(weights)) if over is WHOLE else (0, len(weights))
+    mine = torch.from_numpy(binned(weights[begin:end] * each)).to(runtime.device)
     counts: npt.NDArray[np.int64] = runtime.all_reduce(mine).cpu().numpy()
     return counts
 

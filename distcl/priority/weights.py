@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from distcl.config import Config, PriorityConfig
 from distcl.errors import ConfigError
-from distcl.priority.draws import Weights, ess_fraction, shape_weights
+from distcl.priority.draws import WHOLE, Sums, Weights, ess_fraction, shape_weights
+from distcl.priority.slices import Slices
 from distcl.priority.windows import Part
 from distcl.types import Batch, Ids, PrioritySignal
 
@@ -24,21 +26,30 @@ class RoundWeights:
 
     ``history`` belongs to the ids ``pool``, or to all of the history where that is None. By
     ``chosen``, batches of current data or of history are chosen among candidates. ``report`` has
-    the statistics for summary.json; ``note`` is what else the log should say, or empty.
+    the statistics for summary.json; ``note`` is what else the log should say, or empty. ``over``,
+    for current data and history: how weights are summed; where that is a Slices, this rank has
+    only the weights of its ids.
     """
 
     current: Weights | None = None
     history: Weights | None = None
     pool: Ids | None = None
     chosen: tuple[bool, bool] = (False, False)
+    over: tuple[Sums, Sums] = (WHOLE, WHOLE)
     report: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str = ""
 
     @property
-    def parts(self) -> dict[str, Weights]:
-        """The weights that there are, by the name of their part in ``report``."""
-        both = {"cur": self.current, "hist": self.history}
-        return {name: weights for name, weights in both.items() if weights is not None}
+    def parts(self) -> dict[str, tuple[Weights, Sums]]:
+        """The weights that there are, and their sums, by the name of their part in ``report``."""
+        both = zip(("cur", "hist"), (self.current, self.history), self.over, strict=True)
+        return {name: (weights, over) for name, weights, over in both if weights is not None}
+
+    def held(self, current: Ids, history: Ids) -> tuple[Ids, Ids]:
+        """Return the ids that the weights belong to, of all current ids and all of the history."""
+        mine = [over.ids if isinstance(over, Slices) else None for over in self.over]
+        stored = history if self.pool is None else self.pool
+        return current if mine[0] is None else mine[0], stored if mine[1] is None else mine[1]
 
     def lines(self) -> list[str]:
         """Return the note and the report as lines for the log."""
@@ -49,10 +60,11 @@ class RoundWeights:
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything as tensors and plain values."""
+        """Return what is the same on every rank, as tensors and plain values."""
+        cut = [isinstance(over, Slices) for over in self.over]
         return {
-            "current": as_tensor(self.current),
-            "history": as_tensor(self.history),
+            "current": None if cut[0] else as_tensor(self.current),
+            "history": None if cut[1] else as_tensor(self.history),
             "pool": as_tensor(self.pool),
             "chosen": list(self.chosen),
             "report": self.report,
@@ -79,10 +91,13 @@ class Shape:
         clamped: Weights = np.maximum(scores, self.config.min_score) ** self.alpha
         return clamped
 
-    def weights(self, scores: Weights, ids: Ids) -> Weights:
-        """Return the weights [N] of scores [N]: alpha, cap, min_ess, floor, in that order."""
+    def weights(self, scores: Weights, ids: Ids, over: Sums = WHOLE) -> Weights:
+        """Return the weights [N] of scores [N]: alpha, cap, min_ess, floor, in that order.
+
+        Collective if ``over`` is.
+        """
         c = self.config
-        return shape_weights(scores, self.alpha, c.cap, c.min_ess, c.floor, ids, c.min_score)
+        return shape_weights(scores, self.alpha, c.cap, c.min_ess, c.floor, ids, c.min_score, over)
 
 
 def weigh(
@@ -92,26 +107,35 @@ def weigh(
     history: Ids | None,
     pool: Ids | None = None,
     *,
+    over: tuple[Sums, Sums] = (WHOLE, WHOLE),
     report: bool = True,
 ) -> RoundWeights:
     """Score what is given and shape the scores into weights; collective if ``score`` is.
 
+    ``over`` sums what belongs to current data, and to history: of each, the ids may be this rank's.
+
     Under ``priority.target = "union"`` both are shaped together, so that they share one
     normalization. ``pool``: a uniform sample of the history, scored in its place.
     """
-    result = RoundWeights(pool=pool)
+    result = RoundWeights(pool=pool, over=over)
     scored = history if pool is None else pool
-    wanted = [ids for ids in (current, scored) if ids is not None and len(ids)]
-    scores = [score(ids) for ids in wanted]
+    wanted = [
+        (ids, sums)
+        for ids, sums in zip((current, scored), over, strict=True)
+        if ids is not None and sums.number(ids)
+    ]
+    scores = [score(ids) for ids, _ in wanted]
     if shape.config.target == "union" and len(wanted) == 2:
-        both = shape.weights(np.concatenate(scores), np.concatenate(wanted))
-        parts = np.split(both, [len(wanted[0])])
+        ids = np.concatenate([ids for ids, _ in wanted])
+        both = shape.weights(np.concatenate(scores), ids, joined(*over))
+        parts = np.split(both, [len(wanted[0][0])])
     else:
-        parts = [shape.weights(raw, ids) for raw, ids in zip(scores, wanted, strict=True)]
-    for ids, raw, weights in zip(wanted, scores, parts, strict=True):
+        pairs = zip(scores, wanted, strict=True)
+        parts = [shape.weights(raw, ids, sums) for raw, (ids, sums) in pairs]
+    for (ids, sums), raw, weights in zip(wanted, scores, parts, strict=True):
         if report:
             name = "cur" if ids is current else "hist"
-            result.report[name] = statistics(shape.priorities(raw), weights)
+            result.report[name] = statistics(shape.priorities(raw), weights, sums)
         if ids is current:
             result.current = weights
         else:
@@ -119,15 +143,27 @@ def weigh(
     return result
 
 
-def statistics(priority: Weights, weights: Weights) -> dict[str, float]:
-    """Return n, min, mean, max, std of priorities [N] and the weights' ESS as a share of N."""
+def joined(first: Sums, second: Sums) -> Sums:
+    """Return the sums over arrays of the first one's samples, then the second one's."""
+    if isinstance(first, Slices) and isinstance(second, Slices):
+        return first.joined(second)
+    return WHOLE
+
+
+def statistics(priority: Weights, weights: Weights, over: Sums) -> dict[str, float]:
+    """Return n, min, mean, max, std of priorities [N] and the weights' ESS as a share of N.
+
+    Collective if ``over`` is.
+    """
+    n = over.number(priority)
+    mean = over.total(priority) / n
     return {
-        "n": len(priority),
-        "min": float(priority.min()),
-        "mean": float(priority.mean()),
-        "max": float(priority.max()),
-        "std": float(priority.std()),
-        "ess_fraction": float(ess_fraction(weights)),
+        "n": n,
+        "min": -over.largest(-priority),
+        "mean": mean,
+        "max": over.largest(priority),
+        "std": math.sqrt(over.total(np.square(priority - mean)) / n),
+        "ess_fraction": ess_fraction(weights, over),
     }
 
 
@@ -146,7 +182,10 @@ class Correction:
         self._groups: Sequence[Part] | None = None
 
     def applied(self, batch: Batch, groups: Sequence[Part]) -> Batch:
-        """Return the batch with the loss weights of its samples, drawn from ``groups``. Local."""
+        """Return the batch with the loss weights of its samples, drawn from ``groups``.
+
+        Collective at the first batch from new groups, if their weights lie in slices.
+        """
         if not self._beta:
             return batch
         device = tree_leaves(batch.y)[0].device
@@ -155,9 +194,9 @@ class Correction:
     def _of(self, ids: torch.Tensor, groups: Sequence[Part]) -> torch.Tensor:
         if groups is not self._groups:
             self._groups = groups
-            weighted = [(g.ids, g.weights) for g in groups if g.weights is not None]
-            held = np.concatenate([i for i, _ in weighted]) if weighted else ids.numpy()[:0]
-            values = [self._loss_weights(w) for _, w in weighted]
+            weighted = [(g.ids, g.weights, g.over) for g in groups if g.weights is not None]
+            held = np.concatenate([i for i, *_ in weighted]) if weighted else ids.numpy()[:0]
+            values = [self._loss_weights(w, over) for _, w, over in weighted]
             order = np.argsort(held, kind="stable")
             self._ids = held[order]
             self._values = np.concatenate(values)[order] if weighted else np.empty(0)
@@ -167,11 +206,11 @@ class Correction:
             found = np.where(self._ids[at] == ids.numpy(), self._values[at], found)
         return torch.from_numpy(found)
 
-    def _loss_weights(self, weights: Weights) -> Weights:
-        share = weights / weights.sum()
+    def _loss_weights(self, weights: Weights, over: Sums) -> Weights:
+        share = weights / over.total(weights)
         with np.errstate(divide="ignore"):
-            raw = np.where(share > 0, (len(share) * share) ** -self._beta, 0.0)
-        loss_weights: Weights = raw / (share @ raw)
+            raw = np.where(share > 0, (over.number(share) * share) ** -self._beta, 0.0)
+        loss_weights: Weights = raw / over.total(share * raw)
         return loss_weights
 
 

@@ -17,10 +17,14 @@ from distcl.types import Ids
 
 @dataclass(frozen=True, slots=True)
 class Part(Group):
-    """A group whose ids int64 [N] and weights float64 [N] (None: permutations) are arrays."""
+    """A group whose ids int64 [N] and weights float64 [N] (None: permutations) are arrays.
+
+    They are all there are, or this rank's, which ``over`` sums.
+    """
 
     ids: Ids
     weights: draws.Weights | None
+    over: draws.Sums = draws.WHOLE
 
 
 class WindowPlan:
@@ -97,6 +101,10 @@ class WindowPlan:
             ids = self.global_batch(step)
             lo, hi = part_of(len(ids), self._rank, self._world)
             yield ids[lo:hi].tolist()
+
+    def total(self, step: int) -> int:
+        """Return the size of a global batch; steps as for :meth:`global_batch`."""
+        return len(self.global_batch(step))
 
     def global_batch(self, step: int) -> Ids:
         """Return the ids of all ranks' parts of a batch, int64 [B].

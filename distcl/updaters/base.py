@@ -141,6 +141,9 @@ class Updater:
     def cl_postprocessing(self, source: Source, ids: Ids) -> None:
         """Commit the round on its training samples. It never touches theta_star."""
 
+    def taken_back(self) -> None:
+        """Forget what the steps of a round have gathered: it is not accepted, nor committed."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart: this rank's slices and plain values."""
         return {}

@@ -9,6 +9,7 @@ left without a penalty. Layers are dealt out over ranks: their owner alone keeps
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -201,7 +202,7 @@ class KFACOnline(Updater):
     def cl_postprocessing(self, source: Source, ids: Ids) -> None:
         """Fold the round's factors in. A layer that no counted pass used keeps its own. Collective.
 
-        Raises DivergenceError naming a layer whose factors are not finite.
+        Raises DivergenceError, on every rank, naming a layer whose factors are not finite.
         """
         if not self.samples:
             return
@@ -212,22 +213,37 @@ class KFACOnline(Updater):
             a, g, rows = Sums.view(layer, self.sums.pop(layer.name))
             used[i] = rows.item()
             if rows > 0:
-                self.curvature[layer.name] = self._folded(layer.name, a / self.samples, g / rows)
+                folded = self._folded(layer.name, a / self.samples, g / rows)
+                if folded is None:
+                    used[i] = torch.nan
+                else:
+                    self.curvature[layer.name] = folded
         self.runtime.all_reduce(used)
+        for layer, n in zip(self.layers, used.tolist(), strict=True):
+            if math.isnan(n):
+                raise DivergenceError(
+                    f"kfac_online: the factors of layer '{layer.name}' are not finite"
+                )
         idle = [layer.name for layer, n in zip(self.layers, used.tolist(), strict=True) if n == 0]
         if idle and self.runtime.is_main:
             log.info(f"[kfac_online] in no counted pass of the round: {', '.join(idle)}")
         self.commits += 1
+        self.taken_back()
+
+    def taken_back(self) -> None:
+        """Begin the round's sums anew. Local."""
+        self.sums.clear()
         self.steps = self.samples = 0
 
-    def _folded(self, name: str, a: torch.Tensor, g: torch.Tensor) -> Curvature:
+    def _folded(self, name: str, a: torch.Tensor, g: torch.Tensor) -> Curvature | None:
+        """Return the factors with the round's folded in; None if they are not finite."""
         old = self.curvature.get(name)
         if old is not None:
             decay = self.config.kfac_ema_decay
             a = decay * old.a + (1 - decay) * a
             g = decay * old.g + (1 - decay) * g
         if not (a.isfinite().all() and g.isfinite().all()):
-            raise DivergenceError(f"kfac_online: the factors of layer '{name}' are not finite")
+            return None
         return Curvature.of(a, g)
 
     def state_dict(self) -> dict[str, Any]:

@@ -53,8 +53,13 @@ class SynapticIntelligence(Updater):
             moved = (w - self.theta_star[name].to(w.device)).square()
             gained = self.path[name] / (moved + self.config.si_xi)
             self.importance[name] += gained.clamp(min=0)
-            self.path[name].zero_()
+        self.taken_back()
         self.commits += 1
+
+    def taken_back(self) -> None:
+        """Begin ω anew. Local."""
+        for path in self.path.values():
+            path.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Return my slices of ω and Ω and the number of commits."""

@@ -81,7 +81,7 @@ FILES: dict[str, Callable[[Path], Path]] = {
 """Writes small files of the right format into a folder and returns stream.path."""
 
 SMALL_NET = ["model.options.width=4", "stream.samples_per_experience=40"]
-LESS = {"cifar10-binary": SMALL_NET, "cifar10-shards": SMALL_NET}
+LESS = {"cifar10-binary": SMALL_NET, "cifar10": SMALL_NET}
 """What else makes a config small."""
 
 

@@ -144,12 +144,13 @@ def test_a_signal_that_is_not_finite_negative_or_of_the_wrong_shape_is_named() -
 
     source, ids = as_source(torch.utils.data.TensorDataset(*_data())), np.arange(N)
     for how, message in {
-        "nan": "the score of signal 'Bad' of sample id 42 is nan",
+        "nan": "the score of signal 'Bad' of sample id 42 is nan, on rank 0",
         "negative": "the score of signal 'Bad' of sample id 42 is -1.0",
         "shape": r"signal 'Bad' returned \(16, 1\); it must return one score per sample",
     }.items():
         signal = create_signal("tests.dist.test_scoring:Bad", {"how": how})
-        with pytest.raises(ConfigError, match=message):
+        error = DivergenceError if how == "nan" else ConfigError
+        with pytest.raises(error, match=message):
             _scorer(signal).score(source, ids)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs over shards, from the command line: as over arrays, at every world size, with faults."""
+"""Whole runs over shards: as over arrays, at every world size, with faults."""
 
 import json
 import time
@@ -18,8 +18,11 @@ from distcl.data.samples import ArraySamples
 from distcl.data.shards import ShardSource
 from distcl.data.streaming import StreamedSource
 from distcl.data.writing import append_shards, write_shards
+from distcl.inference import ShardedForward
 from distcl.job import execute
 from distcl.partition.base import create_partition
+from distcl.priority.scoring import Scorer, create_signal
+from distcl.priority.slices import Dealer
 from tests.spawn import distcl, run_ranks
 from tests.unit.test_data_files import write_cifar
 
@@ -41,7 +44,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     x, y = load_digits(return_X_y=True)
     x = (x * 15.9).astype(np.uint8).reshape(-1, 8, 8)
-    np.savez(folder / "digits.npz", x=x[:600], y=y[:600])
+    held_out = {"x_test": x[600:800], "y_test": y[600:800]}
+    np.savez(folder / "digits.npz", x=x[:600], y=y[:600], **held_out)
     write_shards(ArraySamples(folder / "digits.npz"), folder / "shards", per_shard=250)
     return folder
 
@@ -69,34 +73,53 @@ def note(sample: dict[str, Any], log: str) -> dict[str, Any]:
     return sample
 
 
-def score(folder: Path, log: Path, access: str) -> list[int]:
+def score(folder: Path, log: Path, access: str) -> tuple[list[int], list[float]]:
     runtime = Runtime()
     shards_ = read_manifest(folder).split("train")
     spec = {"name": f"{__name__}:note", "log": str(log)}
     data = DataConfig(transforms=[spec], access=access)
-    if access == "stream":
-        source: ShardSource = StreamedSource(folder, shards_, data, "cls", "", "streamed")
-    else:
-        source = ShardSource(folder, shards_, data)
+    torch.manual_seed(0)
     model = runtime.prepare(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
     criterion = torch.nn.CrossEntropyLoss(reduction="none")
     anchor = Anchor(create_partition(runtime, model))
-    ids, _ = compute_sample_priorities(
-        model, anchor, source, criterion, runtime=runtime, signal="loss", batch_size=64
-    )
+    if access == "stream":
+        streamed = StreamedSource(folder, shards_, data, "cls", "", "streamed")
+
+        def lanes_of(ids: np.ndarray, lanes: int) -> np.ndarray:
+            shard, shards = streamed.shards_of(ids)
+            return shard * lanes // shards
+
+        forward = ShardedForward(runtime, model, create_partition(runtime, model), criterion)
+        scorer = Scorer(forward, anchor, create_signal("loss", criterion=criterion), 64)
+        every = np.arange(len(streamed))
+        slices = Dealer.over(runtime, 8, lanes_of).deal(every)
+        ids, scores = slices.ids, scorer.score_slices(streamed, every, slices).numpy()
+        assert scorer.forward.forwards == len(streamed)
+    else:
+        source = ShardSource(folder, shards_, data)
+        ids, scores = compute_sample_priorities(
+            model, anchor, source, criterion, runtime=runtime, signal="loss", batch_size=64
+        )
     runtime.close()
-    return [int(i) for i in ids]
+    return ids.tolist(), scores.tolist()
 
 
-@pytest.mark.parametrize("access", ["indexed", "stream"])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_every_sample_is_scored_once_over_all_ranks(data, tmp_path, count, access):
+def test_every_sample_is_scored_once_over_all_ranks(data, tmp_path, count):
+    """By streams, each rank has the scores of its own lanes, and they are those of any other."""
     folder = tmp_path / "s"
     write_shards(ArraySamples(data / "digits.npz"), folder, per_shard=600 // count)
-    ids = run_ranks(2, score, folder, tmp_path / "log", access)
-    assert ids == [list(range(600))] * 2
-    decoded = [int(line) for line in (tmp_path / "log").read_text().split()]
-    assert sorted(decoded) == list(range(600))
+    found = {}
+    for access in ("indexed", "stream"):
+        log = tmp_path / access
+        found[access] = run_ranks(2, score, folder, log, access)
+        decoded = [int(line) for line in log.read_text().split()]
+        assert sorted(decoded) == list(range(600))
+    every, scores = found["indexed"][0]
+    assert found["indexed"][1] == (every, scores) and every == list(range(600))
+    (first, some), (second, others) = found["stream"]
+    assert first + second == every and (len(second) > 0) == (count > 1)
+    np.testing.assert_allclose(some + others, scores, rtol=1e-5)
 
 
 def test_shards_give_the_draws_and_accuracies_of_the_same_arrays(data, tmp_path):
@@ -111,17 +134,19 @@ def test_shards_give_the_draws_and_accuracies_of_the_same_arrays(data, tmp_path)
     assert one["bad_samples"] == 0
 
 
-def test_bad_samples_are_skipped_and_counted_the_same_at_every_world_size(data, tmp_path):
+@pytest.mark.parametrize("access", ["indexed", "stream"])
+def test_bad_samples_are_skipped_and_counted_the_same_at_every_world_size(data, tmp_path, access):
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for file in (data / "shards").iterdir():
         (damaged / file.name).write_bytes(file.read_bytes())
     tar = damaged / "train-000001.tar"
     content = bytearray(tar.read_bytes())
-    for row in (10, 11, 200):  # of samples of 2,048 bytes: cls, then npy
-        content[row * 2048 + 1700] ^= 0xFF
+    for row in (10, 11, 200):  # of samples of 2,048 bytes: cls, then npy, whose shape it is
+        content[row * 2048 + (1700 if access == "indexed" else 1600)] ^= 0xFF
     tar.write_bytes(content)
-    over = ["stream.source=shards", f"stream.path={damaged}", "data.verify=true"]
+    over = ["stream.source=shards", f"stream.path={damaged}", f"data.access={access}"]
+    over += ["data.verify=true"] if access == "indexed" else ["data.shuffle_buffer=50"]
     options = [f"--set={s}" for s in over]
     out = ["--out", str(tmp_path / "error")]
     done = distcl("train", "configs/digits.toml", *SHORT, *options, *out, ranks=2)
@@ -143,7 +168,7 @@ def test_streams_give_the_same_run_at_one_and_two_ranks(data, tmp_path):
     assert made.returncode == 0, made.stderr
     over = ["stream.source=shards", f"stream.path={folder}", "data.access=stream"]
     over += ["data.shuffle_buffer=100", "stream.experiences=2", "training.epochs=1"]
-    one = train("configs/digits.toml", tmp_path / "one", *over, "data.workers=1")
+    one = train("configs/digits.toml", tmp_path / "one", *over, "data.workers=2")
     two = train("configs/digits.toml", tmp_path / "two", *over, ranks=2)
     assert essence(one) == essence(two) and one["average_accuracy"] > 0.5
 

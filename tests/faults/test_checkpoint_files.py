@@ -30,7 +30,7 @@ def _save(folder: Path, steps: tuple[int, ...], scores: tuple[float, ...], keep:
             {"slice": torch.full((3,), float(runtime.rank)), "step": step},
             {"who": "rank 0", "list": [1, (2, 3)]},
             {"w": weight},
-            {"score": score},
+            {"score": score, "config": {}},
         )
         weight.fill_(-1)  # training goes on while the file is written
         assert store.finish()
@@ -81,7 +81,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "escape": (
         lambda p: (p / MANIFEST).write_text(
-            json.dumps({"schema": 1, "files": {"../x": {"bytes": 1, "sha256": ""}}})
+            json.dumps(
+                (found := json.loads((p / MANIFEST).read_text()))
+                | {"files": {"../x": {"bytes": 1, "sha256": ""}} | found["files"]}
+            )
         ),
         "names a file outside itself: '../x'",
     ),
@@ -100,6 +103,15 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(damage: str, tmp_path
     assert store.newest() == tmp_path / "step-00000001"
     assert len(warned) == 1
     assert "falling back to the one before" in warned[0]
+
+
+def test_a_link_out_of_a_checkpoint_is_not_followed(tmp_path: Path) -> None:
+    _save(tmp_path / "run", (1,), (0.0,), keep=1)
+    path = tmp_path / "run" / "step-00000001"
+    (path / "shared.pt").rename(tmp_path / "elsewhere")
+    (path / "shared.pt").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="names a file outside itself"):
+        verify(path)
 
 
 def test_a_pickle_is_never_executed(tmp_path: Path) -> None:
@@ -121,12 +133,12 @@ def _disk_full(folder: Path) -> tuple[list[str], bool]:
     runtime = Runtime()
     warned: list[str] = []
     store = CheckpointStore(runtime, folder, 2, warned.append)
-    store.save(1, {}, {}, {"w": torch.zeros(8)}, {})
+    store.save(1, {}, {}, {"w": torch.zeros(8)}, {"config": {}})
     assert store.finish()
     if runtime.rank == 1:  # this rank cannot write more than 64 KiB
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
-    store.save(2, {"big": torch.zeros(1 << 16)}, {}, {"w": torch.zeros(8)}, {})
+    store.save(2, {"big": torch.zeros(1 << 16)}, {}, {"w": torch.zeros(8)}, {"config": {}})
     return warned, store.finish()
 
 

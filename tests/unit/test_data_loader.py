@@ -34,8 +34,8 @@ class Plan:
         for batch in self.batches:
             yield batch[self.rank :: self.world].tolist()
 
-    def global_batch(self, step):
-        return self.batches[step]
+    def total(self, step):
+        return len(self.batches[step])
 
 
 def drifting():

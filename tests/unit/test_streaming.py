@@ -21,8 +21,8 @@ from distcl.data.shards import ShardSource
 from distcl.data.streaming import StreamedSource
 from distcl.data.streams import create_stream
 from distcl.errors import ConfigError, DataError
-from distcl.priority.lanes import LaneSampler
-from distcl.priority.sampler import Group
+from distcl.priority.lanes import LaneGroup, LaneSampler
+from distcl.priority.slices import Dealer
 
 pytest.importorskip("webdataset")
 
@@ -77,11 +77,12 @@ def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tm
     index_folder(folder)
     stream = create_stream(config, 0, data)
     assert stream.sequential and stream.experiences[0].train.tolist() == list(range(60))
-    for workers in (0, 1):
-        plan = LaneSampler(8, 3, stream.lanes_of, window=6, seed=1)
+    for workers in (0, 1, 2):
+        plan = LaneSampler(8, window=6, seed=1)
         weights = np.random.default_rng(0).random(60)
         weights[list(undrawn)] = 0
-        plan.set_groups([Group(np.arange(60), weights, 90)])
+        slices = Dealer(3, stream.lanes_of).deal(np.arange(60))
+        plan.set_groups([LaneGroup(slices, weights, 90)])
         fresh = create_stream(config, 0, data)
         fresh.replaced.clear()
         log.write_text("")
@@ -161,6 +162,18 @@ def test_what_a_stream_cannot_do_is_refused(tmp_path, data, options, error, mess
     folder = folder_of(tmp_path, [6, 6])
     with pytest.raises(error, match=re.escape(message)):
         shards(config_of(folder), DataConfig(access="stream", **data), **options)
+
+
+def test_a_stream_has_experiences_by_ranges_of_its_shards(tmp_path):
+    folder = folder_of(tmp_path, [6, 2, 4, 3])
+    for name in ("test-0.tar", "test-1.tar"):
+        (tmp_path / name).write_bytes((tmp_path / "s0.tar").read_bytes())
+    index_folder(folder)
+    config = config_of(folder, experiences="shards").model_copy(update={"experiences": 2})
+    stream = create_stream(
+        config.model_copy(update={"drift": "none"}), 0, DataConfig(access="stream")
+    )
+    assert [len(e.train) for e in stream.experiences] == [8, 7]
 
 
 def test_indexed_access_and_a_url_do_not_go_together(tmp_path):

@@ -1,0 +1,86 @@
+"""Faults at random, for as long as wanted: does every run recover, or stop with its cause?
+
+    python benchmarks/fault_campaign.py [--seed 1] [--minutes 20] [--json FILE]
+
+The faults are those of tests/faults/campaign.py, on two processes. After each, the run goes on with
+``--resume auto`` and must have the draws, weights and accuracies of one that nobody disturbed. One
+after another all faults are tried, SIGKILL and SIGTERM most often, until the time is over. Prints
+fault × tries × recovered × clean stop × wrong × hung; exits with 1 unless wrong and hung are 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.faults.campaign import FAULTS, Campaign, attempt
+
+OFTEN = {"kill -9 in step": 3, "SIGTERM anywhere": 3}
+"""Faults that are tried several times in a pass over all."""
+COLUMNS = ("recovered", "clean stop", "wrong", "hung", "not possible")
+
+
+def campaign(seed: int, minutes: float) -> dict[str, Counter[str]]:
+    """Try faults until the time is over; say of each try that goes wrong what happened."""
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    folder.chmod(0o755)
+    begun = time.monotonic()
+    field, tries = Campaign(folder / "campaign"), {fault: Counter[str]() for fault in FAULTS}
+    turn = [fault for fault in FAULTS for _ in range(OFTEN.get(fault, 1))]
+    number = 0
+    while time.monotonic() - begun < minutes * 60:
+        fault = turn[number % len(turn)]
+        result = attempt(field, fault, seed, number)
+        column = result.partition(":")[0]
+        tries[fault][column] += 1
+        if column in ("wrong", "hung"):
+            print(f"{fault}, try {number}: {result}", flush=True)
+        number += 1
+    shutil.rmtree(folder)
+    return tries
+
+
+def table(tries: dict[str, Counter[str]]) -> str:
+    """Return the table as text."""
+    rows = [("fault", "tries", *COLUMNS)]
+    rows += [
+        (fault, str(found.total()), *(str(found[c]) for c in COLUMNS))
+        for fault, found in tries.items()
+    ]
+    every = sum(tries.values(), Counter[str]())
+    rows.append(("all", str(every.total()), *(str(every[c]) for c in COLUMNS)))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Faults at random, and what came of them.")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--json", type=Path, help="write the counts to this file")
+    args = parser.parse_args()
+    begun = time.monotonic()
+    tries = campaign(args.seed, args.minutes)
+    print(table(tries))
+    print(f"seed {args.seed}, {(time.monotonic() - begun) / 60:.1f} minutes")
+    if args.json:
+        args.json.write_text(json.dumps(tries, indent=1))
+    sys.exit(any(found["wrong"] or found["hung"] for found in tries.values()))
+
+
+if __name__ == "__main__":
+    main()

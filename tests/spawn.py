@@ -15,7 +15,7 @@ from queue import Empty
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_preloaded = ["torch", "accelerate", "distcl.job"]
+_preloaded = ["torch", "torch._dynamo", "accelerate", "distcl.job"]  # DDP imports the second
 _context.set_forkserver_preload(_preloaded)
 
 

@@ -289,8 +289,10 @@ class Feed:
 
         Of the weights that the round began with, or of those of all candidates so far.
         """
-        parts = self._weights.parts.items()
-        found = {n: weight_histogram(w, self._runtime, over) for n, (w, over) in parts}
+        found = {
+            name: weight_histogram(weights, self._runtime, over)
+            for name, (weights, over) in self._weights.parts.items()
+        }
         chosen = {_PARTS[which]: c.histogram for which, c in self._choosers.items()}
         return found | chosen
 

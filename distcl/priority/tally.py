@@ -99,7 +99,8 @@ def weight_histogram(
     """
     each = over.number(weights) / over.total(weights)
     begin, end = runtime.share(len(weights)) if over is WHOLE else (0, len(weights))
-    mine = torch.from_numpy(binned(weights[begin:end] * each)).to(runtime.device)
+    relative = weights[begin:end] * each
+    mine = torch.from_numpy(binned(relative)).to(runtime.device)
     counts: npt.NDArray[np.int64] = runtime.all_reduce(mine).cpu().numpy()
     return counts
 

@@ -29,11 +29,11 @@ def lost_in_thought(how):
     elif how == "is stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif how == "is slow":
-        time.sleep(7)
+        time.sleep(14)
 
 how, culprit, log = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 logging.getLogger("distcl").addHandler(logging.FileHandler(log))
-runtime = Runtime(RunConfig(timeout_seconds=9 if how == "is slow" else 5))
+runtime = Runtime(RunConfig(timeout_seconds=20 if how == "is slow" else 5))
 runtime.watchdog.write_to(log)
 model = runtime.prepare(torch.nn.Linear(4, 4))
 try:
@@ -62,7 +62,7 @@ def _run(how: str, culprit: int, log: Path, world: int = 2) -> tuple[list[int | 
         )
         for rank in range(world)
     ]
-    deadline = time.monotonic() + 45
+    deadline = time.monotonic() + 100
     waiting = [p for rank, p in enumerate(processes) if how != "is stopped" or rank != culprit]
     while any(p.poll() is None for p in waiting) and time.monotonic() < deadline:
         time.sleep(0.1)

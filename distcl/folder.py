@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -120,6 +120,11 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Let it be."""
+
+    def close(self) -> None:
+        """Close it; what the disk has no room for is lost."""
+        with suppress(OSError):
+            super().close()
 
 
 def _is_dead(who: str) -> bool:

@@ -154,7 +154,7 @@ def _hanging(found: list[dict[str, Any] | None]) -> list[str]:
     clauses = []
     for rank, told in enumerate(found):
         if told is None:
-            clauses.append(f"rank {rank} hangs and does not answer")
+            clauses.append(f"rank {rank} does not answer: it hangs, or is slow")
         elif not told["waits"]:
             clauses.append(f"rank {rank} hangs at {told['at']}")
     return clauses

@@ -15,7 +15,8 @@ from queue import Empty
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_preloaded = ["torch", "torch._dynamo", "accelerate", "distcl.job"]  # DDP imports the second
+_preloaded = ["torch", "accelerate", "distcl.job"]
+_preloaded += ["torch._dynamo", "torch.distributed.algorithms.ddp_comm_hooks"]  # for DDP
 _context.set_forkserver_preload(_preloaded)
 
 

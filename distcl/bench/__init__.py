@@ -1,36 +1,43 @@
-"""Measurements of distcl beside the alternative, in one run: ``distcl bench NAME…``.
+"""Benchmarks: what distcl does beside what else would do it, in one run on one machine.
 
-A benchmark is a module with ``measure(quick) -> list[Row]``, named in ``BENCHMARKS``.
+A benchmark is a function ``(quick: bool) -> Iterator[Row]`` and a line in ``BENCHMARKS``.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
+import difflib
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 
 from distcl.bench.rows import Row
 from distcl.errors import UsageError
-from distcl.registry import nearest
 
-BENCHMARKS = {
-    "anchor": "theta_star as owned slices against a full replica: memory, refresh, swaps",
-    "shards": "reading shards: the archive itself, the webdataset library, and distcl",
+BENCHMARKS: dict[str, str] = {
+    "priorities": "the scoring pass against plain inference, and its scaling",
+    "sampler": "drawing an epoch against torch's WeightedRandomSampler: time and memory",
+    "anchor": "theta_star as owned slices against a full replica: time and memory",
+    "overhead": "a training step against a bare PyTorch loop; methods; rounds; start-up",
+    "shards": "reading shards against the tar itself and the webdataset library",
+    "scaling": "training on two ranks against one",
 }
+"""name -> one line; each is ``distcl.bench.NAME.bench``."""
 
 
-def measure(names: list[str], quick: bool) -> list[Row]:
-    """Run benchmarks by name, ``all`` for every one, and return their rows in order.
+def chosen(names: Sequence[str]) -> list[str]:
+    """Return the benchmarks meant by ``names``, each once; ``all`` means every one.
 
-    ``quick``: smaller sizes, for a look in a minute. Raises UsageError for an unknown name or a
-    library that is not installed.
+    Raises UsageError for a name that there is not.
     """
     for name in names:
-        if name not in {*BENCHMARKS, "all"}:
-            known = ", ".join(BENCHMARKS)
-            raise UsageError(
-                f"unknown benchmark '{name}'{nearest(name, BENCHMARKS)}; known: {known}, all"
-            )
-    chosen = BENCHMARKS if "all" in names else dict.fromkeys(names)
-    rows: list[Row] = []
-    for name in chosen:
-        rows += import_module(f"distcl.bench.{name}").measure(quick)
-    return rows
+        if name != "all" and name not in BENCHMARKS:
+            near = difflib.get_close_matches(name, [*BENCHMARKS, "all"], 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UsageError(f"no benchmark '{name}'{hint}. Known: {', '.join(BENCHMARKS)}, all")
+    return [name for name in BENCHMARKS if name in names or "all" in names]
+
+
+def run(name: str, quick: bool) -> Iterator[Row]:
+    """Run one benchmark and yield its rows as they are measured. ``quick``: small, in seconds."""
+    module = importlib.import_module(f"distcl.bench.{name}")
+    bench: Callable[[bool], Iterator[Row]] = module.bench
+    yield from bench(quick)

@@ -43,7 +43,8 @@ def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:
     result = distcl("eval", str(tmp_path))
     assert result.returncode == 5
     assert "is neither a run folder (no config.toml) nor a checkpoint" in result.stderr
-    manifest = sealed({"schema": SCHEMA, "files": {"x": {}}})
+    entry = {"bytes": 1, "sha256": "0" * 64}
+    manifest = sealed({"schema": SCHEMA, "step": 1, "world_size": 1, "files": {"x": entry}})
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     result = distcl("checkpoint", "verify", str(tmp_path))
     assert result.returncode == 5

@@ -43,10 +43,11 @@ def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:
     result = distcl("eval", str(tmp_path))
     assert result.returncode == 5
     assert "is neither a run folder (no config.toml) nor a checkpoint" in result.stderr
-    entry = {"bytes": 1, "sha256": "0" * 64}
-    manifest = sealed({"schema": SCHEMA, "step": 1, "world_size": 1, "files": {"x": entry}})
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    manifest = {"schema": SCHEMA, "step": 1, "world_size": 1, "config": {}}
+    names = ("model.safetensors", "shared.pt", "rank-00000.pt")
+    files = {name: {"bytes": 1, "sha256": "0" * 64} for name in names}
+    (tmp_path / "manifest.json").write_text(json.dumps(sealed(manifest | {"files": files})))
     result = distcl("checkpoint", "verify", str(tmp_path))
     assert result.returncode == 5
     assert result.stderr.count("\n") == 1
-    assert "/x' is missing" in result.stderr
+    assert "/model.safetensors' is missing" in result.stderr

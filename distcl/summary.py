@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the contents of ``summary.json``. Local."""
     matrix: AccuracyMatrix = trainer.matrix
+    stages = [*([trainer.pretraining] if trainer.pretraining else []), *trainer.rounds]
     trained = sum(float(r["train_seconds"]) for r in trainer.rounds)
     if trainer.pretraining:
         trained += float(trainer.pretraining["train_seconds"])
@@ -56,10 +57,18 @@ def summarize(
         "bad_samples": trainer.bad.count,
         "pretrain": trainer.pretraining,
         "evaluate_seconds": trainer.evaluate_seconds,
+        "compute": _sum_of(stage["compute"] for stage in stages),
         "rounds": trainer.rounds,
     }
     cleaned: dict[str, Any] = _finite(summary)
     return cleaned
+
+
+def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total = {"scored": 0, "trained": 0, "units": 0}
+    for one in counts:
+        total = {key: total[key] + one[key] for key in total}
+    return total
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from distcl.config import Config
 from distcl.errors import CheckpointError
 from distcl.metrics import AccuracyMatrix
 from distcl.resume import weights
+from distcl.status import finite
 from distcl.trainer import ContinuousTrainer, Parts
 
 
@@ -60,7 +60,7 @@ def summarize(
         "compute": _sum_of(stage["compute"] for stage in stages),
         "rounds": trainer.rounds,
     }
-    cleaned: dict[str, Any] = _finite(summary)
+    cleaned: dict[str, Any] = finite(summary)
     return cleaned
 
 
@@ -69,15 +69,6 @@ def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     for one in counts:
         total = {key: total[key] + one[key] for key in total}
     return total
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities by None: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_final(parts: Parts, path: Path) -> None:

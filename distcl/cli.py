@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from distcl import __version__
-from distcl.commands import artifacts, compare, launch, setup, shard, training
+from distcl.commands import artifacts, bench, compare, launch, setup, shard, training
 from distcl.commands.common import complain, launch_rank, say
 from distcl.errors import DistclError
 
@@ -36,6 +36,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": setup.doctor,
     "shard": shard.shard,
     "launch": launch.launch,
+    "bench": bench.bench,
 }
 for name, command in _COMMANDS.items():
     app.command(name)(command)

@@ -333,6 +333,7 @@ class Comparison:
     plots: list[Plot]
     note: str
     found: str = ""
+    more: Sequence[tuple[list[str], list[list[str]]]] = ()
 
 
 def _comparison(runs: Sequence[Run]) -> Comparison:

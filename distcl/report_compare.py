@@ -7,7 +7,7 @@ from pathlib import Path
 from distcl import plots
 from distcl.compare import Arm
 from distcl.report import Comparison, Plot, write_page
-from distcl.verdict import Result, table
+from distcl.verdict import Result, differences, table
 
 
 def write_comparison(result: Result, out: Path, png: Path | None = None) -> list[Path]:
@@ -19,11 +19,13 @@ def write_comparison(result: Result, out: Path, png: Path | None = None) -> list
     header, rows = table(result)
     note = (
         f"Mean ± standard deviation over seeds {plan.seeds[0]} to {plan.seeds[-1]}, at equal "
-        f"{plan.equal}. Differences are paired by seed; p: Student's t-test, corrected for the "
-        "number of variants (Holm). Compute: a forward of a sample is 1, forward and backward 3, "
-        f"scoring included, evaluation not. Forgetting: less is better. Runs: {plan.out}."
+        f"{plan.equal}. Differences are paired by seed, with 95 % intervals; p: of accuracy, "
+        "Student's t-test, corrected for the number of variants (Holm). Compute: a forward of a "
+        "sample is 1, forward and backward 3, scoring included, evaluation not. Forgetting: less "
+        f"is better. Runs: {plan.out}."
     )
-    comparison = Comparison(header, rows, _plots(result), note, result.verdict)
+    more = [differences(result)] if result.differences else []
+    comparison = Comparison(header, rows, _plots(result), note, result.verdict, more)
     return write_page(f"{plan.config.name}: comparison", [], comparison, out, png)
 
 
@@ -31,20 +33,20 @@ def _plots(result: Result) -> list[Plot]:
     percent = result.metric == "accuracy"
     scale, unit = (100.0, "%") if percent else (1.0, "R²")
     found = []
-    differences = {}
+    pairs = {}
     for arm, difference in zip(result.arms[1:], result.differences, strict=True):
         values = [scale * d for d in _differences(result.arms[0], arm)]
         a = difference.accuracy
         if values and a.n > 1:
-            differences[arm.variant.name] = (values, scale * a.low, scale * a.high)
-    if differences:
+            pairs[arm.variant.name] = (values, scale * a.low, scale * a.high)
+    if pairs:
         label = "points" if percent else "R²"
         found.append(
             Plot(
                 "compare-differences",
                 f"average accuracy minus that of '{result.arms[0].variant.name}'",
                 "A dot is a pair of runs of equal seed; the bar is the 95 % interval of the mean.",
-                plots.differences(differences, label),
+                plots.differences(pairs, label),
             )
         )
     curves = {

@@ -174,39 +174,46 @@ def _diverged(arm: Arm) -> int:
 
 
 def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows: a row per variant, means ± standard deviation, and differences."""
+    """Return header and rows, a row per variant: means ± standard deviation, and what it took."""
     percent = result.metric == "accuracy"
-    scale, name = (100.0, "accuracy, %") if percent else (1.0, "R²")
-    digits = 1 if percent else 3
-    header = ["", "runs", name, "forgetting", "minus the first", "95 % interval", "p (Holm)"]
-    header += ["steps", "compute", "seconds"]
-    found: list[Difference | None] = [None, *result.differences]
+    scale, digits = (100.0, 1) if percent else (1.0, 3)
+    name = "accuracy, %" if percent else "R²"
     rows = []
-    for arm, difference in zip(result.arms, found, strict=True):
+    for arm in result.arms:
         good = [o for o in arm.outcomes.values() if not o.diverged]
         lost = [o.average_forgetting for o in good if o.average_forgetting is not None]
-        row = [
-            arm.variant.name,
-            str(len(good)) + (f" ({_diverged(arm)} diverged)" if _diverged(arm) else ""),
-            _spread([scale * o.average_accuracy for o in good], digits),
-            _spread([scale * value for value in lost], digits),
-        ]
-        if difference is None:
-            row += ["", "", ""]
-        else:
-            a = difference.accuracy
-            row += [
-                f"{scale * a.mean:+.{digits + 1}f}",
-                f"{scale * a.low:+.{digits + 1}f} … {scale * a.high:+.{digits + 1}f}",
-                f"{difference.p_holm:.2g}",
+        rows.append(
+            [
+                arm.variant.name,
+                str(len(good)) + (f" ({_diverged(arm)} diverged)" if _diverged(arm) else ""),
+                _spread([scale * o.average_accuracy for o in good], digits),
+                _spread([scale * value for value in lost], digits),
+                f"{fmean(o.steps for o in good):,.0f}" if good else "–",
+                f"{fmean(o.units for o in good):,.0f}" if good else "–",
+                f"{fmean(o.seconds for o in good):.1f}" if good else "–",
             ]
-        row += [
-            f"{fmean(o.steps for o in good):,.0f}" if good else "–",
-            f"{fmean(o.units for o in good):,.0f}" if good else "–",
-            f"{fmean(o.seconds for o in good):.1f}" if good else "–",
+        )
+    return ["", "runs", name, "forgetting", "steps", "compute", "seconds"], rows
+
+
+def differences(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows, a row per variant but the first: what it has more than that."""
+    scale, digits = (100.0, 2) if result.metric == "accuracy" else (1.0, 3)
+    rows = [
+        [
+            d.variant,
+            *(
+                f"{scale * p.mean:+.{digits}f} ({scale * p.low:+.{digits}f} … "
+                f"{scale * p.high:+.{digits}f})"
+                for p in (d.accuracy, d.forgetting, d.anytime)
+            ),
+            f"{d.p_holm:.2g}",
         ]
-        rows.append(row)
-    return header, rows
+        for d in result.differences
+    ]
+    name = "accuracy" if result.metric == "accuracy" else "R²"
+    header = [f"minus '{result.arms[0].variant.name}'", name, "forgetting", f"anytime {name}"]
+    return [*header, "p (Holm)"], rows
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

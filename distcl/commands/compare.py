@@ -67,7 +67,7 @@ def compare(
     from distcl import compare as comparing
     from distcl.report_compare import write_comparison
     from distcl.verdict import as_json as plain
-    from distcl.verdict import judge, table, write_json
+    from distcl.verdict import differences, judge, table, write_json
 
     variants = [comparing.Variant(AS_GIVEN), *map(comparing.parse_variant, vs)]
     overrides = tuple(sets or [])
@@ -94,9 +94,9 @@ def compare(
     if as_json:
         say(json.dumps(plain(result), indent=2, allow_nan=False))
         return
-    header, rows = table(result)
     if not quiet:
-        _print(header, rows)
+        _print(*table(result))
+        _print(*differences(result))
     say(result.verdict)
     tell(f"everything is in {plan.out}")
 
@@ -109,7 +109,7 @@ def _print(header: list[str], rows: list[list[str]]) -> None:
 
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for k, name in enumerate(header):
-        shown.add_column(name, justify="right" if k else "left", overflow="fold")
+        shown.add_column(name, justify="right" if k else "left", no_wrap=k > 0, overflow="fold")
     for row in rows:
         shown.add_row(*map(escape, row))
     Console().print(shown, highlight=False)

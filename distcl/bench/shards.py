@@ -1,9 +1,7 @@
-"""How fast shards are read: the tar itself, the webdataset library, and distcl, side by side.
-
-    python benchmarks/shards.py [--samples 20000] [--json FILE]
+"""How fast shards are read: the archive itself, the webdataset library, and distcl, side by side.
 
 All in one run over the same shards of CIFAR-shaped images (uint8 [3, 32, 32]), the page cache warm.
-Rates are samples per second of wall time, each the best of ``--repeats`` passes:
+Rates are samples per second of wall time, each the median of passes that take turns:
 
 - ``raw``: the members' bytes; ``npy``: decoded arrays in batches; ``png``: decoded images.
 - ``weighted``: half of the mass lies on a tenth of the samples. The library has no weights: its
@@ -12,20 +10,17 @@ Rates are samples per second of wall time, each the best of ``--repeats`` passes
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import io
-import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import webdataset
-from PIL import Image
 
+from distcl.bench.rows import Row, compared, seconds_of
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.decode import decode
 from distcl.data.index import read_manifest
@@ -34,6 +29,7 @@ from distcl.data.opening import shards
 from distcl.data.streaming import open_url, stream_samples
 from distcl.data.streams import create_stream
 from distcl.data.writing import Members, write_shards
+from distcl.errors import UsageError
 from distcl.priority.lanes import LaneGroup, LaneSampler
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.slices import Dealer
@@ -57,6 +53,8 @@ class Images:
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """Yield the members of samples ``begin`` to ``end``."""
+        from PIL import Image
+
         for row in range(begin, end):
             pixels = np.random.default_rng(row).integers(0, 256, (3, 32, 32)).astype(np.uint8)
             out = io.BytesIO()
@@ -67,13 +65,10 @@ class Images:
             yield {self._ext: out.getvalue(), "cls": b"%d" % (row % 10)}
 
 
-def rate(run: Callable[[], int], repeats: int) -> float:
-    best = 0.0
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        count = run()
-        best = max(best, count / (time.perf_counter() - begun))
-    return best
+def rates(samples: int, works: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
+    """Return the samples per second of each work; they take turns."""
+    seconds = seconds_of(*works.values(), repeats=repeats)
+    return {name: samples / value for name, value in zip(works, seconds, strict=True)}
 
 
 def skewed(n: int) -> np.ndarray:
@@ -85,6 +80,8 @@ def skewed(n: int) -> np.ndarray:
 
 def library(folder: Path, ext: str, decoded: bool, workers: int) -> int:
     """One pass of the webdataset pipeline: as it comes, or decoded by our decoder, in batches."""
+    import webdataset
+
     urls = [str(folder / s.name) for s in read_manifest(folder).split("train")]
     pipeline = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
     if decoded:
@@ -120,84 +117,99 @@ def ours(folder: Path, access: str, weights: np.ndarray | None, workers: int) ->
 
 
 def indexed_raw(folder: Path, weights: np.ndarray | None) -> Callable[[], int]:
+    """One pass over the bytes of all samples, as they are drawn."""
     source, _ = shards(StreamConfig(path=str(folder)), DataConfig())
     plan = DistributedWeightedSampler(BATCH)
     plan.set_weights(len(source), weights)
     return lambda: sum(sum(1 for _ in source.extents(np.array(ids))) for ids in plan)
 
 
-def measure(samples: int, repeats: int) -> dict[str, Any]:
-    results: dict[str, Any] = {"samples": samples}
-    rates: dict[str, float] = {}
+def measure(quick: bool) -> list[Row]:
+    """Return rates beside the library's. Raises UsageError if it is not installed."""
+    for module in ("webdataset", "PIL"):
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"bench shards needs {module}; type: pip install 'distcl[data]'")
+    torch.set_num_threads(1)
+    samples, repeats = (2000, 3) if quick else (20_000, 3)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         for ext in ("npy", "png"):
             folder = Path(temporary) / ext
             write_shards(Images(samples, ext), folder, per_shard=samples // SHARDS, workers=2)
-            tars = [folder / s.name for s in read_manifest(folder).split("train")]
-            weights = skewed(samples)
             if ext == "npy":
-                size = sum(t.stat().st_size for t in tars)
-                results["tar_bytes_per_second"] = rate(
-                    lambda t=tars: sum(len(p.read_bytes()) for p in t), repeats
-                )
-                results["tar_samples_per_second"] = results["tar_bytes_per_second"] / size * samples
-                rates["library raw"] = rate(lambda f=folder: library(f, "npy", False, 0), repeats)
-                rates["streaming raw"] = rate(
-                    lambda t=tars: sum(
-                        sum(1 for _ in stream_samples(lambda p=p: open_url(str(p)), p.name))
-                        for p in t
-                    ),
-                    repeats,
-                )
-                rates["indexed raw uniform"] = rate(indexed_raw(folder, None), repeats)
-                rates["indexed raw weighted"] = rate(indexed_raw(folder, weights), repeats)
-            for workers in (0, 1, 2, 4):
-                name = f"{ext} workers={workers}"
-                rates[f"library {name}"] = rate(
-                    lambda f=folder, e=ext, w=workers: library(f, e, True, w), repeats
-                )
-                for access in ("indexed", "stream"):
-                    for kind, given in (("uniform", None), ("weighted", weights)):
-                        run = ours(folder, access, given, workers)
-                        rates[f"{access} {name} {kind}"] = rate(run, repeats)
-    results["rates"] = rates
-    useful = 0.2  # mean weight / largest
-    results["ratios"] = {
-        "streaming / library, raw": rates["streaming raw"] / rates["library raw"],
-        "indexed raw / library raw": rates["indexed raw uniform"] / rates["library raw"],
-        "indexed weighted / uniform, raw": rates["indexed raw weighted"]
-        / rates["indexed raw uniform"],
-    } | {
-        f"{what}, {ext}": value
-        for ext in ("npy", "png")
-        for what, value in {
-            "streaming / library": rates[f"stream {ext} workers=0 uniform"]
-            / rates[f"library {ext} workers=0"],
-            "streaming weighted / library useful": rates[f"stream {ext} workers=0 weighted"]
-            / (useful * rates[f"library {ext} workers=0"]),
-            "indexed weighted / uniform": rates[f"indexed {ext} workers=0 weighted"]
-            / rates[f"indexed {ext} workers=0 uniform"],
-        }.items()
+                rows += _raw(folder, samples, repeats)
+            for workers in (0,) if quick else (0, 1, 2, 4):
+                rows += _decoded(folder, ext, samples, workers, repeats)
+    return rows
+
+
+def _raw(folder: Path, samples: int, repeats: int) -> list[Row]:
+    tars = [folder / s.name for s in read_manifest(folder).split("train")]
+
+    def streamed() -> int:
+        return sum(
+            sum(1 for _ in stream_samples(lambda p=path: open_url(str(p)), path.name))  # type: ignore[misc]
+            for path in tars
+        )
+
+    found = rates(
+        samples,
+        {
+            "archive": lambda: sum(len(path.read_bytes()) for path in tars),
+            "library": lambda: library(folder, "npy", False, 0),
+            "streaming": streamed,
+            "uniform": indexed_raw(folder, None),
+            "weighted": indexed_raw(folder, skewed(samples)),
+        },
+        repeats,
+    )
+    unit, theirs = "samples/s, raw, of the library", found["library"]
+    return [
+        compared("shards streaming", found["streaming"], theirs, unit, ">= 0.95"),
+        compared("shards indexed", found["uniform"], theirs, unit, ">= 5"),
+        compared(
+            "shards indexed, weighted",
+            found["weighted"],
+            found["uniform"],
+            "samples/s, raw, of uniform",
+            ">= 0.8",
+        ),
+        compared(
+            "shards indexed",
+            found["uniform"],
+            found["archive"],
+            "samples/s, raw, of reading the archive",
+        ),
+    ]
+
+
+def _decoded(folder: Path, ext: str, samples: int, workers: int, repeats: int) -> list[Row]:
+    weights = skewed(samples)
+    works: dict[str, Callable[[], int]] = {
+        "library": lambda: library(folder, ext, True, workers),
     }
-    return results
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=20_000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = measure(options.samples, options.repeats)
-    for name, value in results["rates"].items():
-        print(f"{name:<32} {value:>12,.0f} samples/s")
-    print(f"{'tar':<32} {results['tar_samples_per_second']:>12,.0f} samples/s")
-    for name, value in results["ratios"].items():
-        print(f"{name:<44} {value:.2f}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+    for access in ("stream", "indexed"):
+        works[access] = ours(folder, access, None, workers)
+        works[f"{access} weighted"] = ours(folder, access, weights, workers)
+    found = rates(samples, works, repeats)
+    of, unit = f"{ext}, {workers} workers", "samples/s, of the library"
+    useful = float(weights.mean() / weights.max())
+    return [
+        compared(f"shards streaming, {of}", found["stream"], found["library"], unit, ">= 0.95"),
+        compared(
+            f"shards streaming, weighted, {of}",
+            found["stream weighted"],
+            found["library"],
+            "samples/s, of the library's useful rate",
+            ">= 2",
+            useful,
+        ),
+        compared(f"shards indexed, {of}", found["indexed"], found["library"], unit),
+        compared(
+            f"shards indexed, weighted, {of}",
+            found["indexed weighted"],
+            found["indexed"],
+            "samples/s, of uniform",
+            ">= 0.8",
+        ),
+    ]

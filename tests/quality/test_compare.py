@@ -68,8 +68,9 @@ def test_what_is_done_is_not_done_again(folder, first):
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("[1/1] as given, seed 1") == 1 and again.stderr.count("seed") == 1
     assert (given / "seed-0" / "summary.json").stat().st_mtime_ns == kept
-    assert json.loads(again.stdout)["differences"][0]["accuracy"] == (
-        json.loads(first.stdout)["differences"][0]["accuracy"]
+    assert (
+        json.loads(again.stdout)["differences"][0]["accuracy"]
+        == (json.loads(first.stdout)["differences"][0]["accuracy"])
     )
 
 

@@ -198,12 +198,12 @@ def table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 def differences(result: Result) -> tuple[list[str], list[list[str]]]:
     """Return header and rows, a row per variant but the first: what it has more than that."""
-    scale, digits = (100.0, 2) if result.metric == "accuracy" else (1.0, 3)
+    scale, digits = (100.0, 1) if result.metric == "accuracy" else (1.0, 3)
     rows = [
         [
             d.variant,
             *(
-                f"{scale * p.mean:+.{digits}f} ({scale * p.low:+.{digits}f} … "
+                f"{scale * p.mean:+.{digits}f} ({scale * p.low:+.{digits}f}…"
                 f"{scale * p.high:+.{digits}f})"
                 for p in (d.accuracy, d.forgetting, d.anytime)
             ),
@@ -212,8 +212,7 @@ def differences(result: Result) -> tuple[list[str], list[list[str]]]:
         for d in result.differences
     ]
     name = "accuracy" if result.metric == "accuracy" else "R²"
-    header = [f"minus '{result.arms[0].variant.name}'", name, "forgetting", f"anytime {name}"]
-    return [*header, "p (Holm)"], rows
+    return ["minus first", name, "forgetting", f"anytime {name}", "p (Holm)"], rows
 
 
 def _spread(values: Sequence[float], digits: int) -> str:

@@ -95,21 +95,29 @@ def compare(
         say(json.dumps(plain(result), indent=2, allow_nan=False))
         return
     if not quiet:
-        _print(*table(result))
-        _print(*differences(result))
+        names = {arm.variant.name: _letter(k) for k, arm in enumerate(result.arms)}
+        print()
+        for name, letter in names.items():
+            print(f"{letter}  {name}")
+        _print(*table(result), names)
+        _print(*differences(result), names)
     say(result.verdict)
     tell(f"everything is in {plan.out}")
 
 
-def _print(header: list[str], rows: list[list[str]]) -> None:
+def _letter(k: int) -> str:
+    return chr(ord("A") + k) if k < 26 else f"V{k + 1}"
+
+
+def _print(header: list[str], rows: list[list[str]], names: dict[str, str]) -> None:
+    """Print a table; its first column, names of variants, by their letters."""
     from rich import box
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for k, name in enumerate(header):
-        shown.add_column(name, justify="right" if k else "left", no_wrap=k > 0, overflow="fold")
-    for row in rows:
-        shown.add_row(*map(escape, row))
-    Console().print(shown, highlight=False)
+        shown.add_column(name, justify="right" if k else "left")
+    for name, *cells in rows:
+        shown.add_row(names[name], *cells)
+    Console().print(shown, markup=False, highlight=False)

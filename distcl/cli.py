@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from distcl import __version__
-from distcl.commands import artifacts, bench, launch, setup, shard, training
+from distcl.commands import artifacts, bench, compare, launch, setup, shard, training
 from distcl.commands.common import complain, launch_rank, say
 from distcl.errors import DistclError
 
@@ -26,6 +26,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "run": training.run,
     "train": training.train,
     "detect": training.detect,
+    "compare": compare.compare,
     "eval": artifacts.evaluate,
     "report": artifacts.report,
     "status": artifacts.status,

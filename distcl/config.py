@@ -163,6 +163,9 @@ class OptimizerConfig(Section):
     warmup_steps: int = Field(
         0, ge=0, description="steps of linear warm-up at the start of every round"
     )
+    decay: Literal["none", "linear", "cosine"] = Field(
+        "none", description="how the learning rate falls towards 0 within every round"
+    )
 
 
 class TrainingConfig(Section):
@@ -175,6 +178,12 @@ class TrainingConfig(Section):
         description="passes of a round, where steps_per_round is 0; 1: online, each sample once",
     )
     steps_per_round: int = Field(0, ge=0, description="steps of a round; 0: epochs decide")
+    step_factor: float = Field(
+        1.0,
+        gt=0,
+        description="multiplies the steps of every round, but not pretraining; distcl compare sets "
+        "it where variants are to cost the same",
+    )
     pretrain_epochs: int = Field(
         5, ge=0, description="passes over the first experience, if no pretrained weights are given"
     )

@@ -1,7 +1,8 @@
-"""The optimizer, its warm-up, and its reset between rounds."""
+"""The optimizer, its learning rate within a round, and its reset between rounds."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -36,6 +37,18 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
     Linear from 1/warmup_steps to 1, which it reaches at the last of ``warmup_steps`` steps.
     """
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def decay_factor(kind: str, step: int, steps: int) -> float:
+    """Return what to multiply the learning rate by at ``step`` (from 0) of a round of ``steps``.
+
+    linear: 1 - step/steps. cosine: (1 + cos(π step/steps))/2 (Loshchilov & Hutter 2017, eq. 5).
+    Both begin at 1 and never reach 0. none: 1.
+    """
+    share = step / steps
+    if kind == "linear":
+        return 1.0 - share
+    return (1.0 + math.cos(math.pi * share)) / 2 if kind == "cosine" else 1.0
 
 
 def reset(optimizer: torch.optim.Optimizer) -> None:

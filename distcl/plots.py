@@ -314,6 +314,24 @@ def dots(groups: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     return figure
 
 
+@_styled
+def differences(groups: Mapping[str, tuple[Sequence[float], float, float]], xlabel: str) -> Figure:
+    """Paired differences: a dot per pair, the mean, and its confidence interval (low, high)."""
+    names = [name.replace("; ", "\n") for name in groups]
+    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
+    axes.axvline(0, color=SOFT, lw=0.8)
+    for k, (values, low, high) in enumerate(groups.values()):
+        color = LINES[k % len(LINES)]
+        axes.plot(values, [k] * len(values), "o", ms=4, color=color, alpha=0.45, mew=0)
+        axes.plot([float(np.mean(values))], [k], "|", ms=14, mew=2, color=color)
+        axes.plot([low, high], [k, k], color=color, lw=2)
+    axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
+    axes.set_yticks(range(len(groups)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.1)
+    return figure
+
+
 def _canvas(height: float) -> Figure:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)

@@ -72,6 +72,21 @@ def write_report(folders: Sequence[Path], out: Path, png: Path | None = None) ->
         raise UsageError("a report needs at least one run folder")
     sections = [_section(run, k) for k, run in enumerate(runs)]
     comparison = _comparison(runs) if len(runs) > 1 else None
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    return write_page(title, sections, comparison, out, png)
+
+
+def write_page(
+    title: str,
+    sections: Sequence[Section],
+    comparison: Comparison | None,
+    out: Path,
+    png: Path | None = None,
+) -> list[Path]:
+    """Write a page to the file ``out``, and its plots to ``png``; return the latter's files.
+
+    Raises UsageError naming what cannot be written.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distcl"),
         autoescape=True,
@@ -80,7 +95,7 @@ def write_report(folders: Sequence[Path], out: Path, png: Path | None = None) ->
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html.j2").render(
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        title=title,
         sections=sections,
         comparison=comparison,
         colors=plots.COLORS,
@@ -311,12 +326,14 @@ def _number(value: float | None, form: str) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Several runs side by side: a table of variants, and plots."""
+    """Several runs side by side: what is found in a sentence, a table of variants, and plots."""
 
     header: list[str]
     rows: list[list[str]]
     plots: list[Plot]
-    unfinished: list[str]
+    note: str
+    found: str = ""
+    more: Sequence[tuple[list[str], list[list[str]]]] = ()
 
 
 def _comparison(runs: Sequence[Run]) -> Comparison:
@@ -359,7 +376,10 @@ def _comparison(runs: Sequence[Run]) -> Comparison:
             heading = "average accuracy at the end" if title == "at the end" else title
             found.append(Plot(name, heading, note, plots.dots(values, label)))
     unfinished = [f"{run.name} ({run.state})" for run in runs if not run.summary]
-    return Comparison(header, rows, found, unfinished)
+    note = "Mean ± standard deviation over runs that differ in nothing but the seed."
+    if unfinished:
+        note += f" Not over, so not counted: {', '.join(unfinished)}."
+    return Comparison(header, rows, found, note)
 
 
 def _values(runs: Sequence[Run], key: str) -> list[float]:

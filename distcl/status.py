@@ -214,6 +214,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def finite(value: Any) -> Any:
+    """Return plain values with NaN and infinities as None, tuples as lists: JSON has neither."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def clock(seconds: float) -> str:
     """Return a duration for people, such as 1:02:05."""
     minutes, rest = divmod(round(seconds), 60)

@@ -13,7 +13,7 @@ from torch import nn
 
 from distcl.config import OptimizerConfig
 from distcl.errors import DivergenceError
-from distcl.optim import warmup_factor
+from distcl.optim import decay_factor, warmup_factor
 from distcl.partition.base import clip_grads_
 from distcl.priority.feed import Feed
 from distcl.runtime import Runtime
@@ -120,6 +120,7 @@ class StepLoop:
         self._tracker = tracker
         self._progress = progress
         self._warmup_steps = config.warmup_steps
+        self._decay = config.decay
         self._clip_norm = clip_norm
         self._poll_steps = poll_steps
         self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
@@ -141,7 +142,7 @@ class StepLoop:
         begun, before, samples = time.perf_counter(), stage.seconds, 0
         for batch, hist_batch in self._batches(stage):
             self._runtime.watchdog.beat()
-            self._set_rate(stage.done)
+            self._set_rate(stage.done, stage.steps)
             self._updater.update_pre_fwd_bwd()
             if stage.number == 0:
                 result = Updater.fwd_bwd(self._updater, batch, None)
@@ -179,7 +180,7 @@ class StepLoop:
         self._tracker.log(values, self.steps)
         self._progress.step(stage.done, stage.loss, rate)
 
-    def _set_rate(self, step: int) -> None:
-        factor = warmup_factor(step, self._warmup_steps)
+    def _set_rate(self, step: int, steps: int) -> None:
+        factor = warmup_factor(step, self._warmup_steps) * decay_factor(self._decay, step, steps)
         for group, lr in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor

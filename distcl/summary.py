@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from distcl.config import Config
 from distcl.errors import CheckpointError
 from distcl.metrics import AccuracyMatrix
 from distcl.resume import weights
+from distcl.status import finite
 from distcl.trainer import ContinuousTrainer, Parts
 
 
@@ -34,6 +34,7 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the contents of ``summary.json``. Local."""
     matrix: AccuracyMatrix = trainer.matrix
+    stages = [*([trainer.pretraining] if trainer.pretraining else []), *trainer.rounds]
     trained = sum(float(r["train_seconds"]) for r in trainer.rounds)
     if trainer.pretraining:
         trained += float(trainer.pretraining["train_seconds"])
@@ -56,19 +57,18 @@ def summarize(
         "bad_samples": trainer.bad.count,
         "pretrain": trainer.pretraining,
         "evaluate_seconds": trainer.evaluate_seconds,
+        "compute": _sum_of(stage["compute"] for stage in stages),
         "rounds": trainer.rounds,
     }
-    cleaned: dict[str, Any] = _finite(summary)
+    cleaned: dict[str, Any] = finite(summary)
     return cleaned
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities by None: JSON has neither."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total = {"scored": 0, "trained": 0, "units": 0}
+    for one in counts:
+        total = {key: total[key] + one[key] for key in total}
+    return total
 
 
 def save_final(parts: Parts, path: Path) -> None:

@@ -143,7 +143,11 @@ class ContinuousTrainer:
             number, experience.train, self.history.ids(), weights, updater.uses_hist_batch
         )
         self.stage = Stage(number, trigger, experience, feed.steps() if updater.trains else 0)
-        self.stage.report = {"priority_seconds": priority_seconds, "scored": scored}
+        self.stage.report = {
+            "priority_seconds": priority_seconds,
+            "scored": scored,
+            "before": [forwards, updater.trained],
+        }
         if self.training.accept == "improves":
             self.stage.report["held_out"] = self._mean_accuracy(held_out)
         return self.stage
@@ -181,20 +185,32 @@ class ContinuousTrainer:
             "train_seconds": stage.seconds - feed.priority_seconds,
             "priority_seconds": stage.report["priority_seconds"] + feed.priority_seconds,
             "forward_passes_per_sample": scored / candidates if candidates else 0.0,
+            "compute": self._compute(*stage.report["before"]),
             "draws_sha256": feed.account.digest(),
             "final_loss": stage.loss,
             "accepted": accepted,
             "priority": feed.weights.report,
         }
 
+    def _compute(self, forwards: int, trained: int) -> dict[str, int]:
+        """Return the samples that went through the model since these counts, over all ranks.
+
+        A forward of a sample is one unit, forward and backward three; evaluation does not count,
+        but what ``training.accept`` looks at does.
+        """
+        scored = self.parts.forward.forwards - forwards
+        samples = self.parts.updater.trained - trained
+        return {"scored": scored, "trained": samples, "units": scored + 3 * samples}
+
     def pretrain(self, experience: Experience) -> None:
         """Train plainly on the first experience; afterwards theta_star equals the weights."""
         updater, feed = self.parts.updater, self.parts.feed
         if self.stage is None:
+            before = [self.parts.forward.forwards, updater.trained]
             self.announce(experience)
             feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
             steps = feed.steps(self.training.pretrain_epochs)
-            self.stage = Stage(0, "pretraining", experience, steps)
+            self.stage = Stage(0, "pretraining", experience, steps, report={"before": before})
         stage = self.stage
         self.loop.run(stage, "pretraining")
         clock = time.perf_counter()
@@ -205,6 +221,7 @@ class ContinuousTrainer:
         self.pretraining = {
             "steps": stage.steps,
             "train_seconds": stage.seconds + time.perf_counter() - clock,
+            "compute": self._compute(*stage.report["before"]),
             "draws_sha256": feed.account.digest(),
             "final_loss": stage.loss,
         }
@@ -273,6 +290,7 @@ class ContinuousTrainer:
             "evaluate_seconds": self.evaluate_seconds,
             "steps": self.loop.steps,
             "samples": self.loop.samples,
+            "trained": self.parts.updater.trained,
             "stage": None if self.stage is None else self.stage.state_dict(),
             "feed": None if self.stage is None else self.parts.feed.state_dict(self.stage.done),
         }
@@ -285,6 +303,7 @@ class ContinuousTrainer:
         self.bad.load_state_dict(state["bad"])
         self.evaluate_seconds = state["evaluate_seconds"]
         self.loop.steps, self.loop.samples = state["steps"], state["samples"]
+        self.parts.updater.trained = state["trained"]
         if state["stage"] is not None:
             self.stage = Stage.from_state(state["stage"])
             self.parts.feed.load_state_dict(state["feed"])

@@ -174,9 +174,12 @@ class Feed:
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
-        if epochs is None and self._training.steps_per_round:
-            return self._training.steps_per_round
-        return (epochs or self._training.epochs) * self._pass_steps
+        return self._round_steps(self._pass_steps) if epochs is None else epochs * self._pass_steps
+
+    def _round_steps(self, of_a_pass: int) -> int:
+        """Return the steps of a round whose passes have ``of_a_pass``."""
+        steps = self._training.steps_per_round or self._training.epochs * of_a_pass
+        return max(1, round(self._training.step_factor * steps))
 
     def _draws(self, current: Ids, history: Ids) -> tuple[int, int]:
         """Return how many current and history samples a pass draws into training batches."""
@@ -193,7 +196,7 @@ class Feed:
             return 0.0
         cur_draws, hist_draws = self._draws(current, history)
         size, total = self._training.batch_size, cur_draws + hist_draws
-        steps = self._training.steps_per_round or self._training.epochs * -(-total // size)
+        steps = self._round_steps(-(-total // size))
         mixed = size * hist_draws / total
         return steps * (mixed + history_batch * self._sizes[_HISTORY]) / len(history)
 

@@ -97,6 +97,8 @@ class Updater:
         self.anchor = setup.anchor
         self.first_part = True
         """Whether this is the first part of a step's batches; see :meth:`accumulated`."""
+        self.trained = 0
+        """Samples that went forward and backward so far, over all ranks: 3 units of compute each"""
 
     @property
     def theta_star(self) -> dict[str, torch.Tensor]:
@@ -187,6 +189,7 @@ class Updater:
             with self.runtime.accumulating(self.model, last=k + 1 == parts):
                 past = hist_batch.part(k, parts) if hist_batch is not None else None
                 results.append(fwd_bwd(batch.part(k, parts), past))
+        self.first_part = True
         if parts == 1:
             return results[0]
         losses = torch.cat([r.losses for r in results])
@@ -206,6 +209,8 @@ class Updater:
         outputs to none, so that it joins the collectives of forward and backward; its gradient is
         exactly zero.
         """
+        if self.first_part:  # its total is that of all parts
+            self.trained += batch.total
         if len(batch):
             return self.model(batch.x)
         x = tree_map_only(torch.Tensor, lambda t: t.new_zeros((1, *t.shape[1:])), batch.x)

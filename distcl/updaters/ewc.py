@@ -50,6 +50,7 @@ class EWCOnline(Updater):
         if len(ids) > limit:
             draw = generator(self.setup.seed, self.commits, 0xF15E)
             ids = draw.choice(ids, size=limit, replace=False)
+        self.trained += len(ids)
         new = diagonal_fisher(
             self.runtime,
             self.model,

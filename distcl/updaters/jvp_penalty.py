@@ -61,6 +61,7 @@ class JVPPenalty(Updater):
             products = [(g * d).unsqueeze(-1).flatten(1) for g, d in zip(grads, steps, strict=True)]
             slopes = torch.cat(products, dim=1).sum(dim=1)
             self.backward(losses + self.config.jvp_lambda * slopes.square(), batch)
+            self.trained += batch.total if self.first_part else 0  # differentiated twice
         except RuntimeError as error:
             if "derivative for" not in str(error) and "differentiate twice" not in str(error):
                 raise

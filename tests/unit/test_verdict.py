@@ -1,0 +1,105 @@
+from pathlib import Path
+
+import pytest
+
+from distcl.compare import Arm, Outcome, Plan, Variant, parse_variant
+from distcl.errors import UsageError
+from distcl.report_compare import write_comparison
+from distcl.verdict import as_json, judge, table
+
+OFF = "continual_learning.importance_weighting=false"
+NOISE = (0.0, 0.002, -0.003, 0.001)
+
+
+def arm(name, accuracy, diverged=(), metric="accuracy", units=300):
+    outcomes = {
+        seed: Outcome(
+            seed,
+            f"runs/{seed}",
+            diverged=seed in diverged,
+            metric=metric,
+            average_accuracy=accuracy + 0.01 * seed + (NOISE[seed] if name else 0.0),
+            average_forgetting=0.1,
+            average_anytime_accuracy=accuracy,
+            units=units,
+            steps=10,
+            trained=100,
+            seconds=1.0,
+            curve=(0.5, accuracy),
+        )
+        for seed in range(4)
+    }
+    return Arm(Variant(name or "as given", (name,) if name else ()), outcomes=outcomes)
+
+
+def result(*arms):
+    variants = tuple(a.variant for a in arms)
+    plan = Plan(Path("a.toml"), variants, tuple(range(4)), Path("out"))
+    return judge(plan, list(arms))
+
+
+@pytest.mark.parametrize(
+    ("arms", "begins", "ends"),
+    [
+        ([("", 0.7), (OFF, 0.72)], "Uniform is better here by 2.0 points (", "importance off."),
+        ([("", 0.7), (OFF, 0.68)], "Prioritized sampling is better here by 2.0", "importance on."),
+        ([("", 0.7), (OFF, 0.7)], "No difference is shown here: uniform minus", "more --seeds."),
+        ([("", 0.7), (OFF[:-5] + "true", 0.72)], "Prioritized sampling is better", "on."),
+        (
+            [("", 0.7), ("a.b=1", 0.72), ("a.b=2", 0.75)],
+            "'a.b=2' is better here by 5.0 points (95 % interval 4.7 to 5.3, p < 0.0001, n = 4)",
+            "set it.",
+        ),
+        (
+            [("", 0.7), ("a.b=1", 0.6), ("a.b=2", 0.65)],
+            "The configuration as it is is better here than any of the others by 5.0 points",
+            "leave it.",
+        ),
+    ],
+)
+def test_a_verdict_is_a_sentence_with_size_interval_and_advice(arms, begins, ends):
+    verdict = result(*(arm(name, accuracy) for name, accuracy in arms)).verdict
+    assert verdict.startswith(begins) and verdict.endswith(ends), verdict
+
+
+def test_pairs_with_a_diverged_run_are_left_out_and_named():
+    found = result(arm("", 0.7), arm(OFF, 0.72, diverged=(1,)))
+    assert found.differences[0].accuracy.n == 3
+    assert found.verdict.endswith(f"Diverged, so left out: 1 of '{OFF}'.")
+    assert table(found)[1][1][1] == "3 (1 diverged)"
+    all_lost = result(arm("", 0.7), arm(OFF, 0.72, diverged=range(4)))
+    assert all_lost.verdict.startswith("There are fewer than two pairs")
+    assert as_json(all_lost)["differences"][0]["p_holm"] is None
+
+
+def test_a_cost_that_is_not_equal_is_told():
+    found = result(arm("", 0.7), arm(OFF, 0.72, units=310))
+    assert "could not be made equal" in found.verdict
+
+
+def test_in_regression_differences_are_no_points():
+    found = result(arm("", 0.7, metric="r2"), arm(OFF, 0.72, metric="r2"))
+    assert "better here by 0.020 R² (" in found.verdict
+
+
+def test_the_page_has_the_verdict_and_the_plots(tmp_path):
+    found = result(arm("", 0.7), arm("a.b='<b>'", 0.72))
+    pictures = write_comparison(found, tmp_path / "r.html", tmp_path)
+    page = (tmp_path / "r.html").read_text()
+    assert [p.stem.removeprefix("compare-") for p in pictures] == [
+        "differences",
+        "curves",
+        "forgetting",
+    ]
+    assert "is better here by 2.0 points" in page and "'<b>'" not in page
+
+
+def test_a_variant_may_set_several_keys():
+    assert parse_variant("a.b=1; c.d = 'x'").overrides == ("a.b=1", "c.d = 'x'")
+    with pytest.raises(UsageError, match="must have the form"):
+        parse_variant(" ; ")
+
+
+def test_variants_have_folders_of_their_own():
+    names = {Variant(n, (n,)).folder for n in ("a.b=1", "a.b='1'", "a.b=/1/", "x" * 99, "x" * 98)}
+    assert len(names) == 5 and all("/" not in name and len(name) < 60 for name in names)

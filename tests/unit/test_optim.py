@@ -4,7 +4,7 @@ from torch import nn
 
 from distcl.config import OptimizerConfig
 from distcl.errors import ConfigError
-from distcl.optim import create_optimizer, reset, warmup_factor
+from distcl.optim import create_optimizer, decay_factor, reset, warmup_factor
 
 CONFIGS = [
     OptimizerConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -59,3 +59,10 @@ def test_momentum_is_refused_where_it_would_be_ignored():
 def test_warm_up_is_linear_and_ends_at_one():
     assert [warmup_factor(k, 4) for k in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert warmup_factor(0, 0) == warmup_factor(0, 1) == 1.0
+
+
+def test_the_rate_decays_from_one_and_never_reaches_zero():
+    assert [decay_factor("none", k, 4) for k in range(4)] == [1, 1, 1, 1]
+    assert [decay_factor("linear", k, 4) for k in range(4)] == [1, 0.75, 0.5, 0.25]
+    cosine = [decay_factor("cosine", k, 4) for k in range(4)]
+    assert cosine == pytest.approx([1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4])

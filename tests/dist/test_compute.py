@@ -1,0 +1,49 @@
+"""What a run says that it computed, by hand: samples scored, samples trained on."""
+
+import pytest
+
+from tests.small import execute
+from tests.spawn import run_ranks
+
+N = 301  # samples of an experience; 7 batches of 50 are a pass over it, and a round has 2
+HISTORY = (2 * N, 2 * N + 50)  # drawn in round 1, from 301: two passes; in 2, from 602: 13 batches
+TRAINED = {  # mode -> how often current and history samples go forward and backward
+    "base": (1, 0),
+    "er": (1, 1),
+    "agem": (1, 1),
+    "jvp_reg": (2, 2),
+    "jvp_penalty": (2, 0),
+    "lwf": (1, 0),
+}
+
+
+@pytest.mark.parametrize("mode", TRAINED)
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (2, 3)])
+def test_every_forward_and_backward_is_counted_once(tmp_path, mode, world, parts):
+    if mode not in ("agem", "jvp_penalty") and world > 1:
+        pytest.skip("its forwards are those of another mode")
+    overrides = (
+        f"continual_learning.update_mode={mode}",
+        "continual_learning.importance_weighting=false",
+        f"training.accumulate={parts}",
+    )
+    rounds = run_ranks(world, execute, "train", overrides, tmp_path / "run")[0]["rounds"]
+    teacher = N if mode == "lwf" else 0
+    now, past = TRAINED[mode]
+    trained = [now * 2 * N + past * drawn for drawn in HISTORY]
+    assert [r["compute"] for r in rounds] == [
+        {"scored": teacher, "trained": count, "units": teacher + 3 * count} for count in trained
+    ]
+
+
+def test_a_fisher_pass_and_a_scoring_pass_count_and_evaluation_does_not(tmp_path):
+    overrides = ("continual_learning.update_mode=ewc_online", "training.step_factor=1.5")
+    summary = run_ranks(1, execute, "train", overrides, tmp_path / "run")[0]
+    assert summary["pretrain"]["compute"] == {"scored": 0, "trained": 3 * N, "units": 9 * N}
+    assert [r["steps"] for r in summary["rounds"]] == [21, 21]
+    for report in summary["rounds"]:
+        assert report["compute"]["trained"] == 3 * N + N
+        assert report["compute"]["scored"] == report["forward_passes_per_sample"] * N
+    stages = [summary["pretrain"], *summary["rounds"]]
+    for key in ("scored", "trained", "units"):
+        assert summary["compute"][key] == sum(stage["compute"][key] for stage in stages)

@@ -1,6 +1,7 @@
 """Faults at random, for as long as wanted: does every run recover, or stop with its cause?
 
-    python benchmarks/fault_campaign.py [--seed 1] [--minutes 20] [--json FILE]
+    python benchmarks/fault_campaign.py [--seed 1] [--minutes 20] [--at-once 3]
+                                        [--json FILE]
 
 The faults are those of tests/faults/campaign.py, on two processes. After each, the run goes on with
 ``--resume auto`` and must have the draws, weights and accuracies of one that nobody disturbed. One
@@ -11,12 +12,14 @@ fault × tries × recovered × clean stop × wrong × hung; exits with 1 unless 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -28,22 +31,27 @@ OFTEN = {"kill -9 in step": 3, "SIGTERM anywhere": 3}
 COLUMNS = ("recovered", "clean stop", "wrong", "hung", "not possible")
 
 
-def campaign(seed: int, minutes: float) -> dict[str, Counter[str]]:
+def campaign(seed: int, minutes: float, at_once: int) -> dict[str, Counter[str]]:
     """Try faults until the time is over; say of each try that goes wrong what happened."""
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    folder.chmod(0o755)
     begun = time.monotonic()
     field, tries = Campaign(folder / "campaign"), {fault: Counter[str]() for fault in FAULTS}
     turn = [fault for fault in FAULTS for _ in range(OFTEN.get(fault, 1))]
-    number = 0
-    while time.monotonic() - begun < minutes * 60:
-        fault = turn[number % len(turn)]
-        result = attempt(field, fault, seed, number)
-        column = result.partition(":")[0]
-        tries[fault][column] += 1
-        if column in ("wrong", "hung"):
-            print(f"{fault}, try {number}: {result}", flush=True)
-        number += 1
+    numbers = itertools.count()
+
+    def work() -> None:
+        while time.monotonic() - begun < minutes * 60:
+            number = next(numbers)
+            fault = turn[number % len(turn)]
+            result = attempt(field, fault, seed, number)
+            column = result.partition(":")[0]
+            tries[fault][column] += 1
+            if column in ("wrong", "hung"):
+                print(f"{fault}, try {number}: {result}", flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:  # much of a try is waiting
+        for worker in [pool.submit(work) for _ in range(at_once)]:
+            worker.result()
     shutil.rmtree(folder)
     return tries
 
@@ -71,10 +79,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Faults at random, and what came of them.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--at-once", type=int, default=3, help="tries at the same time")
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     args = parser.parse_args()
     begun = time.monotonic()
-    tries = campaign(args.seed, args.minutes)
+    tries = campaign(args.seed, args.minutes, args.at_once)
     print(table(tries))
     print(f"seed {args.seed}, {(time.monotonic() - begun) / 60:.1f} minutes")
     if args.json:

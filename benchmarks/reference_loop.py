@@ -68,7 +68,7 @@ def affine(task: int) -> torch.Tensor:
 
 
 def compute_priorities(model, theta_star, loader):
-    """Return a list of floats: clamp(L(w, x) - L(theta_star, x), 1e-8) ** alpha, in loader order."""
+    """Return floats in loader order: clamp(L(w, x) - L(theta_star, x), 1e-8) ** alpha."""
     model.eval()
     now = {name: p.detach() for name, p in model.named_parameters()}
     priorities = []
@@ -116,7 +116,7 @@ def train(tasks, tests, epochs, seed):
     fisher = None
     torch.manual_seed(seed)
     begun = time.perf_counter()
-    for task, dataset in enumerate(tasks):
+    for dataset in tasks:
         weights = compute_priorities(model, theta_star, DataLoader(dataset, SCORE_BATCH))
         theta_star = {name: p.detach().clone() for name, p in model.named_parameters()}
         sampler = WeightedRandomSampler(weights, num_samples=len(weights), replacement=True)

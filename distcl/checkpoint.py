@@ -70,6 +70,8 @@ class CheckpointStore:
         self._keep = keep
         self._warn = warn
         self._writing: _Writing | None = None
+        self.failure = ""
+        """Why the last checkpoint was not written; '' if it was."""
 
     def save(
         self,
@@ -126,7 +128,9 @@ class CheckpointStore:
         if self._runtime.is_main and failed:
             shutil.rmtree(writing.partial, ignore_errors=True)
             self._warn(f"the checkpoint of step {writing.step} was not written ({failed[0]})")
-        return self._runtime.broadcast(not failed)
+        failed = self._runtime.broadcast(failed)
+        self.failure = failed[0] if failed else ""
+        return not failed
 
     def _publish(self, writing: _Writing, files: dict[str, Any]) -> list[str]:
         """Write the manifest, sync, rename, and drop what is no longer kept. Local to rank 0."""
@@ -140,7 +144,8 @@ class CheckpointStore:
         final = self.folder / f"step-{writing.step:08d}"
         try:
             path = writing.partial / MANIFEST
-            path.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+            text = json.dumps(sealed(manifest), indent=1, allow_nan=False)
+            path.write_text(text, encoding="utf-8")
             _sync(path)
             _sync(writing.partial)
             old = self.folder / f"{_OLD}{final.name}"
@@ -225,6 +230,13 @@ class CheckpointStore:
                 _rename(path, aside)
 
 
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the SHA-256 of itself without it, as JSON with sorted keys."""
+    plain = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(plain, sort_keys=True)
+    return plain | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return a checkpoint's manifest. Raises CheckpointError naming what is wrong. Local."""
     manifest_path = path / MANIFEST
@@ -239,6 +251,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint '{path}' has schema {manifest.get('schema')}; this version reads {SCHEMA}"
         )
+    if sealed(manifest)["sha256"] != manifest.get("sha256"):
+        raise CheckpointError(f"checkpoint '{manifest_path}' is damaged: its SHA-256 differs")
     world, step = manifest.get("world_size"), manifest.get("step")
     if not (type(world) is int and type(step) is int and world > 0 <= step):
         raise CheckpointError(f"checkpoint '{manifest_path}' has no step or no world_size")

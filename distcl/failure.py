@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _FAILED = "distcl/failed"
 _TOLD = "distcl/told"
 _POLL_SECONDS = 0.25
+_READ_SECONDS = 2 * _POLL_SECONDS
+"""How long rank 0, which may host the store, lets the others read it before it leaves."""
 _TOLD_SECONDS = 5.0
 _ANSWER_SECONDS = 15.0  # a store that takes longer is out of reach: a cable may be cut
 
@@ -46,6 +48,8 @@ class FailureRelay:
     def __init__(self, store: Store, rank: int, tell: Callable[[Cause], None]) -> None:
         self._store = store
         self._rank = rank
+        self.note: Callable[[Cause], None] = lambda _: None
+        """Writes the cause down on rank 0 before others, and with them the launcher, go on."""
         self.tell = tell
         self._lock = threading.Lock()
         self._told = False
@@ -69,7 +73,9 @@ class FailureRelay:
             first = self._announce(json.dumps(asdict(cause)))
             cause = Cause(**json.loads(first)) if first else cause
             if self._rank == 0 and first is not None:
+                self.note(cause)
                 self._store.set(_TOLD, "1")
+                time.sleep(_READ_SECONDS)
                 return cause
             deadline = time.monotonic() + _TOLD_SECONDS
             while first is not None and time.monotonic() < deadline:
@@ -120,5 +126,5 @@ class FailureRelay:
             self.tell(cause)
         if self._rank == 0:
             self._store.set(_TOLD, "1")
-            time.sleep(_POLL_SECONDS)  # where rank 0 hosts the store, let the others read it
+            time.sleep(_READ_SECONDS)
         os._exit(cause.exit_code)

@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -44,13 +44,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self._lock()
             self.write("config.toml", to_toml(self._config))
-            handler = logging.FileHandler(
-                self.path / "log.txt", mode="a" if append else "w", encoding="utf-8"
-            )
+            handler = _LogFile(self.path / "log.txt", mode="a" if append else "w", encoding="utf-8")
         except OSError as error:
-            raise UsageError(
-                f"the run folder '{self.path}' is not writable: {error.strerror or error}"
-            ) from error
+            raise self._not_writable(error) from error
         self._ready = True
         self.status("running", None, "")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -91,17 +87,44 @@ class RunFolder:
         return lock
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file as a whole: readers see the old or the new one."""
+        """Replace a file as a whole: readers see the old or the new one. Raises UsageError."""
         temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.path / name)
+        try:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.replace(self.path / name)
+        except OSError as error:
+            raise self._not_writable(error) from error
 
     def status(self, state: str, exit_code: int | None, reason: str) -> None:
-        """Write ``status.json``, if the folder is in use and this is rank 0."""
-        if self._is_main and self._ready:
-            me = {"host": socket.gethostname(), "pid": os.getpid()}  # where to send SIGUSR1
-            status = {"state": state, "exit_code": exit_code, **me, "reason": reason}
+        """Write ``status.json``, if the folder is in use and this is rank 0.
+
+        Raises UsageError if it cannot be written, unless the run is ending for another reason.
+        """
+        if not (self._is_main and self._ready):
+            return
+        me = {"host": socket.gethostname(), "pid": os.getpid()}  # where to send SIGUSR1
+        status = {"state": state, "exit_code": exit_code, **me, "reason": reason}
+        try:
             self.write("status.json", json.dumps(status))
+        except UsageError:
+            if exit_code in (None, 0):
+                raise
+
+    def _not_writable(self, error: OSError) -> UsageError:
+        why = error.strerror or str(error)
+        return UsageError(f"the run folder '{self.path}' is not writable: {why}")
+
+
+class _LogFile(logging.FileHandler):
+    """A log that ends quietly where the disk does; the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Let it be."""
+
+    def close(self) -> None:
+        """Close it; what the disk has no room for is lost."""
+        with suppress(OSError):
+            super().close()
 
 
 def _is_dead(who: str) -> bool:

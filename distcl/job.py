@@ -69,8 +69,13 @@ def execute(
         if tell is not None:
             tell(message)
 
+    def note(cause: Cause) -> None:
+        whose = f"rank {cause.rank}: " if cause.rank else ""
+        folder.status("failed", cause.exit_code, f"{whose}{cause.message}")
+
     if runtime.relay is not None:
         runtime.relay.tell = peer_failed
+        runtime.relay.note = note
     job = Job(command, config, runtime, folder, progress)
     try:
         with runtime.guard():

@@ -140,7 +140,10 @@ class Keeper:
         reasons = self._runtime.gather_objects(self.preemption.reason)
         reason = next((f"rank {r}: {why}" for r, why in enumerate(reasons) if why), "asked to stop")
         if not self._store.finish():
-            raise CheckpointError(f"{reason}, but the state could not be saved; see the log")
+            raise CheckpointError(
+                f"{reason}, but the state could not be saved ({self._store.failure}); the last "
+                "good checkpoint stays"
+            )
         raise Preempted(f"{reason}; the state is saved, go on with --resume auto")
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from distcl.priority.feed import Feed
-from distcl.priority.tally import EDGES, weight_histogram
+from distcl.priority.tally import EDGES
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
 from distcl.tracking_values import Histogram, flat
@@ -35,7 +35,7 @@ class RoundRecorder:
     Arrays: ``ids``, ``counts`` int64 [n ≤ TOP] of the samples drawn most, ``labels`` int64 [n] of
     classes (else [0]), ``thumbnails`` uint8 [n, h, w, channels] of images (else [0]), and of each
     weighted part, ``cur`` and ``hist``, ``{part}_counts`` int64 [64] and ``{part}_edges``: a
-    histogram of the draw weights that the round began with, in means.
+    histogram of the draw weights that the round began with, or of its candidates, in means.
     """
 
     def __init__(self, runtime: Runtime, out: Path, tracker: Tracker) -> None:
@@ -54,11 +54,7 @@ class RoundRecorder:
 
         Afterwards the report is the same on every rank, as it was before.
         """
-        parts = feed.weights.parts.items()
-        histograms = {
-            name: Histogram(weight_histogram(weights, self._runtime, over), EDGES)
-            for name, (weights, over) in parts
-        }
+        histograms = {name: Histogram(h, EDGES) for name, h in feed.histograms().items()}
         report["draws"], ids, counts = feed.account.told(feed.candidates, TOP)
         if self._runtime.is_main:
             try:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _WAITING = ("/torch/distributed/", "/torch/autograd/graph.py")
-"""Where a main thread is that waits for other ranks: a collective, or those within backward."""
+"""Files of the innermost frames of a main thread that waits for other ranks: in a collective, or in
+one within backward."""
 
 log = logging.getLogger("distcl")
 
@@ -43,7 +44,7 @@ class Watchdog:
         self._world_size = world_size
         self._seconds = seconds
         self._store = store
-        self._beats = 0
+        self._beats = self._seen = 0
         self._stuck = False
         self._mine = ""
         self._file: IO[str] = sys.stderr
@@ -63,6 +64,7 @@ class Watchdog:
 
     def __enter__(self) -> None:
         main = threading.main_thread().ident
+        self._arm()
         self._thread = threading.Thread(
             target=self._watch, args=(main,), name="distcl-watchdog", daemon=True
         )
@@ -78,21 +80,25 @@ class Watchdog:
 
     def verdict(self) -> str:
         """Return which ranks hang, and where; '' if this process has not waited for long."""
-        if not self._stuck or self._store is None:
+        if not self._stuck or self._beats != self._seen or self._store is None:
             return ""
-        return _named(self._found())
+        return "; ".join(_hanging(self._found()))
+
+    def _arm(self) -> None:
+        """Let faulthandler strike unless this is called again in time."""
+        if self._world_size > 1:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
 
     def _watch(self, main: int) -> None:
         every = min(1.0, self._seconds / 8)
-        seen, since = -1, time.monotonic()
+        since = time.monotonic()
         while not self._stop.wait(every):
-            if self._world_size > 1:
-                faulthandler.dump_traceback_later(self._seconds, exit=True, file=self._file)
-            if self._beats != seen:
+            self._arm()
+            if self._beats != self._seen:
                 if self._stuck:
                     self._tell(None)
                     log.warning("[watchdog] rank %d gets on again", self._rank)
-                seen, since, self._stuck = self._beats, time.monotonic(), False
+                self._seen, since, self._stuck = self._beats, time.monotonic(), False
             elif not self._stuck and time.monotonic() - since > self._seconds / 2:
                 self._stuck = True
                 self._tell(sys._current_frames().get(main))
@@ -125,7 +131,8 @@ class Watchdog:
         return found
 
     def _log(self, found: list[dict[str, Any] | None]) -> None:
-        log.warning("[watchdog] no progress for %.0f s: %s", self._seconds / 2, _named(found))
+        named = "; ".join(_hanging(found)) or "every rank waits for another"
+        log.warning("[watchdog] no progress for %.0f s: %s", self._seconds / 2, named)
         for rank, told in enumerate(found):
             if told is not None:
                 log.warning("[watchdog] stack of rank %d:\n%s", rank, told["stack"])
@@ -135,18 +142,19 @@ def _describe(frame: FrameType) -> dict[str, Any]:
     stack = traceback.extract_stack(frame)
     last = stack[-1]
     return {
-        "waits": any(part in entry.filename for entry in stack for part in _WAITING),
+        "waits": any(part in entry.filename for entry in stack[-3:] for part in _WAITING)
+        and not any("importlib" in entry.filename for entry in stack),
         "at": f"{last.filename}:{last.lineno} in {last.name}",
         "stack": "".join(traceback.format_list(stack)),
     }
 
 
-def _named(found: list[dict[str, Any] | None]) -> str:
-    """Return one clause that names the ranks that hang."""
+def _hanging(found: list[dict[str, Any] | None]) -> list[str]:
+    """Return a clause for each rank that hangs."""
     clauses = []
     for rank, told in enumerate(found):
         if told is None:
-            clauses.append(f"rank {rank} hangs and does not answer")
+            clauses.append(f"rank {rank} does not answer: it hangs, or is slow")
         elif not told["waits"]:
             clauses.append(f"rank {rank} hangs at {told['at']}")
-    return "; ".join(clauses) or "every rank waits for another"
+    return clauses

@@ -16,6 +16,7 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 _preloaded = ["torch", "accelerate", "distcl.job"]
+_preloaded += ["torch._dynamo", "torch.distributed.algorithms.ddp_comm_hooks"]  # for DDP
 _context.set_forkserver_preload(_preloaded)
 
 

@@ -103,7 +103,8 @@ class ShardSource:
     @property
     def labels(self) -> Ids:
         """Labels, int64 [N]; 0 for samples that are not usable."""
-        return np.maximum(self._column(), 0)
+        column = self._column()
+        return np.maximum(column, 0, out=column)
 
     @property
     def usable(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
@@ -128,11 +129,10 @@ class ShardSource:
         return self._data.on_bad_sample == "skip"
 
     def _column(self) -> Ids:
-        parts = [
-            np.full(shard.samples, -1) if index is None else labels_in(index)
-            for shard, index in zip(self.shards, self._indexes, strict=True)
-        ]
-        labels = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        labels = np.full(self._total, -1)
+        for begin, end, index in zip(self._firsts, self._firsts[1:], self._indexes, strict=False):
+            if index is not None:
+                labels[begin:end] = labels_in(index)
         return labels if self._rows is None else labels[self._rows]
 
     def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:

@@ -201,7 +201,8 @@ class DriftStream:
 
     def _experience(self, e: int, train_labels: Ids, test_labels: Ids) -> Experience:
         rng = np.random.default_rng([self._seed, _ORDER, e])
-        rows = rng.permutation(np.flatnonzero(self._members_of(self._train, train_labels, e)))
+        rows = np.flatnonzero(self._members_of(self._train, train_labels, e))
+        rng.shuffle(rows)
         wanted = self._config.samples_per_experience
         if wanted > len(rows):
             raise ConfigError(
@@ -316,4 +317,4 @@ def _labels_of(source: Source, split: str) -> Ids | None:
         raise DataError(
             f"label {labels.min()} of the {split} source, row {labels.argmin()}, is negative"
         )
-    return labels.astype(np.int64)
+    return labels.astype(np.int64, copy=False)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from distcl.priority.draws import ess_fraction, generator, without_replacement
 from distcl.priority.sampler import part_of
 from distcl.priority.scoring import Scorer
+from distcl.priority.tally import BINS, binned
 from distcl.priority.weights import Shape
 from distcl.types import Batch, Ids, Source
 
@@ -26,6 +27,7 @@ class Chooser:
     evenly: a rank trains on those that it has scored, as far as its part reaches; only what is left
     over is read again, by a rank with room.
 
+    ``histogram`` counts the weights of all candidates, in means of their batch, between ``EDGES``.
     ``forwards`` counts samples passed through the model, over all ranks together; ``seconds`` is
     the time that choosing took.
     """
@@ -43,6 +45,7 @@ class Chooser:
         self.seconds = 0.0
         self._number = 0
         self._low, self._high, self._sums = np.inf, 0.0, np.zeros(3)
+        self.histogram = np.zeros(BINS, dtype=np.int64)
 
     def choose(
         self, round_index: int, batches: Iterable[tuple[Batch, Ids]], first_step: int = 0
@@ -82,6 +85,7 @@ class Chooser:
         n = len(weights)
         self._number += n
         self._low, self._high = min(self._low, priorities.min()), max(self._high, priorities.max())
+        self.histogram += binned(weights * (n / weights.sum()))
         self._sums += [priorities.sum(), np.square(priorities).sum(), n * ess_fraction(weights)]
 
     def statistics(self) -> dict[str, float]:
@@ -104,6 +108,7 @@ class Chooser:
             "number": self._number,
             "range": [float(self._low), float(self._high)],
             "sums": self._sums.tolist(),
+            "histogram": self.histogram.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -112,6 +117,7 @@ class Chooser:
         self._number = state["number"]
         self._low, self._high = state["range"]
         self._sums = np.array(state["sums"])
+        self.histogram = np.array(state["histogram"])
 
 
 def deal(owner: Ids, world_size: int) -> Ids:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
@@ -21,6 +22,7 @@ from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
 from distcl.priority.streamed import Streamed
+from distcl.priority.tally import weight_histogram
 from distcl.priority.weights import (
     Correction,
     RoundWeights,
@@ -36,6 +38,7 @@ from distcl.types import Batch, Ids, Source
 
 EMPTY: Ids = np.empty(0, dtype=np.int64)
 _MAIN, _HISTORY, _POOL = 0, 1, 2
+_PARTS = {_MAIN: "cur", _HISTORY: "hist"}
 _WINDOWS, _CHOICE = 16, 32  # added to the stream of a lane
 
 Plan = DistributedWeightedSampler | LaneSampler | WindowPlan
@@ -268,8 +271,7 @@ class Feed:
                 self._refresh(self._ledger, step)
         self._weights.note = ""
         for which, chooser in self._choosers.items():
-            name = "cur" if which == _MAIN else "hist"
-            self._weights.report[name] = chooser.statistics()
+            self._weights.report[_PARTS[which]] = chooser.statistics()
 
     @property
     def candidates(self) -> int:
@@ -281,6 +283,18 @@ class Feed:
     def weights(self) -> RoundWeights:
         """The weights that the round began with, and their report."""
         return self._weights
+
+    def histograms(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Return histograms of weights between ``EDGES``, by the name of their part. Collective.
+
+        Of the weights that the round began with, or of those of all candidates so far.
+        """
+        found = {
+            name: weight_histogram(weights, self._runtime, over)
+            for name, (weights, over) in self._weights.parts.items()
+        }
+        chosen = {_PARTS[which]: c.histogram for which, c in self._choosers.items()}
+        return found | chosen
 
     @property
     def forwards(self) -> int:

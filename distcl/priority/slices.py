@@ -41,7 +41,7 @@ class Dealer:
         self.lanes = lanes
         self.reduce: Reduce = reduce or (lambda values, _: values)
         self._lanes_of = lanes_of
-        self._rank, self._world = rank, world_size
+        self.rank, self.world_size = rank, world_size
 
     @classmethod
     def over(cls, runtime: Runtime, lanes: int, lanes_of: LanesOf) -> Dealer:
@@ -56,11 +56,11 @@ class Dealer:
     @property
     def mine(self) -> list[int]:
         """This rank's lanes, ascending."""
-        return [k for k in range(self.lanes) if k * self._world // self.lanes == self._rank]
+        return [k for k in range(self.lanes) if k * self.world_size // self.lanes == self.rank]
 
     def own(self, ids: Ids) -> npt.NDArray[np.bool_]:
         """Return which of ``ids`` [N] lie in this rank's lanes, bool [N]. Local."""
-        owned: npt.NDArray[np.bool_] = self._owner(ids) == self._rank
+        owned: npt.NDArray[np.bool_] = self._owner(ids) == self.rank
         return owned
 
     def deal(self, ids: Ids) -> Slices:
@@ -85,7 +85,7 @@ class Dealer:
         return runs.astype(np.int32)
 
     def _owner(self, ids: Ids) -> Ids:
-        owner: Ids = self._lanes_of(ids, self.lanes) * self._world // self.lanes
+        owner: Ids = self._lanes_of(ids, self.lanes) * self.world_size // self.lanes
         return owner
 
 

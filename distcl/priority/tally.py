@@ -100,7 +100,12 @@ def weight_histogram(
     each = over.number(weights) / over.total(weights)
     begin, end = runtime.share(len(weights)) if over is WHOLE else (0, len(weights))
     relative = weights[begin:end] * each
-    bins = np.clip(np.searchsorted(EDGES, relative, side="right") - 1, 0, BINS - 1)
-    mine = torch.from_numpy(np.bincount(bins, minlength=BINS)).to(runtime.device)
+    mine = torch.from_numpy(binned(relative)).to(runtime.device)
     counts: npt.NDArray[np.int64] = runtime.all_reduce(mine).cpu().numpy()
     return counts
+
+
+def binned(relative: Weights) -> npt.NDArray[np.int64]:
+    """Return how many of these weights [n], in means, lie between ``EDGES``, int64 [BINS]."""
+    bins = np.clip(np.searchsorted(EDGES, relative, side="right") - 1, 0, BINS - 1)
+    return np.bincount(bins, minlength=BINS)

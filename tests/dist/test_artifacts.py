@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from distcl.artifacts import describe, evaluate, export, verify_all
+from distcl.checkpoint import SCHEMA, sealed
 from distcl.errors import CheckpointError
 from tests.small import execute
 from tests.spawn import distcl
@@ -42,7 +43,8 @@ def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:
     result = distcl("eval", str(tmp_path))
     assert result.returncode == 5
     assert "is neither a run folder (no config.toml) nor a checkpoint" in result.stderr
-    (tmp_path / "manifest.json").write_text(json.dumps({"schema": 1, "files": {"x": {}}}))
+    manifest = sealed({"schema": SCHEMA, "files": {"x": {}}})
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     result = distcl("checkpoint", "verify", str(tmp_path))
     assert result.returncode == 5
     assert result.stderr.count("\n") == 1

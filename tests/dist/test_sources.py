@@ -89,26 +89,42 @@ def _weights(trainer: ContinuousTrainer) -> np.ndarray:
     return torch.cat([p.detach().reshape(-1) for p in parameters]).numpy()
 
 
+PARTS = ("cur", "hist")
+
+
 def _all_jobs(out: Path) -> dict[str, Any]:
     runtime = Runtime(small(*QUICK).run)
     results = {}
     for name, keys in JOBS.items():
         trainer = _train(_trainer(runtime, out, *keys))
-        results[name] = (trainer.rounds, _weights(trainer))
+        runtime.barrier()  # rank 0 has written its files
+        results[name] = (trainer.rounds, _weights(trainer), _histograms(out))
+        runtime.barrier()  # all have read them
     return results
+
+
+def _histograms(out: Path) -> dict[str, list[int]]:
+    """The histograms of weights that the second round wrote."""
+    with np.load(out / "draws" / "round-0002.npz") as found:
+        return {n: found[f"{n}_counts"].tolist() for n in PARTS if f"{n}_counts" in found.files}
 
 
 def test_draws_and_weights_are_the_same_at_one_two_and_three_ranks(tmp_path: Path) -> None:
     reference = run_ranks(1, _all_jobs, tmp_path)[0]
     for world in (2, 3):
         for results in run_ranks(world, _all_jobs, tmp_path):
-            for name, (rounds, weights) in results.items():
-                expected, expected_weights = reference[name]
+            for name, (rounds, weights, histograms) in results.items():
+                expected, expected_weights, expected_histograms = reference[name]
+                assert histograms == expected_histograms
                 digests = [r["draws_sha256"] for r in rounds]
                 assert digests == [r["draws_sha256"] for r in expected], (name, world)
                 np.testing.assert_allclose(weights, expected_weights, rtol=0, atol=1e-9)
                 assert rounds[1]["priority"].keys() == expected[1]["priority"].keys()
-    for name, (rounds, _) in reference.items():
+    for name, (rounds, _, histograms) in reference.items():
+        assert histograms.keys() == rounds[1]["priority"].keys()
+        if name.startswith("candidates"):
+            numbers = {part: stats["n"] for part, stats in rounds[1]["priority"].items()}
+            assert {part: sum(counts) for part, counts in histograms.items()} == numbers
         assert len({r["draws_sha256"] for r in rounds}) == 2
         for stats in rounds[1]["priority"].values():
             assert stats["ess_fraction"] <= 1

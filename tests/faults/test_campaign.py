@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.faults.campaign import FAULTS, Campaign, attempt
@@ -12,20 +14,16 @@ CLEAN = ("read-only folder", "every checkpoint damaged")
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
-    folder = tmp_path_factory.mktemp("campaign")
-    for parent in list(folder.parents)[:3]:  # a rank without root's power must reach it
-        if parent.name.startswith("pytest-"):
-            parent.chmod(0o755)
-    return Campaign(folder)
+    return Campaign(tmp_path_factory.mktemp("campaign"))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_three_tries(fault: str, campaign: Campaign) -> None:
-    for number in range(3):
-        result = attempt(campaign, fault, 0, number)
-        if result.startswith("not possible"):
-            pytest.skip(result)
-        expected = ("clean stop",) if fault in CLEAN else ("recovered",)
-        if fault == "checkpoint of an older version":  # the newest only, or all
-            expected = ("recovered", "clean stop")
-        assert result in expected
+    with ThreadPoolExecutor(3) as pool:  # much of a try is waiting
+        results = list(pool.map(lambda number: attempt(campaign, fault, 0, number), range(3)))
+    if results[0].startswith("not possible"):
+        pytest.skip(results[0])
+    expected = {"clean stop"} if fault in CLEAN else {"recovered"}
+    if fault == "checkpoint of an older version":  # the newest only, or all
+        expected = {"recovered", "clean stop"}
+    assert set(results) <= expected, results

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from distcl.checkpoint import MANIFEST, CheckpointStore, load, rank_file, verify
+from distcl.checkpoint import MANIFEST, CheckpointStore, load, rank_file, sealed, verify
 from distcl.errors import CheckpointError
 from distcl.runtime import Runtime
 from tests.spawn import run_ranks
@@ -74,6 +74,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (lambda p: (p / "model.safetensors").unlink(), "model.safetensors' is missing"),
     "empty": (lambda p: (p / "model.safetensors").write_bytes(b""), "has 0 bytes, not"),
     "manifest": (lambda p: (p / MANIFEST).write_text("{"), "it is not JSON"),
+    "a number": (
+        lambda p: (p / MANIFEST).write_text(
+            (p / MANIFEST).read_text().replace('"step": 2', '"step": 3')
+        ),
+        "manifest.json' is damaged",
+    ),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "No such file"),
     "schema": (
         lambda p: (p / MANIFEST).write_text(json.dumps({"schema": 0, "files": {}})),
@@ -82,8 +88,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "escape": (
         lambda p: (p / MANIFEST).write_text(
             json.dumps(
-                (found := json.loads((p / MANIFEST).read_text()))
-                | {"files": {"../x": {"bytes": 1, "sha256": ""}} | found["files"]}
+                sealed(
+                    (found := json.loads((p / MANIFEST).read_text()))
+                    | {"files": {"../x": {"bytes": 1, "sha256": ""}} | found["files"]}
+                )
             )
         ),
         "names a file outside itself: '../x'",

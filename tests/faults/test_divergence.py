@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -145,7 +146,7 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(
     world = 1 if loss is NoGradient else 2
     errors = run_ranks(world, go, (_loss(loss), "checkpoint.every_steps=3"), tmp_path)
     assert errors == errors[:1] * world
-    assert "in round 1, step " in errors[0]
+    assert re.search(r"in round [12], step \d+", errors[0])
     assert "largest losses are on rank " in errors[0]
     assert "sample ids: " in errors[0]
     assert "gradient was not finite" in errors[0]

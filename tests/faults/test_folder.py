@@ -13,6 +13,21 @@ from distcl.config import Config
 from distcl.errors import UsageError
 from distcl.folder import RunFolder
 
+FULL = """
+import logging, resource, signal, sys
+from pathlib import Path
+from distcl.config import Config
+from distcl.folder import RunFolder
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with RunFolder(Path(sys.argv[1]), Config(), True).open():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+    for k in range(9):
+        logging.getLogger("distcl").info("a line that the disk may have no room for")
+print("done")
+"""
+
+
 HOLDER = """
 import os, signal, sys, time
 from pathlib import Path
@@ -60,3 +75,10 @@ def test_the_lock_of_a_killed_run_is_free_once_its_workers_are_gone(tmp_path: Pa
     begun = time.monotonic()
     with RunFolder(tmp_path, Config(), True).open():
         assert 1 < time.monotonic() - begun < 10
+
+
+def test_a_log_that_the_disk_has_no_room_for_does_not_end_the_run(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

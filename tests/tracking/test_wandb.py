@@ -89,7 +89,7 @@ def test_config_code_version_and_checkpoints_are_there(out):
     for artifact in models:
         references = [entry.ref for entry in artifact.manifest.contents]
         assert all(ref.startswith("file://") for ref in references)  # nothing is copied
-        told.append(artifact.aliases[-1])
+        told.append(next(alias for alias in artifact.aliases if alias != "latest"))
         if told[-1] != "final":
             assert {f"{out}/checkpoints/{told[-1]}/{name}" for name in PIECES} <= {
                 ref.removeprefix("file://") for ref in references
@@ -178,7 +178,7 @@ def test_rows_lost_on_the_way_to_wandb_are_sent_by_the_next_process(tmp_path):
     assert [row["_step"] for row in run.rows] == list(range(5))
     assert [row["loss"] for row in run.rows] == [1.0 / (n + 1) for n in range(5)]
     assert run.rows[3]["h"] == run.rows[0]["h"] and run.rows[3]["h"]["values"] == [2, 1]
-    assert run.rows[3]["bad"] == run.rows[0]["bad"]
+    assert np.isnan([run.rows[3]["bad"], run.rows[0]["bad"]]).all()
 
 
 def _interrupted(command, out, after_lines, number):

@@ -1,6 +1,7 @@
 """Draws from data that are read from front to back: each rank knows its own weights only."""
 
 import threading
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -239,3 +240,27 @@ def test_nothing_to_draw_from_and_bad_weights_are_refused():
         return str(error.value)
 
     on_ranks(2, zero)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_rank_holds_at_most_48_bytes_a_sample_over_the_number_of_ranks(world):
+    n = 300_000
+    ids, weights = np.arange(n), np.random.default_rng(0).random(n)
+
+    def cut(ids: np.ndarray, lanes: int) -> np.ndarray:
+        return ids * lanes // n
+
+    def run(dealer: Dealer) -> int:
+        dealer = Dealer(12, cut, dealer.rank, dealer.world_size, dealer.reduce)
+        slices = dealer.deal(ids)
+        made = LaneSampler(64, window=1024)
+        made.set_groups([LaneGroup(slices, weights[slices.ids], n)])
+        return len(made.parts(0))
+
+    tracemalloc.start(1)
+    try:
+        on_ranks(world, run)
+        together = tracemalloc.get_traced_memory()[1]  # of all ranks, at most
+    finally:
+        tracemalloc.stop()
+    assert ids.nbytes + together / world <= 48 * n / world

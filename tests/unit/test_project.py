@@ -100,3 +100,20 @@ def test_the_look_around_commands_of_the_readme_work(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my.toml").exists()
+
+
+def test_every_promise_of_reliability_names_a_test_that_exists() -> None:
+    from tests.faults.campaign import FAULTS
+
+    text = (ROOT / "docs" / "RELIABILITY.md").read_text()
+    named = re.findall(r"`((?:tests/\w+/)?test_\w+\.py)(?:::(\w+))?(?:\[([^\]]+)\])?`", text)
+    assert len(named) > 20
+    for file, function, fault in named:
+        path = ROOT / (file if "/" in file else f"tests/faults/{file}")
+        assert path.is_file(), file
+        assert f"def {function}(" in path.read_text() or not function, function
+        assert fault in FAULTS or not fault, fault
+    promises = [
+        line for line in text.splitlines() if line.startswith("| ") and "promise" not in line
+    ]
+    assert all(".py" in line for line in promises)

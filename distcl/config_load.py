@@ -26,7 +26,7 @@ from distcl.errors import ConfigError
 from distcl.registry import nearest
 
 ENV_PREFIX = "DISTCL_"
-RESERVED_ENV = frozenset({"DISTCL_DEBUG"})
+RESERVED_ENV = frozenset({"DISTCL_DEBUG", "DISTCL_MNIST"})
 """Variables with the prefix that are no configuration keys."""
 
 SECTIONS: dict[str, type[Section]] = {

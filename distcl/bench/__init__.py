@@ -1,43 +1,49 @@
-"""Benchmarks: what distcl does beside what else would do it, in one run on one machine.
+"""Measurements of distcl beside the alternative, in one run: ``distcl bench NAME…``.
 
-A benchmark is a function ``(quick: bool) -> Iterator[Row]`` and a line in ``BENCHMARKS``.
+A benchmark is a module with ``measure(quick) -> list[Row]``, named in ``BENCHMARKS``.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 
-from distcl.bench.rows import Row
+from distcl.bench.rows import Row, skipped
 from distcl.errors import UsageError
+from distcl.registry import nearest
 
-BENCHMARKS: dict[str, str] = {
-    "priorities": "the scoring pass against plain inference, and its scaling",
-    "sampler": "drawing an epoch against torch's WeightedRandomSampler: time and memory",
-    "anchor": "theta_star as owned slices against a full replica: time and memory",
-    "overhead": "a training step against a bare PyTorch loop; methods; rounds; start-up",
-    "shards": "reading shards against the tar itself and the webdataset library",
+BENCHMARKS = {
+    "priorities": "the scoring pass against plain inference, on one rank and two",
+    "sampler": "drawing an epoch by weights against torch's WeightedRandomSampler",
+    "anchor": "theta_star as owned slices against a full replica: memory, refresh, swaps",
+    "shards": "reading shards: the archive itself, the webdataset library, and distcl",
+    "overhead": "a training step, methods, a round and start-up against the plainest code",
     "scaling": "training on two ranks against one",
+    "peers": "a drift job against the published loop, written out plainly",
 }
-"""name -> one line; each is ``distcl.bench.NAME.bench``."""
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """Return the benchmarks meant by ``names``, each once; ``all`` means every one.
+    """Return the benchmarks that are meant, each once; ``all`` is every one.
 
-    Raises UsageError for a name that there is not.
+    Raises UsageError for an unknown name.
     """
     for name in names:
-        if name != "all" and name not in BENCHMARKS:
-            near = difflib.get_close_matches(name, [*BENCHMARKS, "all"], 1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise UsageError(f"no benchmark '{name}'{hint}. Known: {', '.join(BENCHMARKS)}, all")
-    return [name for name in BENCHMARKS if name in names or "all" in names]
+        if name not in {*BENCHMARKS, "all"}:
+            known = ", ".join(BENCHMARKS)
+            raise UsageError(
+                f"unknown benchmark '{name}'{nearest(name, BENCHMARKS)}; known: {known}, all"
+            )
+    return list(BENCHMARKS if "all" in names else dict.fromkeys(names))
 
 
-def run(name: str, quick: bool) -> Iterator[Row]:
-    """Run one benchmark and yield its rows as they are measured. ``quick``: small, in seconds."""
-    module = importlib.import_module(f"distcl.bench.{name}")
-    bench: Callable[[bool], Iterator[Row]] = module.bench
-    yield from bench(quick)
+def measure(name: str, quick: bool) -> list[Row]:
+    """Run one benchmark and return its rows. ``quick``: smaller sizes, for a look in a minute.
+
+    Where a library or data that it needs are not there, the row says so.
+    """
+    try:
+        rows: list[Row] = import_module(f"distcl.bench.{name}").measure(quick)
+    except UsageError as error:
+        return [skipped(name, str(error))]
+    return rows

@@ -1,9 +1,9 @@
-"""``distcl bench anchor``: memory and time of theta_star as owned slices, against a full replica.
+"""Memory and time of theta_star as owned slices, against a full replica.
 
-Per rank: what the anchor adds to resident memory, the peak while it is swapped in and out, and the
-seconds of refresh, swap-in and swap-out; against ``copy.deepcopy`` of the model's whole state and
-against a plain copy of as many elements as the rank owns. Slopes are least squares over model
-sizes, in bytes per parameter and rank.
+Per rank: how much the anchor adds to resident memory, the peak while it is swapped in and out, and
+the median seconds of refresh, swap-in and swap-out; against ``copy.deepcopy`` of the model's whole
+state and against a plain copy of as many elements as the rank owns. Slopes are least squares over
+model sizes, in bytes per parameter and rank. Every figure is of the worst rank, in real processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import copy
 import importlib.util
 import statistics
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -20,68 +19,14 @@ from torch import nn
 
 from distcl.anchor import Anchor
 from distcl.bench.measure import Work, on_ranks, peak_of, resident, seconds_of
-from distcl.bench.rows import Row, skipped
+from distcl.bench.rows import Row, compared, skipped
 from distcl.config import ParallelConfig, RunConfig
 from distcl.partition.base import create_partition
 from distcl.runtime import Runtime
 
 REPEATS = 5
-
-
-def bench(quick: bool) -> Iterator[Row]:
-    """Measure models of 1, 16 and 64 M parameters at 2 and 4 ranks (``quick``: 1 and 4 M at 2)."""
-    sizes, worlds = ([1, 4], [2]) if quick else ([1, 16, 64], [2, 4])
-    for strategy in ("ddp",) if quick else ("ddp", "zero3", "fsdp2"):
-        if strategy == "zero3" and importlib.util.find_spec("deepspeed") is None:
-            yield skipped(
-                "anchor zero3", "DeepSpeed is not installed: pip install 'distcl[deepspeed]'"
-            )
-            continue
-        for ranks in worlds:
-            found = [on_ranks(ranks, f"{__name__}:measure", strategy, m) for m in sizes]
-            yield from _rows(f"anchor {strategy}, {ranks} ranks", ranks, sizes, found)
-
-
-def _rows(name: str, ranks: int, sizes: list[int], found: list[dict[str, float]]) -> Iterator[Row]:
-    largest = found[-1]
-    yield Row(
-        f"{name}: bytes a parameter, beside 1/W of the model",
-        _slope(sizes, [each["anchor_bytes"] for each in found]),
-        4 / ranks,
-        unit="bytes",
-        better="less",
-        target=1.05,
-        limit=4 / ranks,
-        note="slope over " + ", ".join(f"{m} M" for m in sizes),
-    )
-    yield Row(
-        f"{name}: refresh, {sizes[-1]} M parameters",
-        largest["refresh_s"],
-        largest["copy_s"],
-        better="less",
-        target=1.2,
-        limit=largest["copy_s"],
-        note="against a plain copy of the owned slice",
-    )
-    yield Row(
-        f"{name}: swap in and out, {sizes[-1]} M parameters",
-        largest["swap_in_s"] + largest["swap_out_s"],
-        largest.get("replica_s"),
-        note="against copy.deepcopy of the model's state",
-    )
-    yield Row(
-        f"{name}: peak memory of swapping, {sizes[-1]} M parameters",
-        largest["swap_peak_bytes"],
-        largest.get("replica_bytes"),
-        unit="bytes",
-        better="less",
-        note="above the anchor's own, against a replica",
-    )
-
-
-def _slope(sizes: list[int], values: list[float]) -> float:
-    """Return bytes per parameter, by least squares."""
-    return float(np.polyfit([m << 20 for m in sizes], values, 1)[0])
+OF_MODEL = "distcl.bench.anchor:of_model"
+"""What ranks run; see :func:`on_ranks`."""
 
 
 def copy_between(source: torch.Tensor, destination: torch.Tensor) -> Work:
@@ -96,7 +41,7 @@ def model_of(millions: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
 
 
-def measure(strategy: str, millions: int) -> dict[str, float]:
+def of_model(strategy: str, millions: int) -> dict[str, float]:
     """Measure one model under one strategy. Collective; the result is of the worst rank."""
     runtime = Runtime(RunConfig(), ParallelConfig(strategy=strategy))
     model, _ = runtime.prepare_training(
@@ -120,11 +65,11 @@ def measure(strategy: str, millions: int) -> dict[str, float]:
             inside = time.perf_counter()
         swaps.append((inside - begun, time.perf_counter() - inside))
 
-    def swaps_in_a_row() -> None:
+    def swaps_in_turn() -> None:
         for _ in range(REPEATS):
             swap()
 
-    found["swap_peak_bytes"] = peak_of(swaps_in_a_row)
+    found["swap_peak_bytes"] = peak_of(swaps_in_turn)
     found["swap_in_s"], found["swap_out_s"] = map(statistics.median, zip(*swaps, strict=True))
     if not partition.sharded:
         state = runtime.unwrap(model).state_dict()
@@ -135,4 +80,56 @@ def measure(strategy: str, millions: int) -> dict[str, float]:
         del replica
     every = runtime.gather_objects({key: float(value) for key, value in found.items()})
     runtime.close()
-    return {key: max(each[key] for each in every) for key in found}
+    return {key: max(one[key] for one in every) for key in found}
+
+
+def measure(quick: bool) -> list[Row]:
+    """Return the slopes over model sizes, and each step's time at the largest model."""
+    sizes = [1, 4] if quick else [1, 16, 64]
+    strategies = ["ddp", "fsdp2"]
+    rows: list[Row] = []
+    if importlib.util.find_spec("deepspeed") is None:
+        rows.append(skipped("anchor zero3", "it needs pip install 'distcl[deepspeed]'"))
+    elif not quick:
+        strategies.insert(1, "zero3")
+    for strategy in strategies:
+        for ranks in [2] if quick else [2, 4]:
+            found = [on_ranks(ranks, OF_MODEL, strategy, millions) for millions in sizes]
+            rows += _rows(f"{strategy}, {ranks} ranks", sizes, found, ranks)
+    return rows
+
+
+def _rows(of: str, sizes: list[int], found: list[dict[str, float]], ranks: int) -> list[Row]:
+    def slope(key: str) -> float:
+        parameters = [float(m << 20) for m in sizes]
+        return float(np.polyfit(parameters, [one[key] for one in found], 1)[0])
+
+    held, largest = slope("anchor_bytes"), found[-1]
+    at = f"{of}, {sizes[-1]} M parameters"
+    replica = slope("replica_bytes") if "replica_bytes" in largest else 4.0
+    rows = [
+        compared(
+            f"anchor {of}: memory",
+            held,
+            4 / ranks,
+            "B a parameter, of 1/W",
+            "<= 1.05",
+            limit=4 / ranks,
+        ),
+        compared(f"anchor {of}: memory", held, replica, "B a parameter, of a replica"),
+        compared(
+            f"anchor {at}: refresh",
+            1e3 * largest["refresh_s"],
+            1e3 * largest["copy_s"],
+            "ms, of a plain copy",
+            "<= 1.2",
+            limit=1e3 * largest["copy_s"],
+        ),
+    ]
+    for key, what in (("swap_in_s", "swap-in"), ("swap_out_s", "swap-out")):
+        seconds, copied = 1e3 * largest[key], 1e3 * largest.get("replica_s", largest["copy_s"])
+        against = "ms, of deepcopy" if "replica_s" in largest else "ms, of a plain copy"
+        rows.append(compared(f"anchor {at}: {what}", seconds, copied, against))
+    peak = max(one["swap_peak_bytes"] for one in found) / 2**20
+    rows.append(Row(f"anchor {at}: peak of a swap", peak, None, "MB", peak))
+    return rows

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distcl.errors import UsageError
+
 Work = Callable[[], Any]
 
 
@@ -58,7 +60,7 @@ def on_ranks(world: int, work: str, *args: Any) -> Any:
     """Return what rank 0 returns of ``work(*args)``, run by ``world`` processes of one thread each.
 
     ``work`` is ``package.module:function``; arguments and result are plain JSON values. Raises
-    RuntimeError with the processes' last words if they fail.
+    UsageError with the processes' last words if they fail.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
@@ -75,8 +77,8 @@ def on_ranks(world: int, work: str, *args: Any) -> Any:
             text=True,
             check=False,
         )
-        if done.returncode or not out.exists():
-            raise RuntimeError(f"{work} failed: {done.stderr.strip()[-1000:]}")
+        if done.returncode:
+            raise UsageError(f"{work} on {world} processes: {done.stderr.strip()[-400:]}")
         return json.loads(out.read_text())
 
 

@@ -1,10 +1,13 @@
-"""``distcl bench overhead``: what a step and a method cost beside the plainest loop."""
+"""What a step, a method, a round and a start cost beside the plainest code for the same."""
 
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,59 +15,76 @@ import torch
 from torch import nn
 
 from distcl.bench.measure import Work, on_ranks, seconds_of
-from distcl.bench.rows import Row
-from distcl.bench.setting import config_of, steps_of, stream_of, trainer_of
+from distcl.bench.rows import Row, compared
+from distcl.bench.setting import BATCH, config_of, steps_of, stream_of, trainer_of
 from distcl.data.streams import DriftStream
 from distcl.runtime import Runtime
+from distcl.trainer import ContinuousTrainer
+from distcl.updaters.base import Updater
+from distcl.updaters.kfac import KFACOnline
+from distcl.updaters.kronecker import Layer, Sums
 
-BATCH = 64
+METHODS = "distcl.bench.overhead:methods"
+ROUNDS = "distcl.bench.overhead:rounds"
+KFAC_EVERY = 20
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.toml"
 
 
-def bench(quick: bool) -> Iterator[Row]:
-    """Train a small convolutional net, 40 (``quick``: 10) steps at a time."""
-    steps, repeats = (10, 3) if quick else (40, 7)
-    for ranks in (1,) if quick else (1, 2):
-        found = on_ranks(ranks, f"{__name__}:steps", steps, repeats)
-        yield Row(
-            f"training step, importance off, {ranks} ranks" if ranks > 1 else "training step, off",
-            found["base"] / steps,
-            found["bare"] / steps,
-            better="less",
-            target=1.03,
-            limit=found["bare"] / steps,
-            note="against a bare PyTorch loop" + (" with DDP" if ranks > 1 else ""),
-        )
-    yield Row(
-        "EWC step",
-        found["ewc_online"] / steps,
-        found["base"] / steps,
-        better="less",
-        target=1.05,
-        note="against the plain step",
+def measure(quick: bool) -> list[Row]:
+    """Train a small convolutional net, 20 steps at a time; then rounds of 10 epochs."""
+    repeats = 3 if quick else 9
+    one = on_ranks(1, METHODS, repeats, not quick)
+    rows = [_step("1 rank", one)]
+    if not quick:
+        rows.append(_step("2 ranks, DDP", on_ranks(2, METHODS, repeats, False)))
+        plain, unit = one["base"], "s, of the plain step"
+        rows.append(compared("step of ewc_online", one["ewc_online"], plain, unit, "<= 1.05"))
+        unit = "s, of two plain steps on both batches"
+        rows.append(compared("step of jvp_reg", one["jvp_reg"], 2 * one["both"], unit, "<= 1.05"))
+        model = plain + one["kfac arithmetic"]
+        unit = "s, of the plain step + its matrix products"
+        rows.append(compared("step of kfac_online", one["kfac_online"], model, unit, "<= 1.1"))
+    found = on_ranks(1, ROUNDS, 2 if quick else 5)
+    unit = "s, of the same, uniform"
+    rows.append(
+        compared("round of 10 epochs, by priority", found["on"], found["off"], unit, "<= 1.15")
     )
+    return rows if quick else [*rows, _start_up()]
 
 
-def steps(steps: int, repeats: int) -> dict[str, float]:
-    """Return median seconds of ``steps`` steps: bare, and by each method. Collective."""
-    torch.set_num_threads(1)
+def _step(where: str, found: dict[str, float]) -> Row:
+    ours, theirs = found["base"], found["bare"]
+    unit = "s, of a bare PyTorch loop"
+    return compared(f"training step, {where}", ours, theirs, unit, "<= 1.03", limit=theirs)
+
+
+def methods(repeats: int, every: bool) -> dict[str, float]:
+    """Return median seconds of a step: bare, plain, and (``every``) by methods. Collective."""
     runtime = Runtime()
-    works: dict[str, Work] = {}
+    steps, works = KFAC_EVERY, dict[str, Work]()
     with tempfile.TemporaryDirectory() as out:
-        for mode in ("base", "ewc_online"):
+        for mode in ["base", "ewc_online", "jvp_reg", "kfac_online"] if every else ["base"]:
             config = config_of(
-                training={"batch_size": BATCH},
-                continual_learning={"update_mode": mode},
-                run={"poll_steps": steps},
+                continual_learning={"update_mode": mode, "kfac_every": KFAC_EVERY},
             )
-            stream = stream_of(config, 4_000)
+            stream = stream_of(config, 8_000)
             trainer = trainer_of(config, runtime, stream, Path(out))
+            updater = trainer.parts.updater
             works[mode] = steps_of(trainer, steps)
+            updater.cl_preprocessing()
             works[mode]()
-            trainer.parts.updater.cl_postprocessing(stream, stream.experiences[0].train)
-        works["bare"] = _bare(runtime, stream, trainer.parts.model, steps)
-        found = dict(zip(works, seconds_of(*works.values(), repeats=repeats), strict=True))
+            updater.cl_postprocessing(stream, stream.experiences[0].train)  # it has a penalty now
+            updater.cl_preprocessing()
+            if mode == "base":
+                works["bare"] = _bare(runtime, stream, trainer.parts.model, steps)
+            if isinstance(updater, KFACOnline):
+                works["kfac arithmetic"] = _kfac_arithmetic(updater, steps)
+        if every:
+            config = config_of(training={"batch_size": 2 * BATCH})
+            works["both"] = steps_of(trainer_of(config, runtime, stream, Path(out)), steps)
+    found = seconds_of(*works.values(), repeats=repeats)
     runtime.close()
-    return found
+    return {name: seconds / steps for name, seconds in zip(works, found, strict=True)}
 
 
 def _bare(runtime: Runtime, stream: DriftStream, like: nn.Module, steps: int) -> Work:
@@ -81,9 +101,92 @@ def _bare(runtime: Runtime, stream: DriftStream, like: nn.Module, steps: int) ->
         for step in range(steps):
             begin = (step * BATCH + runtime.rank * each) % n
             rows = order[begin : begin + each]
-            loss = criterion(model(x[rows]), y[rows])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            criterion(model(x[rows]), y[rows]).backward()
             optimizer.step()
 
     return train
+
+
+def _kfac_arithmetic(updater: KFACOnline, steps: int) -> Work:
+    """Return the matrix products that ``steps`` steps need beside the plain ones, and no more."""
+    deltas = {n: torch.randn_like(w) for n, w in updater.committed.items()}
+    inputs = _layer_inputs(updater)
+
+    def multiply() -> None:
+        for _ in range(steps):
+            for name, delta in deltas.items():
+                updater.curvature[name].gradient(delta, 1.0, 0.1)
+        for moments in inputs:
+            moments()
+
+    return multiply
+
+
+def _layer_inputs(updater: KFACOnline) -> list[Callable[[], None]]:
+    """Return, for each layer, the work of its statistics of one batch."""
+    works: list[Callable[[], None]] = []
+
+    def see(layer: Layer, a: torch.Tensor, output: torch.Tensor) -> None:
+        sums = Sums.view(layer, torch.zeros(layer.elements + 1))
+        g = torch.randn_like(output)
+        works.append(lambda: layer.add_moments_(sums, a, g))
+
+    handles = [
+        layer.module.register_forward_hook(lambda _, args, out, of=layer: see(of, args[0], out))
+        for layer in updater.layers
+    ]
+    with torch.no_grad():
+        updater.model(torch.randn(BATCH, 1, 28, 28))
+    for handle in handles:
+        handle.remove()
+    return works
+
+
+def rounds(repeats: int) -> dict[str, float]:
+    """Return median seconds of a round of 10 epochs, by priority (``on``) and uniform. Local."""
+    runtime = Runtime()
+    works: dict[str, Work] = {}
+    with tempfile.TemporaryDirectory() as out:
+        for name, on in (("on", True), ("off", False)):
+            config = config_of(
+                training={"batch_size": BATCH, "epochs": 10},
+                continual_learning={"importance_weighting": on},
+            )
+            stream = stream_of(config, 2_000)
+            works[name] = _round_of(trainer_of(config, runtime, stream, Path(out)))
+        found = seconds_of(*works.values(), repeats=repeats)
+    runtime.close()
+    return dict(zip(works, found, strict=True))
+
+
+def _round_of(trainer: ContinuousTrainer) -> Work:
+    """Return the work of a round on the first experience, as if its samples were new."""
+
+    def train() -> None:
+        trainer.parts.scorer.cache.clear()
+        trainer.run_round(trainer.parts.stream.experiences[0], "bench")
+
+    return train
+
+
+class StopsAtOnce(Updater):
+    """Ends the process after the first step."""
+
+    def update_post_optimizer_call(self) -> None:
+        """End it, without cleaning up."""
+        os._exit(0)
+
+
+def _start_up() -> Row:
+    """Return the time to the end of the first step of a job, against importing torch."""
+    train = [sys.executable, "-m", "distcl", "train", str(CONFIG), "--quiet", "--set"]
+    train.append(f"continual_learning.update_mode={__name__}:{StopsAtOnce.__name__}")
+    with tempfile.TemporaryDirectory() as out:
+        ours, theirs = seconds_of(
+            lambda: subprocess.run([*train, "--out", out], check=True),
+            lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True),
+            repeats=5,
+        )
+    unit = "s, of python -c 'import torch'"
+    return compared("start-up to the first step", ours, theirs, unit, "<= 2.5", limit=theirs)

@@ -1,60 +1,50 @@
-"""``distcl bench priorities``: what the scoring pass costs beside plain inference."""
+"""What the scoring pass costs beside plain inference over the same chunks."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from distcl.bench.measure import on_ranks, seconds_of
-from distcl.bench.rows import Row
+from distcl.bench.rows import Row, compared, times_faster
 from distcl.bench.setting import config_of, stream_of, trainer_of
 from distcl.data.loader import iterate_chunks
 from distcl.priority.cache import fingerprint
 from distcl.runtime import Runtime
-from distcl.updaters.base import Updater
 
 CHUNK = 512
+PASSES = "distcl.bench.priorities:passes"
 
 
-def bench(quick: bool) -> Iterator[Row]:
-    """Score 20,000 (``quick``: 2,000) images of 28 x 28."""
-    samples, repeats = (1_024, 3) if quick else (20_000, 7)
-    one = on_ranks(1, f"{__name__}:measure", samples, repeats)
-    yield Row(
-        "scoring, history seen before",
-        one["seen"],
-        one["once"],
-        better="less",
-        target=1.05,
-        limit=one["once"],
-        note="against one plain inference pass over the same chunks",
+def measure(quick: bool) -> list[Row]:
+    """Score 20,480 (``quick``: 2,048) images."""
+    samples, repeats = (2_048, 3) if quick else (20_480, 5)
+    one, two = (on_ranks(ranks, PASSES, samples, repeats) for ranks in (1, 2))
+    unit = "s, of one plain inference pass"
+    rows = [
+        compared(
+            "scoring, seen before", one["seen"], one["once"], unit, "<= 1.05", 1.0, one["once"]
+        )
+    ]
+    unit = "s, of two plain inference passes"
+    rows.append(
+        compared("scoring, new data", one["new"], one["twice"], unit, "<= 1.02", 1.0, one["twice"])
     )
-    yield Row(
-        "scoring, new data",
-        one["new"],
-        one["twice"],
-        better="less",
-        target=1.02,
-        limit=one["twice"],
-        note="against two plain inference passes",
+    # both cores busy are slower than one alone: plain inference shows by how much
+    limit = one["new"] * two["twice"] / one["twice"]
+    rows.append(
+        times_faster("scoring at 2 ranks", two["new"], one["new"], "s, of 1 rank", ">= 1.85", limit)
     )
-    two = on_ranks(2, f"{__name__}:measure", samples, repeats)
-    yield Row(
-        "scoring at 2 ranks, new data",
-        two["new"],
-        one["new"],
-        target=1.85,
-        limit=one["new"] * two["once"] / one["once"],
-        note="against 1 rank; limit: as plain inference scales with both cores busy",
-    )
+    return rows
 
 
-def measure(samples: int, repeats: int) -> dict[str, float]:
-    """Return median seconds of passes: once and twice plain, scored seen and new. Collective."""
-    torch.set_num_threads(1)
+def passes(samples: int, repeats: int) -> dict[str, float]:
+    """Return median seconds: one and two plain passes, and scoring of seen and new data.
+
+    Plain passes read the same chunks, each rank its own. Collective.
+    """
     runtime = Runtime()
     config = config_of(
         continual_learning={"importance_weighting": True},
@@ -63,19 +53,18 @@ def measure(samples: int, repeats: int) -> dict[str, float]:
     )
     stream = stream_of(config, samples)
     with tempfile.TemporaryDirectory() as out:
-        trainer = trainer_of(config, runtime, stream, Path(out))
-    parts, ids = trainer.parts, stream.experiences[0].train
-    with torch.no_grad():  # else theta_star equals the weights, and the cache would serve both
-        for parameter in parts.forward.module.parameters():
+        parts = trainer_of(config, runtime, stream, Path(out)).parts
+    ids, scorer, module = stream.experiences[0].train, parts.scorer, parts.forward.module
+    with torch.no_grad():  # theta_star is to differ from the weights
+        for parameter in module.parameters():
             parameter.add_(1e-3)
-    scorer, module = parts.scorer, parts.forward.module
     mine = parts.forward.mine(ids, CHUNK)
 
     def plain() -> None:
         module.eval()
         with torch.inference_mode():
             found = [
-                Updater._unreduced_criterion(parts.updater, module(batch.x), batch.y)
+                parts.forward.criterion(module(batch.x), batch.y)
                 for batch in iterate_chunks(stream, mine, CHUNK)
             ]
             torch.cat(found).sum().item()
@@ -86,19 +75,17 @@ def measure(samples: int, repeats: int) -> dict[str, float]:
         plain()
         plain()
 
-    def new() -> None:
-        scorer.cache.clear()
-        scorer.score(stream, ids)
-        runtime.barrier()
-
-    known = fingerprint(parts.anchor.theta_star, runtime)
-
     def seen() -> None:
         scorer.score(stream, ids)
         runtime.barrier()
 
-    scorer.cache.put(known, ids, torch.zeros(len(ids)))
-    once, fast = seconds_of(plain, seen, repeats=repeats)
-    double, full = seconds_of(twice, new, repeats=repeats)
+    def new() -> None:
+        scorer.cache.clear()
+        seen()
+
+    scorer.cache.put(fingerprint(parts.anchor.theta_star, runtime), ids, torch.zeros(len(ids)))
+    found: dict[str, float] = {}
+    found["once"], found["seen"] = seconds_of(plain, seen, repeats=repeats)
+    found["twice"], found["new"] = seconds_of(twice, new, repeats=repeats)
     runtime.close()
-    return {"once": once, "twice": double, "seen": fast, "new": full}
+    return found

@@ -1,75 +1,71 @@
-"""One line of a benchmark's result."""
+"""A measured figure beside its alternative."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What was measured: ``ours`` beside ``theirs``, both in ``unit``.
+    """``ours`` and ``theirs`` in ``unit``, and ``ratio``, as a rule ours / theirs.
 
-    ``ratio`` is theirs / ours where ``better`` is "faster", else ours / theirs. ``target`` is what
-    it should be, at least ("faster", "more") or at most ("less"); None: there is no target.
-    ``limit`` is what physics, or a plain copy, allows ``ours`` to be, in ``unit``; ``note`` says
-    what stands beside it, or why nothing could be measured (then ``ours`` is None).
+    ``target``: what the ratio should be, as "<= 1.05" or ">= 5"; empty where there is none.
+    ``theirs`` is None where the target is absolute. ``limit``: what physics, or the plainest code,
+    allows ``ours`` to be. All three are None where nothing could be measured; ``unit`` says why.
     """
 
     name: str
     ours: float | None
     theirs: float | None
-    unit: str = "s"
-    better: Literal["faster", "more", "less"] = "faster"
-    target: float | None = None
+    unit: str
+    ratio: float | None
+    target: str = ""
     limit: float | None = None
-    note: str = ""
-
-    @property
-    def ratio(self) -> float | None:
-        """The figure that is held against the target."""
-        if not self.ours or not self.theirs:
-            return None
-        return self.theirs / self.ours if self.better == "faster" else self.ours / self.theirs
 
     @property
     def passed(self) -> bool | None:
-        """Whether the target holds; None where nothing was measured or asked for."""
-        ratio = self.ratio
-        if ratio is None or self.target is None:
+        """Whether the ratio reaches the target; None without one, or without a measurement."""
+        if not self.target or self.ratio is None:
             return None
-        return ratio <= self.target if self.better == "less" else ratio >= self.target
-
-    @property
-    def goal(self) -> str | None:
-        """The target in words, as "≥ 9"."""
-        if self.target is None:
-            return None
-        return f"{'≤' if self.better == 'less' else '≥'} {self.target:g}"
+        sign, _, bound = self.target.partition(" ")
+        return self.ratio <= float(bound) if sign == "<=" else self.ratio >= float(bound)
 
     @property
     def of_limit(self) -> float | None:
-        """The share of the limit that is reached, 1 being all of it."""
+        """The share of the limit that is reached: 1 is all of it, whether less or more is better.
+
+        None without a limit. Noise can put ``ours`` beyond the limit; that shows as less than 1.
+        """
         if not self.ours or not self.limit:
             return None
-        return self.ours / self.limit if self.better == "more" else self.limit / self.ours
+        return min(self.ours / self.limit, self.limit / self.ours)
 
-    def as_object(self) -> dict[str, Any]:
-        """Return what goes into the JSON file."""
-        return {
-            "name": self.name,
-            "ours": self.ours,
-            "theirs": self.theirs,
-            "ratio": self.ratio,
-            "target": self.goal,
-            "pass": self.passed,
-            "unit": self.unit,
-            "limit": self.limit,
-            "of_limit": self.of_limit,
-            "note": self.note,
-        }
+    def as_json(self) -> dict[str, Any]:
+        """Return the row as plain values, with ``pass`` and ``of_limit``."""
+        return asdict(self) | {"pass": self.passed, "of_limit": self.of_limit}
+
+
+def compared(
+    name: str,
+    ours: float,
+    theirs: float,
+    unit: str,
+    target: str = "",
+    scale: float = 1.0,
+    limit: float | None = None,
+) -> Row:
+    """Return a row whose ratio is ours / (scale · theirs)."""
+    return Row(name, ours, theirs, unit, ours / (scale * theirs), target, limit)
+
+
+def times_faster(
+    name: str, ours: float, theirs: float, unit: str, target: str = "", limit: float | None = None
+) -> Row:
+    """Return a row whose ratio is theirs / ours, both of them times."""
+    return Row(name, ours, theirs, unit, theirs / ours, target, limit)
 
 
 def skipped(name: str, why: str) -> Row:
     """Return the row of something that cannot be measured here."""
-    return Row(name, None, None, note=f"skipped: {why}")
+    return Row(name, None, None, f"not measured: {why}", None)

@@ -1,44 +1,35 @@
-"""``distcl bench scaling``: a fixed global batch on two ranks against one."""
+"""A fixed global batch on two ranks against one."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from distcl.bench.measure import on_ranks, seconds_of
-from distcl.bench.rows import Row
+from distcl.bench.rows import Row, times_faster
 from distcl.bench.setting import config_of, steps_of, stream_of, trainer_of
 from distcl.runtime import Runtime
 
 BATCH = 256
+STEP = "distcl.bench.scaling:step"
 
 
-def bench(quick: bool) -> Iterator[Row]:
+def measure(quick: bool) -> list[Row]:
     """Train a convolutional net whose steps take well over 20 ms."""
-    steps, repeats = (3, 3) if quick else (8, 7)
-    one = on_ranks(1, f"{__name__}:measure", steps, repeats) / steps
-    two = on_ranks(2, f"{__name__}:measure", steps, repeats) / steps
-    yield Row(
-        f"training step at 2 ranks, global batch {BATCH}",
-        two,
-        one,
-        target=1.8,
-        limit=one / 2,
-        note="against 1 rank; limit: half the time",
-    )
+    steps, repeats = (4, 3) if quick else (10, 7)
+    one, two = (on_ranks(ranks, STEP, steps, repeats) for ranks in (1, 2))
+    name = f"training step at 2 ranks, global batch {BATCH}"
+    unit = f"s, of 1 rank ({1e3 * one:.0f} ms a step)"
+    return [times_faster(name, two, one, unit, ">= 1.8", limit=one / 2)]
 
 
-def measure(steps: int, repeats: int) -> float:
-    """Return the median seconds of ``steps`` steps. Collective."""
-    torch.set_num_threads(1)
+def step(steps: int, repeats: int) -> float:
+    """Return the median seconds of a step. Collective."""
     runtime = Runtime()
-    config = config_of(training={"batch_size": BATCH}, run={"poll_steps": steps})
-    stream = stream_of(config, 2_000)
+    config = config_of(training={"batch_size": BATCH})
+    stream = stream_of(config, 8_000)
     with tempfile.TemporaryDirectory() as out:
         trainer = trainer_of(config, runtime, stream, Path(out))
-        (seconds,) = seconds_of(steps_of(trainer, steps), repeats=repeats)
+    (seconds,) = seconds_of(steps_of(trainer, steps), repeats=repeats)
     runtime.close()
-    return seconds
+    return seconds / steps

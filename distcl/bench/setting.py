@@ -15,52 +15,54 @@ from distcl.data.streams import DriftStream
 from distcl.priority.weights import RoundWeights
 from distcl.runtime import Runtime
 from distcl.steps import Stage
-from distcl.trainer import ContinuousTrainer, Parts
-from distcl.types import Ids
+from distcl.trainer import ContinuousTrainer
 
-CNN: dict[str, Any] = {"name": "cnn"}
+CNN: dict[str, Any] = {"name": "cnn", "options": {"channels": [16, 32, 64]}}
+BATCH = 64
 
 
 def config_of(**sections: dict[str, Any]) -> Config:
     """Return a configuration of two experiences without drift; sections as in TOML."""
-    stream = {"drift": "none", "experiences": 2}
-    given = {"stream": stream, "model": CNN, **sections}
+    given = {
+        "stream": {"drift": "none", "experiences": 2},
+        "model": CNN,
+        "training": {"batch_size": BATCH},
+        "run": {"poll_steps": 1000},
+        **sections,
+    }
     return Config.model_validate(given, strict=True)
 
 
-def stream_of(config: Config, samples: int, shape: tuple[int, ...] = (1, 28, 28)) -> DriftStream:
-    """Return a stream of ``samples`` images with 10 classes, the same on every rank."""
+def stream_of(config: Config, samples: int) -> DriftStream:
+    """Return a stream of ``samples`` images [1, 28, 28] of 10 classes, the same on every rank."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((samples, *shape), dtype=np.float32)
+    x = rng.standard_normal((samples, 1, 28, 28), dtype=np.float32)
     y = np.arange(samples) % 10
-    return DriftStream(
-        ArraySource(x, y), ArraySource(x[:100], y[:100]), config.stream, config.run.seed
-    )
+    held_out = ArraySource(x[:100], y[:100])
+    return DriftStream(ArraySource(x, y), held_out, config.stream, config.run.seed)
 
 
 def trainer_of(
     config: Config, runtime: Runtime, stream: DriftStream, out: Path
 ) -> ContinuousTrainer:
-    """Return a trainer that tracks nothing. Collective."""
+    """Return a trainer on that stream. Collective."""
     return ContinuousTrainer(assemble(config, runtime, stream, out), config)
 
 
-def steps_of(
-    trainer: ContinuousTrainer,
-    steps: int,
-    weights: RoundWeights | None = None,
-    history: bool = False,
-) -> Work:
-    """Return the work of ``steps`` training steps on the first experience, without priorities."""
-    parts: Parts = trainer.parts
-    first = parts.stream.experiences[0]
-    past: Ids = parts.stream.experiences[1].train if history else np.empty(0, dtype=np.int64)
-    number = 0
+def steps_of(trainer: ContinuousTrainer, steps: int) -> Work:
+    """Return the work of ``steps`` steps on the first experience, drawn uniformly.
+
+    Updaters that take history batches get them, of the second experience.
+    """
+    parts, number = trainer.parts, 0
+    first, second = parts.stream.experiences
+    history = parts.updater.uses_hist_batch
+    past = second.train if history else np.empty(0, dtype=np.int64)
 
     def train() -> None:
         nonlocal number
         number += 1
-        parts.feed.rebuild(number, first.train, past, weights or RoundWeights(), history)
+        parts.feed.rebuild(number, first.train, past, RoundWeights(), history)
         trainer.loop.run(Stage(number, "bench", first, steps), "bench")
 
     return train

@@ -1,4 +1,4 @@
-"""``distcl bench shards``: the tar itself, the webdataset library, and distcl, side by side.
+"""How fast shards are read: the archive itself, the webdataset library, and distcl, side by side.
 
 All in one run over the same shards of CIFAR-shaped images (uint8 [3, 32, 32]), the page cache warm.
 Rates are samples per second of wall time, each the median of passes that take turns:
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from distcl.bench.measure import seconds_of
-from distcl.bench.rows import Row, skipped
+from distcl.bench.rows import Row, compared
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.decode import decode
 from distcl.data.index import read_manifest
@@ -30,93 +30,13 @@ from distcl.data.opening import shards
 from distcl.data.streaming import open_url, stream_samples
 from distcl.data.streams import create_stream
 from distcl.data.writing import Members, write_shards
-from distcl.priority.draws import Weights
+from distcl.errors import UsageError
 from distcl.priority.lanes import LaneGroup, LaneSampler
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.slices import Dealer
 
 BATCH = 256
 SHARDS = 10
-USEFUL = 0.2
-"""Share of the samples that rejection sampling keeps: the mean weight over the largest."""
-
-
-def bench(quick: bool) -> Iterator[Row]:
-    """Read 20,000 images (``quick``: 3,000), raw and decoded."""
-    missing = [name for name in ("webdataset", "PIL") if importlib.util.find_spec(name) is None]
-    if missing:
-        yield skipped("shards", f"{missing[0]} is not installed: pip install 'distcl[data]'")
-        return
-    torch.set_num_threads(1)
-    samples = 3_000 if quick else 20_000
-    with tempfile.TemporaryDirectory() as temporary:
-        for ext in ("npy",) if quick else ("npy", "png"):
-            folder = Path(temporary) / ext
-            write_shards(Images(samples, ext), folder, per_shard=samples // SHARDS, workers=2)
-            if ext == "npy":
-                yield from _raw(folder, samples)
-            for workers in (0,) if quick else (0, 1, 2, 4):
-                yield from _decoded(folder, ext, samples, workers)
-
-
-def _raw(folder: Path, samples: int) -> Iterator[Row]:
-    """Yield rates of members' bytes, beside the tar itself."""
-    tars = [folder / s.name for s in read_manifest(folder).split("train")]
-    weights = skewed(samples)
-    tar, theirs, streamed, uniform, weighted = _rates(
-        samples,
-        lambda: [len(path.read_bytes()) for path in tars],
-        lambda: library(folder, "npy", False, 0),
-        lambda: [
-            sum(1 for _ in stream_samples(lambda p=p: open_url(str(p)), p.name))  # type: ignore[misc]
-            for p in tars
-        ],
-        indexed_raw(folder, None),
-        indexed_raw(folder, weights),
-    )
-    yield _row("streaming, raw", streamed, theirs, 0.95, tar, "the webdataset library; limit: tar")
-    yield _row("indexed, raw", uniform, theirs, 5.0, tar, "the webdataset library; limit: tar")
-    yield _row("indexed weighted, raw", weighted, uniform, 0.8, tar, "indexed uniform; limit: tar")
-
-
-def _decoded(folder: Path, ext: str, samples: int, workers: int) -> Iterator[Row]:
-    """Yield rates of decoded batches."""
-    weights, what = skewed(samples), f"{ext}, {workers} workers"
-    theirs, uniform, weighted, streamed, drawn = _rates(
-        samples,
-        lambda: library(folder, ext, True, workers),
-        ours(folder, "indexed", None, workers),
-        ours(folder, "indexed", weights, workers),
-        ours(folder, "stream", None, workers),
-        ours(folder, "stream", weights, workers),
-    )
-    own = workers == 0  # with workers, processes outnumber the cores of a small machine
-    useful = "the webdataset library's useful rate"
-    yield _row(f"streaming, {what}", streamed, theirs, 0.95 if own else None)
-    yield _row(
-        f"streaming weighted, {what}", drawn, USEFUL * theirs, 2.0 if own else None, None, useful
-    )
-    yield _row(f"indexed, {what}", uniform, theirs)
-    yield _row(
-        f"indexed weighted, {what}", weighted, uniform, 0.8 if own else None, None, "uniform"
-    )
-
-
-def _row(
-    name: str,
-    ours: float,
-    theirs: float,
-    target: float | None = None,
-    limit: float | None = None,
-    against: str = "the webdataset library",
-) -> Row:
-    return Row(
-        f"shards {name}", ours, theirs, "samples/s", "more", target, limit, f"against {against}"
-    )
-
-
-def _rates(samples: int, *works: Callable[[], Any]) -> list[float]:
-    return [samples / seconds for seconds in seconds_of(*works, repeats=3)]
 
 
 class Images:
@@ -134,19 +54,25 @@ class Images:
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """Yield the members of samples ``begin`` to ``end``."""
+        from PIL import Image
+
         for row in range(begin, end):
             pixels = np.random.default_rng(row).integers(0, 256, (3, 32, 32)).astype(np.uint8)
             out = io.BytesIO()
             if self._ext == "npy":
                 np.save(out, pixels)
             else:
-                from PIL import Image
-
                 Image.fromarray(np.moveaxis(pixels, 0, -1)).save(out, "png")
             yield {self._ext: out.getvalue(), "cls": b"%d" % (row % 10)}
 
 
-def skewed(n: int) -> Weights:
+def rates(samples: int, works: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
+    """Return the samples per second of each work; they take turns."""
+    seconds = seconds_of(*works.values(), repeats=repeats, warmup=0)
+    return {name: samples / value for name, value in zip(works, seconds, strict=True)}
+
+
+def skewed(n: int) -> np.ndarray:
     """Weights [n], half of whose sum lies on a tenth."""
     weights = np.full(n, 0.5 / 0.9)
     weights[np.random.default_rng(0).choice(n, n // 10, replace=False)] = 5.0
@@ -168,7 +94,7 @@ def library(folder: Path, ext: str, decoded: bool, workers: int) -> int:
     return sum(len(item[1]) if decoded else 1 for item in loader)
 
 
-def ours(folder: Path, access: str, weights: Weights | None, workers: int) -> Callable[[], int]:
+def ours(folder: Path, access: str, weights: np.ndarray | None, workers: int) -> Callable[[], int]:
     """One pass of training batches."""
     config = StreamConfig(source="shards", path=str(folder), drift="none", experiences=1)
     stream = create_stream(config, 0, DataConfig(access=access))
@@ -191,9 +117,94 @@ def ours(folder: Path, access: str, weights: Weights | None, workers: int) -> Ca
     return one_pass
 
 
-def indexed_raw(folder: Path, weights: Weights | None) -> Callable[[], int]:
-    """One pass over the members' bytes, by index."""
+def indexed_raw(folder: Path, weights: np.ndarray | None) -> Callable[[], int]:
+    """One pass over the bytes of all samples, as they are drawn."""
     source, _ = shards(StreamConfig(path=str(folder)), DataConfig())
     plan = DistributedWeightedSampler(BATCH)
     plan.set_weights(len(source), weights)
     return lambda: sum(sum(1 for _ in source.extents(np.array(ids))) for ids in plan)
+
+
+def measure(quick: bool) -> list[Row]:
+    """Return rates beside the library's. Raises UsageError if it is not installed."""
+    for module in ("webdataset", "PIL"):
+        if importlib.util.find_spec(module) is None:
+            raise UsageError(f"bench shards needs {module}; type: pip install 'distcl[data]'")
+    torch.set_num_threads(1)
+    samples, repeats = (2000, 3) if quick else (20_000, 3)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for ext in ("npy", "png"):
+            folder = Path(temporary) / ext
+            write_shards(Images(samples, ext), folder, per_shard=samples // SHARDS, workers=2)
+            if ext == "npy":
+                rows += _raw(folder, samples, repeats)
+            for workers in (0,) if quick else (0, 1, 2, 4):
+                rows += _decoded(folder, ext, samples, workers, repeats)
+    return rows
+
+
+def _raw(folder: Path, samples: int, repeats: int) -> list[Row]:
+    tars = [folder / s.name for s in read_manifest(folder).split("train")]
+
+    def streamed() -> int:
+        return sum(
+            sum(1 for _ in stream_samples(lambda p=path: open_url(str(p)), path.name))  # type: ignore[misc]
+            for path in tars
+        )
+
+    found = rates(
+        samples,
+        {
+            "archive": lambda: sum(len(path.read_bytes()) for path in tars),
+            "library": lambda: library(folder, "npy", False, 0),
+            "streaming": streamed,
+            "uniform": indexed_raw(folder, None),
+            "weighted": indexed_raw(folder, skewed(samples)),
+        },
+        repeats,
+    )
+    unit, theirs, limit = "samples/s, raw, of the library", found["library"], found["archive"]
+    return [
+        compared("shards streaming", found["streaming"], theirs, unit, ">= 0.95", limit=limit),
+        compared("shards indexed", found["uniform"], theirs, unit, ">= 5", limit=limit),
+        compared(
+            "shards indexed, weighted",
+            found["weighted"],
+            found["uniform"],
+            "samples/s, raw, of uniform",
+            ">= 0.8",
+        ),
+    ]
+
+
+def _decoded(folder: Path, ext: str, samples: int, workers: int, repeats: int) -> list[Row]:
+    weights = skewed(samples)
+    works: dict[str, Callable[[], int]] = {
+        "library": lambda: library(folder, ext, True, workers),
+    }
+    for access in ("stream", "indexed"):
+        works[access] = ours(folder, access, None, workers)
+        works[f"{access} weighted"] = ours(folder, access, weights, workers)
+    found = rates(samples, works, repeats)
+    of, unit = f"{ext}, {workers} workers", "samples/s, of the library"
+    useful = float(weights.mean() / weights.max())
+    return [
+        compared(f"shards streaming, {of}", found["stream"], found["library"], unit, ">= 0.95"),
+        compared(
+            f"shards streaming, weighted, {of}",
+            found["stream weighted"],
+            found["library"],
+            "samples/s, of the library's useful rate",
+            ">= 2",
+            useful,
+        ),
+        compared(f"shards indexed, {of}", found["indexed"], found["library"], unit),
+        compared(
+            f"shards indexed, weighted, {of}",
+            found["indexed weighted"],
+            found["indexed"],
+            "samples/s, of uniform",
+            ">= 0.8",
+        ),
+    ]

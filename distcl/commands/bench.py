@@ -8,62 +8,65 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from distcl.bench import BENCHMARKS, chosen, run
+from distcl.bench import BENCHMARKS, chosen, measure
 from distcl.bench.rows import Row
+from distcl.commands.common import launch_rank, say
+from distcl.errors import UsageError
 
-_HELP = "; ".join(f"{name}: {text}" for name, text in BENCHMARKS.items())
+_PIPED = 160  # columns, where there is no terminal
 
 
 def bench(
-    names: Annotated[list[str], typer.Argument(metavar="NAME…", help=f"all, or {_HELP}.")],
-    to: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the rows as JSON.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME…", help="all, or some of those that it lists without one."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: seconds, rough.")] = False,
+    file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures, too.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: a look in a minute.")
+    ] = False,
 ) -> None:
-    """Measure what distcl does beside what else would do it, and against its targets."""
-    console = Console()
+    """Measure parts of distcl on this machine, the alternative beside each in the same run."""
+    if launch_rank() != 0:
+        return
+    if not names:
+        for name, description in BENCHMARKS.items():
+            say(f"{name:<10} {description}")
+        return
+    if file is not None and not file.parent.is_dir():
+        raise UsageError(f"--json {file}: the folder '{file.parent}' does not exist")
+    terminal = Console()
+    console = Console(width=None if terminal.is_terminal else _PIPED)
     rows: list[Row] = []
     for name in chosen(names):
-        table = _table(name)
-        for row in run(name, quick):
-            rows.append(row)
-            table.add_row(*_cells(row))
-        console.print(table)
-        if to is not None:
-            text = json.dumps([row.as_object() for row in rows], indent=1)
-            to.write_text(text + "\n", encoding="utf-8")
+        found = measure(name, quick)
+        console.print(_table(found), "")
+        rows += found
+        if file is not None:
+            text = json.dumps([row.as_json() for row in rows], indent=1)
+            file.write_text(text + "\n", encoding="utf-8")
 
 
-def _table(name: str) -> Table:
-    table = Table(title=f"{name}: {BENCHMARKS[name]}", title_justify="left")
-    table.add_column("what", overflow="fold")
-    for column in ("ours", "theirs", "ratio", "target", "of limit"):
-        table.add_column(column, justify="right", no_wrap=True)
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("", "ours", "theirs", "", "ratio", "target", "", "of limit"):
+        table.add_column(title, justify="left" if title == "" else "right")
+    for row in rows:
+        verdict = {True: "reached", False: "MISSED", None: ""}[row.passed]
+        figures = [
+            "" if value is None else format(value, form)
+            for value, form in (
+                (row.ours, ",.4g"),
+                (row.theirs, ",.4g"),
+                (row.ratio, ".3f"),
+                (row.of_limit, ".0%"),
+            )
+        ]
+        ours, theirs, ratio, share = figures
+        table.add_row(escape(row.name), ours, theirs, row.unit, ratio, row.target, verdict, share)
     return table
-
-
-def _cells(row: Row) -> list[str]:
-    mark = {True: "[green]", False: "[red]", None: ""}[row.passed]
-    ratio = "" if row.ratio is None else f"{mark}{row.ratio:.3g}"
-    share = "" if row.of_limit is None else f"{row.of_limit:.0%}"
-    return [
-        f"{row.name} [dim]({row.note})" if row.note else row.name,
-        _amount(row.ours, row.unit),
-        _amount(row.theirs, row.unit),
-        ratio,
-        row.goal or "",
-        share,
-    ]
-
-
-def _amount(value: float | None, unit: str) -> str:
-    if value is None:
-        return ""
-    if unit == "s":
-        return f"{value:.3g} s" if value >= 1 else f"{1e3 * value:.3g} ms"
-    if unit == "bytes":
-        return f"{value / 2**20:,.1f} MiB" if value >= 2**20 else f"{value:.3g} B"
-    return f"{value:,.0f}{unit.removeprefix('samples')}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -57,7 +58,21 @@ def main() -> NoReturn:
         sys.exit(130)
     except Exception as error:  # the outermost place: whatever it is becomes an exit code
         fail(error)
-    sys.exit(code or 0)
+    leave(code or 0)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, at once if it is one of several: what is registered for exit still runs.
+
+    Threads of a process group that is gone may abort a tidy exit ("terminate called without an
+    active exception"), and the launcher would take that for a failure.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def fail(error: Exception) -> NoReturn:

@@ -259,7 +259,8 @@ class Runtime:
             if self.relay is not None:
                 own = describe(error, self.rank)
                 if is_connection_loss(error) and (verdict := self.watchdog.verdict()):
-                    own = Cause(self.rank, 1, f"{verdict}; log.txt has its stack")
+                    told = f"{own.message}; {verdict}; log.txt has its stack"
+                    own = Cause(self.rank, 1, told)
                 first = self.relay.report(own)
                 if first.message != own.message or is_connection_loss(error):
                     raise PeerFailure(first) from error

@@ -67,7 +67,8 @@ def leave(code: int) -> NoReturn:
     Threads of a process group that is gone may abort a tidy exit ("terminate called without an
     active exception"), and the launcher would take that for a failure.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "torch" in sys.modules:
+    runtime = sys.modules.get("distcl.runtime")
+    if runtime is not None and runtime.was_in_a_group():
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -32,6 +32,11 @@ _left: list[Any] = []
 reference, freeing the model could wait for ever for the group's threads (torch 2.13, gloo)."""
 
 
+def was_in_a_group() -> bool:
+    """Tell whether this process is, or was, one of several. Local."""
+    return bool(_left) or dist.is_initialized()
+
+
 def check_launch(environ: Mapping[str, str], processes: int = 0) -> int:
     """Return how many processes the launcher started; raise UsageError if they cannot be real.
 

@@ -289,3 +289,10 @@ def test_doctor_says_so_when_the_run_folder_cannot_be_written(tmp_path, monkeypa
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     found = [f for f in examine({}, tmp_path / "runs") if f.topic == "disk"]
     assert found[0].level == "warning" and f"{tmp_path} is not writable" in found[0].text
+
+
+def test_a_process_that_was_in_no_group_is_not_ended_at_once(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        cli.leave(3)
+    assert ended.value.code == 3

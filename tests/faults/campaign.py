@@ -14,6 +14,7 @@ call it strikes: SIGKILL, SIGTERM, a limit on the size of files, and so on.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import importlib
@@ -198,12 +199,14 @@ def _rank(
         else:
             _set(trap, calls)
     sys.argv = ["distcl", *argv]
-    try:
-        main()
-    finally:
-        if count is not None:
-            found = {t.point: next(c) - 1 for t, c in zip(traps, counters, strict=True)}
-            count.write_text(json.dumps(found))
+    if count is not None:
+        atexit.register(_write_counts, count, traps, counters)  # main() ends the process
+    main()
+
+
+def _write_counts(path: Path, traps: list[Trap], counters: list[Iterator[int]]) -> None:
+    found = {t.point: next(c) - 1 for t, c in zip(traps, counters, strict=True)}
+    path.write_text(json.dumps(found))
 
 
 class Started:

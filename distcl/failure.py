@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+T = TypeVar("T")
 
 _FAILED = "distcl/failed"
 _TOLD = "distcl/told"
@@ -26,7 +28,8 @@ _POLL_SECONDS = 0.25
 _READ_SECONDS = 2 * _POLL_SECONDS
 """How long rank 0, which may host the store, lets the others read it before it leaves."""
 _TOLD_SECONDS = 5.0
-_ANSWER_SECONDS = 15.0  # a store that takes longer is out of reach: a cable may be cut
+ANSWER_SECONDS = 15.0
+"""A store that takes longer is out of reach: a cable may be cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,20 @@ class Cause:
     rank: int
     exit_code: int
     message: str
+
+
+def answer_of(ask: Callable[[], T], seconds: float) -> T | None:
+    """Return what ``ask`` returns of a store; None if it has not in time, or the store is gone."""
+    answers: list[T] = []
+
+    def asking() -> None:
+        with suppress(RuntimeError):  # the store went with its host
+            answers.append(ask())
+
+    thread = threading.Thread(target=asking, name="distcl-ask", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return answers[0] if answers else None
 
 
 class FailureRelay:
@@ -90,16 +107,9 @@ class FailureRelay:
 
     def _announce(self, text: str) -> str | None:
         """Return the cause that came before this one, or this one; None: the store is lost."""
-        answers: list[str] = []
-
-        def ask() -> None:
-            with suppress(RuntimeError):  # the store went with its host
-                answers.append(self._store.compare_set(_FAILED, "", text).decode())
-
-        asking = threading.Thread(target=ask, name="distcl-failed", daemon=True)
-        asking.start()
-        asking.join(_ANSWER_SECONDS)
-        return answers[0] if answers else None
+        return answer_of(
+            lambda: self._store.compare_set(_FAILED, "", text).decode(), ANSWER_SECONDS
+        )
 
     def close(self) -> None:
         """Stop watching. Call it before a barrier and the end of the process group."""

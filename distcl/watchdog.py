@@ -22,6 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
+from distcl.failure import ANSWER_SECONDS, answer_of
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -43,6 +45,7 @@ class Watchdog:
         self._rank = rank
         self._world_size = world_size
         self._seconds = seconds
+        self._patience = min(ANSWER_SECONDS, seconds / 8)
         self._store = store
         self._beats = self._seen = 0
         self._stuck = False
@@ -73,7 +76,7 @@ class Watchdog:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join()  # it waits for a store for seconds at most
         faulthandler.cancel_dump_traceback_later()
         if self._file is not sys.stderr:
             self._file.close()
@@ -82,7 +85,7 @@ class Watchdog:
         """Return which ranks hang, and where; '' if this process has not waited for long."""
         if not self._stuck or self._beats != self._seen or self._store is None:
             return ""
-        return "; ".join(_hanging(self._found()))
+        return "; ".join(_hanging(self._found() or []))
 
     def _arm(self) -> None:
         """Let faulthandler strike unless this is called again in time."""
@@ -111,29 +114,27 @@ class Watchdog:
         told = "" if frame is None else json.dumps(_describe(frame))
         self._mine = told
         if self._store is not None:
-            try:
-                self._store.set(f"distcl/stuck/{self._rank}", told)
-            except RuntimeError:  # the store went with its host
-                return
+            store, key = self._store, f"distcl/stuck/{self._rank}"
+            answer_of(lambda: store.set(key, told), self._patience)
 
-    def _found(self) -> list[dict[str, Any] | None]:
-        """Return what every rank has told; None: nothing, though this one waits."""
+    def _found(self) -> list[dict[str, Any] | None] | None:
+        """Return what every rank has told, None for nothing; None if the store is out of reach."""
         if self._store is None:
             return [json.loads(self._mine)]
-        found: list[dict[str, Any] | None] = []
-        for rank in range(self._world_size):
-            key = f"distcl/stuck/{rank}"
-            try:
-                told = self._store.get(key).decode() if self._store.check([key]) else ""
-            except RuntimeError:  # the store went with its host
-                told = ""
-            found.append(json.loads(told) if told else None)
-        return found
+        store, keys = self._store, [f"distcl/stuck/{rank}" for rank in range(self._world_size)]
 
-    def _log(self, found: list[dict[str, Any] | None]) -> None:
-        named = "; ".join(_hanging(found)) or "every rank waits for another"
+        def read() -> list[str]:
+            return [store.get(key).decode() if store.check([key]) else "" for key in keys]
+
+        told = answer_of(read, self._patience)
+        return None if told is None else [json.loads(one) if one else None for one in told]
+
+    def _log(self, found: list[dict[str, Any] | None] | None) -> None:
+        named = "the other ranks cannot be asked"
+        if found is not None:
+            named = "; ".join(_hanging(found)) or "every rank waits for another"
         log.warning("[watchdog] no progress for %.0f s: %s", self._seconds / 2, named)
-        for rank, told in enumerate(found):
+        for rank, told in enumerate(found or ()):
             if told is not None:
                 log.warning("[watchdog] stack of rank %d:\n%s", rank, told["stack"])
 

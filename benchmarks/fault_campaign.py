@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.faults.campaign import FAULTS, Campaign, attempt
 
-OFTEN = {"kill -9 in step": 3, "SIGTERM anywhere": 3}
+OFTEN = {"kill -9 in step": 6, "SIGTERM anywhere": 6}
 """Faults that are tried several times in a pass over all."""
 COLUMNS = ("recovered", "clean stop", "wrong", "hung", "not possible")
 

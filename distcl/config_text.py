@@ -18,7 +18,7 @@ _INIT_HEAD = """\
 _REFERENCE_HEAD = f"""\
 # Configuration reference
 
-Written by `distcl config --reference` from the models in `distcl/config.py`; do not edit.
+Written by `distcl config --reference` from the models in `distcl/config/`; do not edit.
 
 A configuration is a TOML file; a key that is left out has its default. Values come from, later
 ones winning: the default, the file, an environment variable `{ENV_PREFIX}SECTION__KEY`, and

@@ -1,0 +1,190 @@
+"""The sections of what learns, and from what: the stream, the model and plain training."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from distcl.config.base import Section, known
+
+
+class RunConfig(Section):
+    """The run as a whole."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of every random number of the run")
+    out: str = Field("", description="run folder; empty: runs/<name of the config file>")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="arithmetic of the model; fp64 under ddp only, for exactness"
+    )
+    poll_steps: int = Field(
+        20, ge=1, description="steps between two points at which the loop looks at losses"
+    )
+    report: bool = Field(True, description="write report.html into the run folder at the end")
+    max_minutes: float = Field(
+        0.0, ge=0, description="save and stop with exit code 75 after this long; 0: never"
+    )
+    timeout_seconds: float = Field(
+        300.0,
+        gt=0,
+        description="a collective that takes longer ends the run on all ranks; after half of it "
+        "the log names the rank that hangs, and where",
+    )
+
+
+class StreamConfig(Section):
+    """Where samples come from, and how they drift."""
+
+    source: str = Field(
+        "digits", description="digits, arrays, mnist, cifar10, cifar100, hf, shards, or your own"
+    )
+    path: str = Field(
+        "",
+        description="arrays, mnist: an .npz; mnist, cifar10, cifar100: the folder of the files; "
+        "hf: a folder, or a name on the hub; shards: their folder",
+    )
+    x: str = Field("", description="arrays: an .npy of inputs (with y), instead of path")
+    y: str = Field("", description="arrays: an .npy of integer labels, or of float targets")
+    x_test: str = Field("", description="arrays: an .npy of held-out inputs")
+    y_test: str = Field("", description="arrays: an .npy of held-out labels or targets")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the source's factory")
+    sha256: dict[str, str] = Field(
+        {}, description="SHA-256 that files must have, by name, relative to path; hexadecimal"
+    )
+    test_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share held out per class where there is no test split"
+    )
+    drift: str | list[str] = Field("rotate", description="drift schedule, or several, in order")
+    drift_options: dict[str, dict[str, Any]] = Field(
+        {}, description="keyword arguments of a drift schedule, by its name"
+    )
+    experiences: int = Field(5, ge=1, description="number of experiences in the stream")
+    recurring: int = Field(
+        0, ge=0, description="K: experience e has concept e mod K, so concepts come again; 0: never"
+    )
+    samples_per_experience: int = Field(
+        0, ge=0, description="training samples of an experience; 0: all that the source has"
+    )
+    severity: float = Field(
+        1.0, ge=0, description="strength of the drift, relative to the schedule's own default"
+    )
+    transition: Literal["abrupt", "gradual"] = Field(
+        "abrupt", description="gradual: early samples still come from the concept before"
+    )
+    transition_fraction: float = Field(
+        0.25, gt=0, le=1, description="share of an experience over which a gradual drift spreads"
+    )
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, value: str) -> str:
+        return known("source", value)
+
+    @field_validator("drift")
+    @classmethod
+    def _drift(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) else value:
+            known("drift", name)
+        return value
+
+    @field_validator("sha256")
+    @classmethod
+    def _sha256(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, digest in value.items():
+            if not re.fullmatch("[0-9a-fA-F]{64}", digest):
+                raise ValueError(f"'{digest}' of '{name}' is not 64 hexadecimal digits")
+        return value
+
+    @model_validator(mode="after")
+    def _drift_options(self) -> StreamConfig:
+        for name in self.drift_options:
+            if name not in self.drifts:
+                raise ValueError(
+                    f"stream.drift_options.{name}: '{name}' is not in stream.drift = {self.drift!r}"
+                )
+        return self
+
+    @property
+    def drifts(self) -> list[str]:
+        """The drift schedules as a list, in the order they are applied."""
+        return [self.drift] if isinstance(self.drift, str) else list(self.drift)
+
+
+class ModelConfig(Section):
+    """The model."""
+
+    name: str = Field(
+        "mlp", description="mlp, cnn, resnet18, vit_tiny, timm:NAME, or package.module:factory"
+    )
+    options: dict[str, Any] = Field({}, description="keyword arguments of the model's factory")
+    loss: str = Field(
+        "cross_entropy", description="cross_entropy, mse, bce, or package.module:attribute"
+    )
+    pretrained: str = Field("", description="a .safetensors file to start from")
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return known("model", value)
+
+    @field_validator("loss")
+    @classmethod
+    def _loss(cls, value: str) -> str:
+        return known("loss", value)
+
+
+class OptimizerConfig(Section):
+    """The optimizer."""
+
+    name: Literal["sgd", "adam", "adamw"] = Field("sgd", description="torch's optimizer")
+    lr: float = Field(0.05, gt=0, description="learning rate")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum (sgd)")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    between_rounds: Literal["keep", "reset"] = Field(
+        "keep", description="whether the optimizer's state survives from round to round"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="steps of linear warm-up at the start of every round"
+    )
+    decay: Literal["none", "linear", "cosine"] = Field(
+        "none", description="how the learning rate falls towards 0 within every round"
+    )
+
+
+class TrainingConfig(Section):
+    """How long a round trains."""
+
+    batch_size: int = Field(64, ge=1, description="global batch size, over all ranks together")
+    epochs: int = Field(
+        5,
+        ge=1,
+        description="passes of a round, where steps_per_round is 0; 1: online, each sample once",
+    )
+    steps_per_round: int = Field(0, ge=0, description="steps of a round; 0: epochs decide")
+    step_factor: float = Field(
+        1.0,
+        gt=0,
+        description="multiplies the steps of every round, but not pretraining; distcl compare sets "
+        "it where variants are to cost the same",
+    )
+    pretrain_epochs: int = Field(
+        5, ge=0, description="passes over the first experience, if no pretrained weights are given"
+    )
+    accept: Literal["always", "improves"] = Field(
+        "always",
+        description="improves: a round that makes held-out data of old and new experiences worse "
+        "is taken back",
+    )
+    on_divergence: Literal["stop", "rollback"] = Field(
+        "stop",
+        description="rollback: go back to the last checkpoint with half the learning rate",
+    )
+    max_rollbacks: int = Field(2, ge=1, description="rollbacks of a run, at most")
+    eval_batch_size: int = Field(256, ge=1, description="chunk of an evaluation pass, per rank")
+    accumulate: int = Field(
+        1, ge=1, description="parts of a global batch, one after another; draws stay the same"
+    )
+    clip_norm: float = Field(
+        0.0, ge=0, description="largest L2 norm of the gradient, regularizers included; 0: any"
+    )

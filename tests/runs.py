@@ -28,9 +28,9 @@ def draws(out: Path) -> list[str]:
     return [r["draws_sha256"] for r in json.loads(read(out, "summary.json"))["rounds"]]
 
 
-def uninterrupted(folder: Path) -> list[str]:
+def uninterrupted(folder: Path, *overrides: str) -> list[str]:
     """The draws of every round of JOB, by one process that nobody disturbs."""
-    done = distcl("train", JOB, "--out", str(folder / "run"), "--quiet")
+    done = distcl("train", JOB, *overrides, "--out", str(folder / "run"), "--quiet")
     assert done.returncode == 0, done.stderr
     return draws(folder / "run")
 

@@ -41,9 +41,7 @@ class History:
     def after(self, ids: Ids) -> Ids:
         """Return the ids that would be held after ``add(ids)``, int64 [H]."""
         ids = np.asarray(ids, dtype=np.int64)
-        unique, first = np.unique(ids, return_index=True)
-        fresh = ids[np.sort(first[~_among(unique, self._ids)])]
-        held = np.concatenate([self._ids, fresh])
+        held = np.concatenate([self._ids, _first_of_each(ids[~_among(ids, self._ids)])])
         if not 0 < self.capacity < len(held):
             return held
         keys = _keys(held, self._seed)
@@ -91,6 +89,15 @@ class History:
         self._ids = state["ids"].numpy().astype(np.int64)
         if self._copies is not None:
             self._copies.load_state_dict(state["copies"])
+
+
+def _first_of_each(ids: Ids) -> Ids:
+    """Return ``ids`` without repeats, in the order in which each comes first."""
+    ordered = np.sort(ids)
+    if (ordered[1:] > ordered[:-1]).all():  # the usual case, at a third of the memory
+        return ids
+    _, first = np.unique(ids, return_index=True)
+    return ids[np.sort(first)]
 
 
 def _among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:

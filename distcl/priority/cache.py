@@ -55,8 +55,10 @@ class LossCache:
             old_ids, old_losses = self._tables.pop(weights)
             ids = np.concatenate([old_ids, ids])
             losses = torch.cat([old_losses.to(losses), losses])
-        unique, first = np.unique(ids, return_index=True)
-        self._tables[weights] = unique, losses[torch.from_numpy(first).to(losses.device)]
+        if not (ids[1:] > ids[:-1]).all():
+            ids, first = np.unique(ids, return_index=True)
+            losses = losses[torch.from_numpy(first).to(losses.device)]
+        self._tables[weights] = ids, losses
         while len(self._tables) > 2:
             del self._tables[next(iter(self._tables))]
 

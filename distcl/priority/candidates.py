@@ -85,7 +85,7 @@ class Chooser:
         n = len(weights)
         self._number += n
         self._low, self._high = min(self._low, priorities.min()), max(self._high, priorities.max())
-        self.histogram += binned(weights * (n / weights.sum()))
+        self.histogram += binned(weights, n / weights.sum())
         self._sums += [priorities.sum(), np.square(priorities).sum(), n * ess_fraction(weights)]
 
     def statistics(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ They are the same in every round, so that rounds can be compared; what lies outs
 first or the last bin.
 """
 
+_BLOCK = 1 << 16  # weights looked at together
 _PENDING = 1 << 20  # draws that are kept before they are merged
 
 
@@ -99,13 +100,16 @@ def weight_histogram(
     """
     each = over.number(weights) / over.total(weights)
     begin, end = runtime.share(len(weights)) if over is WHOLE else (0, len(weights))
-    relative = weights[begin:end] * each
-    mine = torch.from_numpy(binned(relative)).to(runtime.device)
+    mine = torch.from_numpy(binned(weights[begin:end], each)).to(runtime.device)
     counts: npt.NDArray[np.int64] = runtime.all_reduce(mine).cpu().numpy()
     return counts
 
 
-def binned(relative: Weights) -> npt.NDArray[np.int64]:
-    """Return how many of these weights [n], in means, lie between ``EDGES``, int64 [BINS]."""
-    bins = np.clip(np.searchsorted(EDGES, relative, side="right") - 1, 0, BINS - 1)
-    return np.bincount(bins, minlength=BINS)
+def binned(weights: Weights, each: float) -> npt.NDArray[np.int64]:
+    """Return how many of ``weights`` [n] times ``each`` lie between ``EDGES``, int64 [BINS]."""
+    counts = np.zeros(BINS, dtype=np.int64)
+    for start in range(0, len(weights), _BLOCK):
+        relative = weights[start : start + _BLOCK] * each
+        places = np.searchsorted(EDGES, relative, side="right")
+        counts += np.bincount(np.clip(places - 1, 0, BINS - 1), minlength=BINS)
+    return counts

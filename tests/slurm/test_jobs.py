@@ -11,17 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import JOB, draws, read, status, wait_for, wait_for_round_2
+from tests.runs import JOB, draws, read, status, uninterrupted, wait_for, wait_for_round_2
 from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.timeout(300)
 
 
-def submit(cluster: Cluster, script: str, out: Path, *options: str, config: str = JOB) -> str:
+def submit(
+    cluster: Cluster,
+    script: str,
+    out: Path,
+    *options: str,
+    config: str = JOB,
+    overrides: tuple[str, ...] = (),
+) -> str:
     """Submit a script as its users do; its output goes beside the run folder."""
     path = f"launch/slurm/{script}.sbatch"
     output = f"--output={out}.txt"
-    tail = ("train", config, "--out", str(out))
+    tail = ("train", config, *overrides, "--out", str(out))
     done = cluster.call("sbatch", "--parsable", "--cpus-per-task=1", output, *options, path, *tail)
     return done.strip()
 
@@ -55,6 +62,21 @@ def test_srun_per_process_warned_saves_requeues_and_goes_on(cluster, reference, 
     first = read(out, "log.txt").splitlines()[0]
     assert f"started by srun in SLURM job {job}: 2 processes on 2 nodes; " in first
     assert "node1: rank 0 on cpu; node2: rank 1 on cpu" in first
+
+
+def test_a_time_limit_that_comes_near_is_no_end(cluster, tmp_path):
+    longer = ("--set", "training.steps_per_round=6000", "--set", "stream.experiences=3")
+    out = tmp_path / "run"
+    # SLURM looks at limits every half minute, and warns that much earlier
+    job = submit(cluster, "multi_node", out, "--time=1", "--signal=B:USR1@40", overrides=longer)
+    cluster.wait(job, "RUNNING")
+    cluster.wait(job, "PENDING", "COMPLETING")
+    assert status(out)["state"] == "preempted"
+    cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    reference = uninterrupted(tmp_path / "alone", *longer)
+    said = finished(cluster, job, out, reference, starts=2)
+    assert "SIGUSR1: the run is asked to save and stop" in said
+    assert "start 1: saved and requeued" in said
 
 
 def test_torchrun_on_two_nodes_is_preempted_by_a_job_of_higher_priority(

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,9 @@ MEASURES = {"compute": "units", "steps": "steps", "samples": "trained"}
 
 TOLERANCE = 0.01
 """How far costs that count as equal may be apart, relatively."""
+
+Start = Callable[[Sequence[str], Mapping[str, str]], tuple[int, str]]
+"""Runs ``distcl`` with these arguments and this environment; returns exit code and stderr."""
 
 _TRIALS = 3
 _PREEMPTED = 75
@@ -105,14 +108,15 @@ def parse_variant(text: str) -> Variant:
     return Variant("; ".join(parts), parts)
 
 
-def execute(plan: Plan, tell: Callable[[str], None]) -> list[Arm]:
+def execute(plan: Plan, tell: Callable[[str], None], start: Start | None = None) -> list[Arm]:
     """Run what is missing and return all arms, in the plan's order.
 
     The first seed's runs tell what each variant costs; those that cost less get a factor on their
-    steps (``training.step_factor``). Raises UsageError naming the run that failed, and how;
-    divergence is an outcome, not a failure.
+    steps (``training.step_factor``). ``start``: another way to start a run of one process than
+    ``python -m distcl``. Raises UsageError naming the run that failed, and how; divergence is an
+    outcome, not a failure.
     """
-    runner = _Runner(plan, tell)
+    runner = _Runner(plan, tell, start)
     arms = [Arm(variant) for variant in plan.variants]
     try:
         _balance(plan, runner, arms)
@@ -152,9 +156,10 @@ def _balance(plan: Plan, runner: _Runner, arms: Sequence[Arm]) -> None:
 class _Runner:
     """Starts runs, so many at a time, and reads what they came to."""
 
-    def __init__(self, plan: Plan, tell: Callable[[str], None]) -> None:
+    def __init__(self, plan: Plan, tell: Callable[[str], None], start: Start | None = None) -> None:
         self._plan = plan
         self._tell = tell
+        self._start_run = start or self._popen
         self._ranks = max(
             1, *(self._config(Arm(v), plan.seeds[0]).parallel.processes for v in plan.variants)
         )
@@ -264,15 +269,21 @@ class _Runner:
 
     def _process(self, arguments: list[str], place: list[str]) -> tuple[int, str]:
         """Return the exit code of a run, and the first line that it complained."""
-        start = [sys.executable, "-m"]
-        if self._ranks > 1:
-            torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
-            start += [*torchrun, str(self._ranks), "-m"]
         environment = {"OMP_NUM_THREADS": str(self._threads), **os.environ}
         if place:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(place)
         if self._stopped:
             return _PREEMPTED, ""
+        code, complaint = self._start_run(arguments, environment)
+        lines = [line for line in complaint.splitlines() if line.startswith("distcl: ")]
+        first = lines[0].removeprefix("distcl: ") if lines else complaint.strip()[-500:]
+        return code, first or f"exit code {code}"
+
+    def _popen(self, arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+        start = [sys.executable, "-m"]
+        if self._ranks > 1:
+            torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node"]
+            start += [*torchrun, str(self._ranks), "-m"]
         with subprocess.Popen(
             [*start, "distcl", *arguments],
             env=environment,
@@ -284,9 +295,7 @@ class _Runner:
             self._children.add(child)
             _, complaint = child.communicate()
             self._children.discard(child)
-        lines = [line for line in complaint.splitlines() if line.startswith("distcl: ")]
-        first = lines[0].removeprefix("distcl: ") if lines else complaint.strip()[-500:]
-        return child.returncode, first or f"exit code {child.returncode}"
+        return child.returncode, complaint
 
 
 def _outcome(seed: int, folder: Path, summary: dict[str, Any]) -> Outcome:

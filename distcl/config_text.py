@@ -11,8 +11,30 @@ import tomlkit
 from distcl.config import Config
 from distcl.config_load import ENV_PREFIX, SECTIONS, allowed, to_toml
 
+RECOMMENDED: dict[str, dict[str, Any]] = {
+    "continual_learning": {
+        "update_mode": "er",
+        "importance_weighting": True,
+        "importance_alpha": 2.0,
+    },
+    "priority": {
+        "signal": "entropy",
+        "source": "online",
+        "refresh_steps": 10,
+        "pool": 2000,
+        "max_replay": 1.0,
+        "target": "history",
+        "draw": "systematic",
+        "min_ess": 0.5,
+        "min_score": 1e-4,
+    },
+}
+"""What ``distcl init`` sets: replay whose history is drawn by the entropy that training tells."""
+
 _INIT_HEAD = """\
-# A distcl configuration. Every key stands here with its default; take away the '#' to set one.
+# A distcl configuration. Every key stands here: with '#' before it, at its default; without, set to
+# what is recommended: replay whose history is drawn by the entropy that training saw. When it helps
+# is in docs/METHOD.md. The defaults stay off: without those lines, draws are uniform.
 """
 
 _REFERENCE_HEAD = f"""\
@@ -33,7 +55,7 @@ names; an argument that the factory does not take is an error.
 
 
 def template() -> str:
-    """Return a TOML file in which every key stands commented out, described, at its default."""
+    """Return a TOML file in which every key is described: set as recommended, or commented out."""
     defaults = tomllib.loads(to_toml(Config()))
     blocks = [_INIT_HEAD]
     for section, model in SECTIONS.items():
@@ -42,7 +64,9 @@ def template() -> str:
             accepts = allowed(section, key)
             note = "" if accepts == "a text" else f" ({accepts})"
             lines += ["", f"# {field.description}{note}"]
-            lines.append(f"# {key} = {_toml(defaults[section][key])}")
+            chosen = RECOMMENDED.get(section, {}).get(key)
+            line = f"# {key} = {_toml(defaults[section][key])}"
+            lines.append(line if chosen is None else f"{key} = {_toml(chosen)}")
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks)
 

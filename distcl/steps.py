@@ -156,6 +156,7 @@ class StepLoop:
             self._optimizer.zero_grad(set_to_none=True)
             watch.add(result)
             stage.done += 1
+            self._feed.look(stage.done, result.ids, result.losses)
             self.steps += 1
             samples += batch.total
             self.samples += batch.total

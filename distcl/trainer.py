@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from distcl.losses import judged_by
 from distcl.metrics import AccuracyMatrix
 from distcl.optim import reset
 from distcl.priority.feed import EMPTY, Feed
+from distcl.priority.guard import Judgement, doubts, judge
 from distcl.priority.scoring import Scorer
 from distcl.priority.weights import RoundWeights
 from distcl.record import RoundRecorder
@@ -64,6 +65,7 @@ class ContinuousTrainer:
         self.training = config.training
         self.continual = config.continual_learning
         self.optimizer_config = config.optimizer
+        self.guarded = config.priority.guard == "auto"
         self.loss_name = config.model.loss
         self.metric = judged_by(config.model.loss, parts.stream.spec)
         self._evaluator = Evaluator(
@@ -130,7 +132,7 @@ class ContinuousTrainer:
         clock = time.perf_counter()
         forwards = self.parts.forward.forwards
         try:
-            weights = self._compute_priorities(experience)  # 1. priorities
+            weights, judged = self._compute_priorities(experience, held_out)  # 1. priorities
         except DivergenceError as error:
             raise DivergenceError(f"before step 1 of round {number}: {error}") from error
         scored = self.parts.forward.forwards - forwards
@@ -147,6 +149,8 @@ class ContinuousTrainer:
             "priority_seconds": priority_seconds,
             "scored": scored,
             "before": [forwards, updater.trained],
+            "weighted": bool(weights.parts) or any(weights.chosen),
+            "judged": asdict(judged),
         }
         if self.training.accept == "improves":
             self.stage.report["held_out"] = self._mean_accuracy(held_out)
@@ -176,6 +180,7 @@ class ContinuousTrainer:
         feed = self.parts.feed
         for line in feed.weights.lines() if feed.forwards else ():
             self._say(line)
+        guard = self._looked_back(stage)
         scored = stage.report["scored"] + feed.forwards
         candidates = sum(int(r["n"]) for r in feed.weights.report.values())
         return {
@@ -190,7 +195,23 @@ class ContinuousTrainer:
             "final_loss": stage.loss,
             "accepted": accepted,
             "priority": feed.weights.report,
+            **guard,
         }
+
+    def _looked_back(self, stage: Stage) -> dict[str, Any]:
+        """Return what the guard has to report of a round; say, once, if sampling likely hurts."""
+        judged = Judgement(**stage.report["judged"])
+        if not (stage.report["weighted"] or judged.uniform):
+            return {}
+        staleness = self.parts.feed.staleness
+        found = doubts(self.parts.feed.weights.report, judged.aim, staleness)
+        if found and not judged.uniform:
+            self._say(
+                f"[guard] round {stage.number}: sampling by priority is likely to hurt: "
+                + "; ".join(found)
+            )
+        told = {"uniform": judged.uniform, "aim": judged.aim, "staleness": staleness}
+        return {"guard": told}
 
     def _compute(self, forwards: int, trained: int) -> dict[str, int]:
         """Return the samples that went through the model since these counts, over all ranks.
@@ -259,9 +280,11 @@ class ContinuousTrainer:
             Round(self.parts.stream, ids, history.ids(), history.after(ids))
         )
 
-    def _compute_priorities(self, experience: Experience) -> RoundWeights:
+    def _compute_priorities(
+        self, experience: Experience, held_out: Sequence[Experience]
+    ) -> tuple[RoundWeights, Judgement]:
         if not (self.continual.importance_weighting and self.parts.updater.trains):
-            return RoundWeights()
+            return RoundWeights(), Judgement()
         weights = self.parts.feed.weigh(
             len(self.rounds) + 1,
             experience.train,
@@ -270,9 +293,25 @@ class ContinuousTrainer:
         )
         current, stored = weights.held(experience.train, self.history.ids())
         self.bad.silence((current, weights.current), (stored, weights.history))
+        judged = judge(
+            self.parts.runtime,
+            self.guarded,
+            weights,
+            self.history.ids(),
+            [(e.train, self._held_out_error(e)) for e in held_out],
+        )
+        if judged.uniform:
+            note = f"[guard] uniform draws in this round: {'; '.join(judged.doubts)}"
+            weights = self.parts.feed.stand_down(weights, note)
         for line in weights.lines():
             self._say(line)
-        return weights
+        return weights, judged
+
+    def _held_out_error(self, experience: Experience) -> float | None:
+        """Return 1 - the last measured accuracy (or R²) on an experience, if there is one."""
+        row = (self.matrix.rows() or [[]])[-1]
+        known = row[experience.index] if experience.index < len(row) else None
+        return None if known is None else 1.0 - known
 
     def _say(self, text: str) -> None:
         if self.parts.runtime.is_main:

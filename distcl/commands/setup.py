@@ -45,7 +45,7 @@ def init(
     path: Annotated[Path, typer.Argument(metavar="PATH")] = Path("distcl.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a configuration in which every key is described and stands at its default."""
+    """Write a configuration: every key described, what is recommended set."""
     from distcl.config_text import template
 
     if launch_rank() != 0:

@@ -136,6 +136,11 @@ class PriorityConfig(Section):
         le=1,
         description="importance-sampling correction of the loss, as an exponent; 0: none",
     )
+    guard: Literal["off", "auto"] = Field(
+        "off",
+        description="auto: a round whose weights are too uneven, or prefer experiences that "
+        "held-out data say are learned already, is drawn uniformly",
+    )
     score_batch: int = Field(512, ge=1, description="samples of one forward of the scoring pass")
 
     @field_validator("signal")

@@ -147,6 +147,26 @@ def ess_fraction(weights: npt.ArrayLike, over: Sums = WHOLE) -> float:
     return min(1.0, total * total / (over.number(array) * over.total(array)))
 
 
+def top_share(weights: npt.ArrayLike, share: float = 0.01, over: Sums = WHOLE) -> float:
+    """Return the part of sum w that the largest ``share`` of the N weights has (at least one).
+
+    Over slices the threshold is found by bisection, to 2**-60 of the largest weight; collective.
+    """
+    array = _scaled(check_weights(weights, over=over), over)
+    number = over.number(array)
+    most = max(1, round(share * number))
+    if over is WHOLE:
+        return float(np.partition(array, number - most)[number - most :].sum() / array.sum())
+    low, high = 0.0, 1.0  # at most ``most`` weights exceed ``high``, and more exceed ``low``
+    for _ in range(60):
+        middle = (low + high) / 2
+        few = over.total((array > middle).astype(np.float64)) <= most
+        low, high = (low, middle) if few else (middle, high)
+    above = array > high
+    ties = (most - over.total(above.astype(np.float64))) * high
+    return float((over.total(np.where(above, array, 0.0)) + ties) / over.total(array))
+
+
 def cap_weights(weights: npt.ArrayLike, cap: float, over: Sums = WHOLE) -> Weights:
     """Return min(w, t), t the largest threshold that leaves no weight above ``cap`` means.
 

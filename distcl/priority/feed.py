@@ -17,6 +17,7 @@ from distcl.errors import ConfigError
 from distcl.priority.account import Account, Drawn, LaneAccount, WholeAccount
 from distcl.priority.candidates import Chooser
 from distcl.priority.draws import Weights
+from distcl.priority.guard import Freshness
 from distcl.priority.lanes import LaneSampler
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
@@ -86,6 +87,7 @@ class Feed:
             self._streamed = Streamed(runtime, source, data, scorer, seed)
         self._shape = Shape(priority, continual.importance_alpha)
         self._pool = Permutations(seed, _POOL)
+        self._freshness = Freshness(runtime)
         self._weighted: tuple[Ids | None, Ids | None] = (None, None)
         self._sizes = {
             _MAIN: training.batch_size,
@@ -126,6 +128,15 @@ class Feed:
             result = weigh(self._shape, self._score, *self._weighted)
         result.note = note
         return result
+
+    def stand_down(self, weights: RoundWeights, note: str) -> RoundWeights:
+        """Return uniform weights for the round that ``weights`` were made for. Local.
+
+        What they were stays in the report, and ``note`` says why they are not used.
+        """
+        self._weighted = (None, None)
+        note = "\n".join(line for line in (weights.note, note) if line)
+        return RoundWeights(report=weights.report, note=note)
 
     def _score(self, ids: Ids) -> Weights:
         scores: Weights = self._scorer.score(self._source, ids).cpu().numpy().astype(np.float64)
@@ -171,6 +182,8 @@ class Feed:
         self._choosers: dict[int, Chooser] = {}
         groups = self._groups(self._weights)
         self._plans = {which: self._plan(which, g) for which, g in groups.items()}
+        weighted = any(part.weights is not None for g in groups.values() for part in g)
+        self._freshness.begin(self.steps() if weighted else 0)
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
@@ -275,6 +288,27 @@ class Feed:
         self._weights.note = ""
         for which, chooser in self._choosers.items():
             self._weights.report[_PARTS[which]] = chooser.statistics()
+
+    def look(self, step: int, ids: torch.Tensor, losses: torch.Tensor) -> None:
+        """Compare this rank's losses [B] of the round's ``step``-th step with weights. Collective.
+
+        Few steps of a round are looked at, and none of a round without weights.
+        """
+        if self._freshness.wants(step):
+            groups = [part for which in self._plans for part in self._drawn_from(which, step - 1)]
+            self._freshness.take(ids, losses, groups)
+
+    def _drawn_from(self, which: int, step: int) -> list[Part]:
+        """Return the groups that a plan's step, from 0, was drawn from."""
+        plan = self._plans[which]
+        if isinstance(plan, WindowPlan):
+            return plan.groups(step)
+        return self._groups(self._weights)[which]
+
+    @property
+    def staleness(self) -> float | None:
+        """Rank correlation of the weights and the round's losses so far; None: it is not known."""
+        return self._freshness.correlation
 
     @property
     def candidates(self) -> int:
@@ -404,6 +438,7 @@ class Feed:
             "seconds": self._refresh_seconds,
             "plans": plans,
             "choosers": {which: c.state_dict() for which, c in self._choosers.items()},
+            "freshness": self._freshness.state_dict(),
         }
 
     def lane_state(self, in_round: bool) -> dict[str, Any] | None:
@@ -448,3 +483,4 @@ class Feed:
             plan.load_state_dict(state["plans"][which])
         for which, chooser in self._choosers.items():
             chooser.load_state_dict(state["choosers"][which])
+        self._freshness.load_state_dict(state["freshness"])

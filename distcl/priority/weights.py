@@ -14,7 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from distcl.config import Config, PriorityConfig
 from distcl.errors import ConfigError
-from distcl.priority.draws import WHOLE, Sums, Weights, ess_fraction, shape_weights
+from distcl.priority.draws import (
+    WHOLE,
+    Sums,
+    Weights,
+    ess_fraction,
+    shape_weights,
+    top_share,
+)
 from distcl.priority.slices import Slices
 from distcl.priority.windows import Part
 from distcl.types import Batch, Ids, PrioritySignal
@@ -151,7 +158,10 @@ def joined(first: Sums, second: Sums) -> Sums:
 
 
 def statistics(priority: Weights, weights: Weights, over: Sums) -> dict[str, float]:
-    """Return n, min, mean, max, std of priorities [N] and the weights' ESS as a share of N.
+    """Return n, min, mean, max, std of priorities [N], and two figures of the weights.
+
+    ``ess_fraction``: their effective sample size as a share of N; ``top_share``: the part of their
+    mass that the largest 1 % has.
 
     Collective if ``over`` is.
     """
@@ -164,6 +174,7 @@ def statistics(priority: Weights, weights: Weights, over: Sums) -> dict[str, flo
         "max": over.largest(priority),
         "std": math.sqrt(over.total(np.square(priority - mean)) / n),
         "ess_fraction": ess_fraction(weights, over),
+        "top_share": top_share(weights, over=over),
     }
 
 
@@ -247,6 +258,10 @@ def check_priority(config: Config, signal: PrioritySignal, takes_history: bool) 
     elif p.pool:
         refuse(
             f"priority.source = '{p.source}'", f"pool = {p.pool}, which is for source = 'online'"
+        )
+    if p.source == "candidates" and p.guard == "auto":
+        refuse(
+            "priority.guard = 'auto'", "source = 'candidates', which has no weights to judge before"
         )
     if p.source == "candidates" and not takes_history and p.target == "history":
         refuse(

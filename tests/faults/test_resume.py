@@ -119,6 +119,14 @@ MODES = {
         "priority.draw=systematic",
     ),
     "candidates": ("priority.source=candidates", "priority.signal=loss"),
+    "guard": (
+        "continual_learning.update_mode=er",
+        "priority.target=history",
+        "priority.signal=entropy",
+        "priority.guard=auto",
+        "stream.experiences=4",
+        "stream.drift=permute",
+    ),
     "workers": ("data.workers=1", "priority.draw=systematic"),
     "disagreement": ("priority.signal=disagreement",),
 }
@@ -132,7 +140,7 @@ def test_a_resumed_run_equals_one_never_interrupted(mode: str, tmp_path: Path) -
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("mode", ["ewc", "der", "online"])
+@pytest.mark.parametrize("mode", ["ewc", "der", "online", "guard"])
 def test_two_ranks_resume_bit_for_bit(mode: str, tmp_path: Path) -> None:
     run_ranks(2, go, "train", MODES[mode], tmp_path / "whole", 0, "never")
     interrupted("train", MODES[mode], tmp_path / "parts", 2, (7,))

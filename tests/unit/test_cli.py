@@ -9,7 +9,6 @@ import pytest
 
 import distcl
 from distcl import cli, load_config, registry
-from distcl.config import Config
 from distcl.config_text import reference
 from distcl.doctor import examine
 from distcl.errors import DataError, DivergenceError
@@ -229,7 +228,8 @@ def test_config_prints_the_reference(distcl_command):
 def test_init_writes_once_and_overwrites_when_forced(distcl_command, tmp_path):
     path = tmp_path / "new.toml"
     assert distcl_command("init", path)[0] == 0
-    assert load_config(path) == Config()
+    written = load_config(path)
+    assert written.priority.source == "online"
     path.write_text("mine")
     assert distcl_command("init", path) == (
         2,
@@ -238,8 +238,26 @@ def test_init_writes_once_and_overwrites_when_forced(distcl_command, tmp_path):
     )
     assert path.read_text() == "mine"
     assert distcl_command("init", path, "--force")[0] == 0
-    assert load_config(path) == Config()
+    assert load_config(path) == written
     assert distcl_command("init", tmp_path / "no" / "x.toml")[0] == 2
+
+
+def test_what_init_writes_trains_by_the_recommended_recipe(distcl_command, tmp_path):
+    path = tmp_path / "new.toml"
+    assert distcl_command("init", path)[0] == 0
+    fast = [
+        "stream.experiences=3",
+        "training.steps_per_round=30",
+        "training.pretrain_epochs=1",
+        "checkpoint.every_round=false",
+        "run.report=false",
+    ]
+    sets = [word for one in fast for word in ("--set", one)]
+    assert distcl_command("train", path, "--out", tmp_path / "out", *sets)[0] == 0
+    first, second = json.loads((tmp_path / "out" / "summary.json").read_text())["rounds"]
+    assert first["priority"] == {}  # more than one replay of each stored sample: uniform
+    assert 0.5 <= second["priority"]["hist"]["ess_fraction"] < 1
+    assert second["forward_passes_per_sample"] == 0
 
 
 def test_list_prints_every_part_with_its_description(distcl_command):

@@ -242,14 +242,38 @@ def test_no_override_breaks_the_reader(text, key):
         assert key in str(error)
 
 
-def test_the_commented_file_is_the_defaults(toml):
+def test_the_commented_file_sets_the_recommended_recipe_and_nothing_else(toml):
     text = template()
-    assert load(toml(text)) == Config()
+    loaded = load(toml(text))
+    recipe = {
+        "continual_learning": {
+            "update_mode": "er",
+            "importance_weighting": True,
+            "importance_alpha": 2.0,
+        },
+        "priority": {
+            "signal": "entropy",
+            "source": "online",
+            "refresh_steps": 10,
+            "pool": 2000,
+            "max_replay": 1.0,
+            "target": "history",
+            "draw": "systematic",
+            "min_ess": 0.5,
+            "min_score": 1e-4,
+        },
+    }
+    assert loaded == Config.model_validate(recipe)
+    assert not Config().continual_learning.importance_weighting  # the defaults stay off
     bare = re.sub(r"^# (\w+ = .*)$", r"\1", text, flags=re.MULTILINE)
-    assert load(toml(bare)) == Config()
-    assert {s: set(t) for s, t in tomllib.loads(bare).items()} == {
+    assert load(toml(bare)) == loaded
+    written = tomllib.loads(bare)
+    assert {s: set(t) for s, t in written.items()} == {
         s: set(m.model_fields) for s, m in SECTIONS.items()
     }
+    unset = re.sub(r"^(?!#|\[).*$", "", text, flags=re.MULTILINE)
+    shown = load(toml(re.sub(r"^# (\w+ = .*)$", r"\1", unset, flags=re.MULTILINE)))
+    assert shown == Config()  # what stands behind '#' is the default
 
 
 def test_every_key_is_described():

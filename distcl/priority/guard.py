@@ -1,0 +1,194 @@
+"""Whether sampling by priority is likely to hurt: figures of a round, words, and a decision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distcl.priority.draws import WHOLE, Sums, Weights
+from distcl.priority.weights import RoundWeights
+from distcl.priority.windows import Part
+from distcl.runtime import Runtime
+from distcl.types import Ids
+
+LOW_ESS = 0.4
+"""An effective sample size below this share of N warns: in a sketch, prioritized runs that lost to
+uniform draws had 4 to 40 %, and those that won were kept at 50 %."""
+STALE = 0.1
+"""A rank correlation of weights and losses below this warns. Weights that tell nothing have 0, and
+over the 400 samples or more that most rounds look at it strays by 0.05 (one standard deviation)."""
+
+_LOOKS = 8
+_FEWEST = 50
+
+HeldOut = Sequence[tuple[Ids, float | None]]
+"""Of each experience learned so far: ids of its training samples, and 1 - accuracy (or R²) on its
+held-out ones, None where it was not measured."""
+
+
+def rank_correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:
+    """Return Spearman's correlation of two rows [N], ties at their mean rank. Local.
+
+    None of fewer than 50 pairs, or where one row is constant. The order of pairs is of no matter.
+    """
+    if len(a) < _FEWEST:
+        return None
+    ranks = [_ranks(row) for row in (a, b)]
+    centred = [rank - (len(a) + 1) / 2 for rank in ranks]  # half integers: their sums are exact
+    products = [float((centred[i] * centred[j]).sum()) for i, j in ((0, 1), (0, 0), (1, 1))]
+    return products[0] / (products[1] * products[2]) ** 0.5 if products[1] * products[2] else None
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: npt.NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+class Freshness:
+    """Compares weights with the losses that training finds: ``staleness`` of a round.
+
+    At up to 8 steps of a round, evenly spread, it looks up the weights, in means, by which the
+    batch's samples were drawn, and keeps them with their losses. The same on every rank.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.begin(0)
+
+    def begin(self, steps: int) -> None:
+        """Start a round of so many steps by weights; 0: without any. Local."""
+        self._every = max(1, steps // _LOOKS) if steps else 0
+        self._pairs: list[npt.NDArray[np.float64]] = []
+
+    def wants(self, step: int) -> bool:
+        """Whether to look at the round's ``step``-th step, from 1. Local; equal on all ranks."""
+        return self._every > 0 and step % self._every == 0
+
+    def take(self, ids: torch.Tensor, losses: torch.Tensor, groups: Sequence[Part]) -> None:
+        """Take the ids and losses [B] of this rank's samples of a step. Collective.
+
+        ``groups``: what they were drawn from; samples of those without weights do not count.
+        """
+        wanted, place = np.unique(ids.cpu().numpy(), return_inverse=True)
+        found = np.full(len(wanted), np.nan)
+        for group in groups:
+            if group.weights is None or not len(wanted):
+                continue
+            mean = group.weights.mean() if group.over is WHOLE else 1.0
+            at = np.searchsorted(wanted, group.ids).clip(max=len(wanted) - 1)
+            held = np.flatnonzero(wanted[at] == group.ids)
+            found[at[held]] = group.weights[held] / mean
+        mine = np.stack([found[place], losses.double().cpu().numpy()], axis=1)
+        mine = mine[np.isfinite(mine).all(axis=1)]
+        pairs = self._of_all(torch.from_numpy(mine).to(self._runtime.device)).cpu().numpy()
+        self._pairs.append(pairs[np.isfinite(pairs).all(axis=1)])
+
+    def _of_all(self, mine: torch.Tensor) -> torch.Tensor:
+        if self._runtime.world_size == 1:
+            return mine
+        most = torch.tensor(len(mine), device=mine.device)
+        each = max(1, int(self._runtime.all_reduce(most, "max")))
+        padded = mine.new_full((each, 2), torch.nan)
+        padded[: len(mine)] = mine
+        return self._runtime.all_gather(padded, each * self._runtime.world_size, each)
+
+    @property
+    def correlation(self) -> float | None:
+        """The rank correlation of weights and losses so far, None where it cannot be told."""
+        pairs = np.concatenate([np.empty((0, 2)), *self._pairs])
+        return rank_correlation(pairs[:, 0], pairs[:, 1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the round has shown so far, the same on every rank."""
+        pairs = np.concatenate([np.empty((0, 2)), *self._pairs])
+        return {"every": self._every, "pairs": torch.from_numpy(pairs)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._every, self._pairs = state["every"], [state["pairs"].numpy()]
+
+
+def aim(ids: Ids, weights: Weights, held_out: HeldOut, over: Sums = WHOLE) -> float | None:
+    """Return how the draws aim at what is wrong on held-out data; collective if ``over`` is.
+
+    With m_e the share of the weights [N] on experience e, s_e its share of the samples and r_e its
+    held-out error: sum m_e r_e / sum s_e r_e - 1. Above 0, draws prefer experiences of more error;
+    below, they prefer those that are learned already, and uniform draws are better. 0 for uniform
+    weights; None of fewer than two experiences, or without any error.
+    """
+    mass, share, total = 0.0, 0.0, np.zeros(2)
+    known = 0
+    for members, error in held_out:
+        if error is None:
+            continue
+        inside = np.isin(ids, members)
+        chosen = np.where(inside, weights, 0.0), inside.astype(np.float64)
+        of = np.array([over.total(part) for part in chosen])
+        known += bool(of[1])
+        mass, share, total = mass + error * of[0], share + error * of[1], total + of
+    if known < 2 or share <= 0:
+        return None
+    return float(mass / total[0] / (share / total[1]) - 1)
+
+
+def doubts(
+    report: dict[str, dict[str, float]], aimed: float | None, staleness: float | None = None
+) -> list[str]:
+    """Return, in words, why sampling by these weights is likely to hurt; [] if it is not. Local.
+
+    ``report``: of each weighted part, as in summary.json.
+    """
+    found = []
+    for part, stats in report.items():
+        if stats["ess_fraction"] < LOW_ESS:
+            top = stats.get("top_share")
+            found.append(
+                f"draws of {part} are worth {stats['ess_fraction']:.0%} of its samples (effective "
+                f"sample size, below {LOW_ESS:.0%}"
+                + ("" if top is None else f"; 1 % of them get {top:.0%} of the draws")
+                + "); priority.min_ess = 0.5 evens them out"
+            )
+    if aimed is not None and aimed < 0:
+        found.append(
+            "draws prefer experiences that are learned already: the held-out error where they go "
+            f"is {-aimed:.1%} below that of uniform draws"
+        )
+    if staleness is not None and staleness < STALE:
+        found.append(
+            "the weights tell little of the losses that training finds "
+            f"(rank correlation {staleness:.2f}, below {STALE:g})"
+        )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Of a round before its first step: how its draws aim, doubts in words, and what follows."""
+
+    aim: float | None = None
+    doubts: list[str] = field(default_factory=list)
+    uniform: bool = False
+    """Whether the round is to be drawn uniformly instead."""
+
+
+def judge(
+    runtime: Runtime, auto: bool, weights: RoundWeights, history: Ids, held_out: HeldOut
+) -> Judgement:
+    """Judge a round's weights by themselves and by held-out data. Collective.
+
+    ``auto``: doubts make the round uniform. The verdict is rank 0's.
+    """
+    if not weights.parts:
+        return Judgement()
+    aimed = None
+    if weights.history is not None:
+        _, stored = weights.held(history, history)
+        aimed = aim(stored, weights.history, held_out, weights.over[1])
+    found = doubts(weights.report, aimed)
+    return runtime.broadcast(Judgement(aimed, found, auto and bool(found)))

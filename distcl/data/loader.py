@@ -84,21 +84,30 @@ class BatchLoader:
             workers = self._readers = min(workers, sampler.readers)
         self._plan = _Steps(sampler, max(1, self._readers))
         self._replaced: set[int] | None = getattr(source, "replaced", None)
-        self._loader: DataLoader[Any] = DataLoader(
-            _Reads(source),
-            batch_size=None,
-            sampler=self._plan,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory and self._device.type == "cuda",
-            collate_fn=_unchanged,
-        )
+        self._reads = _Reads(source)
+        self._loader: DataLoader[Any] | None = None
+        pinned = pin_memory and self._device.type == "cuda"
+        if workers or pinned:
+            self._loader = DataLoader(
+                self._reads,
+                batch_size=None,
+                sampler=self._plan,
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                pin_memory=pinned,
+                collate_fn=_unchanged,
+                generator=torch.Generator(),  # else each epoch would take from the model's numbers
+            )
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
-        reads = iter(self._loader)
+        reads: Iterator[Any]
+        if self._loader is None:  # a DataLoader without workers would only cost time at each step
+            reads = map(self._reads.__getitem__, self._plan)
+        else:
+            reads = iter(self._loader)
         for read in reads:
             batch, total = self._batch(read)
             for _ in range(1, self._readers):  # of other lanes of the same step

@@ -43,7 +43,10 @@ class DDP(Strategy):
             model = self.accelerator.prepare(model)
         if make_optimizer is None:
             return model, None
-        return model, self.accelerator.prepare(make_optimizer(trainable(model)))
+        optimizer = make_optimizer(trainable(model))
+        if self.precision == "fp16":  # otherwise a wrapper only costs time at each step
+            optimizer = self.accelerator.prepare(optimizer)
+        return model, optimizer
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """See the base class."""
@@ -56,6 +59,13 @@ class DDP(Strategy):
             return torch.autocast(self.accelerator.device.type, dtype=dtype)
         return nullcontext()
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """See the base class."""
+        if self.precision == "fp16":
+            self.accelerator.backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """See the base class."""
         if isinstance(model, DistributedDataParallel) and not last:
@@ -64,4 +74,5 @@ class DDP(Strategy):
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """See the base class."""
-        self.accelerator.unscale_gradients(optimizer)
+        if self.precision == "fp16":
+            self.accelerator.unscale_gradients(optimizer)

@@ -19,6 +19,7 @@ from distcl.priority.candidates import Chooser
 from distcl.priority.draws import Weights
 from distcl.priority.guard import Freshness
 from distcl.priority.lanes import LaneSampler
+from distcl.priority.mix import HISTORY, MAIN, Mix
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
@@ -30,7 +31,6 @@ from distcl.priority.weights import (
     Shape,
     as_array,
     as_tensor,
-    joined,
     weigh,
 )
 from distcl.priority.windows import Part, Permutations, WindowPlan
@@ -38,8 +38,8 @@ from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Source
 
 EMPTY: Ids = np.empty(0, dtype=np.int64)
-_MAIN, _HISTORY, _POOL = 0, 1, 2
-_PARTS = {_MAIN: "cur", _HISTORY: "hist"}
+_POOL = 2  # a stream of draws beside those of the plans
+_PARTS = {MAIN: "cur", HISTORY: "hist"}
 _WINDOWS, _CHOICE = 16, 32  # added to the stream of a lane
 
 Plan = DistributedWeightedSampler | LaneSampler | WindowPlan
@@ -70,8 +70,6 @@ class Feed:
     ) -> None:
         self._runtime = runtime
         self._source = source
-        self._training = training
-        self._continual = continual
         self._priority = priority
         self._data = data
         self._seed = seed
@@ -89,10 +87,7 @@ class Feed:
         self._pool = Permutations(seed, _POOL)
         self._freshness = Freshness(runtime)
         self._weighted: tuple[Ids | None, Ids | None] = (None, None)
-        self._sizes = {
-            _MAIN: training.batch_size,
-            _HISTORY: continual.replay_batch_size or training.batch_size,
-        }
+        self._mix = Mix(training, continual, union=priority.target == "union")
 
     # ------------------------------------------------------------ 1. priorities
 
@@ -109,7 +104,7 @@ class Feed:
         on_history = target in ("history", "union") or (target == "auto" and history_batch)
         note = ""
         limit = self._priority.max_replay
-        replays = self._replays(current, history, history_batch)
+        replays = self._mix.replays(len(current), len(history), history_batch)
         if on_history and limit and replays > limit:
             on_history, on_current = False, target != "union" and on_current
             note = (
@@ -177,7 +172,6 @@ class Feed:
             self._weights = self._streamed.dealt(weights, current, history)
             self.account = self._streamed.account()
         self._replayed = history_batch and len(history) > 0
-        self._pass_steps = -(-sum(self._draws(current, history)) // self._training.batch_size)
         self._refresh_seconds = 0.0
         self._choosers: dict[int, Chooser] = {}
         groups = self._groups(self._weights)
@@ -187,66 +181,16 @@ class Feed:
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
-        return self._round_steps(self._pass_steps) if epochs is None else epochs * self._pass_steps
-
-    def _round_steps(self, of_a_pass: int) -> int:
-        """Return the steps of a round whose passes have ``of_a_pass``."""
-        steps = self._training.steps_per_round or self._training.epochs * of_a_pass
-        return max(1, round(self._training.step_factor * steps))
-
-    def _draws(self, current: Ids, history: Ids) -> tuple[int, int]:
-        """Return how many current and history samples a pass draws into training batches."""
-        ratio = self._continual.current_ratio
-        if not (self._continual.mix_historic_data and len(history)):
-            history = EMPTY
-        if ratio == 1.0:
-            return len(current), len(history)
-        return max(1, int(ratio * len(current))), int((1 - ratio) * len(history))
-
-    def _replays(self, current: Ids, history: Ids, history_batch: bool) -> float:
-        """Return how often a round draws a stored sample, on average."""
-        if not len(history):
-            return 0.0
-        cur_draws, hist_draws = self._draws(current, history)
-        size, total = self._training.batch_size, cur_draws + hist_draws
-        steps = self._round_steps(-(-total // size))
-        mixed = size * hist_draws / total
-        return steps * (mixed + history_batch * self._sizes[_HISTORY]) / len(history)
+        return self._mix.steps(len(self._current), len(self._history), epochs)
 
     def _groups(self, weights: RoundWeights) -> dict[int, list[Part]]:
         """Return what each plan draws from."""
-        current, stored = weights.held(self._current, self._history)
-        cur_draws, hist_draws = self._draws(self._current, self._history)
-        main = [Part(current, weights.current, cur_draws, weights.over[0])]
-        if hist_draws:
-            main.append(Part(stored, weights.history, hist_draws, weights.over[1]))
-            if self._priority.target == "union" and weights.history is not None:
-                main = [self._union(main)]
-        groups = {_MAIN: main}
-        if self._replayed:
-            draws = len(self._history)
-            groups[_HISTORY] = [Part(stored, weights.history, draws, weights.over[1])]
-        return groups
-
-    def _union(self, parts: list[Part]) -> Part:
-        """Return one group that draws from both by their common weights.
-
-        A pool stands for all of the history, so each of its samples counts for several.
-        """
-        current, stored = parts
-        assert current.weights is not None and stored.weights is not None
-        each = len(self._history) / stored.over.number(stored.ids)
-        return Part(
-            np.concatenate([current.ids, stored.ids]),
-            np.concatenate([current.weights, stored.weights * each]),
-            current.draws + stored.draws,
-            joined(current.over, stored.over),
-        )
+        return self._mix.groups(weights, self._current, self._history, self._replayed)
 
     def _plan(self, which: int, groups: list[Part]) -> Plan:
         """Return who draws the training batches, or the history batches."""
         rank, world = self._runtime.rank, self._runtime.world_size
-        size, seed, draw = self._sizes[which], self._seed, self._priority.draw
+        size, seed, draw = self._mix.sizes[which], self._seed, self._priority.draw
         if self._ledger is not None and any(group.weights is not None for group in groups):
             window = self._priority.refresh_steps
             plan = WindowPlan(size, window, rank, world, seed, draw, stream=which + _WINDOWS)
@@ -313,8 +257,9 @@ class Feed:
     @property
     def candidates(self) -> int:
         """How many samples could be drawn in this round."""
-        history = self._replayed or self._draws(self._current, self._history)[1] > 0
-        return len(self._current) + (len(self._history) if history else 0)
+        current, history = len(self._current), len(self._history)
+        drawn = self._replayed or self._mix.draws(current, history)[1] > 0
+        return current + drawn * history
 
     @property
     def weights(self) -> RoundWeights:
@@ -473,8 +418,6 @@ class Feed:
                 self._weights, self._current, self._history
             )
         self._weighted = (as_array(state["weighted"][0]), as_array(state["weighted"][1]))
-        draws = sum(self._draws(self._current, self._history))
-        self._pass_steps = -(-draws // self._training.batch_size)
         self._refresh_seconds = state["seconds"]
         self._choosers = {}
         groups = self._groups(self._weights)

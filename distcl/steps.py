@@ -13,6 +13,7 @@ from torch import nn
 
 from distcl.config import OptimizerConfig
 from distcl.errors import DivergenceError
+from distcl.footprint import FlopCount
 from distcl.optim import decay_factor, warmup_factor
 from distcl.partition.base import clip_grads_
 from distcl.priority.feed import Feed
@@ -20,6 +21,7 @@ from distcl.runtime import Runtime
 from distcl.tracking import Tracker
 from distcl.types import Batch, Experience, Progress
 from distcl.updaters import Updater
+from distcl.updaters.base import StepResult
 from distcl.watch import LossWatch
 
 
@@ -143,14 +145,10 @@ class StepLoop:
         for batch, hist_batch in self._batches(stage):
             self._runtime.watchdog.beat()
             self._set_rate(stage.done, stage.steps)
-            self._updater.update_pre_fwd_bwd()
-            if stage.number == 0:
-                result = Updater.fwd_bwd(self._updater, batch, None)
+            if "flops" in stage.report:
+                result = self._gradients(stage, batch, hist_batch)
             else:
-                result = self._updater.fwd_bwd(batch, hist_batch)
-            self._runtime.unscale(self._optimizer)
-            self._updater.update_post_fwd_bwd()
-            clip_grads_(self._updater.partition, self._runtime, self._clip_norm)
+                result = self._counted(stage, batch, hist_batch)
             self._optimizer.step()
             self._updater.update_post_optimizer_call()
             self._optimizer.zero_grad(set_to_none=True)
@@ -168,6 +166,28 @@ class StepLoop:
                 self._tell(stage, float(np.mean(losses)), samples / elapsed)
                 if stage.done < stage.steps:  # a save of the last step belongs to the round's end
                     self.keeper.act(flags)
+
+    def _gradients(self, stage: Stage, batch: Batch, hist_batch: Batch | None) -> StepResult:
+        """Forward, backward, the updater's regularizer, clipping. Collective."""
+        self._updater.update_pre_fwd_bwd()
+        if stage.number == 0:
+            result = Updater.fwd_bwd(self._updater, batch, None)
+        else:
+            result = self._updater.fwd_bwd(batch, hist_batch)
+        self._runtime.unscale(self._optimizer)
+        self._updater.update_post_fwd_bwd()
+        clip_grads_(self._updater.partition, self._runtime, self._clip_norm)
+        return result
+
+    def _counted(self, stage: Stage, batch: Batch, hist_batch: Batch | None) -> StepResult:
+        """As :meth:`_gradients`; note this rank's operations, None where they cannot be counted."""
+        if self._runtime.strategy != "ddp":  # other libraries gather weights on the way
+            stage.report["flops"] = None
+            return self._gradients(stage, batch, hist_batch)
+        with FlopCount() as count:
+            result = self._gradients(stage, batch, hist_batch)
+        stage.report["flops"] = count.total
+        return result
 
     def _batches(self, stage: Stage) -> Iterator[tuple[Batch, Batch | None]]:
         try:

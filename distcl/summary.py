@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from distcl.config import Config
 from distcl.errors import CheckpointError
+from distcl.footprint import peak_memory
 from distcl.metrics import AccuracyMatrix
 from distcl.resume import weights
 from distcl.status import finite
@@ -32,15 +33,16 @@ def summarize(
     config: Config,
     seconds: float,
 ) -> dict[str, Any]:
-    """Return the contents of ``summary.json``. Local."""
+    """Return the contents of ``summary.json``. Collective."""
     matrix: AccuracyMatrix = trainer.matrix
+    runtime = trainer.parts.runtime
     stages = [*([trainer.pretraining] if trainer.pretraining else []), *trainer.rounds]
     trained = sum(float(r["train_seconds"]) for r in trainer.rounds)
     if trainer.pretraining:
         trained += float(trainer.pretraining["train_seconds"])
     summary = {
         "status": "done",
-        "world_size": trainer.parts.runtime.world_size,
+        "world_size": runtime.world_size,
         "strategy": config.parallel.strategy,
         "seconds": seconds,
         "samples_per_second": trainer.loop.samples / trained if trained else None,
@@ -58,6 +60,8 @@ def summarize(
         "pretrain": trainer.pretraining,
         "evaluate_seconds": trainer.evaluate_seconds,
         "compute": _sum_of(stage["compute"] for stage in stages),
+        "flops": _flops_of(stages),
+        "peak_memory": runtime.gather_objects(peak_memory(runtime.device)),
         "rounds": trainer.rounds,
     }
     cleaned: dict[str, Any] = finite(summary)
@@ -69,6 +73,11 @@ def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     for one in counts:
         total = {key: total[key] + one[key] for key in total}
     return total
+
+
+def _flops_of(stages: Iterable[dict[str, Any]]) -> int | None:
+    counts = [stage.get("flops") for stage in stages]  # a run resumed may know stages without
+    return None if None in counts else sum(counts)  # type: ignore[arg-type]
 
 
 def save_final(parts: Parts, path: Path) -> None:

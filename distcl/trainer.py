@@ -191,6 +191,7 @@ class ContinuousTrainer:
             "priority_seconds": stage.report["priority_seconds"] + feed.priority_seconds,
             "forward_passes_per_sample": scored / candidates if candidates else 0.0,
             "compute": self._compute(*stage.report["before"]),
+            "flops": self._flops(stage),
             "draws_sha256": feed.account.digest(),
             "final_loss": stage.loss,
             "accepted": accepted,
@@ -223,6 +224,17 @@ class ContinuousTrainer:
         samples = self.parts.updater.trained - trained
         return {"scored": scored, "trained": samples, "units": scored + 3 * samples}
 
+    def _flops(self, stage: Stage) -> int | None:
+        """Return the operations of the stage's steps, each taken to be as its first. Collective.
+
+        Over all ranks; None where they cannot be counted.
+        """
+        of_step = stage.report.get("flops", 0)
+        if of_step is None:
+            return None
+        mine = torch.tensor(of_step, dtype=torch.int64, device=self.parts.runtime.device)
+        return stage.steps * int(self.parts.runtime.all_reduce(mine))
+
     def pretrain(self, experience: Experience) -> None:
         """Train plainly on the first experience; afterwards theta_star equals the weights."""
         updater, feed = self.parts.updater, self.parts.feed
@@ -243,6 +255,7 @@ class ContinuousTrainer:
             "steps": stage.steps,
             "train_seconds": stage.seconds + time.perf_counter() - clock,
             "compute": self._compute(*stage.report["before"]),
+            "flops": self._flops(stage),
             "draws_sha256": feed.account.digest(),
             "final_loss": stage.loss,
         }

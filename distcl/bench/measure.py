@@ -20,7 +20,13 @@ from distcl.errors import UsageError
 Work = Callable[[], Any]
 
 
-def seconds_of(*works: Work, repeats: int = 5, warmup: int = 1) -> list[float]:
+Clock = Callable[[], float]
+WALL: Clock = time.perf_counter
+CPU: Clock = time.process_time
+"""Seconds of this process alone, on whatever else the machine works: where nothing waits."""
+
+
+def seconds_of(*works: Work, repeats: int = 5, warmup: int = 1, clock: Clock = WALL) -> list[float]:
     """Return the median seconds of each work. They take turns, A B A B, so that noise meets all.
 
     The first ``warmup`` turns of each are not counted.
@@ -28,10 +34,10 @@ def seconds_of(*works: Work, repeats: int = 5, warmup: int = 1) -> list[float]:
     times: list[list[float]] = [[] for _ in works]
     for turn in range(warmup + repeats):
         for work, mine in zip(works, times, strict=True):
-            begun = time.perf_counter()
+            begun = clock()
             work()
             if turn >= warmup:
-                mine.append(time.perf_counter() - begun)
+                mine.append(clock() - begun)
     return [statistics.median(mine) for mine in times]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distcl.bench.measure import Work, on_ranks, seconds_of
+from distcl.bench.measure import CPU, WALL, Work, on_ranks, seconds_of
 from distcl.bench.rows import Row, compared
 from distcl.bench.setting import BATCH, config_of, steps_of, stream_of, trainer_of
 from distcl.data.streams import DriftStream
@@ -27,6 +27,8 @@ from distcl.updaters.kronecker import Layer, Sums
 METHODS = "distcl.bench.overhead:methods"
 ROUNDS = "distcl.bench.overhead:rounds"
 KFAC_EVERY = 20
+TINY = {"name": "mlp", "options": {"hidden": [32]}}
+"""A model whose step takes no time, so that what is left is what a step costs besides."""
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.toml"
 
 
@@ -34,32 +36,41 @@ def measure(quick: bool) -> list[Row]:
     """Train a small convolutional net, 20 steps at a time; then rounds of 10 epochs."""
     repeats = 3 if quick else 9
     one = on_ranks(1, METHODS, repeats, not quick)
-    rows = [_step("1 rank", one)]
+    rows = [_step("1 rank", one, "CPU s"), _tiny(one)]
     if not quick:
-        rows.append(_step("2 ranks, DDP", on_ranks(2, METHODS, repeats, False)))
-        plain, unit = one["base"], "s, of the plain step"
+        rows.append(_step("2 ranks, DDP", on_ranks(2, METHODS, repeats, False), "s"))
+        plain, unit = one["base"], "CPU s, of the plain step"
         rows.append(compared("step of ewc_online", one["ewc_online"], plain, unit, "<= 1.05"))
-        unit = "s, of two plain steps on both batches"
+        unit = "CPU s, of two plain steps on both batches"
         rows.append(compared("step of jvp_reg", one["jvp_reg"], 2 * one["both"], unit, "<= 1.05"))
         model = plain + one["kfac arithmetic"]
-        unit = "s, of the plain step + its matrix products"
+        unit = "CPU s, of the plain step + its matrix products"
         rows.append(compared("step of kfac_online", one["kfac_online"], model, unit, "<= 1.1"))
-    found = on_ranks(1, ROUNDS, 2 if quick else 5)
-    unit = "s, of the same, uniform"
+    found = on_ranks(1, ROUNDS, 2 if quick else 3)
+    unit = "CPU s, of the same, uniform"
     rows.append(
         compared("round of 10 epochs, by priority", found["on"], found["off"], unit, "<= 1.15")
     )
     return rows if quick else [*rows, _start_up()]
 
 
-def _step(where: str, found: dict[str, float]) -> Row:
+def _step(where: str, found: dict[str, float], unit: str) -> Row:
     ours, theirs = found["base"], found["bare"]
-    unit = "s, of a bare PyTorch loop"
+    unit += ", of a bare PyTorch loop"
     return compared(f"training step, {where}", ours, theirs, unit, "<= 1.03", limit=theirs)
 
 
+def _tiny(found: dict[str, float]) -> Row:
+    ours, theirs = 1e3 * found["tiny"], 1e3 * found["tiny bare"]
+    unit = "CPU ms, of a bare PyTorch loop"
+    return compared("training step, a model of next to no work", ours, theirs, unit)
+
+
 def methods(repeats: int, every: bool) -> dict[str, float]:
-    """Return median seconds of a step: bare, plain, and (``every``) by methods. Collective."""
+    """Return median seconds of a step: bare, plain, and (``every``) by methods. Collective.
+
+    On one rank, seconds of the process.
+    """
     runtime = Runtime()
     steps, works = KFAC_EVERY, dict[str, Work]()
     with tempfile.TemporaryDirectory() as out:
@@ -82,7 +93,12 @@ def methods(repeats: int, every: bool) -> dict[str, float]:
         if every:
             config = config_of(training={"batch_size": 2 * BATCH})
             works["both"] = steps_of(trainer_of(config, runtime, stream, Path(out)), steps)
-    found = seconds_of(*works.values(), repeats=repeats)
+        if runtime.world_size == 1:
+            trainer = trainer_of(config_of(model=TINY), runtime, stream, Path(out))
+            works["tiny"] = steps_of(trainer, steps)
+            works["tiny bare"] = _bare(runtime, stream, trainer.parts.model, steps)
+    clock = CPU if runtime.world_size == 1 else WALL
+    found = seconds_of(*works.values(), repeats=repeats, clock=clock)
     runtime.close()
     return {name: seconds / steps for name, seconds in zip(works, found, strict=True)}
 
@@ -155,7 +171,7 @@ def rounds(repeats: int) -> dict[str, float]:
             )
             stream = stream_of(config, 2_000)
             works[name] = _round_of(trainer_of(config, runtime, stream, Path(out)))
-        found = seconds_of(*works.values(), repeats=repeats)
+        found = seconds_of(*works.values(), repeats=repeats, clock=CPU)
     runtime.close()
     return dict(zip(works, found, strict=True))
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, WeightedRandomSampler
 
-from distcl.bench.measure import on_ranks, peak_of, seconds_of
+from distcl.bench.measure import CPU, on_ranks, peak_of, seconds_of
 from distcl.bench.rows import Row, compared, times_faster
 from distcl.priority import draws
 from distcl.priority.draws import Weights
@@ -40,17 +40,19 @@ def measure(quick: bool) -> list[Row]:
             lambda: torch.randperm(n),
             repeats=3,
             warmup=0,
+            clock=CPU,
         )
-        name, unit = f"sampler {draw}: {n:,.0f} weights", "s, of list(WeightedRandomSampler)"
+        name, unit = f"sampler {draw}: {n:,.0f} weights", "CPU s, of list(WeightedRandomSampler)"
         rows.append(times_faster(name, ours, theirs, unit, target, limit))
     batched = DistributedWeightedSampler(BATCH, draw="systematic")
     ours, theirs = seconds_of(
         partial(_batches, batched, weights),
         lambda: [None for _ in BatchSampler(WeightedRandomSampler(tensor, n), BATCH, False)],
-        repeats=3 if quick else 2,
+        repeats=3 if quick else 1,
         warmup=0,
+        clock=CPU,
     )
-    unit = "s, of BatchSampler(WeightedRandomSampler)"
+    unit = "CPU s, of BatchSampler(WeightedRandomSampler)"
     rows.append(times_faster(f"sampler systematic: lists of {BATCH}", ours, theirs, unit))
     fresh = DistributedWeightedSampler(BATCH, draw="systematic")
     peak = peak_of(lambda: _ids(fresh, weights)) / n

@@ -47,3 +47,25 @@ def test_a_fisher_pass_and_a_scoring_pass_count_and_evaluation_does_not(tmp_path
     stages = [summary["pretrain"], *summary["rounds"]]
     for key in ("scored", "trained", "units"):
         assert summary["compute"][key] == sum(stage["compute"][key] for stage in stages)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_operations_of_the_steps_are_those_of_the_layers_at_every_world_size(tmp_path, world):
+    overrides = ("continual_learning.importance_weighting=false",)
+    ranks = run_ranks(world, execute, "train", overrides, tmp_path / "run")
+    forward = 2 * (64 * 16 + 16 * 10)  # a multiplication and an addition each
+    backward = forward + 2 * 16 * 10  # of weights; of inputs, but the first layer's
+    for stage in [ranks[0]["pretrain"], *ranks[0]["rounds"]]:
+        assert stage["flops"] == stage["steps"] * 50 * (forward + backward)
+    steps = sum(stage["steps"] for stage in [ranks[0]["pretrain"], *ranks[0]["rounds"]])
+    assert ranks[0]["flops"] == steps * 50 * (forward + backward)
+    for summary in ranks:
+        assert len(summary["peak_memory"]) == world
+        assert all(1 << 27 < peak < 1 << 34 for peak in summary["peak_memory"])
+
+
+def test_operations_that_a_sharding_library_hides_are_null(tmp_path):
+    overrides = ("continual_learning.importance_weighting=false", "parallel.strategy=fsdp2")
+    summary = run_ranks(1, execute, "train", overrides, tmp_path / "run")[0]
+    assert summary["flops"] is None
+    assert [stage["flops"] for stage in summary["rounds"]] == [None, None]

@@ -1,0 +1,53 @@
+"""What a run takes of the machine: floating-point operations of a step, peak memory."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the floating-point operations of what runs inside, in ``total``. Local.
+
+    By the formulas of torch's FlopCounterMode: matrix products, convolutions and attention, a
+    multiplication and an addition as two; all else is nothing beside them. Results do not change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        from torch.utils.flop_counter import flop_registry
+
+        self._formulas: Mapping[Any, Callable[..., Any]] = flop_registry
+        self.total = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        formula = self._formulas.get(func.overloadpacket)
+        if formula is None:
+            with self:  # in inference mode, layers come as they are, not as their products
+                inner = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if inner is NotImplemented else inner
+        out = func(*args, **kwargs)
+        self.total += int(formula(*args, **kwargs, out_val=out))
+        return out
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held so far. Local.
+
+    On a GPU what torch had allocated there; else resident memory.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,37 @@
+"""Counting operations changes none of them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distcl.footprint import FlopCount
+
+MODELS = {
+    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)),
+    "cnn": lambda: nn.Sequential(nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten()),
+    "attention": lambda: nn.Sequential(nn.Flatten(1, 2), nn.TransformerEncoderLayer(8, 2, 16, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_count_is_that_of_torch_and_gradients_keep_every_bit(name):
+    torch.manual_seed(0)
+    model, x = MODELS[name](), torch.randn(5, 1, 8, 8)
+    model(x).square().sum().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with FlopCount() as count:
+        model(x).square().sum().backward()
+    for parameter, grad in zip(model.parameters(), plain, strict=True):
+        assert torch.equal(parameter.grad, grad)
+    with FlopCounterMode(display=False) as torchs:
+        model(x).square().sum().backward()
+    with torch.inference_mode():
+        outputs = model(x)
+        with FlopCount() as inferring:
+            assert torch.equal(model(x), outputs)
+        with FlopCounterMode(display=False) as torchs_inferring:
+            model(x)
+    assert inferring.total == torchs_inferring.get_total_flops() > 0
+    assert count.total == torchs.get_total_flops() > 0

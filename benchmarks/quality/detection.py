@@ -85,7 +85,7 @@ def measure(
 def judge(alarms: Sequence[int], drifts: Sequence[int], end: int) -> tuple[list[int], int, int]:
     """Return the delays of drifts that were found, how many were missed, and false alarms."""
     delays, right = [], 0
-    for begin, until in zip(drifts, [*drifts[1:], end], strict=True):
+    for begin, until in zip(drifts, [*drifts, end][1:], strict=True):
         inside = [alarm for alarm in alarms if begin <= alarm < until]
         if inside:
             delays.append(inside[0] - begin)

@@ -20,6 +20,8 @@ LEVEL, NEEDED, WORSE = 0.01, 3, 0.3
 """The headline's target: better with a corrected p below this, on so many of the streams, and on
 none worse by more than so many points."""
 
+BEGIN, END = "<!-- differences -->", "<!-- end -->"
+
 _HEAD = f"""\
 # Results
 
@@ -38,8 +40,12 @@ machine that did other things too.
 
 
 def write(results: Path, out: Path, suites: Mapping[str, Suite] = SUITES) -> None:
-    """Write the document, and beside it a plot of each suite that is tested. Local."""
+    """Write the document, its plots, and the table of METHOD.md beside it. Local."""
     out.write_text(render(results, suites), encoding="utf-8")
+    method = out.parent / "METHOD.md"
+    if method.exists():
+        text = method.read_text(encoding="utf-8")
+        method.write_text(filled(text, results, suites), encoding="utf-8")
     for name, suite in suites.items():
         path = results / f"{name}.json"
         if suite.tested and path.exists():
@@ -77,6 +83,29 @@ def render(results: Path, suites: Mapping[str, Suite] = SUITES) -> str:
     if missing:
         blocks.append("## Not measured yet\n\n" + "".join(f"- {line}\n" for line in missing))
     return "\n".join(blocks)
+
+
+def filled(text: str, results: Path, suites: Mapping[str, Suite] = SUITES) -> str:
+    """Return METHOD.md with the table of differences put between its marks, as it is now."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{summary(results, suites)}\n{END}{after}"
+
+
+def summary(results: Path, suites: Mapping[str, Suite] = SUITES) -> str:
+    """Return a table of all differences in accuracy against the first arm of their study."""
+    rows = [["suite", "study", "arm", "against", "n", "difference, points"]]
+    for name in suites:
+        path = results / f"{name}.json"
+        if name == "rates" or not path.exists():
+            continue
+        for study in _read(path):
+            first, *others = study["arms"]
+            for arm, difference in zip(others, study["differences"], strict=True):
+                d = difference["accuracy"]
+                names = [name, study["name"], arm["name"], first["name"]]
+                rows.append([*names, str(d["n"]), _interval(d)])
+    return markdown(rows)
 
 
 def headline(studies: list[dict[str, Any]]) -> str:

@@ -34,6 +34,11 @@ def test_results_are_written_from_the_files() -> None:
     assert written == tables.render(RESULTS), "type: python benchmarks/quality/run.py --tables"
 
 
+def test_the_method_shows_what_the_files_say() -> None:
+    written = (ROOT / "docs" / "METHOD.md").read_text(encoding="utf-8")
+    assert tables.BEGIN in written and written == tables.filled(written, RESULTS)
+
+
 def test_every_file_is_in_the_results_beside_its_command() -> None:
     written = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
     files = sorted(RESULTS.glob("*.json"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from distcl.config_text import RECOMMENDED
 
-FRESH = tuple(range(100, 120))
+FRESH = tuple(range(100, 110))
 """Seeds of the headline: looked at once, after everything was chosen on others."""
 
 FIVE = tuple(range(100, 105))
@@ -78,9 +78,19 @@ def _tuned(stream: str) -> tuple[str, ...]:
 
 
 _EWC = (
+    *STREAMS["affine"],
     *("continual_learning.update_mode=ewc_online", "training.steps_per_round=200"),
-    "optimizer.lr=0.2",
 )
+EWC_RATES = {
+    f"{rate:g}, lambda {strength:g}": (
+        f"optimizer.lr={rate}",
+        f"continual_learning.ewc_lambda={strength}",
+    )
+    for rate in (0.1, 0.2, 0.4)
+    for strength in (10.0, 100.0, 1000.0)
+}
+EWC_CHOSEN = "0.2, lambda 100"
+"""That with the highest mean accuracy in results/rates_ewc.json."""
 _MIXED = ("continual_learning.mix_historic_data=true",)
 _METHODS = {
     "er, 500 stored": (True, ("continual_learning.buffer_size=500",)),
@@ -113,6 +123,11 @@ SUITES = {
         ),
         tested=True,
     ),
+    "rates_ewc": Suite(
+        "Learning rate and strength of EWC",
+        "For the next study, chosen in the same way, without replay.",
+        (Study("affine, ewc_online", EWC_RATES, (0, 1), _EWC),),
+    ),
     "promised": Suite(
         "The promised run: affine drift under EWC",
         "5 tasks of 10,000 images, each under one more random affine map; ewc_online, 200 steps of "
@@ -128,7 +143,7 @@ SUITES = {
                     "recommended, history mixed in": (*_MIXED, *recommended()),
                 },
                 FIVE,
-                (*STREAMS["affine"], *_EWC),
+                (*_EWC, *EWC_RATES[EWC_CHOSEN]),
             ),
         ),
     ),

@@ -97,7 +97,7 @@ def summary(results: Path, suites: Mapping[str, Suite] = SUITES) -> str:
     rows = [["suite", "study", "arm", "against", "n", "difference, points"]]
     for name in suites:
         path = results / f"{name}.json"
-        if name == "rates" or not path.exists():
+        if name.startswith("rates") or not path.exists():
             continue
         for study in _read(path):
             first, *others = study["arms"]

@@ -19,6 +19,10 @@ from distcl.types import Ids
 LOW_ESS = 0.4
 """An effective sample size below this share of N warns: in a sketch, prioritized runs that lost to
 uniform draws had 4 to 40 %, and those that won were kept at 50 %."""
+LOW_AIM = -0.02
+"""An aim below this warns. Of weights on a pool of 2,000 ids with half that effective sample size,
+whose experiences differ by a third in their error, chance alone moves it by 0.3 / sqrt(1000), about
+0.01 (one standard deviation)."""
 STALE = 0.1
 """A rank correlation of weights and losses below this warns. Weights that tell nothing have 0, and
 over the 400 samples or more that most rounds look at it strays by 0.05 (one standard deviation)."""
@@ -154,7 +158,7 @@ def doubts(
                 + ("" if top is None else f"; 1 % of them get {top:.0%} of the draws")
                 + "); priority.min_ess = 0.5 evens them out"
             )
-    if aimed is not None and aimed < 0:
+    if aimed is not None and aimed < LOW_AIM:
         found.append(
             "draws prefer experiences that are learned already: the held-out error where they go "
             f"is {-aimed:.1%} below that of uniform draws"

@@ -87,7 +87,8 @@ def test_doubts_are_told_in_words() -> None:
     uneven = {"cur": {"ess_fraction": LOW_ESS - 0.01, "top_share": 0.31}}
     (told,) = doubts(uneven, None)
     assert "39%" in told and "31%" in told and "priority.min_ess" in told
-    assert "learned already" in doubts(FINE, -0.02)[0]
+    assert "learned already" in doubts(FINE, -0.03)[0]
+    assert not doubts(FINE, -0.01)  # chance
     assert "rank correlation 0.05" in doubts(FINE, None, 0.05)[0]
 
 

@@ -1,0 +1,223 @@
+"""What is compared: streams, arms and seeds of each study."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from distcl.config_text import RECOMMENDED
+
+FRESH = tuple(range(100, 110))
+"""Seeds of the headline: looked at once, after everything was chosen on others."""
+
+FIVE = tuple(range(100, 105))
+
+UNIFORM: tuple[str, ...] = ()
+PUBLISHED = ("continual_learning.importance_weighting=true",)
+GUARDED = (*PUBLISHED, "priority.guard=auto")
+
+
+def recommended(**changes: object) -> tuple[str, ...]:
+    """Return the keys that ``distcl init`` sets, with changes of ``priority``."""
+    sections = {name: dict(keys) for name, keys in RECOMMENDED.items()}
+    del sections["continual_learning"]["update_mode"]
+    alpha = changes.pop("alpha", None)
+    if alpha is not None:
+        sections["continual_learning"]["importance_alpha"] = alpha
+    sections["priority"] |= changes
+    return tuple(
+        f"{section}.{key}={json.dumps(value)}"
+        for section, keys in sections.items()
+        for key, value in keys.items()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One stream and method under several arms; the first arm is what others are compared with."""
+
+    name: str
+    arms: dict[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Studies that make one table of docs/RESULTS.md. ``tested``: they claim significance."""
+
+    title: str
+    text: str
+    studies: tuple[Study, ...]
+    tested: bool = False
+
+
+STREAMS = {
+    "rotated": ("stream.drift=rotate",),
+    "permuted": ("stream.drift=permute",),
+    "split": ("stream.drift=split",),
+    "affine": ("stream.drift=affine",),
+}
+
+RATES = {
+    f"{rate:g}{', decayed' if decay == 'linear' else ''}": (
+        f"optimizer.lr={rate}",
+        f"optimizer.decay={decay}",
+    )
+    for decay in ("none", "linear")
+    for rate in (0.2, 0.4, 0.8)
+}
+"""Learning rates that uniform replay may choose among."""
+
+CHOSEN = {"rotated": "0.4", "permuted": "0.4", "split": "0.4", "affine": "0.4"}
+"""Those with the highest mean accuracy in results/rates.json."""
+
+
+def _tuned(stream: str) -> tuple[str, ...]:
+    return (*STREAMS[stream], *RATES[CHOSEN[stream]])
+
+
+_EWC = (
+    *STREAMS["affine"],
+    *("continual_learning.update_mode=ewc_online", "training.steps_per_round=200"),
+)
+EWC_RATES = {
+    f"{rate:g}, lambda {strength:g}": (
+        f"optimizer.lr={rate}",
+        f"continual_learning.ewc_lambda={strength}",
+    )
+    for rate in (0.1, 0.2, 0.4)
+    for strength in (10.0, 100.0, 1000.0)
+}
+EWC_CHOSEN = "0.2, lambda 100"
+"""That with the highest mean accuracy in results/rates_ewc.json."""
+_MIXED = ("continual_learning.mix_historic_data=true",)
+_METHODS = {
+    "er, 500 stored": (True, ("continual_learning.buffer_size=500",)),
+    "der, 5000 stored": (
+        True,
+        ("continual_learning.update_mode=der", "continual_learning.buffer_size=5000"),
+    ),
+    "agem": (True, ("continual_learning.update_mode=agem",)),
+    "ewc_online": (False, ("continual_learning.update_mode=ewc_online",)),
+    "kfac_online": (False, ("continual_learning.update_mode=kfac_online",)),
+    "si": (False, ("continual_learning.update_mode=si",)),
+    "lwf": (False, ("continual_learning.update_mode=lwf",)),
+}
+"""Method -> (whether it takes history, keys)."""
+
+SUITES = {
+    "rates": Suite(
+        "Learning rate of uniform replay",
+        "The rate, constant or falling to 0 within each task, is chosen for uniform replay, on "
+        "seeds that are not used again, and then holds for every arm.",
+        tuple(Study(name, RATES, (0, 1), keys) for name, keys in STREAMS.items()),
+    ),
+    "headline": Suite(
+        "Headline: recommended against uniform",
+        "Experience replay with all history, 5 tasks of 10,000 images, one pass each. Four tests, "
+        "fixed before they were run; p is corrected for four (Holm).",
+        tuple(
+            Study(name, {"uniform": UNIFORM, "recommended": recommended()}, FRESH, _tuned(name))
+            for name in STREAMS
+        ),
+        tested=True,
+    ),
+    "rates_ewc": Suite(
+        "Learning rate and strength of EWC",
+        "For the next study, chosen in the same way, without replay.",
+        (Study("affine, ewc_online", EWC_RATES, (0, 1), _EWC),),
+    ),
+    "promised": Suite(
+        "The promised run: affine drift under EWC",
+        "5 tasks of 10,000 images, each under one more random affine map; ewc_online, 200 steps of "
+        "50 images a task. The published sampler weighs the current task. The recommended one "
+        "weighs history, so it is compared with uniform draws from the same mixture.",
+        (
+            Study(
+                "affine, ewc_online",
+                {
+                    "off": UNIFORM,
+                    "as published": PUBLISHED,
+                    "off, history mixed in": _MIXED,
+                    "recommended, history mixed in": (*_MIXED, *recommended()),
+                },
+                FIVE,
+                (*_EWC, *EWC_RATES[EWC_CHOSEN]),
+            ),
+        ),
+    ),
+    "harder": Suite(
+        "Harder streams",
+        "As the headline, 5 seeds. Noise: a tenth of the training labels is wrong. Imbalance: of "
+        "class c a share 10^(-c/9) of the images is kept, so class 9 is ten times rarer than class "
+        "0; held-out data are balanced and clean. Gradual: a quarter of each task still comes from "
+        "the one before. Recurring: 6 tasks of 3 concepts.",
+        tuple(
+            Study(
+                f"{name}, {what}",
+                {"uniform": UNIFORM, "recommended": recommended()},
+                FIVE,
+                (*_tuned(name), *keys),
+            )
+            for what, keys in {
+                "label noise": ("stream.options.noise=0.1",),
+                "imbalance": ("stream.options.imbalance=10.0", "stream.samples_per_experience=0"),
+                "gradual": ("stream.transition=gradual",),
+                "recurring": ("stream.experiences=6", "stream.recurring=3"),
+            }.items()
+            for name in (("rotated",) if what in ("gradual", "recurring") else STREAMS)
+            if not (name == "affine" or (what == "imbalance" and name == "permuted"))
+        ),
+    ),
+    "guard": Suite(
+        "The guard, and controls",
+        "As the headline, 5 seeds: the published sampler, with and without the guard; the "
+        "recommended one with it; and the machinery of the recommended one at exponent 0, which "
+        "draws history uniformly with replacement.",
+        (
+            Study(
+                "rotated",
+                {
+                    "uniform": UNIFORM,
+                    "alpha = 0": recommended(alpha=0.0),
+                    "published": PUBLISHED,
+                    "published, guard": GUARDED,
+                    "recommended, guard": recommended(guard="auto"),
+                },
+                FIVE,
+                _tuned("rotated"),
+            ),
+        ),
+    ),
+    "breadth": Suite(
+        "Breadth: other methods",
+        "Rotated, 3 seeds, 200 steps a task, no claims of significance. Methods without a history "
+        "leave the recommended recipe nothing to weigh. With 500 stored samples a round replays "
+        "each 20 times, more than priority.max_replay, so the recommended recipe draws uniformly.",
+        tuple(
+            Study(
+                f"rotated, {name}",
+                {"uniform": UNIFORM, "published": PUBLISHED}
+                | ({"recommended": recommended()} if replays else {}),
+                FIVE[:3],
+                (*STREAMS["rotated"], "optimizer.lr=0.2", *keys),
+            )
+            for name, (replays, keys) in _METHODS.items()
+        ),
+    ),
+}
+
+QUICK = Suite(
+    "A small look",
+    "scikit-learn's digits, two seeds: this shows that the study runs, and nothing else.",
+    tuple(
+        Study(
+            name,
+            {"uniform": UNIFORM, "published": PUBLISHED, "recommended": recommended()},
+            (0, 1),
+            STREAMS[name],
+        )
+        for name in ("rotated",)
+    ),
+)

@@ -22,10 +22,11 @@ from distcl.losses import judged_by
 from distcl.metrics import AccuracyMatrix
 from distcl.optim import reset
 from distcl.priority.feed import EMPTY, Feed
-from distcl.priority.guard import Judgement, doubts, judge
+from distcl.priority.guard import Judgement, judge
 from distcl.priority.scoring import Scorer
 from distcl.priority.weights import RoundWeights
 from distcl.record import RoundRecorder
+from distcl.round_report import Reporter
 from distcl.runtime import Runtime
 from distcl.steps import Stage, StepLoop
 from distcl.tracking import Tracker
@@ -71,6 +72,7 @@ class ContinuousTrainer:
         self._evaluator = Evaluator(
             parts.forward, parts.stream, self.metric, self.loss_name, self.training.eval_batch_size
         )
+        self._reporter = Reporter(parts.runtime, parts.feed, parts.forward, parts.updater)
         self.pretrained = bool(config.model.pretrained)
         copies = parts.stream if isinstance(parts.stream, CopyingStream) else None
         self.history = History(self.continual.buffer_size, config.run.seed, copies)
@@ -130,12 +132,12 @@ class ContinuousTrainer:
             reset(self.parts.optimizer)
 
         clock = time.perf_counter()
-        forwards = self.parts.forward.forwards
+        before = self._reporter.counts()
         try:
             weights, judged = self._compute_priorities(experience, held_out)  # 1. priorities
         except DivergenceError as error:
             raise DivergenceError(f"before step 1 of round {number}: {error}") from error
-        scored = self.parts.forward.forwards - forwards
+        scored = self.parts.forward.forwards - before[0]
         priority_seconds = time.perf_counter() - clock
 
         self.announce(experience)
@@ -148,7 +150,7 @@ class ContinuousTrainer:
         self.stage.report = {
             "priority_seconds": priority_seconds,
             "scored": scored,
-            "before": [forwards, updater.trained],
+            "before": before,
             "weighted": bool(weights.parts) or any(weights.chosen),
             "judged": asdict(judged),
         }
@@ -180,66 +182,16 @@ class ContinuousTrainer:
         feed = self.parts.feed
         for line in feed.weights.lines() if feed.forwards else ():
             self._say(line)
-        guard = self._looked_back(stage)
-        scored = stage.report["scored"] + feed.forwards
-        candidates = sum(int(r["n"]) for r in feed.weights.report.values())
-        return {
-            "round": stage.number,
-            "trigger": stage.trigger,
-            "steps": stage.steps,
-            "train_seconds": stage.seconds - feed.priority_seconds,
-            "priority_seconds": stage.report["priority_seconds"] + feed.priority_seconds,
-            "forward_passes_per_sample": scored / candidates if candidates else 0.0,
-            "compute": self._compute(*stage.report["before"]),
-            "flops": self._flops(stage),
-            "draws_sha256": feed.account.digest(),
-            "final_loss": stage.loss,
-            "accepted": accepted,
-            "priority": feed.weights.report,
-            **guard,
-        }
-
-    def _looked_back(self, stage: Stage) -> dict[str, Any]:
-        """Return what the guard has to report of a round; say, once, if sampling likely hurts."""
-        judged = Judgement(**stage.report["judged"])
-        if not (stage.report["weighted"] or judged.uniform):
-            return {}
-        staleness = self.parts.feed.staleness
-        found = doubts(self.parts.feed.weights.report, judged.aim, staleness)
-        if found and not judged.uniform:
-            self._say(
-                f"[guard] round {stage.number}: sampling by priority is likely to hurt: "
-                + "; ".join(found)
-            )
-        told = {"uniform": judged.uniform, "aim": judged.aim, "staleness": staleness}
-        return {"guard": told}
-
-    def _compute(self, forwards: int, trained: int) -> dict[str, int]:
-        """Return the samples that went through the model since these counts, over all ranks.
-
-        A forward of a sample is one unit, forward and backward three; evaluation does not count,
-        but what ``training.accept`` looks at does.
-        """
-        scored = self.parts.forward.forwards - forwards
-        samples = self.parts.updater.trained - trained
-        return {"scored": scored, "trained": samples, "units": scored + 3 * samples}
-
-    def _flops(self, stage: Stage) -> int | None:
-        """Return the operations of the stage's steps, each taken to be as its first. Collective.
-
-        Over all ranks; None where they cannot be counted.
-        """
-        of_step = stage.report.get("flops", 0)
-        if of_step is None:
-            return None
-        mine = torch.tensor(of_step, dtype=torch.int64, device=self.parts.runtime.device)
-        return stage.steps * int(self.parts.runtime.all_reduce(mine))
+        report, words = self._reporter.of_round(stage, accepted)
+        if words:
+            self._say(words)
+        return report
 
     def pretrain(self, experience: Experience) -> None:
         """Train plainly on the first experience; afterwards theta_star equals the weights."""
         updater, feed = self.parts.updater, self.parts.feed
         if self.stage is None:
-            before = [self.parts.forward.forwards, updater.trained]
+            before = self._reporter.counts()
             self.announce(experience)
             feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
             steps = feed.steps(self.training.pretrain_epochs)
@@ -251,14 +203,8 @@ class ContinuousTrainer:
             updater.cl_postprocessing(self.parts.stream, stage.experience.train)
         self.parts.anchor.restart()
         self.history.add(stage.experience.train)
-        self.pretraining = {
-            "steps": stage.steps,
-            "train_seconds": stage.seconds + time.perf_counter() - clock,
-            "compute": self._compute(*stage.report["before"]),
-            "flops": self._flops(stage),
-            "draws_sha256": feed.account.digest(),
-            "final_loss": stage.loss,
-        }
+        seconds = stage.seconds + time.perf_counter() - clock
+        self.pretraining = self._reporter.of_pretraining(stage, seconds)
         self.stage = None
 
     def evaluate(self, experiences: list[Experience], seen: int) -> list[float]:

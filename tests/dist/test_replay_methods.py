@@ -6,6 +6,7 @@ import copy
 import io
 from collections.abc import Callable, Iterator
 from functools import cache
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def _distributed(case: str, restart: bool) -> dict[str, Any]:
     """Drive an updater through the plan; ``restart``: from its state, in the midst of a round."""
     config, runtime = _config(case), _runtime()
     stream = create_stream(config.stream, config.run.seed)
-    parts = assemble(config, runtime, stream, Path())
+    parts = assemble(config, runtime, stream, Path(tempfile.mkdtemp()))
     updater, optimizer = parts.updater, parts.optimizer
     optimizer.param_groups[0]["momentum"] = 0.9
 
@@ -291,7 +292,7 @@ def _jobs() -> dict[str, dict[str, Any]]:
             *keys,
         )
         stream = create_stream(config.stream, config.run.seed)
-        trainer = ContinuousTrainer(assemble(config, runtime, stream, Path()), config)
+        trainer = ContinuousTrainer(assemble(config, runtime, stream, Path(tempfile.mkdtemp())), config)
         train(trainer)
         result = {n: p.detach().numpy() for n, p in _module(trainer.parts).named_parameters()}
         result["digests"] = [r["draws_sha256"] for r in trainer.rounds]

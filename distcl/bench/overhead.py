@@ -34,7 +34,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "digits.toml"
 
 def measure(quick: bool) -> list[Row]:
     """Train a small convolutional net, 20 steps at a time; then rounds of 10 epochs."""
-    repeats = 3 if quick else 5
+    repeats = 3 if quick else 4
     one = on_ranks(1, METHODS, repeats, not quick)
     rows = [_step("1 rank", one, "CPU s"), _tiny(one)]
     if not quick:
@@ -172,7 +172,7 @@ def rounds(repeats: int) -> dict[str, float]:
                 training={"batch_size": BATCH, "epochs": 10},
                 continual_learning={"importance_weighting": on},
             )
-            stream = stream_of(config, 2_000)
+            stream = stream_of(config, 1_000)
             works[name] = _round_of(trainer_of(config, runtime, stream, Path(out)))
         found = seconds_of(*works.values(), repeats=repeats, clock=CPU)
     runtime.close()

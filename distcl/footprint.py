@@ -34,12 +34,14 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation and count it."""
         kwargs = kwargs or {}
         formula = self._formulas.get(func.overloadpacket)
-        if formula is None:
-            with self:  # in inference mode, layers come as they are, not as their products
+        if formula is None and torch.is_inference_mode_enabled():
+            with self:  # there, layers come as they are, not as their products
                 inner = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if inner is NotImplemented else inner
+            if inner is not NotImplemented:
+                return inner
         out = func(*args, **kwargs)
-        self.total += int(formula(*args, **kwargs, out_val=out))
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=out))
         return out
 
 

@@ -49,7 +49,7 @@ def measure(quick: bool) -> list[Row]:
     """Predict and measure a round of 2,048 (``quick``: 1,024) samples, and plans of 2 million."""
     samples = 1_024 if quick else 2_048
     one, two = (on_ranks(ranks, ROUND, samples) for ranks in (1, 2))
-    alone, shared = (_job(samples, ranks, found) for ranks, found in ((1, one), (2, two)))
+    alone, shared = (job_of(samples, ranks, found) for ranks, found in ((1, one), (2, two)))
     machine = Machine(one["forward_rate"], one["step_rate"], 1e9, one["draw_rate"])
     rows = [
         _row("operations of a round", alone.flops, one["flops"], "flops"),
@@ -64,7 +64,8 @@ def measure(quick: bool) -> list[Row]:
     return [*rows, *_far()]
 
 
-def _job(samples: int, ranks: int, found: dict[str, float]) -> Job:
+def job_of(samples: int, ranks: int, found: dict[str, float]) -> Job:
+    """Return the job that :func:`a_round` measured."""
     parameters = int(found["parameters"])
     return Job(samples, ranks, parameters, 2.0 * parameters, BATCH, int(found["steps"]), passes=2)
 

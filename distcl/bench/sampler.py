@@ -58,12 +58,13 @@ def measure(quick: bool) -> list[Row]:
     peak = peak_of(lambda: _ids(fresh, weights)) / n
     unit = "bytes a sample, of 48"
     rows.append(compared("sampler systematic: peak memory", peak, 48.0, unit, "<= 1", limit=24.0))
-    one, two = (on_ranks(ranks, COUNTS, n) for ranks in (1, 2))
+    found = on_ranks(2, COUNTS, n)
     name = "sampler systematic: counts at 2 ranks"
-    unit = "s, of 1 rank"
-    rows.append(times_faster(name, two["seconds"], one["seconds"], unit, ">= 1.7", two["limit"]))
+    unit = "s, of 1 rank, the other idle"
+    rows.append(times_faster(name, found["both"], found["alone"], unit, ">= 1.7", found["limit"]))
     unit = "bytes of a rank, of 1 rank"
-    rows.append(compared(f"{name}: memory", two["bytes"], one["bytes"], unit, "<= 0.51"))
+    pair = found["both bytes"], found["alone bytes"]
+    rows.append(compared(f"{name}: memory", *pair, unit, "<= 0.51"))
     return rows
 
 
@@ -81,29 +82,40 @@ def _batches(sampler: DistributedWeightedSampler, weights: Weights) -> None:
 
 
 def counts(n: int) -> dict[str, float]:
-    """Return seconds and bytes of systematic counts of my slice of ``n`` weights. Collective.
+    """Return seconds and bytes of systematic counts of ``n`` weights. Collective.
 
-    Ranks exchange the largest weight, then the sums of their quantized slices. ``limit``: seconds
-    of a cumulative sum of the slice, all ranks at once.
+    ``both``: of each rank's slice; ranks exchange the largest weight, then the sums of their
+    quantized slices. ``alone``: of all of them, on rank 0. ``limit``: seconds of a cumulative sum
+    of the slice, all ranks at once.
     """
     runtime = Runtime()
     lo, hi = runtime.share(n)
-    weights = np.random.default_rng(runtime.rank).gamma(1.0, size=hi - lo)
+    weights = np.random.default_rng(0).gamma(1.0, size=n)
+    mine = weights[lo:hi].copy()
+    if not runtime.is_main:
+        weights = mine[:0]
     found: dict[str, float] = {}
 
-    def count() -> None:
-        largest = runtime.all_reduce(torch.tensor(float(weights.max())), "max")
-        whole = draws.quantize(weights, draws.fixed_point_exponent(float(largest), n))
+    def both() -> None:
+        largest = runtime.all_reduce(torch.tensor(float(mine.max())), "max")
+        whole = draws.quantize(mine, draws.fixed_point_exponent(float(largest), n))
         sums = runtime.all_gather(torch.tensor([int(whole.sum())]), runtime.world_size)
         before = int(sums[: runtime.rank].sum())
-        mine = draws.systematic_counts_local(whole, before, int(sums.sum()), n, 0.5)
-        found["bytes"] = float(weights.nbytes + whole.nbytes + mine.nbytes)
+        counted = draws.systematic_counts_local(whole, before, int(sums.sum()), n, 0.5)
+        found["both bytes"] = float(mine.nbytes + whole.nbytes + counted.nbytes)
+        runtime.barrier()
+
+    def alone() -> None:
+        if runtime.is_main:
+            whole = draws.quantize(weights, draws.fixed_point_exponent(float(weights.max()), n))
+            counted = draws.systematic_counts_local(whole, 0, int(whole.sum()), n, 0.5)
+            found["alone bytes"] = float(weights.nbytes + whole.nbytes + counted.nbytes)
         runtime.barrier()
 
     def cumulate() -> None:
-        np.cumsum(weights)
+        np.cumsum(mine)
         runtime.barrier()
 
-    found["seconds"], found["limit"] = seconds_of(count, cumulate, repeats=7)
+    seconds = seconds_of(both, alone, cumulate, repeats=15)
     runtime.close()
-    return found
+    return found | dict(zip(("both", "alone", "limit"), seconds, strict=True))

@@ -61,7 +61,10 @@ class ArraySource:
             raise DataError(f"{self.name}: there is no sample {bad} (0…{len(self) - 1})")
         rows = ids if self._rows is None else self._rows[ids]
         # not .take: of a member of an .npz, whose data is unaligned, it first copies all of it
-        x = tree_map(lambda leaf: as_tensor(leaf[rows], self._in_tree), self._x)
+        if self._in_tree:
+            x = tree_map(lambda leaf: as_tensor(leaf[rows], keep_integers=True), self._x)
+        else:
+            x = as_tensor(self._x[rows])
         y = as_tensor(self._y[ids], keep_integers=True)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
 

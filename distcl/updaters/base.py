@@ -197,7 +197,7 @@ class Updater:
 
     def _unreduced_criterion(self, outputs: PyTree, y: PyTree) -> torch.Tensor:
         """Return the loss of each sample, [B]; of no sample, [0] with a gradient (of zero)."""
-        leaves = tree_leaves(outputs)
+        leaves = [outputs] if isinstance(outputs, torch.Tensor) else tree_leaves(outputs)
         if len(leaves[0]) == 0:
             return torch.stack([leaf.sum() for leaf in leaves]).sum().expand(0)
         return self.setup.criterion(outputs, y)

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import WeightedRandomSampler
 
 from distcl.bench.anchor import OF_MODEL
-from distcl.bench.measure import on_ranks
+from distcl.bench.cost import FAR, GPU, ROUND, job_of
+from distcl.bench.measure import CPU, on_ranks, seconds_of
+from distcl.bench.overhead import METHODS
+from distcl.bench.priorities import PASSES
 from distcl.bench.rows import Row
+from distcl.priority.sampler import DistributedWeightedSampler
 from tests.spawn import distcl
 
 
@@ -32,6 +38,47 @@ def test_the_anchor_takes_its_share_of_the_model() -> None:
     replica = (large["replica_bytes"] - small["replica_bytes"]) / (3 << 20)
     assert slope == pytest.approx(2, rel=0.1)
     assert replica > 3.5
+
+
+@pytest.mark.timeout(300)
+def test_scoring_and_steps_cost_little_more_than_the_plainest_code() -> None:
+    found = on_ranks(1, PASSES, 1024, 3)
+    assert found["seen"] < 1.3 * found["once"]
+    assert found["new"] < 1.2 * found["twice"]
+    found = on_ranks(1, METHODS, 2, False)
+    assert found["ours"] < 1.25 * found["theirs"]
+    assert found["tiny"] - found["tiny bare"] < 2e-3
+
+
+@pytest.mark.parametrize(("draw", "times"), [("systematic", 4), ("multinomial", 2)])
+def test_drawing_an_epoch_is_faster_than_torch(draw: str, times: float) -> None:
+    n = 1_000_000
+    weights = np.random.default_rng(0).gamma(1.0, size=n)
+    sampler = DistributedWeightedSampler(256, draw=draw)
+
+    def ours() -> None:
+        sampler.set_weights(n, weights)
+        sampler.global_batch(0)
+
+    tensor = torch.from_numpy(weights)
+    theirs = lambda: list(WeightedRandomSampler(tensor, n))  # noqa: E731
+    mine, torchs = seconds_of(ours, theirs, repeats=3, clock=CPU)
+    assert torchs > times * mine
+
+
+@pytest.mark.timeout(180)
+def test_the_cost_model_predicts_operations_and_bytes() -> None:
+    one, two = (on_ranks(ranks, ROUND, 512) for ranks in (1, 2))
+    assert job_of(512, 1, one).flops == pytest.approx(one["flops"], rel=0.25)
+    assert job_of(512, 2, two).sent == pytest.approx(two["sent"], rel=0.25)
+
+
+def test_the_model_at_a_thousand_ranks_by_hand() -> None:
+    assert FAR.steps == 305_175
+    assert FAR.flops == pytest.approx(8.2e9 * (1e10 + 3 * 1e10), rel=1e-4)
+    assert FAR.sent == pytest.approx(305_175 * 2 * 4 * 25.6e6, rel=2e-3)
+    assert FAR.plan_memory == 24 * 1e10 / 1024
+    assert GPU.seconds(FAR) == pytest.approx(3.28e20 / 1024 / 1e14 + FAR.sent / 2e10, rel=1e-3)
 
 
 def test_a_row_knows_whether_its_target_is_reached() -> None:

@@ -354,3 +354,11 @@ def test_more_than_2_to_the_24_categories() -> None:
     counts = draws.systematic_counts(w, number, 0.5)
     assert counts.sum() == number
     assert np.abs(counts - number * w / w.sum()).max() < 1
+
+
+@pytest.mark.parametrize("scale", [5e-324, 1e-310, 1e-200, 1e-8, 1.0, 1e200, 1e305])
+def test_quantized_weights_are_floors_of_exact_products(scale):
+    weights = np.concatenate([skewed(50), [0.0, 1.0]]) * scale
+    exponent = draws.fixed_point_exponent(float(weights.max()), len(weights))
+    exact = [math.floor(Fraction(w) * Fraction(2) ** exponent) for w in weights.tolist()]
+    assert draws.quantize(weights, exponent).tolist() == exact

@@ -12,7 +12,7 @@ from benchmarks.quality.detection import TITLE as DETECTION_TITLE
 from benchmarks.quality.detection import table as detection_table
 from benchmarks.quality.suites import SUITES, Suite
 from distcl import plots
-from distcl.paired import holm
+from distcl.paired import Paired, holm, paired
 
 COMMAND = "python benchmarks/quality/run.py"
 FOLDER = "benchmarks/quality/results"
@@ -33,7 +33,8 @@ drift of every task; a perceptron of two hidden layers of 100; plain SGD, 200 st
 arm of a study has the same seeds, streams and first weights, and the same compute: a forward of a
 sample is one unit, forward and backward three, scoring included; who needs less gets more steps.
 Accuracy: percent, mean ± standard deviation over seeds of the mean over all tasks after the last.
-Differences are paired by seed, in points, with 95 % intervals and the p of Student's t-test.
+Differences, from the first arm where no other is named, are paired by seed, in points, with 95 %
+intervals and the p of Student's t-test.
 Forgetting: points lost since a task's best; less is better. *seconds*: wall time of a run, on a
 machine that did other things too.
 """
@@ -75,7 +76,7 @@ def render(results: Path, suites: Mapping[str, Suite] = SUITES) -> str:
             shown.append(f"Not run yet: {'; '.join(lacking)}.")
         if suite.tested:
             shown += [headline(studies), target(studies), f"![{suite.title}](plots/{name}.svg)"]
-        shown.append(arms(studies))
+        shown.append(arms(studies, suite))
         blocks.append("\n\n".join(shown) + "\n")
     path = results / "detection.json"
     if path.exists():
@@ -100,30 +101,28 @@ def summary(results: Path, suites: Mapping[str, Suite] = SUITES) -> str:
         if name.startswith("rates") or not path.exists():
             continue
         for study in _read(path):
-            first, *others = study["arms"]
-            for arm, difference in zip(others, study["differences"], strict=True):
-                d = difference["accuracy"]
-                names = [name, study["name"], arm["name"], first["name"]]
-                rows.append([*names, str(d["n"]), _interval(d)])
+            for arm in study["arms"][1:]:
+                first, d = _difference(study, arm, suites[name])
+                rows.append([name, study["name"], arm["name"], first, str(d.n), _interval(d)])
     return markdown(rows)
 
 
 def headline(studies: list[dict[str, Any]]) -> str:
     """Return the table of tests: a row per study, p corrected for their number."""
     rows = [["stream", "n", "uniform", "recommended", "difference", "p", "p (Holm)", "better in"]]
-    found = [study["differences"][0]["accuracy"] for study in studies]
-    corrected = holm([d["p"] for d in found])
+    found = [_against(*study["arms"][:2]) for study in studies]
+    corrected = holm([d.p for d in found])
     for study, d, p in zip(studies, found, corrected, strict=True):
         theirs, ours = (_accuracies(arm) for arm in study["arms"])
         wins = sum(b > a for a, b in zip(theirs, ours, strict=True))
         rows.append(
             [
                 study["name"],
-                str(d["n"]),
+                str(d.n),
                 _spread(theirs),
                 _spread(ours),
                 _interval(d),
-                f"{d['p']:.2g}",
+                f"{d.p:.2g}",
                 f"{p:.2g}",
                 f"{wins} of {len(ours)}",
             ]
@@ -133,10 +132,10 @@ def headline(studies: list[dict[str, Any]]) -> str:
 
 def target(studies: list[dict[str, Any]]) -> str:
     """Return in words whether the target is met."""
-    found = [study["differences"][0]["accuracy"] for study in studies]
-    corrected = holm([d["p"] for d in found])
-    better = sum(d["mean"] > 0 and p < LEVEL for d, p in zip(found, corrected, strict=True))
-    worse = sum(100 * d["mean"] < -WORSE for d in found)
+    found = [_against(*study["arms"][:2]) for study in studies]
+    corrected = holm([d.p for d in found])
+    better = sum(d.mean > 0 and p < LEVEL for d, p in zip(found, corrected, strict=True))
+    worse = sum(100 * d.mean < -WORSE for d in found)
     met = better >= NEEDED and not worse
     return (
         f"Target: better with p < {LEVEL} (Holm) on at least {NEEDED} of the streams, worse by "
@@ -145,14 +144,15 @@ def target(studies: list[dict[str, Any]]) -> str:
     )
 
 
-def arms(studies: list[dict[str, Any]]) -> str:
+def arms(studies: list[dict[str, Any]], suite: Suite) -> str:
     """Return a table with a row per arm of every study."""
     rows = [
-        ["study", "arm", "n", "accuracy", "forgetting", "minus first", "p", "steps", "seconds"],
+        ["study", "arm", "n", "accuracy", "forgetting", "difference", "p", "steps", "seconds"],
     ]
     for study in studies:
-        differences = [None, *study["differences"]]
-        for k, (arm, difference) in enumerate(zip(study["arms"], differences, strict=True)):
+        for k, arm in enumerate(study["arms"]):
+            first, d = _difference(study, arm, suite)
+            other = "" if first == study["arms"][0]["name"] else f", against {first}"
             good = [run for run in arm["runs"] if not run["diverged"]]
             lost = len(arm["runs"]) - len(good)
             forgotten = [
@@ -165,8 +165,8 @@ def arms(studies: list[dict[str, Any]]) -> str:
                     str(len(good)) + (f" ({lost} diverged)" if lost else ""),
                     _spread(_accuracies(arm)),
                     _spread(forgotten),
-                    "" if difference is None else _interval(difference["accuracy"]),
-                    "" if difference is None else _p(difference["accuracy"]),
+                    _interval(d) + other if k else "",
+                    _p(d) if k else "",
                     f"{fmean(r['steps'] for r in good):,.0f}" if good else "–",
                     f"{fmean(r['seconds'] for r in good):.0f}" if good else "–",
                 ]
@@ -185,6 +185,20 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return studies
 
 
+def _difference(study: dict[str, Any], arm: dict[str, Any], suite: Suite) -> tuple[str, Paired]:
+    """Return the name of the arm that this one is held against, and how it differs."""
+    against = next((s.against for s in suite.studies if s.name == study["name"]), {})
+    name = against.get(arm["name"], study["arms"][0]["name"])
+    return name, _against(next(a for a in study["arms"] if a["name"] == name), arm)
+
+
+def _against(first: dict[str, Any], arm: dict[str, Any]) -> Paired:
+    both = zip(first["runs"], arm["runs"], strict=True)
+    pairs = [(a, b) for a, b in both if not (a["diverged"] or b["diverged"])]
+    theirs, ours = ([pair[k]["average_accuracy"] for pair in pairs] for k in (0, 1))
+    return paired(ours, theirs)
+
+
 def _accuracies(arm: dict[str, Any]) -> list[float]:
     return [run["average_accuracy"] for run in arm["runs"] if not run["diverged"]]
 
@@ -196,25 +210,25 @@ def _spread(values: list[float]) -> str:
     return f"{mean} ± {100 * stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def _interval(d: dict[str, Any]) -> str:
-    if d["mean"] is None or d["n"] < 3:
-        return "–" if d["mean"] is None else f"{100 * d['mean']:+.2f}"
-    return f"{100 * d['mean']:+.2f} ({100 * d['low']:+.2f}…{100 * d['high']:+.2f})"
+def _interval(d: Paired) -> str:
+    if d.n < 3:
+        return "–" if not d.n else f"{100 * d.mean:+.2f}"
+    return f"{100 * d.mean:+.2f} ({100 * d.low:+.2f}…{100 * d.high:+.2f})"
 
 
-def _p(d: dict[str, Any]) -> str:
-    return "–" if d["p"] is None or d["n"] < 3 else f"{d['p']:.2g}"
+def _p(d: Paired) -> str:
+    return "–" if d.n < 3 else f"{d.p:.2g}"
 
 
 def _pairs(studies: list[dict[str, Any]]) -> dict[str, tuple[list[float], float, float]]:
     found = {}
     for study in studies:
         first, second = (arm["runs"] for arm in study["arms"][:2])
-        d = study["differences"][0]["accuracy"]
+        d = _against(*study["arms"][:2])
         values = [
             100 * (b["average_accuracy"] - a["average_accuracy"])
             for a, b in zip(first, second, strict=True)
             if not (a["diverged"] or b["diverged"])
         ]
-        found[study["name"]] = values, 100 * d["low"], 100 * d["high"]
+        found[study["name"]] = values, 100 * d.low, 100 * d.high
     return found

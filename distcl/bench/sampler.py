@@ -16,8 +16,8 @@ from torch.utils.data import BatchSampler, WeightedRandomSampler
 from distcl.bench.measure import CPU, on_ranks, peak_of, seconds_of
 from distcl.bench.rows import Row, compared, times_faster
 from distcl.priority import draws
-from distcl.priority.draws import Weights
 from distcl.priority.sampler import DistributedWeightedSampler
+from distcl.priority.shaping import Weights
 from distcl.runtime import Runtime
 
 BATCH = 256

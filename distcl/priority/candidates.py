@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_map_only
 
-from distcl.priority.draws import ess_fraction, generator, without_replacement
+from distcl.priority.draws import generator, without_replacement
 from distcl.priority.sampler import part_of
 from distcl.priority.scoring import Scorer
+from distcl.priority.shaping import ess_fraction
 from distcl.priority.tally import BINS, binned
 from distcl.priority.weights import Shape
 from distcl.types import Batch, Ids, Source

@@ -16,13 +16,13 @@ from distcl.data.loader import BatchLoader
 from distcl.errors import ConfigError
 from distcl.priority.account import Account, Drawn, LaneAccount, WholeAccount
 from distcl.priority.candidates import Chooser
-from distcl.priority.draws import Weights
 from distcl.priority.guard import Freshness
 from distcl.priority.lanes import LaneSampler
 from distcl.priority.mix import HISTORY, MAIN, Mix
 from distcl.priority.online import Ledger
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
+from distcl.priority.shaping import Weights
 from distcl.priority.streamed import Streamed
 from distcl.priority.tally import weight_histogram
 from distcl.priority.weights import (

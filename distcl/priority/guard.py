@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distcl.priority.draws import WHOLE, Sums, Weights
+from distcl.priority.shaping import WHOLE, Sums, Weights
 from distcl.priority.weights import RoundWeights
 from distcl.priority.windows import Part
 from distcl.runtime import Runtime

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from distcl.errors import UsageError
-from distcl.priority import draws
+from distcl.priority import draws, shaping
 from distcl.priority.slices import Array, Slices
 from distcl.types import ROW_BITS, Ids
 
@@ -27,7 +27,7 @@ class LaneGroup:
     """
 
     slices: Slices
-    weights: draws.Weights | None
+    weights: shaping.Weights | None
     draws: int
 
 
@@ -83,7 +83,7 @@ class LaneSampler:
                 self._exponents.append(0)
                 self._sums.append(held.everyones)
                 continue
-            weights = draws.check_weights(group.weights, held.ids, held)
+            weights = shaping.check_weights(group.weights, held.ids, held)
             exponent = draws.fixed_point_exponent(held.largest(weights), number)
             sums = np.zeros(len(held.sizes), dtype=np.int64)
             for run, place in held.runs():

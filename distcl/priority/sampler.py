@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Sampler
 
 from distcl.errors import UsageError
-from distcl.priority import draws
+from distcl.priority import draws, shaping
 from distcl.types import Ids
 
 ArrayLike = npt.ArrayLike | torch.Tensor
@@ -109,7 +109,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         self.round_index = round_index
         self.epoch = 0
         self._ids: Ids | int = 0  # an int n stands for range(n)
-        self._weights: list[draws.Weights | None] = []  # of each group, in the order of _ids
+        self._weights: list[shaping.Weights | None] = []  # of each group, in the order of _ids
         self._sizes: list[int] = []  # ids of each group
         self._quotas: list[int] = []  # draws of each group in an epoch
         self._kept: list[int] = []  # those of them that are in _drawn
@@ -166,7 +166,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             if (given := weights[-1]) is not None:
                 if given.shape != (number,):
                     raise ValueError(f"weights of shape {given.shape} for {number} ids")
-                draws.check_weights(given, None if isinstance(ids[-1], int) else ids[-1])
+                shaping.check_weights(given, None if isinstance(ids[-1], int) else ids[-1])
         quotas = [group.draws for group in groups]
         if from_step:
             self._keep_until(from_step, quotas)
@@ -385,7 +385,7 @@ def _as_array(ids: Ids | int) -> Ids:
     return np.arange(ids, dtype=np.int64) if isinstance(ids, int) else ids
 
 
-def _copy_weights(values: ArrayLike) -> draws.Weights:
+def _copy_weights(values: ArrayLike) -> shaping.Weights:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
     return np.array(values, dtype=np.float64)

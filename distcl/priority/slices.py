@@ -95,7 +95,7 @@ class Slices:
 
     A run is what one experience has in one lane; runs are numbered over all ranks, lane by lane.
     Arrays [n] beside ``ids`` [n] are summed over all ranks by :meth:`total` and its like (see
-    :class:`distcl.priority.draws.Sums`): run by run, and a run lies on one rank, so that no sum
+    :class:`distcl.priority.shaping.Sums`): run by run, and a run lies on one rank, so that no sum
     depends on the number of ranks. Collective.
     """
 

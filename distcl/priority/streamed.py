@@ -10,9 +10,9 @@ import numpy as np
 
 from distcl.config import DataConfig
 from distcl.priority.account import LaneAccount
-from distcl.priority.draws import Sums, Weights
 from distcl.priority.lanes import LaneGroup, LaneSampler
 from distcl.priority.scoring import Scorer
+from distcl.priority.shaping import Sums, Weights
 from distcl.priority.slices import Dealer, Slices
 from distcl.priority.weights import RoundWeights, Shape, as_array, as_tensor, weigh
 from distcl.priority.windows import Part

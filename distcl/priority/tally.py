@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distcl.priority.draws import WHOLE, Sums, Weights
+from distcl.priority.shaping import WHOLE, Sums, Weights
 from distcl.runtime import Runtime
 from distcl.types import Ids
 

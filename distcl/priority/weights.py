@@ -14,14 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from distcl.config import Config, PriorityConfig
 from distcl.errors import ConfigError
-from distcl.priority.draws import (
-    WHOLE,
-    Sums,
-    Weights,
-    ess_fraction,
-    shape_weights,
-    top_share,
-)
+from distcl.priority.shaping import WHOLE, Sums, Weights, ess_fraction, shape_weights, top_share
 from distcl.priority.slices import Slices
 from distcl.priority.windows import Part
 from distcl.types import Batch, Ids, PrioritySignal

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from distcl.errors import UsageError
-from distcl.priority import draws
+from distcl.priority import draws, shaping
 from distcl.priority.sampler import DRAWS, Group, part_of
 from distcl.types import Ids
 
@@ -23,8 +23,8 @@ class Part(Group):
     """
 
     ids: Ids
-    weights: draws.Weights | None
-    over: draws.Sums = draws.WHOLE
+    weights: shaping.Weights | None
+    over: shaping.Sums = shaping.WHOLE
 
 
 class WindowPlan:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from distcl.priority import draws
+from distcl.priority import shaping
 from distcl.priority.guard import LOW_ESS, Freshness, aim, doubts, rank_correlation
 from distcl.priority.windows import Part
 from distcl.runtime import Runtime
@@ -26,12 +26,12 @@ def test_top_share_is_that_of_the_largest_hundredth(number: int) -> None:
     weights = np.random.default_rng(number).pareto(1.5, number).round(2) + 0.01
     most = max(1, round(0.01 * number))
     share = np.sort(weights)[::-1][:most].sum() / weights.sum()
-    assert draws.top_share(weights) == pytest.approx(share)
+    assert shaping.top_share(weights) == pytest.approx(share)
 
-    class Slices(type(draws.WHOLE)):  # type: ignore[misc]
+    class Slices(type(shaping.WHOLE)):  # type: ignore[misc]
         """Not WHOLE itself, so that the way over slices is taken."""
 
-    assert draws.top_share(weights, over=Slices()) == pytest.approx(share)
+    assert shaping.top_share(weights, over=Slices()) == pytest.approx(share)
 
 
 def test_rank_correlation_is_spearmans() -> None:

@@ -120,10 +120,10 @@ SUITES = {
     "headline": Suite(
         "Headline: recommended against uniform",
         "Experience replay with all history, 5 tasks of 10,000 images, one pass each. Four tests, "
-        "fixed before they were run; p is corrected for four (Holm). The plan "
-        "was 20 seeds, 100 to 119. Time seemed to allow ten; they were run and looked at, and missed "
-        "the target. Then there was time for the rest of the plan. So the p of all 20 are not those "
-        "of a test looked at once; the second table has the halves.",
+        "fixed before they were run; p is corrected for four (Holm). The plan was 20 "
+        "seeds, 100 to 119. Time seemed to allow ten; they were run and looked at, and missed the "
+        "target. Then there was time for the rest of the plan. So the p of all 20 are not those of "
+        "a test looked at once; the second table has the halves.",
         tuple(
             Study(name, {"uniform": UNIFORM, "recommended": recommended()}, FRESH, _tuned(name))
             for name in STREAMS

@@ -82,6 +82,8 @@ def render(results: Path, suites: Mapping[str, Suite] = SUITES) -> str:
     path = results / "detection.json"
     if path.exists():
         blocks.append(f"## {DETECTION_TITLE}\n\n{detection_table(json.loads(path.read_text()))}\n")
+    elif suites is SUITES:
+        missing.append(f"{DETECTION_TITLE} (`--only detection`)")
     if missing:
         blocks.append("## Not measured yet\n\n" + "".join(f"- {line}\n" for line in missing))
     return "\n".join(blocks)

@@ -120,9 +120,10 @@ SUITES = {
     "headline": Suite(
         "Headline: recommended against uniform",
         "Experience replay with all history, 5 tasks of 10,000 images, one pass each. Four tests, "
-        "fixed before they were run; p is corrected for four (Holm). For want of time the seeds "
-        "were run in two halves, the first looked at before the second; their number was fixed "
-        "before.",
+        "fixed before they were run; p is corrected for four (Holm). The plan was 20 "
+        "seeds, 100 to 119. Time seemed to allow ten; they were run and looked at, and missed the "
+        "target. Then there was time for the rest of the plan. So the p of all 20 are not those of "
+        "a test looked at once; the second table has the halves.",
         tuple(
             Study(name, {"uniform": UNIFORM, "recommended": recommended()}, FRESH, _tuned(name))
             for name in STREAMS
@@ -181,7 +182,7 @@ SUITES = {
     ),
     "guard": Suite(
         "The guard, and controls",
-        "As the headline, 5 seeds: the published sampler, with and without the guard; the "
+        "As the headline, 3 seeds: the published sampler, with and without the guard; the "
         "recommended one with it; and the machinery of the recommended one at exponent 0, which "
         "draws history uniformly with replacement.",
         (
@@ -194,7 +195,7 @@ SUITES = {
                     "published, guard": GUARDED,
                     "recommended, guard": recommended(guard="auto"),
                 },
-                FIVE,
+                FIVE[:3],
                 _tuned("rotated"),
             ),
         ),

@@ -75,12 +75,15 @@ def render(results: Path, suites: Mapping[str, Suite] = SUITES) -> str:
         if lacking:
             shown.append(f"Not run yet: {'; '.join(lacking)}.")
         if suite.tested:
-            shown += [headline(studies), target(studies), f"![{suite.title}](plots/{name}.svg)"]
+            plot = f"![{suite.title}](plots/{name}.svg)"
+            shown += [headline(studies), target(studies), halves(studies), plot]
         shown.append(arms(studies, suite))
         blocks.append("\n\n".join(shown) + "\n")
     path = results / "detection.json"
     if path.exists():
         blocks.append(f"## {DETECTION_TITLE}\n\n{detection_table(json.loads(path.read_text()))}\n")
+    elif suites is SUITES:
+        missing.append(f"{DETECTION_TITLE} (`--only detection`)")
     if missing:
         blocks.append("## Not measured yet\n\n" + "".join(f"- {line}\n" for line in missing))
     return "\n".join(blocks)
@@ -127,6 +130,21 @@ def headline(studies: list[dict[str, Any]]) -> str:
                 f"{wins} of {len(ours)}",
             ]
         )
+    return markdown(rows)
+
+
+def halves(studies: list[dict[str, Any]]) -> str:
+    """Return a table of the differences over the first and the second half of the seeds."""
+    rows = [["seeds", *(study["name"] for study in studies)]]
+    number = len(studies[0]["seeds"])
+    for part in (slice(0, number // 2), slice(number // 2, number)):
+        cells = []
+        for study in studies:
+            cut = [{**arm, "runs": arm["runs"][part]} for arm in study["arms"][:2]]
+            d = _against(*cut)
+            cells.append(f"{_interval(d)}, p {_p(d)}")
+        seeds = studies[0]["seeds"][part]
+        rows.append([f"{seeds[0]} to {seeds[-1]}", *cells])
     return markdown(rows)
 
 

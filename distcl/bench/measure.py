@@ -62,11 +62,16 @@ def _status(key: str) -> int:
     raise KeyError(key)
 
 
-def on_ranks(world: int, work: str, *args: Any) -> Any:
+KEEPS = {"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+"""The C library keeps freed memory: else there are up to thousands of page faults a step."""
+
+
+def on_ranks(world: int, work: str, *args: Any, keeps: bool = False) -> Any:
     """Return what rank 0 returns of ``work(*args)``, run by ``world`` processes of one thread each.
 
-    ``work`` is ``package.module:function``; arguments and result are plain JSON values. Raises
-    UsageError with the processes' last words if they fail.
+    ``work`` is ``package.module:function``; arguments and result are plain JSON values. ``keeps``:
+    memory that is freed stays with the process; see ``KEEPS``. Raises UsageError with the
+    processes' last words if they fail.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
@@ -77,7 +82,7 @@ def on_ranks(world: int, work: str, *args: Any) -> Any:
         command += ["distcl.bench.measure", work, json.dumps(args)]
         done = subprocess.run(
             [*command, str(out)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(KEEPS if keeps else {})},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

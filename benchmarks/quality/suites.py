@@ -96,6 +96,13 @@ EWC_RATES = {
 EWC_CHOSEN = "0.4, lambda 100"
 """That with the highest mean accuracy in results/rates_ewc.json."""
 _MIXED = ("continual_learning.mix_historic_data=true",)
+_PROMISED_ARMS = {
+    "off": UNIFORM,
+    "as published": PUBLISHED,
+    "off, history mixed in": _MIXED,
+    "recommended, history mixed in": (*_MIXED, *recommended()),
+}
+_PROMISED_AGAINST = {"recommended, history mixed in": "off, history mixed in"}
 _METHODS = {
     "er, 500 stored": (True, ("continual_learning.buffer_size=500",)),
     "der, 5000 stored": (
@@ -145,15 +152,23 @@ SUITES = {
         (
             Study(
                 "affine, ewc_online",
-                {
-                    "off": UNIFORM,
-                    "as published": PUBLISHED,
-                    "off, history mixed in": _MIXED,
-                    "recommended, history mixed in": (*_MIXED, *recommended()),
-                },
+                _PROMISED_ARMS,
                 FIVE,
                 (*_EWC, *EWC_RATES[EWC_CHOSEN]),
-                {"recommended, history mixed in": "off, history mixed in"},
+                _PROMISED_AGAINST,
+            ),
+        ),
+    ),
+    "promised_10": Suite(
+        "The promised run, 10 tasks",
+        "As before, with 10 tasks, so that the last has gone through ten affine maps; 3 seeds.",
+        (
+            Study(
+                "affine, 10 tasks",
+                _PROMISED_ARMS,
+                FIVE[:3],
+                (*_EWC, *EWC_RATES[EWC_CHOSEN], "stream.experiences=10"),
+                _PROMISED_AGAINST,
             ),
         ),
     ),
@@ -162,7 +177,7 @@ SUITES = {
         "As the headline, 5 seeds. Noise: a tenth of the training labels is wrong. Imbalance: of "
         "class c a share 10^(-c/9) of the images is kept, so class 9 is ten times rarer than class "
         "0; held-out data are balanced and clean. Gradual: a quarter of each task still comes from "
-        "the one before. Recurring: 6 tasks of 3 concepts.",
+        "the one before. Recurring: 6 tasks of 3 concepts. 20 tasks: of 2,500 images each.",
         tuple(
             Study(
                 f"{name}, {what}",
@@ -175,8 +190,9 @@ SUITES = {
                 "imbalance": ("stream.options.imbalance=10.0", "stream.samples_per_experience=0"),
                 "gradual": ("stream.transition=gradual",),
                 "recurring": ("stream.experiences=6", "stream.recurring=3"),
+                "20 tasks": ("stream.experiences=20", "stream.samples_per_experience=2500"),
             }.items()
-            for name in (("rotated",) if what in ("gradual", "recurring") else STREAMS)
+            for name in (STREAMS if what in ("label noise", "imbalance") else ("rotated",))
             if not (name == "affine" or (what == "imbalance" and name == "permuted"))
         ),
     ),

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "anchor": "theta_star as owned slices against a full replica: memory, refresh, swaps",
     "shards": "reading shards: the archive itself, the webdataset library, and distcl",
     "overhead": "a training step, methods, a round and start-up against the plainest code",
+    "recipe": "steps of the recommended recipe against the same with uniform replay",
     "scaling": "training on two ranks against one",
     "cost": "a cost model of a round against measurements, and what it says of 1,024 ranks",
     "peers": "a drift job against the published loop, written out plainly",

@@ -1,0 +1,70 @@
+"""What the recommended recipe costs: steps with replay drawn by its weights, and uniformly."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from distcl.bench.measure import CPU, WALL, Work, on_ranks, seconds_of
+from distcl.bench.rows import Row, compared
+from distcl.bench.setting import CNN, config_of, stream_of, trainer_of
+from distcl.config_text import RECOMMENDED
+from distcl.priority.weights import RoundWeights
+from distcl.runtime import Runtime
+from distcl.steps import Stage
+from distcl.trainer import ContinuousTrainer
+
+STEPS = "distcl.bench.recipe:steps"
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, "<= 1.03"),
+    "small convolutional net": (CNN, "<= 1.01"),
+}
+"""Name -> (``[model]``, target)."""
+_BATCH = 50
+_SAMPLES = 20_000  # of each experience: more than a round replays
+
+
+def measure(quick: bool) -> list[Row]:
+    """Train rounds of some steps with ``er``, half of each batch history."""
+    rows = []
+    for world in (1,) if quick else (1, 2):
+        for name, (model, target) in MODELS.items():
+            number = 40 if name != "perceptron" else 200
+            ours, theirs = on_ranks(world, STEPS, model, number, 3 if quick else 7, keeps=True)
+            unit = f"{'CPU ' if world == 1 else ''}ms a step, of uniform replay"
+            title = f"recipe, {name}, {world} rank{'s' * (world > 1)}"
+            rows.append(compared(title, 1e3 * ours, 1e3 * theirs, unit, target))
+    return rows
+
+
+def steps(model: dict[str, Any], number: int, repeats: int) -> list[float]:
+    """Return median seconds of a step by the recipe, and with uniform replay. Collective."""
+    runtime, works = Runtime(), list[Work]()
+    with tempfile.TemporaryDirectory() as out:
+        for recipe in (RECOMMENDED, {"continual_learning": {"update_mode": "er"}}):
+            sections = {"model": model, "training": {"batch_size": _BATCH}, **recipe}
+            config = config_of(**sections)
+            trainer = trainer_of(config, runtime, stream_of(config, _SAMPLES), Path(out))
+            works.append(_round(trainer, number, recipe is RECOMMENDED))
+        clock = CPU if runtime.world_size == 1 else WALL
+        found = seconds_of(*works, repeats=repeats, clock=clock)
+    runtime.close()
+    return [seconds / number for seconds in found]
+
+
+def _round(trainer: ContinuousTrainer, steps: int, weighted: bool) -> Work:
+    """Return the work of ``steps`` steps: the first experience is new, the second is history."""
+    parts, number = trainer.parts, 0
+    first, second = parts.stream.experiences
+
+    def train() -> None:
+        nonlocal number
+        number += 1
+        weights = RoundWeights()
+        if weighted:
+            weights = parts.feed.weigh(number, first.train, second.train, True)
+        parts.feed.rebuild(number, first.train, second.train, weights, True)
+        trainer.loop.run(Stage(number, "bench", first, steps), "bench")
+
+    return train

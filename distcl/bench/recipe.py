@@ -10,10 +10,12 @@ from distcl.bench.measure import CPU, WALL, Work, on_ranks, seconds_of
 from distcl.bench.rows import Row, compared
 from distcl.bench.setting import CNN, config_of, stream_of, trainer_of
 from distcl.config_text import RECOMMENDED
+from distcl.priority.feed import EMPTY
 from distcl.priority.weights import RoundWeights
 from distcl.runtime import Runtime
 from distcl.steps import Stage
 from distcl.trainer import ContinuousTrainer
+from distcl.types import Experience, Ids
 
 STEPS = "distcl.bench.recipe:steps"
 MODELS: dict[str, tuple[dict[str, Any], str]] = {
@@ -21,8 +23,9 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "small convolutional net": (CNN, "<= 1.01"),
 }
 """Name -> (``[model]``, target)."""
-_BATCH = 50
-_SAMPLES = 20_000  # of each experience: more than a round replays
+ONCE = {"batch_size": 50, "epochs": 1}
+"""``[training]`` by which a round replays a stored sample once: more often, and it is uniform."""
+_SAMPLES = 20_000  # of each experience
 
 
 def measure(quick: bool) -> list[Row]:
@@ -43,28 +46,32 @@ def steps(model: dict[str, Any], number: int, repeats: int) -> list[float]:
     runtime, works = Runtime(), list[Work]()
     with tempfile.TemporaryDirectory() as out:
         for recipe in (RECOMMENDED, {"continual_learning": {"update_mode": "er"}}):
-            sections = {"model": model, "training": {"batch_size": _BATCH}, **recipe}
+            sections = {"model": model, "training": ONCE, **recipe}
             config = config_of(**sections)
             trainer = trainer_of(config, runtime, stream_of(config, _SAMPLES), Path(out))
-            works.append(_round(trainer, number, recipe is RECOMMENDED))
+            works.append(round_of(trainer, number, recipe is RECOMMENDED))
         clock = CPU if runtime.world_size == 1 else WALL
         found = seconds_of(*works, repeats=repeats, clock=clock)
     runtime.close()
     return [seconds / number for seconds in found]
 
 
-def _round(trainer: ContinuousTrainer, steps: int, weighted: bool) -> Work:
-    """Return the work of ``steps`` steps: the first experience is new, the second is history."""
+def round_of(trainer: ContinuousTrainer, steps: int, weighted: bool) -> Work:
+    """Return the work of ``steps`` steps: the first experience is new, the second is history.
+
+    The history has been learned before, so that its samples have scores.
+    """
     parts, number = trainer.parts, 0
     first, second = parts.stream.experiences
 
-    def train() -> None:
+    def train(experience: Experience, history: Ids, steps: int) -> None:
         nonlocal number
         number += 1
         weights = RoundWeights()
         if weighted:
-            weights = parts.feed.weigh(number, first.train, second.train, True)
-        parts.feed.rebuild(number, first.train, second.train, weights, True)
-        trainer.loop.run(Stage(number, "bench", first, steps), "bench")
+            weights = parts.feed.weigh(number, experience.train, history, True)
+        parts.feed.rebuild(number, experience.train, history, weights, True)
+        trainer.loop.run(Stage(number, "bench", experience, steps), "bench")
 
-    return train
+    train(second, EMPTY, len(second.train) // ONCE["batch_size"])
+    return lambda: train(first, second.train, steps)

@@ -43,7 +43,8 @@ class SignalTable:
     def keep(self, ids: Ids) -> None:
         """Hold exactly these ids [M]: new ones are not seen yet, those left out are forgotten."""
         old_ids, old_scores, old_labels = self.ids, self._scores, self._labels
-        self._hold(np.unique(ids))
+        ids = np.sort(ids)  # np.unique takes ten times as long
+        self._hold(ids[np.diff(ids, prepend=ids[:1] - 1) > 0])
         at, known = _find(self.ids, old_ids)
         self._scores[at[known]] = old_scores[known]
         self._labels[at[known]] = old_labels[known]

@@ -15,8 +15,12 @@ from distcl.bench.cost import FAR, GPU, ROUND, job_of
 from distcl.bench.measure import CPU, on_ranks, seconds_of
 from distcl.bench.overhead import METHODS
 from distcl.bench.priorities import PASSES
+from distcl.bench.recipe import MODELS, ONCE, STEPS, round_of
 from distcl.bench.rows import Row
+from distcl.bench.setting import config_of, stream_of, trainer_of
+from distcl.config_text import RECOMMENDED
 from distcl.priority.sampler import DistributedWeightedSampler
+from distcl.runtime import Runtime
 from tests.spawn import distcl
 
 
@@ -48,6 +52,22 @@ def test_scoring_and_steps_cost_little_more_than_the_plainest_code() -> None:
     found = on_ranks(1, METHODS, 2, False, keeps=True)
     assert found["ours"] < 1.25 * found["theirs"]
     assert found["tiny"] - found["tiny bare"] < 2e-3
+
+
+@pytest.mark.timeout(120)
+def test_the_recipe_costs_little_more_than_uniform_replay() -> None:
+    ours, theirs = on_ranks(1, STEPS, MODELS["perceptron"][0], 100, 3, keeps=True)
+    assert ours < 1.25 * theirs
+
+
+def test_the_recipe_that_is_measured_is_in_force(tmp_path: Path) -> None:
+    config = config_of(model=MODELS["perceptron"][0], training=ONCE, **RECOMMENDED)
+    trainer = trainer_of(config, Runtime(), stream_of(config, 20_000), tmp_path)
+    round_of(trainer, 40, weighted=True)()
+    drawn = trainer.parts.feed.account.told(40_000, 1)[0]
+    weights = trainer.parts.feed.weights.history
+    assert weights is not None and len(weights) == 2_000
+    assert drawn["draws"] == 40 * 100
 
 
 @pytest.mark.parametrize(("draw", "times"), [("systematic", 4), ("multinomial", 2)])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from distcl.inference import ShardedForward
 from distcl.priority.feed import Feed
 from distcl.priority.guard import Judgement, doubts
@@ -54,9 +52,10 @@ class Reporter:
         return report, words
 
     def _common(self, stage: Stage) -> dict[str, Any]:
+        of_step = stage.report.get("flops", 0)  # of the first; None where they cannot be counted
         return {
             "compute": self._compute(*stage.report["before"]),
-            "flops": self._flops(stage),
+            "flops": None if of_step is None else stage.steps * of_step,
             "draws_sha256": self._feed.account.digest(),
             "final_loss": stage.loss,
         }
@@ -70,17 +69,6 @@ class Reporter:
         now = self.counts()
         scored, samples = now[0] - forwards, now[1] - trained
         return {"scored": scored, "trained": samples, "units": scored + 3 * samples}
-
-    def _flops(self, stage: Stage) -> int | None:
-        """Return the operations of the stage's steps, each taken to be as its first. Collective.
-
-        Over all ranks; None where they cannot be counted.
-        """
-        of_step = stage.report.get("flops", 0)
-        if of_step is None:
-            return None
-        mine = torch.tensor(of_step, dtype=torch.int64, device=self._runtime.device)
-        return stage.steps * int(self._runtime.all_reduce(mine))
 
     def _guard(self, stage: Stage) -> tuple[dict[str, Any], str]:
         """Return what the guard has to report of a round by priority, and a warning or ''."""

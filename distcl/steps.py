@@ -180,13 +180,14 @@ class StepLoop:
         return result
 
     def _counted(self, stage: Stage, batch: Batch, hist_batch: Batch | None) -> StepResult:
-        """As :meth:`_gradients`; note this rank's operations, None where they cannot be counted."""
+        """As :meth:`_gradients`; note all ranks' operations, None where they cannot be counted."""
         if self._runtime.strategy != "ddp":  # other libraries gather weights on the way
             stage.report["flops"] = None
             return self._gradients(stage, batch, hist_batch)
         with FlopCount() as count:
             result = self._gradients(stage, batch, hist_batch)
-        stage.report["flops"] = count.total
+        mine = torch.tensor(count.total, dtype=torch.int64, device=self._runtime.device)
+        stage.report["flops"] = int(self._runtime.all_reduce(mine))
         return result
 
     def _batches(self, stage: Stage) -> Iterator[tuple[Batch, Batch | None]]:

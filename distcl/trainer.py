@@ -244,19 +244,20 @@ class ContinuousTrainer:
     ) -> tuple[RoundWeights, Judgement]:
         if not (self.continual.importance_weighting and self.parts.updater.trains):
             return RoundWeights(), Judgement()
+        history = self.history.ids()
         weights = self.parts.feed.weigh(
             len(self.rounds) + 1,
             experience.train,
-            self.history.ids(),
+            history,
             self.parts.updater.uses_hist_batch,
         )
-        current, stored = weights.held(experience.train, self.history.ids())
+        current, stored = weights.held(experience.train, history)
         self.bad.silence((current, weights.current), (stored, weights.history))
         judged = judge(
             self.parts.runtime,
             self.guarded,
             weights,
-            self.history.ids(),
+            history,
             [(e.train, self._held_out_error(e)) for e in held_out],
         )
         if judged.uniform:

@@ -5,28 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
-from distcl.data.loader import BatchLoader
 from distcl.errors import ConfigError
 from distcl.priority.account import Account, Drawn, LaneAccount, WholeAccount
 from distcl.priority.candidates import Chooser
 from distcl.priority.guard import Freshness
-from distcl.priority.lanes import LaneSampler
 from distcl.priority.mix import HISTORY, MAIN, Mix
 from distcl.priority.online import Ledger
+from distcl.priority.reading import Plan, Reader
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.priority.scoring import Scorer
 from distcl.priority.shaping import Weights
 from distcl.priority.streamed import Streamed
 from distcl.priority.tally import weight_histogram
 from distcl.priority.weights import (
-    Correction,
     RoundWeights,
     Shape,
     as_array,
@@ -41,9 +39,6 @@ EMPTY: Ids = np.empty(0, dtype=np.int64)
 _POOL = 2  # a stream of draws beside those of the plans
 _PARTS = {MAIN: "cur", HISTORY: "hist"}
 _WINDOWS, _CHOICE = 16, 32  # added to the stream of a lane
-
-Plan = DistributedWeightedSampler | LaneSampler | WindowPlan
-"""What draws one pass after another, or all of a round."""
 
 
 class Feed:
@@ -71,7 +66,6 @@ class Feed:
         self._runtime = runtime
         self._source = source
         self._priority = priority
-        self._data = data
         self._seed = seed
         self._scorer = scorer
         self._ledger = ledger
@@ -84,6 +78,7 @@ class Feed:
                 )
             self._streamed = Streamed(runtime, source, data, scorer, seed)
         self._shape = Shape(priority, continual.importance_alpha)
+        self._reader = Reader(runtime, source, data, priority.correction)
         self._pool = Permutations(seed, _POOL)
         self._freshness = Freshness(runtime)
         self._weighted: tuple[Ids | None, Ids | None] = (None, None)
@@ -296,45 +291,12 @@ class Feed:
 
     def _lane(self, which: int, done: int) -> Iterator[tuple[Batch, Drawn]]:
         """Return the batches of a plan, without end or for all of the round's steps."""
-        plan = self._plans[which]
-        loader = BatchLoader(
-            self._source,
-            plan,
-            workers=self._data.workers,
-            pin_memory=self._data.pin_memory,
-            device=self._runtime.device,
-            dtype=self._runtime.dtype,
-        )
-        if isinstance(plan, WindowPlan):
-            return self._windows(plan, loader)
-        steps = self._passes(plan, loader, self._groups(self._weights)[which])
-        if isinstance(plan, LaneSampler):
-            return ((batch, plan.parts(step)) for batch, step in steps)
-        drawn = ((batch, plan.global_batch(step)) for batch, step in steps)
+        lane = self._reader.batches(self._plans[which], self._groups(self._weights)[which])
         chooser = self._choosers.get(which)
-        return drawn if chooser is None else chooser.choose(self._round, drawn, done)
-
-    def _passes(
-        self,
-        sampler: DistributedWeightedSampler | LaneSampler,
-        loader: BatchLoader,
-        groups: list[Part],
-    ) -> Iterator[tuple[Batch, int]]:
-        """Yield batches, and the steps of their epochs that they are of, without end."""
-        correction, epoch = self._correction(), sampler.epoch
-        while True:
-            sampler.set_epoch(epoch)
-            for step, batch in enumerate(loader, start=sampler.first_step):
-                yield correction.applied(batch, groups), step
-            epoch += 1
-
-    def _windows(self, plan: WindowPlan, loader: BatchLoader) -> Iterator[tuple[Batch, Ids]]:
-        correction = self._correction()
-        for step, batch in enumerate(loader, start=plan.first_step):
-            yield correction.applied(batch, plan.groups(step)), plan.global_batch(step)
-
-    def _correction(self) -> Correction:
-        return Correction(self._priority.correction, self._runtime.dtype)
+        if chooser is None:
+            return lane
+        whole = cast("Iterator[tuple[Batch, Ids]]", lane)  # candidates are not drawn in lanes
+        return chooser.choose(self._round, whole, done)
 
     def _refresh(self, ledger: Ledger, step: int) -> None:
         """Gather what the steps since the last time told; weigh by it, from a window later on."""

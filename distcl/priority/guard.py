@@ -40,18 +40,11 @@ def rank_correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> 
 
     None of fewer than 50 pairs, or where one row is constant. The order of pairs is of no matter.
     """
-    if len(a) < _FEWEST:
+    if len(a) < _FEWEST or not (np.ptp(a) and np.ptp(b)):
         return None
-    ranks = [_ranks(row) for row in (a, b)]
-    centred = [rank - (len(a) + 1) / 2 for rank in ranks]  # half integers: their sums are exact
-    products = [float((centred[i] * centred[j]).sum()) for i, j in ((0, 1), (0, 0), (1, 1))]
-    return products[0] / (products[1] * products[2]) ** 0.5 if products[1] * products[2] else None
+    from scipy.stats import spearmanr  # it takes half a second, and not every run needs it
 
-
-def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: npt.NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks
+    return float(spearmanr(a, b).statistic)
 
 
 class Freshness:
@@ -124,7 +117,7 @@ def aim(ids: Ids, weights: Weights, held_out: HeldOut, over: Sums = WHOLE) -> fl
     With m_e the share of the weights [N] on experience e, s_e its share of the samples and r_e its
     held-out error: sum m_e r_e / sum s_e r_e - 1. Above 0, draws prefer experiences of more error;
     below, they prefer those that are learned already, and uniform draws are better. 0 for uniform
-    weights; None of fewer than two experiences, or without any error.
+    weights; None of fewer than two experiences, without any error, or if none of theirs is drawn.
     """
     mass, share, total = 0.0, 0.0, np.zeros(2)
     known = 0
@@ -136,7 +129,7 @@ def aim(ids: Ids, weights: Weights, held_out: HeldOut, over: Sums = WHOLE) -> fl
         of = np.array([over.total(part) for part in chosen])
         known += bool(of[1])
         mass, share, total = mass + error * of[0], share + error * of[1], total + of
-    if known < 2 or share <= 0:
+    if known < 2 or share <= 0 or total[0] <= 0:
         return None
     return float(mass / total[0] / (share / total[1]) - 1)
 

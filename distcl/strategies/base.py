@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -18,7 +19,7 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer of the parameters that take gradients."""
 
 
-class Strategy:
+class Strategy(ABC):
     """Base of the strategies: joining the process group, and what most of them share.
 
     ``accelerator``: Accelerate's view of this process. Making a strategy is collective.
@@ -31,11 +32,11 @@ class Strategy:
         self.precision = run.precision
         self.timeout = timedelta(seconds=run.timeout_seconds)
 
+    @abstractmethod
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer | None
     ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         """Return the model, wrapped and on its device, and its optimizer if asked. Collective."""
-        raise NotImplementedError
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the module that the model was made of. Local."""
@@ -56,7 +57,7 @@ class Strategy:
         """
         return nullcontext()
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 most have none
         """Take the loss scale (fp16) out of the gradients. Local."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ def go(keys: tuple[str, ...], out: Path) -> str:
     return ""
 
 
-class Sick:
+class Sick(ABC):
     """The cross entropy, until a process has seen so many batches; then something happens to it."""
 
     batches = 25
@@ -52,8 +53,8 @@ class Sick:
         self.left -= outputs.requires_grad
         return self.ill(outputs, losses) if self.left < 0 else losses
 
-    def ill(self, outputs: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def ill(self, outputs: torch.Tensor, losses: torch.Tensor) -> torch.Tensor: ...
 
 
 class NoGradient(Sick):

@@ -124,19 +124,23 @@ class Partition(Protocol):
         """
         ...
 
-    def squares(self) -> AbstractContextManager[None]:
-        """Square each rank's own gradient before it is averaged, inside the context. Local.
-
-        For layouts that are sharded; see ``updaters.fisher``.
-        """
-        ...
-
     def gather(self, name: str) -> torch.Tensor:
         """Return one full parameter or buffer, in its own shape (a copy). Collective."""
         ...
 
     def sync_buffers(self) -> None:
         """Average floating-point buffers over ranks (BatchNorm statistics). Collective."""
+        ...
+
+
+class ShardedPartition(Partition, Protocol):
+    """A layout whose ``sharded`` is true."""
+
+    def squares(self) -> AbstractContextManager[None]:
+        """Square each rank's own gradient before it is averaged, inside the context. Local.
+
+        See ``updaters.fisher``.
+        """
         ...
 
 

@@ -150,10 +150,6 @@ class Replicated:
         """``torch.inference_mode``: forwards change nothing that lasts. Local."""
         return torch.inference_mode()
 
-    def squares(self) -> AbstractContextManager[None]:
-        """Not for whole weights, of which ``torch.func`` gives each sample's gradient."""
-        raise NotImplementedError("weights are whole: use torch.func.vmap")
-
     def gather(self, name: str) -> torch.Tensor:
         """Weights are whole here: a copy. Local."""
         held = self._buffers if name in self._buffers else self._parameters

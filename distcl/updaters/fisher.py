@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
 from distcl.data.loader import iterate_chunks
 from distcl.inference import evaluating
-from distcl.partition.base import Partition
+from distcl.partition.base import Partition, ShardedPartition
 from distcl.runtime import Runtime
 from distcl.types import Ids, PyTree, Source, UnreducedLoss
 
@@ -37,7 +39,8 @@ def diagonal_fisher(
     """
     partition.sync_buffers()
     if partition.sharded:
-        return _one_by_one(runtime, model, optimizer, partition, criterion, source, ids)
+        shards = cast(ShardedPartition, partition)
+        return _one_by_one(runtime, model, optimizer, shards, criterion, source, ids)
     module = runtime.unwrap(model)
     weights = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     buffers = dict(module.named_buffers())
@@ -63,7 +66,7 @@ def _one_by_one(
     runtime: Runtime,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    partition: Partition,
+    partition: ShardedPartition,
     criterion: UnreducedLoss,
     source: Source,
     ids: Ids,

@@ -71,7 +71,7 @@ def _distributed(case: str, restart: bool) -> dict[str, Any]:
     """Drive an updater through the plan; ``restart``: from its state, in the midst of a round."""
     config, runtime = _config(case), _runtime()
     stream = create_stream(config.stream, config.run.seed)
-    parts = assemble(config, runtime, stream, Path(tempfile.mkdtemp()))
+    parts = assemble(config, runtime, stream, Path())
     updater, optimizer = parts.updater, parts.optimizer
     optimizer.param_groups[0]["momentum"] = 0.9
 
@@ -284,25 +284,26 @@ JOBS = {
 def _jobs() -> dict[str, dict[str, Any]]:
     results = {}
     runtime = _runtime()
-    for name, keys in JOBS.items():
-        config = small(
-            *QUIET,
-            "continual_learning.buffer_size=97",
-            f"continual_learning.update_mode={name.split()[0]}",
-            *keys,
-        )
-        stream = create_stream(config.stream, config.run.seed)
-        trainer = ContinuousTrainer(assemble(config, runtime, stream, Path(tempfile.mkdtemp())), config)
-        train(trainer)
-        result = {n: p.detach().numpy() for n, p in _module(trainer.parts).named_parameters()}
-        result["digests"] = [r["draws_sha256"] for r in trainer.rounds]
-        result["history"] = trainer.history.ids()
-        if name == "der":
-            result["stored"] = trainer.parts.updater.stored.ids
-        if "si" in name:
-            important = sum(float(v.sum()) for v in trainer.parts.updater.importance.values())
-            result["important"] = important
-        results[name] = result
+    with tempfile.TemporaryDirectory() as out:
+        for name, keys in JOBS.items():
+            config = small(
+                *QUIET,
+                "continual_learning.buffer_size=97",
+                f"continual_learning.update_mode={name.split()[0]}",
+                *keys,
+            )
+            stream = create_stream(config.stream, config.run.seed)
+            trainer = ContinuousTrainer(assemble(config, runtime, stream, Path(out)), config)
+            train(trainer)
+            result = {n: p.detach().numpy() for n, p in _module(trainer.parts).named_parameters()}
+            result["digests"] = [r["draws_sha256"] for r in trainer.rounds]
+            result["history"] = trainer.history.ids()
+            if name == "der":
+                result["stored"] = trainer.parts.updater.stored.ids
+            if "si" in name:
+                important = sum(float(v.sum()) for v in trainer.parts.updater.importance.values())
+                result["important"] = important
+            results[name] = result
     return results
 
 

@@ -19,8 +19,6 @@ from tests.faults.test_resume import Killer, outcome
 from tests.small import small
 from tests.spawn import exit_codes, run_ranks
 
-pytest.importorskip("webdataset")
-
 ACCESS = {
     "indexed": ("data.access=indexed",),
     "indexed with workers": ("data.access=indexed", "data.workers=2"),

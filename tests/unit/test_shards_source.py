@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.decode import decode
@@ -96,10 +97,9 @@ def test_worker_processes_read_what_the_main_process_reads(tmp_path):
 
 
 def picture(mode: str, ext: str) -> bytes:
-    image = pytest.importorskip("PIL.Image")
     out = io.BytesIO()
     kind = {"jpg": "jpeg"}.get(ext, ext)
-    image.new(mode, (6, 4), 7).save(out, kind, **({"lossless": True} if ext == "webp" else {}))
+    Image.new(mode, (6, 4), 7).save(out, kind, **({"lossless": True} if ext == "webp" else {}))
     return out.getvalue()
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webdataset
+from PIL import Image
 
 from distcl.cli import app
 from distcl.config import DataConfig, StreamConfig
@@ -153,14 +155,13 @@ def test_archives_are_cut_anew(tmp_path):
 
 
 def test_a_folder_of_images_keeps_its_files(tmp_path):
-    image = pytest.importorskip("PIL.Image")
     for split, n in (("train", 3), ("val", 1)):
         for label, name in enumerate(("cat", "dog")):
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             for i in range(n):
                 pixels = np.full((5, 4, 3), 40 * label + i, np.uint8)
-                image.fromarray(pixels).save(folder / f"{i}.png")
+                Image.fromarray(pixels).save(folder / f"{i}.png")
     manifest = write_shards(open_samples(str(tmp_path / "images")), tmp_path / "s")
     assert [(s.split, s.samples) for s in manifest.shards] == [("train", 6), ("test", 2)]
     train, _ = shards(StreamConfig(path=str(tmp_path / "s")), DataConfig())
@@ -190,7 +191,8 @@ def test_a_source_of_ones_own_with_several_tensors(tmp_path):
 
 
 def test_a_hugging_face_dataset_on_disk(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    reason = "the extra 'data' is not installed"
+    datasets = pytest.importorskip("datasets", reason=reason)
     pixels = [RNG.integers(0, 256, (6, 5), dtype=np.uint8) for _ in range(8)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = {"image": pixels, "label": [0, 1] * 4}
@@ -205,9 +207,8 @@ def test_a_hugging_face_dataset_on_disk(tmp_path):
 
 
 def test_archives_by_the_webdataset_library_are_indexed_as_they_are(tmp_path):
-    wds = pytest.importorskip("webdataset")
     for s in range(3):
-        with wds.TarWriter(str(tmp_path / f"part_{s}.tar")) as writer:
+        with webdataset.TarWriter(str(tmp_path / f"part_{s}.tar")) as writer:
             for i in range(10):
                 x = np.full(3, s * 10 + i, np.float32)
                 out = io.BytesIO()

@@ -24,8 +24,6 @@ from distcl.errors import ConfigError, DataError
 from distcl.priority.lanes import LaneGroup, LaneSampler
 from distcl.priority.slices import Dealer
 
-pytest.importorskip("webdataset")
-
 
 def folder_of(path: Path, sizes: list[int], bad: tuple[int, ...] = (), **tar: int) -> Path:
     """Shards whose sample of row r has x = r and label r % 3; ``bad`` ones cannot be decoded."""

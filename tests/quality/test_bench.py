@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.data import WeightedRandomSampler
 
+from distcl.bench import peers
 from distcl.bench.anchor import OF_MODEL
 from distcl.bench.cost import FAR, GPU, ROUND, job_of
 from distcl.bench.measure import CPU, on_ranks, seconds_of
@@ -19,6 +20,7 @@ from distcl.bench.recipe import MODELS, ONCE, STEPS, round_of
 from distcl.bench.rows import Row
 from distcl.bench.setting import config_of, stream_of, trainer_of
 from distcl.config_text import RECOMMENDED
+from distcl.errors import UsageError
 from distcl.priority.sampler import DistributedWeightedSampler
 from distcl.runtime import Runtime
 from tests.spawn import distcl
@@ -115,3 +117,21 @@ def test_unknown_benchmarks_and_folders_are_named(tmp_path: Path) -> None:
     done = distcl("bench", "anchor", "--json", str(tmp_path / "no" / "b.json"))
     assert done.returncode == 2
     assert "does not exist" in done.stderr
+
+
+@pytest.mark.timeout(300)
+def test_a_job_runs_beside_the_published_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    images = {"x_train": 150, "x_test": 1000}
+    arrays = {k: rng.integers(0, 256, (n, 28, 28), np.uint8) for k, n in images.items()}
+    arrays |= {k.replace("x", "y"): np.arange(n) % 10 for k, n in images.items()}
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    monkeypatch.setenv(peers.MNIST, str(tmp_path / "mnist.npz"))
+    faster, right = peers.measure(quick=True)
+    assert faster.ratio > 0.1
+    assert 0 < right.ours < 0.4  # labels of noise
+    monkeypatch.setenv(peers.MNIST, str(tmp_path / "no.npz"))
+    with pytest.raises(UsageError, match="there is no file"):
+        peers.measure(quick=True)

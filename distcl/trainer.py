@@ -235,9 +235,7 @@ class ContinuousTrainer:
     def announce(self, experience: Experience) -> None:
         """Tell the updater what the round trains on."""
         ids, history = experience.train, self.history
-        self.parts.updater.begin_round(
-            Round(self.parts.stream, ids, history.ids(), history.after(ids))
-        )
+        self.parts.updater.begin_round(Round(self.parts.stream, ids, history.ids(), history.after))
 
     def _compute_priorities(
         self, experience: Experience, held_out: Sequence[Experience]

@@ -209,7 +209,9 @@ def systematic_counts_local(
     """
     starts = range(0, len(quantized_local), _BLOCK)
     blocks = (quantized_local[start : start + _BLOCK] for start in starts)
-    return np.concatenate([np.empty(0, np.int64), *_count_points(blocks, offset, total, n, u)])
+    return np.concatenate(
+        [np.empty(0, np.int64), *systematic_count_blocks(blocks, offset, total, n, u)]
+    )
 
 
 def _counts(weights: Weights, n: int, u: float) -> Iterator[Positions]:
@@ -221,15 +223,16 @@ def _counts(weights: Weights, n: int, u: float) -> Iterator[Positions]:
             yield quantize(weights[start : start + _BLOCK], exponent)
 
     total = sum(int(block.sum()) for block in blocks())
-    return _count_points(blocks(), 0, total, n, u)
+    return systematic_count_blocks(blocks(), 0, total, n, u)
 
 
-def _count_points(
+def systematic_count_blocks(
     blocks: Iterable[Positions], offset: int, total: int, n: int, u: float
 ) -> Iterator[Positions]:
-    """Count the points (j·total + r)/n, r = floor(u·total), in the stretch of each weight.
+    """Yield :func:`systematic_counts_local` of one slice, given and returned block by block.
 
-    Exact, so that counts never depend on how the weights are cut: below an edge c lie
+    Counts the points (j·total + r)/n, r = floor(u·total), in the stretch of each weight. Exact, so
+    that counts never depend on how the weights are cut: below an edge c lie
     K(c) = ceil((c·n - r) / total) points. c·n needs more than 64 bits, but float64 finds K to
     within one unit, and what then remains, c·n - r - K·total, is at most 2·total < 2**62 in size:
     arithmetic modulo 2**64 gives it exactly. K is right if that is above -total and at most 0.

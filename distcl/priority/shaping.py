@@ -32,6 +32,10 @@ class Sums(Protocol):
         """Return the largest of them, -inf of none."""
         ...
 
+    def count(self, mask: npt.NDArray[np.bool_]) -> int:
+        """Return how many of a mask [n] are true."""
+        ...
+
 
 class _Whole:
     """Sums over arrays that are whole. Local."""
@@ -44,6 +48,9 @@ class _Whole:
 
     def largest(self, values: npt.NDArray[np.float64]) -> float:
         return float(values.max(initial=-math.inf))
+
+    def count(self, mask: npt.NDArray[np.bool_]) -> int:
+        return int(np.count_nonzero(mask))
 
 
 WHOLE: Sums = _Whole()
@@ -125,18 +132,20 @@ def top_share(weights: npt.ArrayLike, share: float = 0.01, over: Sums = WHOLE) -
     Over slices the threshold is found by bisection, to 2**-60 of the largest weight; collective.
     """
     array = _scaled(check_weights(weights, over=over), over)
-    number = over.number(array)
+    number, total = over.number(array), over.total(array)
     most = max(1, round(share * number))
     if over is WHOLE:
-        return float(np.partition(array, number - most)[number - most :].sum() / array.sum())
+        array.partition(number - most)
+        return float(array[number - most :].sum() / total)
     low, high = 0.0, 1.0  # at most ``most`` weights exceed ``high``, and more exceed ``low``
     for _ in range(60):
         middle = (low + high) / 2
-        few = over.total((array > middle).astype(np.float64)) <= most
+        few = over.count(array > middle) <= most
         low, high = (low, middle) if few else (middle, high)
-    above = array > high
-    ties = (most - over.total(above.astype(np.float64))) * high
-    return float((over.total(np.where(above, array, 0.0)) + ties) / over.total(array))
+    below = array <= high
+    ties = (most - (number - over.count(below))) * high
+    array[below] = 0
+    return float((over.total(array) + ties) / total)
 
 
 def cap_weights(weights: npt.ArrayLike, cap: float, over: Sums = WHOLE) -> Weights:
@@ -152,7 +161,7 @@ def cap_weights(weights: npt.ArrayLike, cap: float, over: Sums = WHOLE) -> Weigh
     array = _scaled(check_weights(weights, over=over), over)
     number = over.number(array)
     before, threshold = 0, cap * over.total(array) / number
-    while (above := int(over.total((array > threshold).astype(np.float64)))) > before:
+    while (above := over.count(array > threshold)) > before:
         before, room = above, number - cap * above
         if room <= 0:
             break  # the threshold is the solution, but for rounding
@@ -188,7 +197,7 @@ def temper(weights: npt.ArrayLike, min_ess: float, over: Sums = WHOLE) -> Weight
         return math.log(total * total / (number * over.total(work)) / min_ess)
 
     low, high = 0.0, 1.0
-    reached = pull_low = math.log(over.total(positive.astype(np.float64)) / number / min_ess)
+    reached = pull_low = math.log(over.count(positive) / number / min_ess)
     pull_high = math.log(fraction / min_ess)
     side = 0
     while high - low > 1e-6 and reached > 1e-9:

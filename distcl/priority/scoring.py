@@ -86,11 +86,15 @@ class Scorer:
             return torch.empty(0, dtype=run.dtype)
         mine = self.forward.mine(ids, size)
         pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
-        rows = self.forward.gather(self._rows(source, ids, pieces), n, size)
+        rows = self._rows(source, ids, pieces)
         self.forward.forwards += n
         chunks = -(-n // size)
         share = -(-chunks // run.world_size) * size  # samples a rank
-        return self._remember(rows, ids, lambda row: row // share)
+
+        def column(k: int) -> torch.Tensor:  # one by one: they are of all samples
+            return self.forward.gather(rows[:, k], n, size)
+
+        return self._scores(column, ids, lambda row: row // share, keep=True)
 
     def score_slices(self, source: Source, ids: Ids, slices: Slices) -> torch.Tensor:
         """Return the scores [n] of this rank's part of ``ids``, in the order of ``slices.ids``.
@@ -100,7 +104,8 @@ class Scorer:
         """
         rows = self._rows(source, ids, slices.pieces(self.batch_size))
         self.forward.forwards += slices.number()
-        return self._remember(rows, slices.ids, lambda _: self.forward.runtime.rank)
+        rank = self.forward.runtime.rank
+        return self._scores(lambda k: rows[:, k], slices.ids, lambda _: rank, keep=True)
 
     def _rows(self, source: Source, ids: Ids, pieces: list[Ids]) -> torch.Tensor:
         """Return score and loss, [n, 2], of my chunks of ``ids``, one after another. Collective."""
@@ -119,14 +124,26 @@ class Scorer:
         for piece in pieces:
             yield from self.forward.chunks(source, piece, len(piece))
 
-    def _remember(
-        self, rows: torch.Tensor, ids: Ids, rank_of: Callable[[int], int]
+    def _scores(
+        self,
+        column: Callable[[int], torch.Tensor],
+        ids: Ids,
+        rank_of: Callable[[int], int],
+        keep: bool,
     ) -> torch.Tensor:
-        """Return the scores [N]; keep the losses for the next round. Collective."""
-        scores, losses = self._split(rows, ids, rank_of)
-        if self.signal.needs_anchor and not self.signal.needs_logits:
+        """Return column 0, the scores [N], once they and column 1, the losses, are sound.
+
+        ``rank_of``: which rank has computed a row; ``keep``: keep the losses for the next round.
+        Collective.
+        """
+        losses = column(1)
+        require_sound(losses, ids, "the loss", rank_of)
+        if keep and self.signal.needs_anchor and not self.signal.needs_logits:
             owned = self.forward.partition.owned()
             self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses.clone())
+        del losses
+        scores = column(0)
+        require_sound(scores, ids, f"the score of signal '{self._name}'", rank_of)
         return scores
 
     def score_batch(self, batch: Batch, ids: Ids) -> torch.Tensor:
@@ -154,25 +171,14 @@ class Scorer:
         parts = [part_of(len(ids), rank, run.world_size) for rank in range(run.world_size)]
         rows = [rank * each + k for rank, (lo, hi) in enumerate(parts) for k in range(hi - lo)]
         ranks = np.repeat(np.arange(run.world_size), [hi - lo for lo, hi in parts])
-        return self._split(every[rows], ids, lambda row: int(ranks[row]))[0]
+        every = every[rows]
+        return self._scores(lambda k: every[:, k], ids, lambda row: int(ranks[row]), keep=False)
 
     def _row(self, batch: Batch, anchor: Outputs | None) -> torch.Tensor:
         """Return score and loss, [B, 2], of a chunk under the weights as they are."""
         now = self.forward.outputs(batch)
         score = checked(self.signal, self.signal.score(batch, now, anchor), len(batch))
         return torch.stack([score.to(now.loss), now.loss], dim=1)
-
-    def _split(
-        self, both: torch.Tensor, ids: Ids, rank_of: Callable[[int], int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores [N] and losses [N], views of ``both``, once they are known to be good.
-
-        ``rank_of``: which rank has computed a row.
-        """
-        scores, losses = both[:, 0], both[:, 1]
-        require_sound(losses, ids, "the loss", rank_of)
-        require_sound(scores, ids, f"the score of signal '{self._name}'", rank_of)
-        return scores, losses
 
     def _anchor_passes(self, source: Source, ids: Ids, pieces: list[Ids]) -> list[Outputs]:
         """Return theta_star's outputs for each of my chunks, older anchors' in them. Collective."""
@@ -220,6 +226,8 @@ def require_sound(
     DivergenceError if one is NaN or infinite, else ConfigError. ``rank_of``: which rank has
     computed that of a position.
     """
+    if not len(values) or 0 <= values.min() <= values.max() < torch.inf:  # NaN fails each
+        return
     bad = torch.nonzero(~torch.isfinite(values))[:, 0]
     error: type[DistclError] = DivergenceError
     if not len(bad):

@@ -92,15 +92,17 @@ def shape_weights(
     ids: npt.ArrayLike | None = None,
     min_score: float = 1e-8,
     over: Sums = WHOLE,
+    overwrite: bool = False,
 ) -> Weights:
     """Return weights float64 [N] of scores [N]: alpha, then cap, then tempering, then floor.
 
     w = max(score, min_score)^alpha, handed to :func:`cap_weights`, :func:`temper` and
     :func:`mix_floor`, each left out where its parameter is 0; alpha = 0 gives all ones. Of scores
-    that lie in slices on several ranks, ``over`` sums all of them; collective then. Raises
-    ValueError naming the first id (or position) whose score or weight is not finite.
+    that lie in slices on several ranks, ``over`` sums all of them; collective then. ``overwrite``:
+    the scores need not stay as they are. Raises ValueError naming the first id (or position) whose
+    score or weight is not finite.
     """
-    weights = np.array(scores, dtype=np.float64)
+    weights = np.array(scores, dtype=np.float64, copy=None if overwrite else True)
     finite = np.isfinite(weights)
     if not finite.all():
         check_weights(np.where(finite, 1.0, weights), ids)
@@ -114,7 +116,7 @@ def shape_weights(
     if cap:
         weights = cap_weights(weights, cap, over)
     if min_ess:
-        weights = temper(weights, min_ess, over)
+        weights = temper(weights, min_ess, over, overwrite=True)
     return mix_floor(weights, floor, over) if floor else weights
 
 
@@ -171,12 +173,14 @@ def cap_weights(weights: npt.ArrayLike, cap: float, over: Sums = WHOLE) -> Weigh
     return np.minimum(array, threshold, out=array)
 
 
-def temper(weights: npt.ArrayLike, min_ess: float, over: Sums = WHOLE) -> Weights:
+def temper(
+    weights: npt.ArrayLike, min_ess: float, over: Sums = WHOLE, overwrite: bool = False
+) -> Weights:
     """Return w^a with the largest a in [0, 1] whose :func:`ess_fraction` is >= ``min_ess``.
 
     Unchanged where a = 1. a is found to 1e-6, from below, by false position (Illinois variant) on
     log ESS, which falls as a grows. Zero weights stay zero: if fewer than a share ``min_ess`` is
-    positive, a is 0 and these become equal.
+    positive, a is 0 and these become equal. ``overwrite``: the weights given need not stay.
     """
     array = check_weights(weights, over=over)
     if not 0 <= min_ess <= 1:
@@ -186,7 +190,7 @@ def temper(weights: npt.ArrayLike, min_ess: float, over: Sums = WHOLE) -> Weight
         return array
     positive = array > 0
     with np.errstate(divide="ignore"):
-        logs = np.log(array)
+        logs = np.log(array, out=array if overwrite else None)
     logs -= over.largest(logs)
     work = np.empty_like(logs)
 

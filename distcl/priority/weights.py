@@ -85,19 +85,22 @@ class Shape:
     config: PriorityConfig
     alpha: float  # importance_alpha
 
-    def priorities(self, scores: Weights, out: Weights | None = None) -> Weights:
-        """Return max(score, min_score)^alpha, [N]: what is reported. ``out`` may be ``scores``."""
-        clamped: Weights = np.maximum(scores, self.config.min_score, out=out)
+    def priorities(self, scores: Weights) -> Weights:
+        """Return max(score, min_score)^alpha, [N]: what is reported."""
+        clamped: Weights = np.maximum(scores, self.config.min_score)
         clamped **= self.alpha
         return clamped
 
-    def weights(self, scores: Weights, ids: Ids, over: Sums = WHOLE) -> Weights:
+    def weights(
+        self, scores: Weights, ids: Ids, over: Sums = WHOLE, overwrite: bool = False
+    ) -> Weights:
         """Return the weights [N] of scores [N]: alpha, cap, min_ess, floor, in that order.
 
-        Collective if ``over`` is.
+        Collective if ``over`` is. ``overwrite``: the scores need not stay.
         """
         c = self.config
-        return shape_weights(scores, self.alpha, c.cap, c.min_ess, c.floor, ids, c.min_score, over)
+        shaped = c.cap, c.min_ess, c.floor
+        return shape_weights(scores, self.alpha, *shaped, ids, c.min_score, over, overwrite)
 
 
 def weigh(
@@ -127,23 +130,25 @@ def weigh(
         if ids is not None and sums.number(ids)
     ]
     scores = [score(ids) for ids, _ in wanted]
+    if report:
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
+            stats = [
+                statistics(shape.priorities(raw), sums)
+                for raw, (_, sums) in zip(scores, wanted, strict=True)
+            ]
     if shape.config.target == "union" and len(wanted) == 2:
-        ids = np.concatenate([ids for ids, _ in wanted])
-        both = shape.weights(np.concatenate(scores), ids, joined(*over))
-        parts = np.split(both, [len(wanted[0][0])])
+        ids, sizes = np.concatenate([ids for ids, _ in wanted]), [len(raw) for raw in scores]
+        scores = [np.concatenate(scores)]
+        both = shape.weights(scores.pop(), ids, joined(*over), overwrite=True)
+        parts = np.split(both, sizes[:1])
     else:
-        pairs = zip(scores, wanted, strict=True)
-        parts = [shape.weights(raw, ids, sums) for raw, (ids, sums) in pairs]
-    for (ids, sums), weights in zip(wanted, parts, strict=True):
-        raw = scores.pop(0)
+        parts = [shape.weights(scores.pop(0), *of, overwrite=True) for of in wanted]
+    for k, ((ids, sums), weights) in enumerate(zip(wanted, parts, strict=True)):
         if report:
-            stats = statistics(shape.priorities(raw, out=raw), sums)
-            del raw  # its memory serves the next ones
-            stats |= {
+            result.report["cur" if ids is current else "hist"] = stats[k] | {
                 "ess_fraction": ess_fraction(weights, sums),
                 "top_share": top_share(weights, over=sums),
             }
-            result.report["cur" if ids is current else "hist"] = stats
         if ids is current:
             result.current = weights
         else:

@@ -117,11 +117,17 @@ def uniform(number: int, n: int, rng: np.random.Generator) -> Positions:
     _check_number(n)
     if number < 1:
         raise ValueError(f"there is nothing to draw from ({number} samples)")
-    drawn = np.empty(n, dtype=np.int64)
-    for first in range(0, n, number):
+
+    def permuted() -> Positions:
         starts = range(0, number, _BLOCK)
         pieces = (np.arange(start, min(start + _BLOCK, number)) for start in starts)
-        drawn[first : first + number] = _shuffled(pieces, number, rng)[: n - first]
+        return _shuffled(pieces, number, rng)
+
+    if n == number:
+        return permuted()
+    drawn = np.empty(n, dtype=np.int64)
+    for first in range(0, n, number):
+        drawn[first : first + number] = permuted()[: n - first]
     return drawn
 
 
@@ -138,7 +144,10 @@ def _shuffled(pieces: Iterable[Positions], n: int, rng: np.random.Generator) -> 
     """
     buckets = 1 << min(8, (n >> 19).bit_length())
     if buckets == 1:
-        joined = np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+        joined, end = np.empty(n, dtype=np.int64), 0
+        for piece in pieces:
+            begin, end = end, end + len(piece)
+            joined[begin:end] = piece
         rng.shuffle(joined)
         return joined
     deal = np.frombuffer(rng.bytes(n), dtype=np.uint8) & np.uint8(buckets - 1)

@@ -27,6 +27,7 @@ from distcl.errors import (
 )
 from distcl.failure import Cause
 from distcl.folder import RunFolder
+from distcl.footprint import give_back
 from distcl.keeper import Contents, Keeper, Preemption
 from distcl.monitor import Monitor
 from distcl.resume import JobState, check_config, collect, restore
@@ -194,6 +195,7 @@ class Job:
         begun = time.perf_counter()
         torch.manual_seed(config.run.seed + runtime.rank)
         stream = create_stream(config.stream, config.run.seed, config.data)
+        give_back()  # labels of all samples were needed to make it
         progress = None
         if runtime.is_main:
             stages = len(stream.experiences) if self._command == "train" else 0

@@ -27,6 +27,8 @@ from distcl.watchdog import Watchdog
 
 T = TypeVar("T")
 
+_GATHERED = 1 << 16  # rows of a rank that are gathered together
+
 _AGREE_SECONDS = 5.0
 _left: list[Any] = []
 """Process groups that were left. A model wrapped by DDP holds its group too; were that the last
@@ -191,11 +193,24 @@ class Runtime:
         if self.world_size == 1:
             return mine
         each = each or -(-n // self.world_size)
+        if each <= _GATHERED:
+            return self._gathered(mine, each)[:n]
+        out = mine.new_empty((n, *mine.shape[1:]))
+        for start in range(0, each, _GATHERED):  # only the result is to be large
+            size = min(_GATHERED, each - start)
+            every = self._gathered(mine[start : start + size], size)
+            for rank in range(self.world_size):
+                begin, end = (min(rank * each + at, n) for at in (start, start + size))
+                out[begin:end] = every[rank * size : rank * size + end - begin]
+        return out
+
+    def _gathered(self, mine: torch.Tensor, each: int) -> torch.Tensor:
+        """Return [each · W, ...]: every rank's rows, zeros after those that it has not."""
         padded = mine.new_zeros((each, *mine.shape[1:]))
         padded[: len(mine)] = mine
         out = mine.new_empty((each * self.world_size, *mine.shape[1:]))
         dist.all_gather_single(out, padded)
-        return out[:n]
+        return out
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Reduce in place over ranks, ``op`` = sum, max or min; return the tensor. Collective."""

@@ -19,7 +19,7 @@ from distcl.partition.base import clip_grads_
 from distcl.priority.feed import Feed
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
-from distcl.types import Batch, Experience, Progress
+from distcl.types import Batch, Experience, Progress, as_tensor, frozen
 from distcl.updaters import Updater
 from distcl.updaters.base import StepResult
 from distcl.watch import LossWatch
@@ -88,13 +88,13 @@ class Stage:
 
 def pack_experience(e: Experience) -> dict[str, Any]:
     """Return an experience as tensors and plain values."""
-    train, test = torch.from_numpy(e.train), torch.from_numpy(e.test)
+    train, test = as_tensor(e.train), as_tensor(e.test)
     return {"index": e.index, "train": train, "test": test, "name": e.name}
 
 
 def unpack_experience(state: dict[str, Any]) -> Experience:
     """Return the experience that was packed."""
-    train, test = state["train"].numpy(), state["test"].numpy()
+    train, test = frozen(state["train"].numpy()), frozen(state["test"].numpy())
     return Experience(state["index"], train, test, state["name"])
 
 

@@ -17,6 +17,7 @@ from distcl.data.faults import BadSamples
 from distcl.data.history import CopyingStream, History
 from distcl.errors import DivergenceError
 from distcl.evaluation import Evaluator
+from distcl.footprint import give_back
 from distcl.inference import ShardedForward
 from distcl.losses import judged_by
 from distcl.metrics import AccuracyMatrix
@@ -138,6 +139,7 @@ class ContinuousTrainer:
         except DivergenceError as error:
             raise DivergenceError(f"before step 1 of round {number}: {error}") from error
         scored = self.parts.forward.forwards - before[0]
+        give_back()  # arrays of all samples came and went
         priority_seconds = time.perf_counter() - clock
 
         self.announce(experience)
@@ -235,9 +237,7 @@ class ContinuousTrainer:
     def announce(self, experience: Experience) -> None:
         """Tell the updater what the round trains on."""
         ids, history = experience.train, self.history
-        self.parts.updater.begin_round(
-            Round(self.parts.stream, ids, history.ids(), history.after(ids))
-        )
+        self.parts.updater.begin_round(Round(self.parts.stream, ids, history.ids(), history.after))
 
     def _compute_priorities(
         self, experience: Experience, held_out: Sequence[Experience]

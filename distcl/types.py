@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -30,6 +31,32 @@ def pack_ids(experience: int, rows: npt.ArrayLike, *, test: bool = False) -> Ids
     """
     base = (experience << ROW_BITS) | (int(test) << _TEST_BIT)
     return np.asarray(rows, dtype=np.int64) | np.int64(base)
+
+
+def frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a view of an array that cannot be written to: what holds it need not copy it.
+
+    The caller promises that nobody else writes to the array from now on.
+    """
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def as_tensor(array: npt.NDArray[Any] | None) -> torch.Tensor | None:
+    """Return an array as a tensor over the same memory, not to be written to; None stays None."""
+    import torch
+
+    if array is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
+
+
+def as_array(tensor: torch.Tensor | None) -> Any:
+    """Return what :func:`as_tensor` was given."""
+    return None if tensor is None else tensor.numpy()
 
 
 def unpack_ids(ids: Ids) -> tuple[Ids, Ids, npt.NDArray[np.bool_]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from distcl.errors import UsageError
+from distcl.footprint import give_back
 
 Work = Callable[[], Any]
 
@@ -47,7 +47,7 @@ def seconds_of(*works: Work, repeats: int = 5, warmup: int = 1, clock: Clock = W
 
 def resident() -> int:
     """Return this process's resident bytes, after freed memory went back to the system."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back()
     return _status("VmRSS")
 
 

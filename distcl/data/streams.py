@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -12,9 +14,19 @@ from distcl import registry
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.checksum import check_files
 from distcl.data.drift import Drift, Mask, require_classes
-from distcl.data.loader import as_source, iterate_chunks
+from distcl.data.loader import as_source
 from distcl.errors import ConfigError, DataError
-from distcl.types import Batch, DataSpec, Experience, Ids, PyTree, Source, pack_ids, unpack_ids
+from distcl.types import (
+    Batch,
+    DataSpec,
+    Experience,
+    Ids,
+    PyTree,
+    Source,
+    frozen,
+    pack_ids,
+    unpack_ids,
+)
 
 _ORDER = 4  # tells the stream's own draws from those of the drifts
 _CHUNK = 1024
@@ -212,13 +224,14 @@ class DriftStream:
         if len(rows) == 0 or len(held_out) == 0:
             part = "training" if len(rows) == 0 else "test"
             raise DataError(f"experience {e} has no {part} samples")
-        rows = rows[: wanted or None]
+        rows = rows[:wanted].copy() if wanted else rows
         if self.sequential or self.live_seconds:
             rows.sort()
         if e > 0 and len(self._older) and self._concepts > 1:
             self._blend(e, rows, self._members_of(self._train, train_labels, e - 1), rng)
         name = f"{'+'.join(self._config.drifts)} {e}"
-        return Experience(e, pack_ids(e, rows), pack_ids(e, held_out, test=True), name)
+        rows |= pack_ids(e, 0)  # in place: there may be very many
+        return Experience(e, frozen(rows), frozen(pack_ids(e, held_out, test=True)), name)
 
     def _members_of(self, source: Source, labels: Ids, e: int) -> Mask:
         """Return which rows, of those with ``labels`` [N], the concept of experience e has."""
@@ -302,11 +315,7 @@ def _labels_of(source: Source, split: str) -> Ids | None:
         y = source.read(np.empty(0, dtype=np.int64)).y
         if isinstance(y, torch.Tensor) and y.is_floating_point():
             return None
-        chunks = iterate_chunks(source, np.arange(len(source)), _CHUNK)
-        parts = [batch.y for batch in chunks]
-        if not isinstance(parts[0], torch.Tensor):
-            raise DataError(f"labels of the {split} source are a {type(parts[0]).__name__}")
-        labels = torch.cat(parts).numpy()
+        labels = _read_labels(source, split)
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.shape != (len(source),):
         raise DataError(
@@ -318,3 +327,22 @@ def _labels_of(source: Source, split: str) -> Ids | None:
             f"label {labels.min()} of the {split} source, row {labels.argmin()}, is negative"
         )
     return labels.astype(np.int64, copy=False)
+
+
+def _read_labels(source: Source, split: str) -> npt.NDArray[Any]:
+    """Return y of every sample, [N], read one after another."""
+    number, found = len(source), np.empty(0, dtype=np.int64)
+    for start in range(0, number, _CHUNK):
+        ids = np.arange(start, min(start + _CHUNK, number))
+        y = source.read(ids).y
+        if not isinstance(y, torch.Tensor):
+            raise DataError(f"labels of the {split} source are a {type(y).__name__}")
+        if y.shape != ids.shape:
+            raise DataError(
+                f"labels of the {split} source, {len(ids)} from sample {start} on, have shape "
+                f"{tuple(y.shape)}; one integer a sample is needed"
+            )
+        if not start:  # one array from the start: pieces would leave holes in memory
+            found = np.empty(number, dtype=y.numpy().dtype)
+        found[start : start + len(y)] = y
+    return found

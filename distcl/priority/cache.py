@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from distcl.runtime import Runtime
-from distcl.types import Ids
+from distcl.types import Ids, as_tensor
 
 
 def fingerprint(slices: Mapping[str, torch.Tensor], runtime: Runtime) -> int:
@@ -83,7 +83,7 @@ class LossCache:
         """Return fingerprints, ids and losses, oldest first."""
         return {
             "tables": [
-                {"weights": weights, "ids": torch.from_numpy(ids), "losses": losses}
+                {"weights": weights, "ids": as_tensor(ids), "losses": losses}
                 for weights, (ids, losses) in self._tables.items()
             ]
         }

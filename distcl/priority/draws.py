@@ -117,11 +117,17 @@ def uniform(number: int, n: int, rng: np.random.Generator) -> Positions:
     _check_number(n)
     if number < 1:
         raise ValueError(f"there is nothing to draw from ({number} samples)")
-    drawn = np.empty(n, dtype=np.int64)
-    for first in range(0, n, number):
+
+    def permuted() -> Positions:
         starts = range(0, number, _BLOCK)
         pieces = (np.arange(start, min(start + _BLOCK, number)) for start in starts)
-        drawn[first : first + number] = _shuffled(pieces, number, rng)[: n - first]
+        return _shuffled(pieces, number, rng)
+
+    if n == number:
+        return permuted()
+    drawn = np.empty(n, dtype=np.int64)
+    for first in range(0, n, number):
+        drawn[first : first + number] = permuted()[: n - first]
     return drawn
 
 
@@ -138,7 +144,10 @@ def _shuffled(pieces: Iterable[Positions], n: int, rng: np.random.Generator) -> 
     """
     buckets = 1 << min(8, (n >> 19).bit_length())
     if buckets == 1:
-        joined = np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+        joined, end = np.empty(n, dtype=np.int64), 0
+        for piece in pieces:
+            begin, end = end, end + len(piece)
+            joined[begin:end] = piece
         rng.shuffle(joined)
         return joined
     deal = np.frombuffer(rng.bytes(n), dtype=np.uint8) & np.uint8(buckets - 1)
@@ -209,7 +218,9 @@ def systematic_counts_local(
     """
     starts = range(0, len(quantized_local), _BLOCK)
     blocks = (quantized_local[start : start + _BLOCK] for start in starts)
-    return np.concatenate([np.empty(0, np.int64), *_count_points(blocks, offset, total, n, u)])
+    return np.concatenate(
+        [np.empty(0, np.int64), *systematic_count_blocks(blocks, offset, total, n, u)]
+    )
 
 
 def _counts(weights: Weights, n: int, u: float) -> Iterator[Positions]:
@@ -221,15 +232,16 @@ def _counts(weights: Weights, n: int, u: float) -> Iterator[Positions]:
             yield quantize(weights[start : start + _BLOCK], exponent)
 
     total = sum(int(block.sum()) for block in blocks())
-    return _count_points(blocks(), 0, total, n, u)
+    return systematic_count_blocks(blocks(), 0, total, n, u)
 
 
-def _count_points(
+def systematic_count_blocks(
     blocks: Iterable[Positions], offset: int, total: int, n: int, u: float
 ) -> Iterator[Positions]:
-    """Count the points (j·total + r)/n, r = floor(u·total), in the stretch of each weight.
+    """Yield :func:`systematic_counts_local` of one slice, given and returned block by block.
 
-    Exact, so that counts never depend on how the weights are cut: below an edge c lie
+    Counts the points (j·total + r)/n, r = floor(u·total), in the stretch of each weight. Exact, so
+    that counts never depend on how the weights are cut: below an edge c lie
     K(c) = ceil((c·n - r) / total) points. c·n needs more than 64 bits, but float64 finds K to
     within one unit, and what then remains, c·n - r - K·total, is at most 2·total < 2**62 in size:
     arithmetic modulo 2**64 gives it exactly. K is right if that is above -total and at most 0.

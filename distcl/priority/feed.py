@@ -24,16 +24,10 @@ from distcl.priority.scoring import Scorer
 from distcl.priority.shaping import Weights
 from distcl.priority.streamed import Streamed
 from distcl.priority.tally import weight_histogram
-from distcl.priority.weights import (
-    RoundWeights,
-    Shape,
-    as_array,
-    as_tensor,
-    weigh,
-)
+from distcl.priority.weights import RoundWeights, Shape, weigh
 from distcl.priority.windows import Part, Permutations, WindowPlan
 from distcl.runtime import Runtime
-from distcl.types import Batch, Ids, Source
+from distcl.types import Batch, Ids, Source, as_array, as_tensor
 
 EMPTY: Ids = np.empty(0, dtype=np.int64)
 _POOL = 2  # a stream of draws beside those of the plans
@@ -83,6 +77,12 @@ class Feed:
         self._freshness = Freshness(runtime)
         self._weighted: tuple[Ids | None, Ids | None] = (None, None)
         self._mix = Mix(training, continual, union=priority.target == "union")
+        self._clear()
+
+    def _clear(self) -> None:
+        """Let go of what is held of the round before."""
+        self._weights = RoundWeights()
+        self._plans: dict[int, Plan] = {}
 
     # ------------------------------------------------------------ 1. priorities
 
@@ -94,6 +94,7 @@ class Feed:
         ``priority.target`` says what has weights; auto: the current data, and the history if the
         updater takes a history batch.
         """
+        self._clear()
         target, source = self._priority.target, self._priority.source
         on_current = target in ("auto", "current", "union")
         on_history = target in ("history", "union") or (target == "auto" and history_batch)
@@ -160,6 +161,7 @@ class Feed:
         """Set up the draws of a round; every rank passes the same. Collective."""
         if self._ledger is not None:
             self._ledger.expect(round_index, self._source, current, history)
+        self._clear()
         self._round, self._current, self._history = round_index, current, history
         self._weights = weights
         self.account: Account = WholeAccount(self._runtime)
@@ -336,8 +338,8 @@ class Feed:
             plans[which] = plan.state_dict(consumed)
         return {
             "round": self._round,
-            "current": torch.from_numpy(self._current),
-            "history": torch.from_numpy(self._history),
+            "current": as_tensor(self._current),
+            "history": as_tensor(self._history),
             "replayed": self._replayed,
             "weights": self._weights.state_dict(),
             "weighted": [as_tensor(ids) for ids in self._weighted],

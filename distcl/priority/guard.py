@@ -29,6 +29,7 @@ over the 400 samples or more that most rounds look at it strays by 0.05 (one sta
 
 _LOOKS = 8
 _FEWEST = 50
+_BLOCK = 1 << 16  # weights looked at together
 
 HeldOut = Sequence[tuple[Ids, float | None]]
 """Of each experience learned so far: ids of its training samples, and 1 - accuracy (or R²) on its
@@ -67,20 +68,22 @@ class Freshness:
         """Whether to look at the round's ``step``-th step, from 1. Local; equal on all ranks."""
         return self._every > 0 and step % self._every == 0
 
-    def take(self, ids: torch.Tensor, losses: torch.Tensor, groups: Sequence[Part]) -> None:
-        """Take the ids and losses [B] of this rank's samples of a step. Collective.
+    def take(self, drawn: torch.Tensor, losses: torch.Tensor, groups: Sequence[Part]) -> None:
+        """Take the ids ``drawn`` and losses [B] of this rank's samples of a step. Collective.
 
         ``groups``: what they were drawn from; samples of those without weights do not count.
         """
-        wanted, place = np.unique(ids.cpu().numpy(), return_inverse=True)
+        wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
         found = np.full(len(wanted), np.nan)
         for group in groups:
             if group.weights is None or not len(wanted):
                 continue
             mean = group.weights.mean() if group.over is WHOLE else 1.0
-            at = np.searchsorted(wanted, group.ids).clip(max=len(wanted) - 1)
-            held = np.flatnonzero(wanted[at] == group.ids)
-            found[at[held]] = group.weights[held] / mean
+            for start in range(0, len(group.ids), _BLOCK):
+                ids = group.ids[start : start + _BLOCK]
+                at = np.searchsorted(wanted, ids).clip(max=len(wanted) - 1)
+                held = np.flatnonzero(wanted[at] == ids)
+                found[at[held]] = group.weights[start + held] / mean
         mine = np.stack([found[place], losses.double().cpu().numpy()], axis=1)
         mine = mine[np.isfinite(mine).all(axis=1)]
         pairs = self._of_all(torch.from_numpy(mine).to(self._runtime.device)).cpu().numpy()

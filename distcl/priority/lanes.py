@@ -87,9 +87,8 @@ class LaneSampler:
             exponent = draws.fixed_point_exponent(held.largest(weights), number)
             sums = np.zeros(len(held.sizes), dtype=np.int64)
             for run, place in held.runs():
-                of_run = weights[place]
-                for start in range(0, len(of_run), _BLOCK):
-                    sums[run] += draws.quantize(of_run[start : start + _BLOCK], exponent).sum()
+                units = _units(weights[place], place.stop - place.start, exponent)
+                sums[run] = sum(int(block.sum()) for block in units)
             self._exponents.append(exponent)
             self._sums.append(held.reduce(sums, "sum"))
         self._total = sum(group.draws for group in groups)
@@ -170,31 +169,35 @@ class LaneSampler:
             for run, place in held.runs():
                 if not counts[-1][run]:
                     continue
-                ids, weights = held.ids[place], group.weights
-                units = (
-                    np.ones(len(ids), dtype=np.int64)
-                    if weights is None
-                    else draws.quantize(weights[place], exponent)
+                weights = None if group.weights is None else group.weights[place]
+                number = draws.systematic_count_blocks(
+                    _units(weights, place.stop - place.start, exponent),
+                    int(offsets[run]),
+                    total,
+                    group.draws,
+                    u,
                 )
-                number = draws.systematic_counts_local(
-                    units, int(offsets[run]), total, group.draws, u
-                )
-                del units
-                drawn = self._shuffled(np.repeat(ids, number), shift, first + run)
+                drawn, end = np.empty(counts[-1][run], dtype=np.int64), 0
+                for block, start in zip(
+                    number, range(place.start, place.stop, _BLOCK), strict=True
+                ):
+                    begin, end = end, end + int(block.sum())
+                    drawn[begin:end] = np.repeat(held.ids[start : start + len(block)], block)
+                self._shuffle(drawn, shift, first + run)
                 mine[first + run] = int(held.lanes[run]), drawn
             first += len(sums)
         in_order = sorted(mine.items(), key=lambda item: (item[1][0], item[0]))  # lane by lane
         return _Plan(np.concatenate(counts), dict(in_order))
 
-    def _shuffled(self, ids: Ids, shift: int, run: int) -> Ids:
-        """Return a run's ids, ascending so far, in random order within each window, in place."""
-        keys = self._generator(1 + run).random(len(ids))
-        window = ((ids & _ROWS) + shift) // self._window
-        bounds = np.flatnonzero(np.diff(window, prepend=-1, append=-1)).tolist()
-        del window
-        for begin, end in itertools.pairwise(bounds):
-            ids[begin:end] = ids[begin:end][np.argsort(keys[begin:end], kind="stable")]
-        return ids
+    def _shuffle(self, ids: Ids, shift: int, run: int) -> None:
+        """Bring a run's ids, ascending so far, into random order within each window, in place."""
+        rng = self._generator(1 + run)
+        first, last = ((int(ids[k]) & _ROWS) + shift for k in (0, -1))
+        starts = np.arange(first // self._window + 1, last // self._window + 1) * self._window
+        ends = np.searchsorted(ids, starts - first + ids[0]).tolist()
+        for begin, end in itertools.pairwise([0, *ends, len(ids)]):
+            keys = rng.random(end - begin)
+            ids[begin:end] = ids[begin:end][np.argsort(keys, kind="stable")]
 
     def _generator(self, last: int) -> np.random.Generator:
         return draws.generator(self._seed, self._stream, self.round_index, self.epoch, last)
@@ -227,6 +230,16 @@ class LaneSampler:
 
     def _identity(self) -> list[int]:
         return [self._seed, self._stream, self.batch_size, self._window]
+
+
+def _units(weights: shaping.Weights | None, number: int, exponent: int) -> Iterator[Ids]:
+    """Yield weights [n] in fixed point, blocks after one another; None: ones."""
+    for start in range(0, number, _BLOCK):
+        size = min(_BLOCK, number - start)
+        if weights is None:
+            yield np.ones(size, dtype=np.int64)
+        else:
+            yield draws.quantize(weights[start : start + size], exponent)
 
 
 class _Plan:

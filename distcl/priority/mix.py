@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from distcl.config import ContinualLearningConfig, TrainingConfig
+from distcl.priority.shaping import Sums, Weights
 from distcl.priority.weights import RoundWeights, joined
 from distcl.priority.windows import Part
-from distcl.types import Ids
+from distcl.types import Ids, frozen
 
 MAIN, HISTORY = 0, 1
 """The plan of the training batches, and that of history batches for updaters that take them."""
@@ -59,18 +60,25 @@ class Mix:
     def groups(
         self, weights: RoundWeights, current: Ids, history: Ids, replayed: bool
     ) -> dict[int, list[Part]]:
-        """Return what each plan draws from; ``replayed``: there are history batches."""
+        """Return what each plan draws from; ``replayed``: there are history batches.
+
+        Ids and weights are read-only, so that plans share them: nothing may change them later.
+        """
         mine, stored = weights.held(current, history)
         drawn = self.draws(len(current), len(history))
-        main = [Part(mine, weights.current, drawn[0], weights.over[0])]
+        main = [_part(mine, weights.current, drawn[0], weights.over[0])]
         if drawn[1]:
-            main.append(Part(stored, weights.history, drawn[1], weights.over[1]))
+            main.append(_part(stored, weights.history, drawn[1], weights.over[1]))
             if self._union and weights.history is not None:
                 main = [_union(main[0], main[1], stands_for=len(history))]
         groups = {MAIN: main}
         if replayed:
-            groups[HISTORY] = [Part(stored, weights.history, len(history), weights.over[1])]
+            groups[HISTORY] = [_part(stored, weights.history, len(history), weights.over[1])]
         return groups
+
+
+def _part(ids: Ids, weights: Weights | None, draws: int, over: Sums) -> Part:
+    return Part(frozen(ids), None if weights is None else frozen(weights), draws, over)
 
 
 def _union(current: Part, stored: Part, stands_for: int) -> Part:
@@ -80,7 +88,7 @@ def _union(current: Part, stored: Part, stands_for: int) -> Part:
     """
     assert current.weights is not None and stored.weights is not None
     each = stands_for / stored.over.number(stored.ids)
-    return Part(
+    return _part(
         np.concatenate([current.ids, stored.ids]),
         np.concatenate([current.weights, stored.weights * each]),
         current.draws + stored.draws,

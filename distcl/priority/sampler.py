@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from distcl.errors import UsageError
 from distcl.priority import draws, shaping
-from distcl.types import Ids
+from distcl.types import Ids, as_tensor
 
 ArrayLike = npt.ArrayLike | torch.Tensor
 
@@ -108,8 +108,8 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         self.stream = stream
         self.round_index = round_index
         self.epoch = 0
-        self._ids: Ids | int = 0  # an int n stands for range(n)
-        self._weights: list[shaping.Weights | None] = []  # of each group, in the order of _ids
+        self._ids: list[Ids | int] = []  # of each group; an int n stands for range(n)
+        self._weights: list[shaping.Weights | None] = []  # of each group
         self._sizes: list[int] = []  # ids of each group
         self._quotas: list[int] = []  # draws of each group in an epoch
         self._kept: list[int] = []  # those of them that are in _drawn
@@ -136,11 +136,12 @@ class DistributedWeightedSampler(Sampler[list[int]]):
     ) -> None:
         """Replace what is drawn: ``ids`` int64 [N], or an int N for 0 … N-1, and weights [N].
 
-        ``weights`` None draws uniformly without replacement (permutations). Both are copied.
-        The plan begins anew at step 0, unless ``from_step`` is given: then batches before that
-        step stay as they were drawn, and the rest of the epoch is drawn from the new weights (and
-        may repeat ids drawn before, without replacement too). Steps that were already handed out,
-        a DataLoader's prefetching included, or that an earlier ``from_step`` fixed, must stay.
+        ``weights`` None draws uniformly without replacement (permutations). Both are copied unless
+        they are read-only arrays, which must stay as they are. The plan begins anew at step 0,
+        unless ``from_step`` is given: then batches before that step stay as they were drawn, and
+        the rest of the epoch is drawn from the new weights (and may repeat ids drawn before,
+        without replacement too). Steps that were already handed out, a DataLoader's prefetching
+        included, or that an earlier ``from_step`` fixed, must stay.
         Raises ValueError for weights that are NaN, infinite, negative or all zero, naming the id.
         """
         number = int(ids) if isinstance(ids, int | np.integer) else int(np.prod(np.shape(ids)))
@@ -156,13 +157,13 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             raise ValueError("there are no groups to draw from")
         ids, weights = [], []
         for group in groups:
-            ids.append(_copy_ids(group.ids))
+            ids.append(_own_ids(group.ids))
             number = _size(ids[-1])
             if number < 1:
                 raise ValueError("there are no ids to draw from")
             if group.draws < 0:
                 raise ValueError(f"a group's draws must not be negative, not {group.draws}")
-            weights.append(None if group.weights is None else _copy_weights(group.weights))
+            weights.append(None if group.weights is None else _own_weights(group.weights))
             if (given := weights[-1]) is not None:
                 if given.shape != (number,):
                     raise ValueError(f"weights of shape {given.shape} for {number} ids")
@@ -170,8 +171,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         quotas = [group.draws for group in groups]
         if from_step:
             self._keep_until(from_step, quotas)
-        self._ids = ids[0] if len(ids) == 1 else np.concatenate([_as_array(i) for i in ids])
-        self._weights, self._sizes = weights, [_size(i) for i in ids]
+        self._ids, self._weights, self._sizes = ids, weights, [_size(i) for i in ids]
         if not from_step:
             self._quotas, self._total = quotas, sum(quotas)
             self._restart()
@@ -292,11 +292,24 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         if self._positions is None:
             self._positions = self._draw()
         positions = self._positions[max(begin - kept, 0) : end - kept]
-        ids = positions if isinstance(self._ids, int) else self._ids[positions]
+        ids = self._at(positions)
         return ids if begin >= kept else np.concatenate([self._drawn[begin:kept], ids])
 
+    def _at(self, positions: draws.Positions) -> Ids:
+        """Return the ids at positions, which count through the groups one after another."""
+        if len(self._ids) == 1:
+            ids = self._ids[0]
+            return positions if isinstance(ids, int) else ids[positions]
+        found, first = positions.copy(), 0
+        for ids, size in zip(self._ids, self._sizes, strict=True):
+            here = np.flatnonzero((positions >= first) & (positions < first + size))
+            local = positions[here] - first
+            found[here] = local if isinstance(ids, int) else ids[local]
+            first += size
+        return found
+
     def _draw(self) -> draws.Positions:
-        """Return positions in ``_ids``: of each group what it has left to draw, shuffled."""
+        """Return positions for ``_at``: of each group what it has left to draw, shuffled."""
         rng = draws.generator(self.seed, self.stream, self.round_index, self.epoch, self._revision)
         parts, offset = [], 0
         for size, weights, quota, kept in zip(
@@ -307,9 +320,15 @@ class DistributedWeightedSampler(Sampler[list[int]]):
                 part = draws.uniform(size, n, rng)
             else:
                 part = DRAWS[self.draw](weights, n, rng)
-            parts.append(part + offset if offset else part)
+            if offset:
+                part += offset
+            parts.append(part)
             offset += size
-        return parts[0] if len(parts) == 1 else rng.permutation(np.concatenate(parts))
+        if len(parts) == 1:
+            return parts[0]
+        joined = np.concatenate(parts)
+        rng.shuffle(joined)
+        return joined
 
     # ------------------------------------------------------------ state
 
@@ -322,8 +341,9 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         step = self._handed_out if consumed is None else consumed
         if not 0 <= step <= len(self):
             raise ValueError(f"consumed must be from 0 to {len(self)} steps, not {step}")
-        ids = self._ids if isinstance(self._ids, int) else torch.from_numpy(self._ids)
-        weights = [None if w is None else torch.from_numpy(w) for w in self._weights]
+        ids = self._ids[0] if self._ids else 0
+        if len(self._ids) > 1:
+            ids = np.concatenate([_as_array(some) for some in self._ids])
         return {
             **{name: getattr(self, name) for name in _IDENTITY},
             "round": self.round_index,
@@ -333,9 +353,9 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             "sizes": self._sizes,
             "quotas": self._quotas,
             "kept": self._kept,
-            "ids": ids,
-            "weights": weights,
-            "drawn": torch.from_numpy(self._drawn),
+            "ids": ids if isinstance(ids, int) else as_tensor(ids),
+            "weights": [as_tensor(w) for w in self._weights],
+            "drawn": as_tensor(self._drawn),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -350,14 +370,16 @@ class DistributedWeightedSampler(Sampler[list[int]]):
                     f"the sampler's state was saved with {name} = {state.get(name)!r}, but this "
                     f"sampler has {getattr(self, name)!r}"
                 )
-        self._ids = _copy_ids(state["ids"])
-        self._weights = [None if w is None else _copy_weights(w) for w in state["weights"]]
+        ids = _own_ids(state["ids"])
+        self._weights = [None if w is None else _own_weights(w) for w in state["weights"]]
         self._sizes, self._quotas = list(state["sizes"]), list(state["quotas"])
+        ends = np.cumsum(self._sizes)[:-1]
+        self._ids = [ids] if isinstance(ids, int) else list(np.split(ids, ends))
         self._total = sum(self._quotas)
         self.round_index, self.epoch = state["round"], state["epoch"]
         self._restart(state["step"])
         self._kept, self._revision = list(state["kept"]), state["revision"]
-        self._drawn = _as_array(_copy_ids(state["drawn"]))
+        self._drawn = _as_array(_own_ids(state["drawn"]))
 
 
 def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -367,14 +389,15 @@ def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
     return start, start + each + (rank < extra)
 
 
-def _copy_ids(values: ArrayLike | int) -> Ids | int:
+def _own_ids(values: ArrayLike | int) -> Ids | int:
+    """Return ids that nobody else changes: a copy, but of a read-only array."""
     if isinstance(values, int | np.integer):
         return int(values)
     array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
     array = np.asarray(array)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"ids must be one row of integers, not {array.dtype} {array.shape}")
-    return np.array(array, dtype=np.int64)
+    return array.astype(np.int64, copy=array.flags.writeable)
 
 
 def _size(ids: Ids | int) -> int:
@@ -385,7 +408,9 @@ def _as_array(ids: Ids | int) -> Ids:
     return np.arange(ids, dtype=np.int64) if isinstance(ids, int) else ids
 
 
-def _copy_weights(values: ArrayLike) -> shaping.Weights:
+def _own_weights(values: ArrayLike) -> shaping.Weights:
+    """Return weights that nobody else changes: a copy, but of a read-only array."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
-    return np.array(values, dtype=np.float64)
+    array = np.asarray(values)
+    return array.astype(np.float64, copy=array.flags.writeable)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +90,11 @@ class Scorer:
         self.forward.forwards += n
         chunks = -(-n // size)
         share = -(-chunks // run.world_size) * size  # samples a rank
-        return self._remember(self.forward.gather(rows, n, size), ids, np.arange(n) // share)
+
+        def column(k: int) -> torch.Tensor:  # one by one: they are of all samples
+            return self.forward.gather(rows[:, k], n, size)
+
+        return self._scores(column, ids, lambda row: row // share, keep=True)
 
     def score_slices(self, source: Source, ids: Ids, slices: Slices) -> torch.Tensor:
         """Return the scores [n] of this rank's part of ``ids``, in the order of ``slices.ids``.
@@ -100,30 +104,46 @@ class Scorer:
         """
         rows = self._rows(source, ids, slices.pieces(self.batch_size))
         self.forward.forwards += slices.number()
-        rank = np.full(len(slices.ids), self.forward.runtime.rank)
-        return self._remember(rows, slices.ids, rank)
+        rank = self.forward.runtime.rank
+        return self._scores(lambda k: rows[:, k], slices.ids, lambda _: rank, keep=True)
 
     def _rows(self, source: Source, ids: Ids, pieces: list[Ids]) -> torch.Tensor:
         """Return score and loss, [n, 2], of my chunks of ``ids``, one after another. Collective."""
         run = self.forward.runtime
         self.forward.partition.sync_buffers()
         anchors = self._anchor_passes(source, ids, pieces) if self.signal.needs_anchor else None
-        rows = [torch.empty((0, 2), dtype=run.dtype, device=run.device)]
+        number, end = sum(map(len, pieces)), 0
+        rows = torch.empty((number, 2), dtype=run.dtype, device=run.device)
         with self.forward.inferring(source, ids, len(pieces)):
             for k, batch in enumerate(self._read(source, pieces)):
-                rows.append(self._row(batch, anchors[k] if anchors is not None else None))
-        return torch.cat(rows)
+                begin, end = end, end + len(batch)
+                rows[begin:end] = self._row(batch, anchors[k] if anchors is not None else None)
+        return rows
 
     def _read(self, source: Source, pieces: list[Ids]) -> Iterator[Batch]:
         for piece in pieces:
             yield from self.forward.chunks(source, piece, len(piece))
 
-    def _remember(self, rows: torch.Tensor, ids: Ids, ranks: Ids) -> torch.Tensor:
-        """Return the scores [N]; keep the losses for the next round. Collective."""
-        scores, losses = self._split(rows, ids, ranks)
-        if self.signal.needs_anchor and not self.signal.needs_logits:
+    def _scores(
+        self,
+        column: Callable[[int], torch.Tensor],
+        ids: Ids,
+        rank_of: Callable[[int], int],
+        keep: bool,
+    ) -> torch.Tensor:
+        """Return column 0, the scores [N], once they and column 1, the losses, are sound.
+
+        ``rank_of``: which rank has computed a row; ``keep``: keep the losses for the next round.
+        Collective.
+        """
+        losses = column(1)
+        require_sound(losses, ids, "the loss", rank_of)
+        if keep and self.signal.needs_anchor and not self.signal.needs_logits:
             owned = self.forward.partition.owned()
-            self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses)
+            self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses.clone())
+        del losses
+        scores = column(0)
+        require_sound(scores, ids, f"the score of signal '{self._name}'", rank_of)
         return scores
 
     def score_batch(self, batch: Batch, ids: Ids) -> torch.Tensor:
@@ -151,23 +171,14 @@ class Scorer:
         parts = [part_of(len(ids), rank, run.world_size) for rank in range(run.world_size)]
         rows = [rank * each + k for rank, (lo, hi) in enumerate(parts) for k in range(hi - lo)]
         ranks = np.repeat(np.arange(run.world_size), [hi - lo for lo, hi in parts])
-        return self._split(every[rows], ids, ranks)[0]
+        every = every[rows]
+        return self._scores(lambda k: every[:, k], ids, lambda row: int(ranks[row]), keep=False)
 
     def _row(self, batch: Batch, anchor: Outputs | None) -> torch.Tensor:
         """Return score and loss, [B, 2], of a chunk under the weights as they are."""
         now = self.forward.outputs(batch)
         score = checked(self.signal, self.signal.score(batch, now, anchor), len(batch))
         return torch.stack([score.to(now.loss), now.loss], dim=1)
-
-    def _split(self, both: torch.Tensor, ids: Ids, ranks: Ids) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores [N] and losses [N], once they are known to be good.
-
-        ``ranks`` [N]: which rank has computed them.
-        """
-        scores, losses = both[:, 0].clone(), both[:, 1].clone()
-        require_sound(losses, ids, "the loss", ranks)
-        require_sound(scores, ids, f"the score of signal '{self._name}'", ranks)
-        return scores, losses
 
     def _anchor_passes(self, source: Source, ids: Ids, pieces: list[Ids]) -> list[Outputs]:
         """Return theta_star's outputs for each of my chunks, older anchors' in them. Collective."""
@@ -207,12 +218,16 @@ class Scorer:
         return found
 
 
-def require_sound(values: torch.Tensor, ids: Ids, what: str, ranks: Ids | None = None) -> None:
+def require_sound(
+    values: torch.Tensor, ids: Ids, what: str, rank_of: Callable[[int], int] | None = None
+) -> None:
     """Raise an error naming the first of ``ids`` whose value [N] is no number from 0 up.
 
-    DivergenceError if one is NaN or infinite, else ConfigError. ``ranks`` [N]: which rank has
-    computed it.
+    DivergenceError if one is NaN or infinite, else ConfigError. ``rank_of``: which rank has
+    computed that of a position.
     """
+    if not len(values) or 0 <= values.min() <= values.max() < torch.inf:  # NaN fails each
+        return
     bad = torch.nonzero(~torch.isfinite(values))[:, 0]
     error: type[DistclError] = DivergenceError
     if not len(bad):
@@ -220,7 +235,7 @@ def require_sound(values: torch.Tensor, ids: Ids, what: str, ranks: Ids | None =
     if len(bad):
         at = int(bad[0])
         more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-        where = "" if ranks is None else f", on rank {int(ranks[at])}"
+        where = "" if rank_of is None else f", on rank {rank_of(at)}"
         raise error(f"{what} of sample id {int(ids[at])}{more} is {float(values[at])}{where}")
 
 

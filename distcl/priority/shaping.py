@@ -32,6 +32,10 @@ class Sums(Protocol):
         """Return the largest of them, -inf of none."""
         ...
 
+    def count(self, mask: npt.NDArray[np.bool_]) -> int:
+        """Return how many of a mask [n] are true."""
+        ...
+
 
 class _Whole:
     """Sums over arrays that are whole. Local."""
@@ -44,6 +48,9 @@ class _Whole:
 
     def largest(self, values: npt.NDArray[np.float64]) -> float:
         return float(values.max(initial=-math.inf))
+
+    def count(self, mask: npt.NDArray[np.bool_]) -> int:
+        return int(np.count_nonzero(mask))
 
 
 WHOLE: Sums = _Whole()
@@ -85,15 +92,17 @@ def shape_weights(
     ids: npt.ArrayLike | None = None,
     min_score: float = 1e-8,
     over: Sums = WHOLE,
+    overwrite: bool = False,
 ) -> Weights:
     """Return weights float64 [N] of scores [N]: alpha, then cap, then tempering, then floor.
 
     w = max(score, min_score)^alpha, handed to :func:`cap_weights`, :func:`temper` and
     :func:`mix_floor`, each left out where its parameter is 0; alpha = 0 gives all ones. Of scores
-    that lie in slices on several ranks, ``over`` sums all of them; collective then. Raises
-    ValueError naming the first id (or position) whose score or weight is not finite.
+    that lie in slices on several ranks, ``over`` sums all of them; collective then. ``overwrite``:
+    the scores need not stay as they are. Raises ValueError naming the first id (or position) whose
+    score or weight is not finite.
     """
-    weights = np.array(scores, dtype=np.float64)
+    weights = np.array(scores, dtype=np.float64, copy=None if overwrite else True)
     finite = np.isfinite(weights)
     if not finite.all():
         check_weights(np.where(finite, 1.0, weights), ids)
@@ -107,7 +116,7 @@ def shape_weights(
     if cap:
         weights = cap_weights(weights, cap, over)
     if min_ess:
-        weights = temper(weights, min_ess, over)
+        weights = temper(weights, min_ess, over, overwrite=True)
     return mix_floor(weights, floor, over) if floor else weights
 
 
@@ -125,18 +134,20 @@ def top_share(weights: npt.ArrayLike, share: float = 0.01, over: Sums = WHOLE) -
     Over slices the threshold is found by bisection, to 2**-60 of the largest weight; collective.
     """
     array = _scaled(check_weights(weights, over=over), over)
-    number = over.number(array)
+    number, total = over.number(array), over.total(array)
     most = max(1, round(share * number))
     if over is WHOLE:
-        return float(np.partition(array, number - most)[number - most :].sum() / array.sum())
+        array.partition(number - most)
+        return float(array[number - most :].sum() / total)
     low, high = 0.0, 1.0  # at most ``most`` weights exceed ``high``, and more exceed ``low``
     for _ in range(60):
         middle = (low + high) / 2
-        few = over.total((array > middle).astype(np.float64)) <= most
+        few = over.count(array > middle) <= most
         low, high = (low, middle) if few else (middle, high)
-    above = array > high
-    ties = (most - over.total(above.astype(np.float64))) * high
-    return float((over.total(np.where(above, array, 0.0)) + ties) / over.total(array))
+    below = array <= high
+    ties = (most - (number - over.count(below))) * high
+    array[below] = 0
+    return float((over.total(array) + ties) / total)
 
 
 def cap_weights(weights: npt.ArrayLike, cap: float, over: Sums = WHOLE) -> Weights:
@@ -152,7 +163,7 @@ def cap_weights(weights: npt.ArrayLike, cap: float, over: Sums = WHOLE) -> Weigh
     array = _scaled(check_weights(weights, over=over), over)
     number = over.number(array)
     before, threshold = 0, cap * over.total(array) / number
-    while (above := int(over.total((array > threshold).astype(np.float64)))) > before:
+    while (above := over.count(array > threshold)) > before:
         before, room = above, number - cap * above
         if room <= 0:
             break  # the threshold is the solution, but for rounding
@@ -162,12 +173,14 @@ def cap_weights(weights: npt.ArrayLike, cap: float, over: Sums = WHOLE) -> Weigh
     return np.minimum(array, threshold, out=array)
 
 
-def temper(weights: npt.ArrayLike, min_ess: float, over: Sums = WHOLE) -> Weights:
+def temper(
+    weights: npt.ArrayLike, min_ess: float, over: Sums = WHOLE, overwrite: bool = False
+) -> Weights:
     """Return w^a with the largest a in [0, 1] whose :func:`ess_fraction` is >= ``min_ess``.
 
     Unchanged where a = 1. a is found to 1e-6, from below, by false position (Illinois variant) on
     log ESS, which falls as a grows. Zero weights stay zero: if fewer than a share ``min_ess`` is
-    positive, a is 0 and these become equal.
+    positive, a is 0 and these become equal. ``overwrite``: the weights given need not stay.
     """
     array = check_weights(weights, over=over)
     if not 0 <= min_ess <= 1:
@@ -177,7 +190,7 @@ def temper(weights: npt.ArrayLike, min_ess: float, over: Sums = WHOLE) -> Weight
         return array
     positive = array > 0
     with np.errstate(divide="ignore"):
-        logs = np.log(array)
+        logs = np.log(array, out=array if overwrite else None)
     logs -= over.largest(logs)
     work = np.empty_like(logs)
 
@@ -188,7 +201,7 @@ def temper(weights: npt.ArrayLike, min_ess: float, over: Sums = WHOLE) -> Weight
         return math.log(total * total / (number * over.total(work)) / min_ess)
 
     low, high = 0.0, 1.0
-    reached = pull_low = math.log(over.total(positive.astype(np.float64)) / number / min_ess)
+    reached = pull_low = math.log(over.count(positive) / number / min_ess)
     pull_high = math.log(fraction / min_ess)
     side = 0
     while high - low > 1e-6 and reached > 1e-9:

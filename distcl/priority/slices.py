@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from distcl.runtime import Runtime
-from distcl.types import Ids, unpack_ids
+from distcl.types import Ids, frozen, unpack_ids
 
 LanesOf = Callable[[Ids, int], Ids]
 """(ids [N], lanes) -> the lane of each, int64 [N]."""
@@ -64,25 +64,32 @@ class Dealer:
         return owned
 
     def deal(self, ids: Ids) -> Slices:
-        """Return this rank's part of unique ``ids`` [N], which all ranks pass. Collective."""
-        blocks = range(0, len(ids), _BLOCK)
-        parts = [ids[start : start + _BLOCK] for start in blocks]
-        mine = np.concatenate([np.empty(0, np.int64), *(p[self.own(p)] for p in parts)])
-        blocks = range(0, len(mine), _BLOCK)
-        parts = [mine[start : start + _BLOCK] for start in blocks]
-        most = max((int(unpack_ids(p)[0].max()) for p in parts), default=0)
+        """Return this rank's part of unique ``ids`` [N], which all ranks pass. Collective.
+
+        Where that is all of them in order, they are not copied, and must stay as they are.
+        """
+        owned = np.empty(len(ids), dtype=np.bool_)
+        for start in range(0, len(ids), _BLOCK):
+            owned[start : start + _BLOCK] = self.own(ids[start : start + _BLOCK])
+        mine = frozen(ids if owned.all() else ids[owned])
+        del owned
+        starts = range(0, len(mine), _BLOCK)
+        most = max((int(unpack_ids(mine[s : s + _BLOCK])[0].max()) for s in starts), default=0)
         width = 1 + int(self.reduce(np.array([most]), "max")[0])
-        runs = np.concatenate([np.empty(0, np.int32), *(self._runs(part, width) for part in parts)])
-        if (runs[1:] < runs[:-1]).any() or (mine[1:] < mine[:-1])[runs[1:] == runs[:-1]].any():
-            order = np.lexsort((mine, runs))
-            mine, runs = mine[order], runs[order]
-        sizes = np.bincount(runs, minlength=self.lanes * width)
+        sizes, in_order = np.zeros(self.lanes * width, dtype=np.int64), True
+        for start in starts:
+            some = mine[start : start + _BLOCK + 1]  # and the next one, to compare with
+            runs = self._runs(some, width)
+            sizes += np.bincount(runs[:_BLOCK], minlength=len(sizes))
+            same = (runs[1:] == runs[:-1]) & (some[1:] >= some[:-1])
+            in_order = in_order and bool((same | (runs[1:] > runs[:-1])).all())
+        if not in_order:
+            mine = mine[np.lexsort((mine, self._runs(mine, width)))]
         of_run = np.repeat(np.arange(self.lanes), width)
         return Slices(mine, sizes, self.reduce(sizes, "sum"), of_run, self.reduce)
 
-    def _runs(self, ids: Ids, width: int) -> npt.NDArray[np.int32]:
-        runs = self._lanes_of(ids, self.lanes) * width + unpack_ids(ids)[0]
-        return runs.astype(np.int32)
+    def _runs(self, ids: Ids, width: int) -> Ids:
+        return self._lanes_of(ids, self.lanes) * width + unpack_ids(ids)[0]
 
     def _owner(self, ids: Ids) -> Ids:
         owner: Ids = self._lanes_of(ids, self.lanes) * self.world_size // self.lanes
@@ -143,6 +150,10 @@ class Slices:
         """Return the largest of values [n] over all ranks, -inf of none. Collective."""
         mine = np.array([values.max(initial=-math.inf)], dtype=np.float64)
         return float(self.reduce(mine, "max")[0])
+
+    def count(self, mask: npt.NDArray[np.bool_]) -> int:
+        """Return how many of a mask [n] are true over all ranks. Collective."""
+        return int(self.reduce(np.array([np.count_nonzero(mask)]), "sum")[0])
 
     def joined(self, other: Slices) -> Slices:
         """Return both, these first. Local."""

@@ -14,10 +14,10 @@ from distcl.priority.lanes import LaneGroup, LaneSampler
 from distcl.priority.scoring import Scorer
 from distcl.priority.shaping import Sums, Weights
 from distcl.priority.slices import Dealer, Slices
-from distcl.priority.weights import RoundWeights, Shape, as_array, as_tensor, weigh
+from distcl.priority.weights import RoundWeights, Shape, weigh
 from distcl.priority.windows import Part
 from distcl.runtime import Runtime
-from distcl.types import Ids, Source
+from distcl.types import Ids, Source, as_array, as_tensor
 
 
 class Streamed:

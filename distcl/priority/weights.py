@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +16,7 @@ from distcl.errors import ConfigError
 from distcl.priority.shaping import WHOLE, Sums, Weights, ess_fraction, shape_weights, top_share
 from distcl.priority.slices import Slices
 from distcl.priority.windows import Part
-from distcl.types import Batch, Ids, PrioritySignal
+from distcl.types import Batch, Ids, PrioritySignal, as_array, as_tensor
 
 
 @dataclass
@@ -88,16 +87,20 @@ class Shape:
 
     def priorities(self, scores: Weights) -> Weights:
         """Return max(score, min_score)^alpha, [N]: what is reported."""
-        clamped: Weights = np.maximum(scores, self.config.min_score) ** self.alpha
+        clamped: Weights = np.maximum(scores, self.config.min_score)
+        clamped **= self.alpha
         return clamped
 
-    def weights(self, scores: Weights, ids: Ids, over: Sums = WHOLE) -> Weights:
+    def weights(
+        self, scores: Weights, ids: Ids, over: Sums = WHOLE, overwrite: bool = False
+    ) -> Weights:
         """Return the weights [N] of scores [N]: alpha, cap, min_ess, floor, in that order.
 
-        Collective if ``over`` is.
+        Collective if ``over`` is. ``overwrite``: the scores need not stay.
         """
         c = self.config
-        return shape_weights(scores, self.alpha, c.cap, c.min_ess, c.floor, ids, c.min_score, over)
+        shaped = c.cap, c.min_ess, c.floor
+        return shape_weights(scores, self.alpha, *shaped, ids, c.min_score, over, overwrite)
 
 
 def weigh(
@@ -112,6 +115,8 @@ def weigh(
 ) -> RoundWeights:
     """Score what is given and shape the scores into weights; collective if ``score`` is.
 
+    ``score`` returns a new array, which is overwritten.
+
     ``over`` sums what belongs to current data, and to history: of each, the ids may be this rank's.
 
     Under ``priority.target = "union"`` both are shaped together, so that they share one
@@ -125,17 +130,25 @@ def weigh(
         if ids is not None and sums.number(ids)
     ]
     scores = [score(ids) for ids, _ in wanted]
+    if report:
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
+            stats = [
+                statistics(shape.priorities(raw), sums)
+                for raw, (_, sums) in zip(scores, wanted, strict=True)
+            ]
     if shape.config.target == "union" and len(wanted) == 2:
-        ids = np.concatenate([ids for ids, _ in wanted])
-        both = shape.weights(np.concatenate(scores), ids, joined(*over))
-        parts = np.split(both, [len(wanted[0][0])])
+        ids, sizes = np.concatenate([ids for ids, _ in wanted]), [len(raw) for raw in scores]
+        scores = [np.concatenate(scores)]
+        both = shape.weights(scores.pop(), ids, joined(*over), overwrite=True)
+        parts = np.split(both, sizes[:1])
     else:
-        pairs = zip(scores, wanted, strict=True)
-        parts = [shape.weights(raw, ids, sums) for raw, (ids, sums) in pairs]
-    for (ids, sums), raw, weights in zip(wanted, scores, parts, strict=True):
+        parts = [shape.weights(scores.pop(0), *of, overwrite=True) for of in wanted]
+    for k, ((ids, sums), weights) in enumerate(zip(wanted, parts, strict=True)):
         if report:
-            name = "cur" if ids is current else "hist"
-            result.report[name] = statistics(shape.priorities(raw), weights, sums)
+            result.report["cur" if ids is current else "hist"] = stats[k] | {
+                "ess_fraction": ess_fraction(weights, sums),
+                "top_share": top_share(weights, over=sums),
+            }
         if ids is current:
             result.current = weights
         else:
@@ -150,25 +163,17 @@ def joined(first: Sums, second: Sums) -> Sums:
     return WHOLE
 
 
-def statistics(priority: Weights, weights: Weights, over: Sums) -> dict[str, float]:
-    """Return n, min, mean, max, std of priorities [N], and two figures of the weights.
-
-    ``ess_fraction``: their effective sample size as a share of N; ``top_share``: the part of their
-    mass that the largest 1 % has.
+def statistics(priority: Weights, over: Sums) -> dict[str, float]:
+    """Return n, min, mean, max, std of priorities [N], which are overwritten.
 
     Collective if ``over`` is.
     """
     n = over.number(priority)
-    mean = over.total(priority) / n
-    return {
-        "n": n,
-        "min": -over.largest(-priority),
-        "mean": mean,
-        "max": over.largest(priority),
-        "std": math.sqrt(over.total(np.square(priority - mean)) / n),
-        "ess_fraction": ess_fraction(weights, over),
-        "top_share": top_share(weights, over=over),
-    }
+    mean, largest = over.total(priority) / n, over.largest(priority)
+    smallest = -over.largest(np.negative(priority, out=priority))
+    priority += mean  # they are negative now: the squares are the same
+    variance = over.total(np.square(priority, out=priority)) / n
+    return {"n": n, "min": smallest, "mean": mean, "max": largest, "std": math.sqrt(variance)}
 
 
 class Correction:
@@ -268,13 +273,3 @@ def check_priority(config: Config, signal: PrioritySignal, takes_history: bool) 
             f"priority.correction = {p.correction}",
             f"{other}, whose draws have no probabilities of their own",
         )
-
-
-def as_tensor(array: npt.NDArray[Any] | None) -> torch.Tensor | None:
-    """Return an array as a tensor over the same memory; None stays None."""
-    return None if array is None else torch.from_numpy(array)
-
-
-def as_array(tensor: torch.Tensor | None) -> Any:
-    """Return what :func:`as_tensor` was given."""
-    return None if tensor is None else tensor.numpy()

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from distcl.errors import UsageError
 from distcl.priority import draws, shaping
 from distcl.priority.sampler import DRAWS, Group, part_of
-from distcl.types import Ids
+from distcl.types import Ids, as_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +205,8 @@ def apportion(total: int, shares: Sequence[int]) -> list[int]:
 
 
 def _packed(group: Part) -> dict[str, Any]:
-    weights = None if group.weights is None else torch.from_numpy(group.weights)
-    return {"ids": torch.from_numpy(group.ids), "weights": weights, "draws": group.draws}
+    weights = as_tensor(group.weights)
+    return {"ids": as_tensor(group.ids), "weights": weights, "draws": group.draws}
 
 
 def _unpacked(packed: dict[str, Any]) -> Part:

@@ -64,14 +64,19 @@ class StepResult:
 class Round:
     """What a round trains on, for methods that look ahead.
 
-    ids: its training samples [N]; history: the ids held as it begins [H]; kept: those that will be
-    held after it. All are readable from ``source``.
+    ids: its training samples [N]; history: the ids held as it begins [H]; after: what will be held
+    once some ids were added. All are readable from ``source``.
     """
 
     source: Source
     ids: Ids
     history: Ids
-    kept: Ids
+    after: Callable[[Ids], Ids]
+
+    @property
+    def kept(self) -> Ids:
+        """The ids that will be held after it, worked out anew each time, while it lasts."""
+        return self.after(self.ids)
 
 
 class Updater:

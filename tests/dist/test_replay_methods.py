@@ -59,7 +59,8 @@ def _plan(experiences: list[Experience], mixed: bool) -> Iterator[tuple[Round, S
             (rng.choice(pool, cur), rng.choice(past, hist) if len(past) else past)
             for cur, hist in SIZES
         ]
-        yield Round(None, ids, past, history.after(ids)), steps
+        kept = history.after(ids)
+        yield Round(None, ids, past, lambda _, kept=kept: kept), steps
         history.add(ids)
 
 
@@ -81,7 +82,7 @@ def _distributed(case: str, restart: bool) -> dict[str, Any]:
         return type(batch)(batch.ids, batch.x, batch.y, len(ids))
 
     for number, (plan, steps) in enumerate(_plan(stream.experiences, "mixed" in case)):
-        updater.begin_round(Round(stream, plan.ids, plan.history, plan.kept))
+        updater.begin_round(Round(stream, plan.ids, plan.history, plan.after))
         updater.cl_preprocessing()
         for k, (current, past) in enumerate(steps):
             if restart and number == 1 and k == 2:
@@ -89,7 +90,7 @@ def _distributed(case: str, restart: bool) -> dict[str, Any]:
                 torch.save(updater.state_dict(), file)
                 file.seek(0)
                 updater = create_updater(case.split()[0], updater.setup)
-                updater.begin_round(Round(stream, plan.ids, plan.history, plan.kept))
+                updater.begin_round(Round(stream, plan.ids, plan.history, plan.after))
                 updater.load_state_dict(torch.load(file, weights_only=True))
             updater.update_pre_fwd_bwd()
             updater.fwd_bwd(read(current), read(past) if len(past) else None)

@@ -8,7 +8,7 @@ from scipy.stats import chi2, chisquare
 from distcl.data.history import CopyingStream, History
 from distcl.errors import DataError
 from distcl.priority.cache import LossCache
-from distcl.types import Batch, DataSpec, Experience, pack_ids, unpack_ids
+from distcl.types import Batch, DataSpec, Experience, frozen, pack_ids, unpack_ids
 
 
 def test_history_keeps_ids_in_order_and_once():
@@ -27,8 +27,19 @@ def test_what_history_hands_out_is_not_what_it_keeps():
     given = pack_ids(0, [1, 2])
     history.add(given)
     given[0] = 7
-    history.ids()[1] = 8
+    with pytest.raises(ValueError, match="read-only"):
+        history.ids()[1] = 8
     assert history.ids().tolist() == [1, 2]
+
+
+def test_history_shares_ids_that_cannot_change():
+    given = frozen(pack_ids(0, np.arange(1000)[::-1]))
+    history = History()
+    assert np.shares_memory(history.after(given), given)
+    history.add(given)
+    assert np.shares_memory(history.ids(), given)
+    history.add(frozen(pack_ids(1, [5, 4, 5])))
+    assert history.ids()[1000:].tolist() == pack_ids(1, [5, 4]).tolist()
 
 
 def test_history_survives_a_weights_only_checkpoint(tmp_path):

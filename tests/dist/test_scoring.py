@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import distcl.runtime
 from distcl import Anchor, Batch, DistributedWeightedSampler, Runtime, compute_sample_priorities
 from distcl.errors import ConfigError, DivergenceError
 from distcl.inference import ShardedForward
@@ -167,3 +168,20 @@ def test_a_loss_that_is_not_finite_while_scoring_is_a_divergence() -> None:
 def test_a_signal_without_the_protocol_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="signal 'builtins:dict' has no 'needs_anchor'"):
         create_signal("builtins:dict")
+
+
+def _gathered_in_pieces(n: int, each: int) -> list[Any]:
+    runtime = Runtime()
+    distcl.runtime._GATHERED = 3
+    rows = torch.arange(2 * n).reshape(n, 2)
+    mine = rows[runtime.rank * each : (runtime.rank + 1) * each]
+    gathered = runtime.all_gather(mine, n, each).tolist()
+    runtime.close()
+    return gathered
+
+
+@pytest.mark.parametrize(("n", "each"), [(17, 6), (17, 8), (8, 7), (5, 9), (9, 3)])
+def test_what_is_gathered_in_pieces_is_in_order(n, each):
+    """Ranks with all of their rows, with some, and with none."""
+    for found in run_ranks(3, _gathered_in_pieces, n, each):
+        assert found == torch.arange(2 * n).reshape(n, 2).tolist()

@@ -106,7 +106,6 @@ def train(folder: Path, access: str) -> None:
         "training.pretrain_epochs=0",
         "training.eval_batch_size=512",
         "continual_learning.importance_weighting=true",
-        "priority.signal=loss",
         "checkpoint.every_round=false",
         "run.report=false",
     ]

@@ -17,6 +17,8 @@ import torch
 from distcl.runtime import Runtime
 from distcl.types import Ids, as_tensor
 
+_BLOCK = 1 << 16
+
 
 def fingerprint(slices: Mapping[str, torch.Tensor], runtime: Runtime) -> int:
     """Return a 64-bit checksum of weights from the slices of all ranks, exact in every bit.
@@ -50,27 +52,39 @@ class LossCache:
         self._tables.clear()
 
     def put(self, weights: int, ids: Ids, losses: torch.Tensor) -> None:
-        """Add losses [N] of ``ids`` under the weights with that fingerprint."""
+        """Add losses [N] of ``ids`` under the weights with that fingerprint.
+
+        ``ids`` are not copied, and must stay as they are. Losses that are there already stay.
+        """
         if weights in self._tables:
+            fresh = np.flatnonzero(~self.get(weights, ids)[0].numpy())
             old_ids, old_losses = self._tables.pop(weights)
-            ids = np.concatenate([old_ids, ids])
+            ids = np.concatenate([old_ids, ids[fresh]])
+            losses = losses[torch.from_numpy(fresh).to(losses.device)]
             losses = torch.cat([old_losses.to(losses), losses])
-        if not (ids[1:] > ids[:-1]).all():
-            ids, first = np.unique(ids, return_index=True)
-            losses = losses[torch.from_numpy(first).to(losses.device)]
         self._tables[weights] = ids, losses
         while len(self._tables) > 2:
             del self._tables[next(iter(self._tables))]
 
     def get(self, weights: int, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (known bool [N], losses [N], 0 where unknown) under those weights."""
-        known_ids, losses = self._tables.get(weights, (np.empty(0, dtype=np.int64), torch.empty(0)))
-        if len(known_ids) == 0:
+        held, losses = self._tables.get(weights, (np.empty(0, dtype=np.int64), torch.empty(0)))
+        if len(held) == 0:
             return torch.zeros(len(ids), dtype=torch.bool), losses.new_zeros(len(ids))
-        at = np.searchsorted(known_ids, ids).clip(max=len(known_ids) - 1)
-        known = torch.from_numpy(known_ids[at] == ids)
-        found = losses[torch.from_numpy(at).to(losses.device)]
-        return known, torch.where(known.to(found.device), found, 0.0)
+        if np.array_equal(held, ids):  # the usual case, at no memory
+            return torch.ones(len(ids), dtype=torch.bool), losses.clone()
+        order = None if (held[1:] > held[:-1]).all() else np.argsort(held, kind="stable")
+        known = torch.empty(len(ids), dtype=torch.bool)
+        found = losses.new_empty(len(ids))
+        for start in range(0, len(ids), _BLOCK):
+            block = ids[start : start + _BLOCK]
+            at = np.searchsorted(held, block, sorter=order).clip(max=len(held) - 1)
+            at = at if order is None else order[at]
+            there = torch.from_numpy(held[at] == block)
+            known[start : start + _BLOCK] = there
+            rows = torch.from_numpy(at).to(losses.device)
+            found[start : start + _BLOCK] = torch.where(there.to(losses.device), losses[rows], 0.0)
+        return known, found
 
     def drop(self, ids: Ids) -> None:
         """Forget the losses of ``ids`` [M]; ids not held are passed over."""

@@ -165,3 +165,23 @@ def test_losses_of_samples_let_go_leave_the_cache():
         known, losses = cache.get(weights, np.array([2, 3, 8]))
         assert known.tolist() == [True, False, True]
         assert losses.tolist() == [2.0 + weights, 0.0, 8.0 + weights]
+
+
+def test_the_loss_cache_is_a_dictionary_of_two_sets_of_weights():
+    rng, cache = np.random.default_rng(0), LossCache()
+    expected: dict[int, dict[int, float]] = {}
+    for weights in (1, 1, 2, 2, 3, 2):  # with 3, that of 1 is dropped
+        ids = rng.permutation(300)[: rng.integers(1, 200)]
+        losses = torch.from_numpy(rng.random(len(ids)))
+        cache.put(weights, ids, losses)
+        table = expected.setdefault(weights, {})
+        for i, loss in zip(ids.tolist(), losses.tolist(), strict=True):
+            table.setdefault(i, loss)
+    del expected[1]
+    assert len(cache) == sum(map(len, expected.values()))
+    for weights in (1, 2, 3):
+        table = expected.get(weights, {})
+        for asked in (ids, rng.permutation(300), np.arange(0), np.array(sorted(table), np.int64)):
+            known, losses = cache.get(weights, asked)
+            assert known.tolist() == [i in table for i in asked.tolist()]
+            assert losses.tolist() == [table.get(i, 0.0) for i in asked.tolist()]

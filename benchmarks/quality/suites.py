@@ -104,6 +104,7 @@ _PROMISED_ARMS = {
 }
 _PROMISED_AGAINST = {"recommended, history mixed in": "off, history mixed in"}
 _METHODS = {
+    "er, 200 stored": (True, ("continual_learning.buffer_size=200",)),
     "er, 500 stored": (True, ("continual_learning.buffer_size=500",)),
     "der, 5000 stored": (
         True,
@@ -161,12 +162,12 @@ SUITES = {
     ),
     "promised_10": Suite(
         "The promised run, 10 tasks",
-        "As before, with 10 tasks, so that the last has gone through ten affine maps; 3 seeds.",
+        "As before, with 10 tasks, so that the last has gone through ten affine maps.",
         (
             Study(
                 "affine, 10 tasks",
                 _PROMISED_ARMS,
-                FIVE[:3],
+                FIVE,
                 (*_EWC, *EWC_RATES[EWC_CHOSEN], "stream.experiences=10"),
                 _PROMISED_AGAINST,
             ),
@@ -219,18 +220,29 @@ SUITES = {
     ),
     "breadth": Suite(
         "Breadth: other methods",
-        "Rotated, 3 seeds, 200 steps a task, no claims of significance. Methods without a history "
-        "leave the recommended recipe nothing to weigh. With 500 stored samples a round replays "
-        "each 20 times, more than priority.max_replay, so the recommended recipe draws uniformly.",
+        "5 seeds, 200 steps a task, one learning rate for all, no claims of significance. Methods "
+        "without a history leave the recommended recipe nothing to weigh. With 200 or 500 stored "
+        "samples a round replays each 50 or 20 times, more than priority.max_replay, so the "
+        "recommended recipe draws uniformly. none: the first task is learned, and no other.",
         tuple(
             Study(
-                f"rotated, {name}",
+                f"{stream}, {name}",
                 {"uniform": UNIFORM, "published": PUBLISHED}
                 | ({"recommended": recommended()} if replays else {}),
-                FIVE[:3],
-                (*STREAMS["rotated"], "optimizer.lr=0.2", *keys),
+                FIVE,
+                (*STREAMS[stream], "optimizer.lr=0.2", *keys),
             )
+            for stream in ("rotated", "permuted")
             for name, (replays, keys) in _METHODS.items()
+        )
+        + tuple(
+            Study(
+                f"{stream}, none",
+                {"no rounds": ("continual_learning.update_mode=none",)},
+                FIVE,
+                (*STREAMS[stream], "optimizer.lr=0.2"),
+            )
+            for stream in ("rotated", "permuted")
         ),
     ),
 }

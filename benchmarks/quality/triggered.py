@@ -83,7 +83,7 @@ def measure(grid: Grid) -> dict[str, Any]:
                     "stream": stream,
                     "arm": name,
                     "seed": seed,
-                    "in_use": 1 - _error(out / "metrics.jsonl"),
+                    "in_use": right_in_use(out / "metrics.jsonl"),
                     "rounds": len(summary["rounds"]),
                     "units": summary["compute"]["units"],
                 }
@@ -92,16 +92,16 @@ def measure(grid: Grid) -> dict[str, Any]:
     return {"suite": "triggered", "runs": rows}
 
 
-def _error(log: Path) -> float:
-    """Return the share of the watched samples that were wrong."""
+def right_in_use(log: Path) -> float:
+    """Return the share of the watched samples that were right, from a run's metrics.jsonl."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     watched = [line for line in lines if "monitor/error" in line]
-    begins = [SIZE // 2, *(line["position"] for line in watched)]
+    ends = [SIZE // 2, *(line["position"] for line in watched)]
     wrong = sum(
-        line["monitor/error"] * (line["position"] - begin)
-        for line, begin in zip(watched, begins, strict=False)
+        line["monitor/error"] * (end - begin)
+        for line, begin, end in zip(watched, ends, ends[1:], strict=False)
     )
-    return float(wrong / (begins[-1] - begins[0]))
+    return float(1 - wrong / (ends[-1] - ends[0]))
 
 
 def table(found: dict[str, Any]) -> str:

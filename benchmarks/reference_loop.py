@@ -1,12 +1,13 @@
 """The published single-process loop, written out plainly: what distcl is measured against.
 
-    python benchmarks/reference_loop.py TASKS.npz [--epochs 3] [--per-sample] [--seed 0]
+    python benchmarks/reference_loop.py TASKS.npz [--model MODEL] [--epochs 3] [--per-sample]
 
 The structure is that of the method's published code: one process; a DataLoader of (image, label)
 pairs; before each task two ``functional_call`` passes, under the weights and under theta_star, over
 the data in order; the differences as a list of floats into a WeightedRandomSampler; the EWC penalty
-added to the loss parameter by parameter, each term read back by ``.item()``. The model is distcl's
-``cnn``; arithmetic, batches, learning rate and penalty are those of the job it is compared with.
+added to the loss parameter by parameter, each term read back by ``.item()``. The model is one of
+distcl's, ``[model]`` as JSON; arithmetic, batches, learning rate and penalty are those of the job
+that it is compared with.
 
 TASKS.npz (``distcl bench peers`` writes one): x float32 [T·N, 1, 28, 28], y int64 [T·N], tasks one
 after another, x_test and y_test alike; raw float32 [N', 1, 28, 28], images before any drift, for
@@ -32,7 +33,7 @@ from distcl.config import ModelConfig
 from distcl.models import create_model
 from distcl.types import DataSpec
 
-CHANNELS = (16, 32, 64)
+MODEL = '{"name": "cnn", "options": {"channels": [16, 32, 64]}}'
 BATCH = 64
 SCORE_BATCH = 64  # scored through the same loader as trained
 LR = 0.05
@@ -107,10 +108,10 @@ def evaluate(model, dataset):
     return right / len(dataset)
 
 
-def train(tasks, tests, epochs, seed):
+def train(tasks, tests, model, epochs, seed):
     """Train on one task after another; return (seconds, average accuracy at the end)."""
     spec = DataSpec((1, 28, 28), 10)
-    model = create_model(ModelConfig(name="cnn", options={"channels": CHANNELS}), spec, seed)
+    model = create_model(ModelConfig.model_validate_json(model), spec, seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     theta_star = {name: p.detach().clone() for name, p in model.named_parameters()}
     fisher = None
@@ -145,6 +146,7 @@ def train(tasks, tests, epochs, seed):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--per-sample", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -159,7 +161,7 @@ def main() -> None:
     for task, (x, y) in enumerate(zip(data["x"].chunk(count), data["y"].chunk(count), strict=True)):
         raw = data["raw"][: len(x)]
         tasks.append(Drifting(raw, y, affine(task)) if given.per_sample else TensorDataset(x, y))
-    seconds, accuracy = train(tasks, tests, given.epochs, given.seed)
+    seconds, accuracy = train(tasks, tests, given.model, given.epochs, given.seed)
     print(json.dumps({"seconds": seconds, "accuracy": accuracy}))
 
 

@@ -77,7 +77,7 @@ _TABLE = (
     ("detector", "kswin", "distcl.detectors:kswin", "Kolmogorov-Smirnov windowing"),
     ("detector", "page_hinkley", "distcl.detectors:page_hinkley", "Page-Hinkley test"),
     ("detector", "ensemble", "distcl.detectors:ensemble", "a vote among several detectors"),
-    ("source", "digits", "distcl.data.arrays:digits", "scikit-learn's 1,797 handwritten digits"),
+    ("source", "digits", "distcl.data.arrays:digits", "1,797 handwritten digits"),
     ("source", "arrays", "distcl.data.arrays:arrays", "x and y from .npz or .npy files"),
     ("source", "mnist", "distcl.data.idx:mnist", "MNIST and its like: IDX files, or an .npz"),
     ("source", "cifar10", "distcl.data.cifar:cifar10", "CIFAR-10, binary version"),

@@ -17,6 +17,7 @@ from torch import nn
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.errors import DistclError, Preempted, UsageError
 from distcl.failure import Cause, FailureRelay
+from distcl.footprint import keep_freed_memory
 from distcl.launchers import adopt
 from distcl.peers import first_line, introduce
 from distcl.strategies import MakeOptimizer, create_strategy
@@ -100,6 +101,8 @@ class Runtime:
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if self.world_size != started:
             raise UsageError(
                 f"{started} processes were started but they see {self.world_size}; "

@@ -6,7 +6,6 @@ import ctypes
 import importlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from distcl.errors import UsageError
 
@@ -29,16 +30,19 @@ CPU: Clock = time.process_time
 def seconds_of(*works: Work, repeats: int = 5, warmup: int = 1, clock: Clock = WALL) -> list[float]:
     """Return the median seconds of each work. They take turns, A B A B, so that noise meets all.
 
-    The first ``warmup`` turns of each are not counted.
+    What a work took is first divided by the mean of its turn: a machine whose speed changes from
+    turn to turn changes no ratio. The first ``warmup`` turns of each are not counted.
     """
-    times: list[list[float]] = [[] for _ in works]
-    for turn in range(warmup + repeats):
-        for work, mine in zip(works, times, strict=True):
+    times = np.empty((warmup + repeats, len(works)))
+    for turn in times:
+        for k, work in enumerate(works):
             begun = clock()
             work()
-            if turn >= warmup:
-                mine.append(clock() - begun)
-    return [statistics.median(mine) for mine in times]
+            turn[k] = clock() - begun
+    times = times[warmup:]
+    turns = times.mean(axis=1, keepdims=True)
+    found: list[float] = (np.median(times / turns, axis=0) * np.median(turns)).tolist()
+    return found
 
 
 def resident() -> int:
@@ -62,16 +66,11 @@ def _status(key: str) -> int:
     raise KeyError(key)
 
 
-KEEPS = {"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "33554432"}
-"""The C library keeps freed memory: else there are up to thousands of page faults a step."""
-
-
-def on_ranks(world: int, work: str, *args: Any, keeps: bool = False) -> Any:
+def on_ranks(world: int, work: str, *args: Any) -> Any:
     """Return what rank 0 returns of ``work(*args)``, run by ``world`` processes of one thread each.
 
-    ``work`` is ``package.module:function``; arguments and result are plain JSON values. ``keeps``:
-    memory that is freed stays with the process; see ``KEEPS``. Raises UsageError with the
-    processes' last words if they fail.
+    ``work`` is ``package.module:function``; arguments and result are plain JSON values. Raises
+    UsageError with the processes' last words if they fail.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
@@ -82,7 +81,7 @@ def on_ranks(world: int, work: str, *args: Any, keeps: bool = False) -> Any:
         command += ["distcl.bench.measure", work, json.dumps(args)]
         done = subprocess.run(
             [*command, str(out)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(KEEPS if keeps else {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

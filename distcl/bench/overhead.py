@@ -35,10 +35,10 @@ CONFIG = Path(__file__).parents[2] / "configs" / "digits.toml"
 def measure(quick: bool) -> list[Row]:
     """Train a small convolutional net, 20 steps at a time; then rounds of 10 epochs."""
     repeats = 3 if quick else 4
-    one = on_ranks(1, METHODS, repeats, not quick, keeps=True)
+    one = on_ranks(1, METHODS, repeats, not quick)
     rows = [_step("1 rank", one, "CPU s"), _tiny(one)]
     if not quick:
-        rows.append(_step("2 ranks, DDP", on_ranks(2, METHODS, repeats, False, keeps=True), "s"))
+        rows.append(_step("2 ranks, DDP", on_ranks(2, METHODS, repeats, False), "s"))
         plain, unit = one["base"], "CPU s, of the plain step"
         rows.append(compared("step of ewc_online", one["ewc_online"], plain, unit, "<= 1.05"))
         unit = "CPU s, of two plain steps on both batches"
@@ -46,7 +46,7 @@ def measure(quick: bool) -> list[Row]:
         model = plain + one["kfac arithmetic"]
         unit = "CPU s, of the plain step + its matrix products"
         rows.append(compared("step of kfac_online", one["kfac_online"], model, unit, "<= 1.1"))
-    found = on_ranks(1, ROUNDS, 2, keeps=True)
+    found = on_ranks(1, ROUNDS, 2)
     unit = "CPU s, of the same, uniform"
     rows.append(
         compared("round of 10 epochs, by priority", found["on"], found["off"], unit, "<= 1.15")

@@ -34,7 +34,7 @@ def measure(quick: bool) -> list[Row]:
     for world in (1,) if quick else (1, 2):
         for name, (model, target) in MODELS.items():
             number = 40 if name != "perceptron" else 200
-            ours, theirs = on_ranks(world, STEPS, model, number, 3 if quick else 7, keeps=True)
+            ours, theirs = on_ranks(world, STEPS, model, number, 3 if quick else 7)
             unit = f"{'CPU ' if world == 1 else ''}ms a step, of uniform replay"
             title = f"recipe, {name}, {world} rank{'s' * (world > 1)}"
             rows.append(compared(title, 1e3 * ours, 1e3 * theirs, unit, target))

@@ -52,7 +52,8 @@ def trainer_of(
 def steps_of(trainer: ContinuousTrainer, steps: int) -> Work:
     """Return the work of ``steps`` steps on the first experience, drawn uniformly.
 
-    Updaters that take history batches get them, of the second experience.
+    They are not the first of a round, whose operations are counted. Updaters that take history
+    batches get them, of the second experience.
     """
     parts, number = trainer.parts, 0
     first, second = parts.stream.experiences
@@ -63,6 +64,7 @@ def steps_of(trainer: ContinuousTrainer, steps: int) -> Work:
         nonlocal number
         number += 1
         parts.feed.rebuild(number, first.train, past, RoundWeights(), history)
-        trainer.loop.run(Stage(number, "bench", first, steps), "bench")
+        stage = Stage(number, "bench", first, steps, report={"flops": None})
+        trainer.loop.run(stage, "bench")
 
     return train

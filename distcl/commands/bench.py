@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -44,8 +45,9 @@ def bench(
     console = Console(width=None if terminal.is_terminal else _PIPED)
     rows: list[Row] = []
     for name in chosen(names):
+        begun = time.perf_counter()
         found = measure(name, quick)
-        console.print(_table(found), "")
+        console.print(_table(found), f"{name}: {time.perf_counter() - begun:.0f} s\n")
         rows += found
         if file is not None:
             text = json.dumps([row.as_json() for row in rows], indent=1)

@@ -50,7 +50,11 @@ class ContinualLearningConfig(Section):
     )
     ewc_lambda: float = Field(100.0, ge=0, description="strength of the EWC penalty")
     ewc_ema_decay: float = Field(
-        0.9, ge=0, lt=1, description="share of the old Fisher that a commit keeps"
+        0.9, ge=0, lt=1, description="share d of the old Fisher that a commit keeps"
+    )
+    ewc_fisher: Literal["mean", "sum"] = Field(
+        "mean",
+        description="mean: old and new Fisher weigh d and 1 - d; sum: d and 1, so rounds add up",
     )
     ewc_step: Literal["damped", "explicit"] = Field(
         "damped", description="damped: stable at any lambda; explicit: as published"

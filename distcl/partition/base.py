@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from distcl.runtime import Runtime
 
@@ -146,10 +145,13 @@ class ShardedPartition(Partition, Protocol):
 
 def create_partition(runtime: Runtime, model: nn.Module) -> Partition:
     """Return the partition that fits how ``model`` was prepared. Local, but for ZeRO-3."""
-    if isinstance(model, FSDPModule):
-        from distcl.partition.fsdp2 import FullySharded
+    if "torch.distributed.fsdp" in sys.modules:  # which takes a second to import
+        from torch.distributed.fsdp import FSDPModule
 
-        return FullySharded(runtime, model)
+        if isinstance(model, FSDPModule):
+            from distcl.partition.fsdp2 import FullySharded
+
+            return FullySharded(runtime, model)
     if "deepspeed" in sys.modules:
         from deepspeed import DeepSpeedEngine
 

@@ -22,9 +22,9 @@ from distcl.updaters.quadratic import add_pull
 class EWCOnline(Updater):
     """``ewc_online``: F <- d·F + (1-d)·F_new at every commit, d = ``ewc_ema_decay``.
 
-    The first commit takes F_new whole. F_new comes from one uniform pass over at most
-    ``fisher_samples`` training samples of the round, never from training batches (their draws may
-    be prioritized) and never from evaluation.
+    ``ewc_fisher = "sum"``: F <- d·F + F_new instead. The first commit takes F_new whole. F_new
+    comes from one uniform pass over at most ``fisher_samples`` training samples of the round, never
+    from training batches (their draws may be prioritized) and never from evaluation.
     """
 
     sliced = ("fisher",)
@@ -60,10 +60,11 @@ class EWCOnline(Updater):
             source,
             ids,
         )
-        decay = self.config.ewc_ema_decay if self.commits else 0.0
+        old_share = self.config.ewc_ema_decay
+        new_share = 1 - old_share if self.config.ewc_fisher == "mean" else 1.0
         for name, value in new.items():
             old = self.fisher.get(name)
-            self.fisher[name] = value if old is None else decay * old + (1 - decay) * value
+            self.fisher[name] = value if old is None else old_share * old + new_share * value
         self.commits += 1
 
     def state_dict(self) -> dict[str, Any]:

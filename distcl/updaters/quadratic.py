@@ -20,11 +20,14 @@ def add_pull(
     the same penalty, stable at any scale. Call it between backward and the optimizer's step.
     """
     lr = updater.setup.optimizer.param_groups[0]["lr"]
-    pull: dict[str, torch.Tensor] = {}
+    weights = updater.partition.trainable()
+    anchors = [updater.theta_star[name].to(w.device) for name, w in weights.items()]
     with torch.no_grad():
-        for name, w in updater.partition.trainable().items():
-            k = scale * curvature[name]
-            if step == "damped":
-                k = k / (1 + lr * k)
-            pull[name] = k * (w - updater.theta_star[name].to(w.device))
-    updater.partition.add_grad_(pull)
+        k = torch._foreach_mul([curvature[name] for name in weights], scale)
+        if step == "damped":
+            damping = torch._foreach_mul(k, lr)
+            torch._foreach_add_(damping, 1)
+            torch._foreach_div_(k, damping)
+        pull = torch._foreach_sub(list(weights.values()), anchors)
+        torch._foreach_mul_(pull, k)
+    updater.partition.add_grad_(dict(zip(weights, pull, strict=True)))

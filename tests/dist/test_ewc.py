@@ -26,9 +26,10 @@ KEYS = (
 )
 
 
-def _penalty(step: str, out: Path) -> dict[str, Any]:
+def _penalty(step: str, fisher: str, out: Path) -> dict[str, Any]:
     """Commit on two experiences, move the weights, and return the penalty's gradient."""
-    config = small(*KEYS, f'continual_learning.ewc_step="{step}"')
+    keys = (f"continual_learning.ewc_step={step}", f"continual_learning.ewc_fisher={fisher}")
+    config = small(*KEYS, *keys)
     runtime = Runtime(config.run, config.parallel)
     stream = create_stream(config.stream, config.run.seed)
     parts = assemble(config, runtime, stream, out)
@@ -45,7 +46,7 @@ def _penalty(step: str, out: Path) -> dict[str, Any]:
     }
 
 
-def _dense(step: str) -> dict[str, np.ndarray]:
+def _dense(step: str, new_share: float) -> dict[str, np.ndarray]:
     """c·(w - w*), F of the two experiences sample by sample: mean of squared gradients."""
     config = small(*KEYS)
     stream = create_stream(config.stream, config.run.seed)
@@ -62,19 +63,22 @@ def _dense(step: str) -> dict[str, np.ndarray]:
         fishers.append(total)
     result = {}
     for n, p in model.named_parameters():
-        c = LAMBDA * (DECAY * fishers[0][n] + (1 - DECAY) * fishers[1][n])
+        c = LAMBDA * (DECAY * fishers[0][n] + new_share * fishers[1][n])
         c = c / (1 + LR * c) if step == "damped" else c
         result[n] = (c * (1.3 * p - p)).detach().numpy()
     return result
 
 
-@pytest.mark.parametrize(("step", "world"), [("damped", 2), ("explicit", 2), ("damped", 3)])
+@pytest.mark.parametrize(
+    ("step", "fisher", "world"),
+    [("damped", "mean", 2), ("explicit", "sum", 2), ("damped", "sum", 3), ("damped", "mean", 1)],
+)
 def test_the_penalty_equals_the_dense_formula_and_fisher_is_cut_over_ranks(
-    step: str, world: int, tmp_path: Path
+    step: str, fisher: str, world: int, tmp_path: Path
 ) -> None:
-    expected = _dense(step)
+    expected = _dense(step, 1 - DECAY if fisher == "mean" else 1.0)
     total = sum(v.size for v in expected.values())
-    results = run_ranks(world, _penalty, step, tmp_path)
+    results = run_ranks(world, _penalty, step, fisher, tmp_path)
     for result in results:
         for name, value in expected.items():
             np.testing.assert_allclose(result["grad"][name], value, rtol=0, atol=1e-10)

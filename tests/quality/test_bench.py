@@ -46,17 +46,17 @@ def test_the_anchor_takes_its_share_of_the_model() -> None:
 
 @pytest.mark.timeout(300)
 def test_scoring_and_steps_cost_little_more_than_the_plainest_code() -> None:
-    found = on_ranks(1, PASSES, 1024, 3, keeps=True)
+    found = on_ranks(1, PASSES, 1024, 3)
     assert found["seen"] < 1.3 * found["once"]
     assert found["new"] < 1.2 * found["twice"]
-    found = on_ranks(1, METHODS, 2, False, keeps=True)
+    found = on_ranks(1, METHODS, 2, False)
     assert found["ours"] < 1.25 * found["theirs"]
     assert found["tiny"] - found["tiny bare"] < 2e-3
 
 
 @pytest.mark.timeout(120)
 def test_the_recipe_costs_little_more_than_uniform_replay() -> None:
-    ours, theirs = on_ranks(1, STEPS, MODELS["perceptron"][0], 100, 3, keeps=True)
+    ours, theirs = on_ranks(1, STEPS, MODELS["perceptron"][0], 100, 3)
     assert ours < 1.25 * theirs
 
 

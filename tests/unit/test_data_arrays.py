@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from distcl.config import StreamConfig
 from distcl.data.arrays import MAX_CLASSES, ArraySource, arrays, digits
@@ -44,12 +45,10 @@ def test_digits_are_all_there_scaled_and_split_by_class():
     assert len(train) + len(test) == 1797
     both = torch.cat([batch.x for batch in everything])
     assert both.min() == 0 and both.max() == 1
-    from sklearn.datasets import load_digits
-
+    labels = torch.cat([batch.y for batch in everything]).numpy()
     x, y = load_digits(return_X_y=True)
-    assert sorted(map(bytes, both.flatten(1).numpy())) == sorted(
-        map(bytes, (x / 16).astype(np.float32))
-    )
+    ours = zip(map(bytes, both.flatten(1).numpy()), labels, strict=True)
+    assert sorted(ours) == sorted(zip(map(bytes, (x / 16).astype(np.float32)), y, strict=True))
     np.testing.assert_array_equal(
         torch.bincount(everything[1].y).numpy(), np.rint(0.2 * np.bincount(y))
     )

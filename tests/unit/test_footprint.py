@@ -1,4 +1,7 @@
-"""Counting operations changes none of them."""
+"""Counting operations changes none of them; freed memory is used again."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -35,3 +38,27 @@ def test_the_count_is_that_of_torch_and_gradients_keep_every_bit(name):
             model(x)
     assert inferring.total == torchs_inferring.get_total_flops() > 0
     assert count.total == torchs.get_total_flops() > 0
+
+
+FREED = """
+import psutil, torch
+from distcl.footprint import keep_freed_memory
+{first}
+resident = psutil.Process().memory_info
+before = resident().rss
+large = torch.ones(6 << 20)
+del large
+print(resident().rss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept_unless_the_environment_says_how_to_allocate():
+    def kept(first: str) -> int:
+        code = FREED.format(first=first)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+        return int(done.stdout)
+
+    assert kept("keep_freed_memory({})") > 20e6
+    assert kept("") < 10e6
+    assert kept("keep_freed_memory({'MALLOC_ARENA_MAX': '1'})") < 10e6

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from distcl.compare import Start
+from benchmarks.quality.grid import Grid
 
 TITLE = "Drift detection"
 TEXT = """\
@@ -55,30 +54,16 @@ COMMON = (
 SEEDS = (100, 101, 102, 103, 104)
 
 
-def measure(
-    start: Start,
-    config: Path,
-    given: Sequence[str],
-    work: Path,
-    tell: Callable[[str], None],
-    environment: dict[str, str],
-) -> dict[str, Any]:
-    """Run every detector on every stream, and return where alarms were. Raises RuntimeError."""
+def measure(grid: Grid) -> dict[str, Any]:
+    """Run every detector on every stream, and return where alarms were."""
     rows = []
     for stream, drift in STREAMS.items():
         for name, detector in DETECTORS.items():
             for seed in SEEDS:
-                out = work / stream / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
-                keys = (*given, *COMMON, *drift, *detector, f"run.seed={seed}")
-                words = [word for key in keys for word in ("--set", key)]
-                arguments = ["detect", str(config), "--out", str(out), *words, "--quiet"]
-                if not (out / "summary.json").exists():
-                    code, complaint = start(arguments, environment)
-                    if code:
-                        raise RuntimeError(f"{out}: {complaint}")
+                out = grid.run("detect", (stream, name), (*COMMON, *drift, *detector), seed)
                 alarms = json.loads((out / "summary.json").read_text())["drifts"]
                 rows.append({"stream": stream, "detector": name, "seed": seed, "alarms": alarms})
-                tell(f"{stream}, {name}, seed {seed}: alarms at {alarms}")
+                grid.tell(f"{stream}, {name}, seed {seed}: alarms at {alarms}")
     return {"suite": "detection", "runs": rows}
 
 

@@ -21,8 +21,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.quality import data, detection, tables  # noqa: E402
+from benchmarks.quality import data, tables  # noqa: E402
 from benchmarks.quality.forked import Forked  # noqa: E402
+from benchmarks.quality.grid import Grid  # noqa: E402
 from benchmarks.quality.suites import QUICK, SUITES, Study, Suite  # noqa: E402
 from distcl.compare import Plan, Variant, execute  # noqa: E402
 from distcl.verdict import as_json, judge  # noqa: E402
@@ -33,7 +34,7 @@ KEPT = (
     *("units", "steps", "seconds"),
 )
 """Of each run, in the results."""
-NAMES = [*SUITES, "detection"]
+NAMES = [*SUITES, *tables.OTHERS]
 
 
 def main() -> None:
@@ -57,11 +58,9 @@ def main() -> None:
     config, results = HERE / "mnist.toml", HERE / "results"
     for name in options.only or NAMES:
         work = options.work / name
-        if name == "detection":
-            found = detection.measure(
-                Forked(), config, given, work, print, {"OMP_NUM_THREADS": "1"}
-            )
-            _write(found, results / "detection.json")
+        if name in tables.OTHERS:
+            grid = Grid(Forked(), config, given, work, print, {"OMP_NUM_THREADS": "1"})
+            _write(tables.OTHERS[name].measure(grid), results / f"{name}.json")
         else:
             run_suite(name, SUITES[name], config, given, work, results, options.jobs)
         tables.write(results, ROOT / "docs" / "RESULTS.md")

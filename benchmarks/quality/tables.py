@@ -8,11 +8,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.quality.detection import TITLE as DETECTION_TITLE
-from benchmarks.quality.detection import table as detection_table
+from benchmarks.quality import detection, triggered
 from benchmarks.quality.suites import SUITES, Suite
 from distcl import plots
 from distcl.paired import Paired, holm, paired
+
+OTHERS = {"detection": detection, "triggered": triggered}
+"""Studies that are not comparisons of arms at equal compute: name -> module."""
 
 COMMAND = "python benchmarks/quality/run.py"
 FOLDER = "benchmarks/quality/results"
@@ -79,11 +81,12 @@ def render(results: Path, suites: Mapping[str, Suite] = SUITES) -> str:
             shown += [headline(studies), target(studies), halves(studies), plot]
         shown.append(arms(studies, suite))
         blocks.append("\n\n".join(shown) + "\n")
-    path = results / "detection.json"
-    if path.exists():
-        blocks.append(f"## {DETECTION_TITLE}\n\n{detection_table(json.loads(path.read_text()))}\n")
-    elif suites is SUITES:
-        missing.append(f"{DETECTION_TITLE} (`--only detection`)")
+    for name, study in OTHERS.items() if suites is SUITES else ():
+        path = results / f"{name}.json"
+        if path.exists():
+            blocks.append(f"## {study.TITLE}\n\n{study.table(json.loads(path.read_text()))}\n")
+        else:
+            missing.append(f"{study.TITLE} (`--only {name}`)")
     if missing:
         blocks.append("## Not measured yet\n\n" + "".join(f"- {line}\n" for line in missing))
     return "\n".join(blocks)

@@ -11,8 +11,8 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks.quality import detection, tables
-from benchmarks.quality.suites import CHOSEN, EWC_CHOSEN, SUITES, recommended
+from benchmarks.quality import detection, tables, triggered
+from benchmarks.quality.suites import CHOSEN, EWC_CHOSEN, PAPERS_CHOSEN, SUITES, recommended
 from distcl import load_config
 from distcl.config_text import template
 
@@ -68,7 +68,7 @@ def test_a_difference_is_that_of_the_runs() -> None:
 
 
 def test_the_rate_of_the_headline_is_the_best_for_uniform() -> None:
-    chosen = {**CHOSEN, "affine, ewc_online": EWC_CHOSEN}
+    chosen = {**CHOSEN, "affine, ewc_online": EWC_CHOSEN, **PAPERS_CHOSEN}
     for path in RESULTS.glob("rates*.json"):
         for study in json.loads(path.read_text())["studies"]:
             means = {
@@ -93,6 +93,30 @@ def test_alarms_are_judged_by_the_drift_that_they_follow() -> None:
     assert judged == ([20], 1, 3)
     assert detection.judge([310, 399, 100], [100, 300], 400) == ([0, 10], 0, 1)
     assert detection.judge([5], [], 400) == ([], 0, 1)
+
+
+def test_the_clock_fires_at_even_distances_across_resets_and_restarts() -> None:
+    clock = triggered.Clock(every=3)
+    fired = []
+    for k in range(9):
+        fired.append(clock.update(0.5))
+        clock.reset()
+        if k == 4:
+            state = clock.state_dict()
+            clock = triggered.Clock(every=3)
+            clock.load_state_dict(state)
+    assert fired == [False, False, True] * 3
+
+
+def test_what_was_right_in_use_counts_every_watched_sample_once(tmp_path: Path) -> None:
+    begin = triggered.SIZE // 2
+    lines = [
+        {"round": 0, "loss": 1.0},
+        {"position": begin + 64, "monitor/error": 0.5},
+        {"position": begin + 80, "monitor/error": 0.25},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert triggered.right_in_use(tmp_path / "metrics.jsonl") == 1 - (32 + 4) / 80
 
 
 @pytest.mark.timeout(400)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch.utils.data import Sampler
 
 from distcl.errors import UsageError
 from distcl.priority import draws, shaping
+from distcl.priority.groups import ArrayLike, Group, as_ids, own_ids, own_weights, size_of
 from distcl.types import Ids, as_tensor
-
-ArrayLike = npt.ArrayLike | torch.Tensor
 
 DRAWS = {
     "multinomial": draws.multinomial,
@@ -25,18 +21,6 @@ DRAWS = {
 }
 _IDENTITY = ("seed", "stream", "draw", "global_batch_size", "num_samples", "drop_last")
 _DIGEST_BLOCK = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A part of what is drawn in an epoch: exactly ``draws`` of ``ids``, by ``weights``.
-
-    ids: int64 [N], or an int N for 0 … N-1; weights: [N], or None for uniform permutations.
-    """
-
-    ids: ArrayLike | int
-    weights: ArrayLike | None
-    draws: int
 
 
 class DistributedWeightedSampler(Sampler[list[int]]):
@@ -157,13 +141,13 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             raise ValueError("there are no groups to draw from")
         ids, weights = [], []
         for group in groups:
-            ids.append(_own_ids(group.ids))
-            number = _size(ids[-1])
+            ids.append(own_ids(group.ids))
+            number = size_of(ids[-1])
             if number < 1:
                 raise ValueError("there are no ids to draw from")
             if group.draws < 0:
                 raise ValueError(f"a group's draws must not be negative, not {group.draws}")
-            weights.append(None if group.weights is None else _own_weights(group.weights))
+            weights.append(None if group.weights is None else own_weights(group.weights))
             if (given := weights[-1]) is not None:
                 if given.shape != (number,):
                     raise ValueError(f"weights of shape {given.shape} for {number} ids")
@@ -171,7 +155,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         quotas = [group.draws for group in groups]
         if from_step:
             self._keep_until(from_step, quotas)
-        self._ids, self._weights, self._sizes = ids, weights, [_size(i) for i in ids]
+        self._ids, self._weights, self._sizes = ids, weights, [size_of(i) for i in ids]
         if not from_step:
             self._quotas, self._total = quotas, sum(quotas)
             self._restart()
@@ -343,7 +327,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
             raise ValueError(f"consumed must be from 0 to {len(self)} steps, not {step}")
         ids = self._ids[0] if self._ids else 0
         if len(self._ids) > 1:
-            ids = np.concatenate([_as_array(some) for some in self._ids])
+            ids = np.concatenate([as_ids(some) for some in self._ids])
         return {
             **{name: getattr(self, name) for name in _IDENTITY},
             "round": self.round_index,
@@ -370,8 +354,8 @@ class DistributedWeightedSampler(Sampler[list[int]]):
                     f"the sampler's state was saved with {name} = {state.get(name)!r}, but this "
                     f"sampler has {getattr(self, name)!r}"
                 )
-        ids = _own_ids(state["ids"])
-        self._weights = [None if w is None else _own_weights(w) for w in state["weights"]]
+        ids = own_ids(state["ids"])
+        self._weights = [None if w is None else own_weights(w) for w in state["weights"]]
         self._sizes, self._quotas = list(state["sizes"]), list(state["quotas"])
         ends = np.cumsum(self._sizes)[:-1]
         self._ids = [ids] if isinstance(ids, int) else list(np.split(ids, ends))
@@ -379,7 +363,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         self.round_index, self.epoch = state["round"], state["epoch"]
         self._restart(state["step"])
         self._kept, self._revision = list(state["kept"]), state["revision"]
-        self._drawn = _as_array(_own_ids(state["drawn"]))
+        self._drawn = as_ids(own_ids(state["drawn"]))
 
 
 def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -387,30 +371,3 @@ def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
     each, extra = divmod(size, world_size)
     start = rank * each + min(rank, extra)
     return start, start + each + (rank < extra)
-
-
-def _own_ids(values: ArrayLike | int) -> Ids | int:
-    """Return ids that nobody else changes: a copy, but of a read-only array."""
-    if isinstance(values, int | np.integer):
-        return int(values)
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
-    array = np.asarray(array)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"ids must be one row of integers, not {array.dtype} {array.shape}")
-    return array.astype(np.int64, copy=array.flags.writeable)
-
-
-def _size(ids: Ids | int) -> int:
-    return ids if isinstance(ids, int) else len(ids)
-
-
-def _as_array(ids: Ids | int) -> Ids:
-    return np.arange(ids, dtype=np.int64) if isinstance(ids, int) else ids
-
-
-def _own_weights(values: ArrayLike) -> shaping.Weights:
-    """Return weights that nobody else changes: a copy, but of a read-only array."""
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().double().numpy()
-    array = np.asarray(values)
-    return array.astype(np.float64, copy=array.flags.writeable)

@@ -10,7 +10,8 @@ import numpy as np
 
 from distcl.errors import UsageError
 from distcl.priority import draws, shaping
-from distcl.priority.sampler import DRAWS, Group, part_of
+from distcl.priority.groups import Group
+from distcl.priority.sampler import DRAWS, part_of
 from distcl.types import Ids, as_tensor
 
 

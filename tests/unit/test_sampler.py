@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from distcl.errors import UsageError
 from distcl.priority import draws
-from distcl.priority.sampler import DistributedWeightedSampler, Group
+from distcl.priority.groups import Group
+from distcl.priority.sampler import DistributedWeightedSampler
 
 IDS = np.arange(100) * 10 + (3 << 40)
 WEIGHTS = np.arange(100) % 7 + 0.5

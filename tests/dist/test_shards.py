@@ -225,20 +225,3 @@ def test_the_commands_that_the_shipped_configs_name_make_their_shards(tmp_path):
     assert made.returncode == 0, made.stderr
     shard = read_manifest(tmp_path / "c").shards[0]
     assert shard.samples == 40 and shard.bytes < 40 * 5200  # pixels stay bytes
-
-
-# ---------------------------------------------------------------- memory
-
-
-def test_a_round_by_weight_keeps_few_bytes_a_sample(tmp_path):
-    """48 are the aim, of a million samples and more; with fewer, what else grows counts too."""
-    found = tmp_path / "found.json"
-    script = [ROOT / "benchmarks" / "shards_memory.py", "--what", "train", "--access", "indexed"]
-    subprocess.run(
-        [sys.executable, *script, "--samples", "40000", "160000", "--ranks", "1", "--json", found],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
-    )
-    (slope,) = json.loads(found.read_text()).values()
-    assert 16 <= slope <= 64  # two more arrays, of weights or of ids, are too many

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -27,10 +29,19 @@ def preload(module: str) -> None:
         _context.set_forkserver_preload(_preloaded)
 
 
+_numbers = itertools.count(101 * os.getpid())
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Return a port that nobody listens at, another one at each call.
+
+    It lies below those that Linux gives to outgoing connections, which could take it at any time.
+    """
+    for number in itertools.islice(_numbers, 1000):
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port := 20_000 + number % 12_000))
+            return port
+    raise RuntimeError("there is no free port")
 
 
 def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:

@@ -140,7 +140,7 @@ class Scorer:
         require_sound(losses, ids, "the loss", rank_of)
         if keep and self.signal.needs_anchor and not self.signal.needs_logits:
             owned = self.forward.partition.owned()
-            self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses.clone())
+            self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses.contiguous())
         del losses
         scores = column(0)
         require_sound(scores, ids, f"the score of signal '{self._name}'", rank_of)

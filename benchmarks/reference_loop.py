@@ -10,8 +10,9 @@ distcl's, ``[model]`` as JSON; arithmetic, batches, learning rate and penalty ar
 that it is compared with.
 
 TASKS.npz (``distcl bench peers`` writes one): x float32 [T·N, 1, 28, 28], y int64 [T·N], tasks one
-after another, x_test and y_test alike; raw float32 [N', 1, 28, 28], images before any drift, for
-``--per-sample``, which transforms each one whenever it is loaded, as the published datasets do.
+after another, x_test and y_test alike; raw float32 [N, 1, 28, 28] and raw_y int64 [N], what they
+are before any drift, for ``--per-sample``, which transforms each image when it is loaded, as the
+published datasets do.
 
 Prints JSON: seconds from the first task to the last evaluation, the average accuracy at the end.
 """
@@ -159,8 +160,8 @@ def main() -> None:
     ]
     tasks: list[Dataset] = []
     for task, (x, y) in enumerate(zip(data["x"].chunk(count), data["y"].chunk(count), strict=True)):
-        raw = data["raw"][: len(x)]
-        tasks.append(Drifting(raw, y, affine(task)) if given.per_sample else TensorDataset(x, y))
+        drifting = Drifting(data["raw"], data["raw_y"], affine(task))
+        tasks.append(drifting if given.per_sample else TensorDataset(x, y))
     seconds, accuracy = train(tasks, tests, given.model, given.epochs, given.seed)
     print(json.dumps({"seconds": seconds, "accuracy": accuracy}))
 

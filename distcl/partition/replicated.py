@@ -98,8 +98,9 @@ class Replicated:
                     parameter.grad = torch.zeros_like(parameter)
                 grads[name] = self._flat_grad(name, parameter)
         if self._runtime.world_size == 1:  # slices are whole
-            named = [name for name in slices if name in grads]
-            torch._foreach_add_([grads[n] for n in named], [slices[n] for n in named])
+            for name in slices:
+                if name in grads:
+                    grads[name] += slices[name]
             return
 
         def add(name: str, a: int, b: int, values: torch.Tensor) -> None:

@@ -19,15 +19,16 @@ def add_pull(
     lr·scale·k > 2. damped: c = scale·k/(1 + lr·scale·k), for SGD the proximal (implicit) step of
     the same penalty, stable at any scale. Call it between backward and the optimizer's step.
     """
-    lr = updater.setup.optimizer.param_groups[0]["lr"]
     weights = updater.partition.trainable()
-    anchors = [updater.theta_star[name].to(w.device) for name, w in weights.items()]
-    with torch.no_grad():
-        k = torch._foreach_mul([curvature[name] for name in weights], scale)
-        if step == "damped":
-            damping = torch._foreach_mul(k, lr)
-            torch._foreach_add_(damping, 1)
-            torch._foreach_div_(k, damping)
-        pull = torch._foreach_sub(list(weights.values()), anchors)
-        torch._foreach_mul_(pull, k)
+    pull: list[torch.Tensor] = []
+    if weights:  # a rank may own nothing that is trained
+        anchors = [updater.theta_star[name].to(w.device) for name, w in weights.items()]
+        with torch.no_grad():
+            pull = torch._foreach_sub(list(weights.values()), anchors)
+            k = torch._foreach_mul([curvature[name] for name in weights], scale)
+            if step == "damped":
+                damping = torch._foreach_mul(k, updater.setup.optimizer.param_groups[0]["lr"])
+                torch._foreach_add_(damping, 1)
+                torch._foreach_div_(k, damping)
+            torch._foreach_mul_(pull, k)
     updater.partition.add_grad_(dict(zip(weights, pull, strict=True)))

@@ -14,7 +14,8 @@ from distcl.data.streams import create_stream
 from distcl.assembly import assemble
 from distcl.models import create_model
 from distcl.runtime import Runtime
-from tests.small import small
+from distcl.types import DataSpec
+from tests.small import execute, small
 from tests.spawn import run_ranks
 
 LAMBDA, DECAY, LR = 50.0, 0.6, 0.2
@@ -85,3 +86,36 @@ def test_the_penalty_equals_the_dense_formula_and_fisher_is_cut_over_ranks(
         assert result["held"] <= -(-total // world)
     assert sum(r["held"] for r in results) == total
     assert max(np.abs(v).max() for v in expected.values()) > 0.1
+
+
+class Backbone(nn.Module):
+    """Nine tenths frozen, in front, so that some ranks own nothing that is trained."""
+
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(64, 64).requires_grad_(False)
+        self.head = nn.Linear(64, spec.classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.frozen(x.flatten(1))))
+
+
+def _frozen(mode: str, out: Path) -> float:
+    summary = execute(
+        "train",
+        (
+            f"model.name={__name__}:Backbone",
+            "model.options={}",
+            f"continual_learning.update_mode={mode}",
+            "run.precision=fp64",
+        ),
+        out,
+    )
+    return float(summary["average_accuracy"])
+
+
+@pytest.mark.parametrize("mode", ["ewc_online", "si"])
+def test_a_rank_may_own_frozen_weights_only(mode: str, tmp_path: Path) -> None:
+    alone = run_ranks(1, _frozen, mode, tmp_path / "one")
+    several = run_ranks(3, _frozen, mode, tmp_path / "three")
+    assert several == pytest.approx(alone * 3)

@@ -20,7 +20,7 @@ def add_pull(
     the same penalty, stable at any scale. Call it between backward and the optimizer's step.
     """
     weights = updater.partition.trainable()
-    pull: list[torch.Tensor] = []
+    pull: tuple[torch.Tensor, ...] = ()
     if weights:  # a rank may own nothing that is trained
         anchors = [updater.theta_star[name].to(w.device) for name, w in weights.items()]
         with torch.no_grad():

@@ -211,7 +211,7 @@ class Job:
                 self._store.go_on_from(trainer.loop.steps)
             if progress is not None:
                 progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
-        before = state.seconds
+        before, setup = state.seconds, time.perf_counter() - begun
         self._rollbacks = max(self._rollbacks, state.rollbacks)
         halvings = self._rollbacks - state.rollbacks
         trainer.loop.base_lrs[:] = [lr * 0.5**halvings for lr in trainer.loop.base_lrs]
@@ -244,7 +244,7 @@ class Job:
             save_final(parts, final)
             self.tracker.checkpoint(final)
         seconds = before + time.perf_counter() - begun
-        summary = summarize(trainer, baseline, drifts, config, seconds)
+        summary = summarize(trainer, baseline, drifts, config, seconds, setup)
         if runtime.is_main:
             folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
         self.tracker.summarize(summary)

@@ -32,8 +32,12 @@ def summarize(
     drifts: list[int],
     config: Config,
     seconds: float,
+    setup_seconds: float,
 ) -> dict[str, Any]:
-    """Return the contents of ``summary.json``. Collective."""
+    """Return the contents of ``summary.json``. Collective.
+
+    ``seconds`` are of the whole run, ``setup_seconds`` of its last start, until it could train.
+    """
     matrix: AccuracyMatrix = trainer.matrix
     runtime = trainer.parts.runtime
     stages = [*([trainer.pretraining] if trainer.pretraining else []), *trainer.rounds]
@@ -45,6 +49,7 @@ def summarize(
         "world_size": runtime.world_size,
         "strategy": config.parallel.strategy,
         "seconds": seconds,
+        "setup_seconds": setup_seconds,
         "samples_per_second": trainer.loop.samples / trained if trained else None,
         "seed": config.run.seed,
         "metric": trainer.metric,

@@ -1,21 +1,24 @@
 """Draws from weights: pure functions on numpy arrays in float64.
 
-Every draw returns *positions* into the weights, int64 [n], in random order. A draw depends on
-nothing but its arguments and the state of ``rng``, so ranks that pass equal ones get equal draws
-(at equal numpy versions); all functions are local. Wrong arguments raise ValueError.
+Every draw returns *positions* into the weights, [n], in random order: int64, or uint32 where that
+is said and N is at most 2**32. A draw depends on nothing but its arguments and the state of
+``rng``, so ranks that pass equal ones get equal draws (at equal numpy versions); all functions are
+local. Wrong arguments raise ValueError.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from distcl.priority.shaping import Weights, check_weights
 
-Positions = npt.NDArray[np.int64]
+Integers = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.integer[Any]]
 
 _BLOCK = 1 << 15  # elements worked on at a time, so that temporaries stay in the cache
 _TOTAL_BITS = 60  # quantized weights sum to at most 2**60
@@ -48,7 +51,7 @@ def multinomial(weights: npt.ArrayLike, n: int, rng: np.random.Generator) -> Pos
     A block of weights at a time: the number of draws that fall into it is binomial, given those
     of earlier blocks; these draws come out sorted, without a sort, as partial sums of exponentials
     over their total (Devroye 1986, V.3.1), so that one walk along the block's cumulative weights
-    inverts them all. Then all are shuffled. O(N + n); no limit of 2**24 categories.
+    inverts them all. Then all are shuffled. O(N + n); no limit of 2**24 categories. May be uint32.
     """
     _check_number(n)
     array = check_weights(weights)
@@ -69,13 +72,13 @@ def multinomial(weights: npt.ArrayLike, n: int, rng: np.random.Generator) -> Pos
             np.minimum(keys, np.nextafter(cumulative[-1], 0), out=keys)
             yield np.searchsorted(cumulative, keys[:-1], "right") + start
 
-    return _shuffled(found(), n, rng)
+    return _shuffled(found(), n, rng, index_type(array.size))
 
 
 def systematic(weights: npt.ArrayLike, n: int, rng: np.random.Generator) -> Positions:
     """Draw ``n`` positions, each i floor(n p_i) or ceil(n p_i) times, n p_i in expectation.
 
-    :func:`systematic_counts` of one uniform number, spelled out and shuffled.
+    :func:`systematic_counts` of one uniform number, spelled out and shuffled. May be uint32.
     """
     array = check_weights(weights)
     counts = _counts(array, n, rng.random())
@@ -86,10 +89,10 @@ def systematic(weights: npt.ArrayLike, n: int, rng: np.random.Generator) -> Posi
             passed = np.bincount(ends, minlength=ends[-1] + 1)[:-1]
             yield np.cumsum(passed) + start
 
-    return _shuffled(repeated(), n, rng)
+    return _shuffled(repeated(), n, rng, index_type(array.size))
 
 
-def without_replacement(weights: npt.ArrayLike, n: int, rng: np.random.Generator) -> Positions:
+def without_replacement(weights: npt.ArrayLike, n: int, rng: np.random.Generator) -> Integers:
     """Draw ``n`` different positions one after another, each in proportion to the weights left.
 
     The n smallest of the keys E_i / w_i, E_i exponential, in ascending order (Efraimidis &
@@ -113,7 +116,7 @@ def without_replacement(weights: npt.ArrayLike, n: int, rng: np.random.Generator
 
 
 def uniform(number: int, n: int, rng: np.random.Generator) -> Positions:
-    """Draw ``n`` of ``number`` positions: a random permutation, cut; as many as n needs."""
+    """Draw ``n`` of ``number`` positions: permutations, as many as n needs. May be uint32."""
     _check_number(n)
     if number < 1:
         raise ValueError(f"there is nothing to draw from ({number} samples)")
@@ -121,11 +124,12 @@ def uniform(number: int, n: int, rng: np.random.Generator) -> Positions:
     def permuted() -> Positions:
         starts = range(0, number, _BLOCK)
         pieces = (np.arange(start, min(start + _BLOCK, number)) for start in starts)
-        return _shuffled(pieces, number, rng)
+        return _shuffled(pieces, number, rng, kind)
 
+    kind = index_type(number)
     if n == number:
         return permuted()
-    drawn = np.empty(n, dtype=np.int64)
+    drawn = np.empty(n, dtype=kind)
     for first in range(0, n, number):
         drawn[first : first + number] = permuted()[: n - first]
     return drawn
@@ -136,15 +140,22 @@ def _check_number(n: int) -> None:
         raise ValueError(f"the number of draws must be from 0 to 2**48 - 1, not {n}")
 
 
-def _shuffled(pieces: Iterable[Positions], n: int, rng: np.random.Generator) -> Positions:
-    """Join ``pieces``, n values together, in uniformly random order.
+def index_type(number: int) -> type[np.integer[Any]]:
+    """Return the type of positions among ``number``: they are most of what draws hold."""
+    return np.uint32 if number <= 1 << 32 else np.int64
+
+
+def _shuffled(
+    pieces: Iterable[Positions], n: int, rng: np.random.Generator, kind: type[np.integer[Any]]
+) -> Positions:
+    """Join ``pieces``, n values together, in uniformly random order, as ``kind``.
 
     Each value is dealt to a random bucket, and each bucket is shuffled (Rao 1961, Sandelius
     1962): the same distribution as one big shuffle, with a bucket at a time in the cache.
     """
     buckets = 1 << min(8, (n >> 19).bit_length())
     if buckets == 1:
-        joined, end = np.empty(n, dtype=np.int64), 0
+        joined, end = np.empty(n, dtype=kind), 0
         for piece in pieces:
             begin, end = end, end + len(piece)
             joined[begin:end] = piece
@@ -156,7 +167,7 @@ def _shuffled(pieces: Iterable[Positions], n: int, rng: np.random.Generator) -> 
         sizes += np.bincount(deal[first : first + _BLOCK], minlength=buckets)
     ends = np.cumsum(sizes)
     fill = (ends - sizes).tolist()
-    joined = np.empty(n, dtype=np.int64)
+    joined = np.empty(n, dtype=kind)
     first = 0
     for piece in pieces:
         to = deal[first : first + piece.size]
@@ -175,7 +186,7 @@ def _shuffled(pieces: Iterable[Positions], n: int, rng: np.random.Generator) -> 
 # ---------------------------------------------------------------- systematic counts
 
 
-def systematic_counts(weights: npt.ArrayLike, n: int, u: float) -> Positions:
+def systematic_counts(weights: npt.ArrayLike, n: int, u: float) -> Integers:
     """Return how often each of N weights is drawn, int64 [N], of ``n`` draws: within 1 of n p_i.
 
     The points (j + u) T / n, j = 0 … n-1, that fall into each weight's stretch of [0, T), where
@@ -195,7 +206,7 @@ def fixed_point_exponent(largest: float, number: int) -> int:
     return _TOTAL_BITS - math.frexp(largest)[1] - (number - 1).bit_length()
 
 
-def quantize(weights: npt.ArrayLike, exponent: int) -> Positions:
+def quantize(weights: npt.ArrayLike, exponent: int) -> Integers:
     """Return floor(w 2**exponent), int64 [N]: sums of these do not depend on their order.
 
     Weights under one unit become 0.
@@ -207,8 +218,8 @@ def quantize(weights: npt.ArrayLike, exponent: int) -> Positions:
 
 
 def systematic_counts_local(
-    quantized_local: Positions, offset: int, total: int, n: int, u: float
-) -> Positions:
+    quantized_local: Integers, offset: int, total: int, n: int, u: float
+) -> Integers:
     """Return the systematic counts, int64 [N_local], of one slice of quantized weights [N_local].
 
     ``offset``: sum of the quantized weights before the slice; ``total``: sum of all, below 2**61;
@@ -223,11 +234,11 @@ def systematic_counts_local(
     )
 
 
-def _counts(weights: Weights, n: int, u: float) -> Iterator[Positions]:
+def _counts(weights: Weights, n: int, u: float) -> Iterator[Integers]:
     """Quantize and count, a block at a time, with nothing of size N kept."""
     exponent = fixed_point_exponent(float(weights.max()), weights.size)
 
-    def blocks() -> Iterator[Positions]:
+    def blocks() -> Iterator[Integers]:
         for start in range(0, weights.size, _BLOCK):
             yield quantize(weights[start : start + _BLOCK], exponent)
 
@@ -236,8 +247,8 @@ def _counts(weights: Weights, n: int, u: float) -> Iterator[Positions]:
 
 
 def systematic_count_blocks(
-    blocks: Iterable[Positions], offset: int, total: int, n: int, u: float
-) -> Iterator[Positions]:
+    blocks: Iterable[Integers], offset: int, total: int, n: int, u: float
+) -> Iterator[Integers]:
     """Yield :func:`systematic_counts_local` of one slice, given and returned block by block.
 
     Counts the points (j·total + r)/n, r = floor(u·total), in the stretch of each weight. Exact, so

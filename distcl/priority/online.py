@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.data.loader import iterate_chunks
 from distcl.errors import ConfigError
+from distcl.priority.draws import Positions
 from distcl.priority.scoring import Weights, checked, require_sound
 from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source, unpack_ids
@@ -73,7 +74,7 @@ class SignalTable:
         unseen: Ids = ids[np.isnan(self._scores[at]) & (self._labels[at] == _UNKNOWN)]
         return unseen
 
-    def read(self, ids: Ids, chosen: Ids | None = None) -> Weights:
+    def read(self, ids: Ids, chosen: Positions | None = None) -> Weights:
         """Return scores float64 [N] of ids, all held, or of those at the positions ``chosen``.
 
         Where they are is remembered for two arrays of ids: a round asks for the same ones again.

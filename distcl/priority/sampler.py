@@ -283,8 +283,8 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         """Return the ids at positions, which count through the groups one after another."""
         if len(self._ids) == 1:
             ids = self._ids[0]
-            return positions if isinstance(ids, int) else ids[positions]
-        found, first = positions.copy(), 0
+            return positions.astype(np.int64) if isinstance(ids, int) else ids[positions]
+        found, first = positions.astype(np.int64), 0
         for ids, size in zip(self._ids, self._sizes, strict=True):
             here = np.flatnonzero((positions >= first) & (positions < first + size))
             local = positions[here] - first
@@ -295,7 +295,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
     def _draw(self) -> draws.Positions:
         """Return positions for ``_at``: of each group what it has left to draw, shuffled."""
         rng = draws.generator(self.seed, self.stream, self.round_index, self.epoch, self._revision)
-        parts, offset = [], 0
+        parts, offset, kind = [], 0, draws.index_type(sum(self._sizes))
         for size, weights, quota, kept in zip(
             self._sizes, self._weights, self._quotas, self._kept, strict=True
         ):
@@ -304,6 +304,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
                 part = draws.uniform(size, n, rng)
             else:
                 part = DRAWS[self.draw](weights, n, rng)
+            part = part.astype(kind, copy=False)
             if offset:
                 part += offset
             parts.append(part)

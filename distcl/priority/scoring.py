@@ -86,15 +86,16 @@ class Scorer:
             return torch.empty(0, dtype=run.dtype)
         mine = self.forward.mine(ids, size)
         pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
-        rows = self._rows(source, ids, pieces)
+        rows = [*self._rows(source, ids, mine, pieces)]
         self.forward.forwards += n
         chunks = -(-n // size)
         share = -(-chunks // run.world_size) * size  # samples a rank
 
-        def column(k: int) -> torch.Tensor:  # one by one: they are of all samples
-            return self.forward.gather(rows[:, k], n, size)
+        def columns() -> Iterator[torch.Tensor]:  # one by one: they are of all samples
+            while rows:
+                yield self.forward.gather(rows.pop(), n, size)
 
-        return self._scores(column, ids, lambda row: row // share, keep=True)
+        return self._scores(columns(), ids, lambda row: row // share, keep=True)
 
     def score_slices(self, source: Source, ids: Ids, slices: Slices) -> torch.Tensor:
         """Return the scores [n] of this rank's part of ``ids``, in the order of ``slices.ids``.
@@ -102,23 +103,32 @@ class Scorer:
         Nothing is gathered, and the cache keeps this rank's losses only. Collective. Raises as
         :meth:`score`.
         """
-        rows = self._rows(source, ids, slices.pieces(self.batch_size))
+        scores, losses = self._rows(source, ids, slices.ids, slices.pieces(self.batch_size))
         self.forward.forwards += slices.number()
         rank = self.forward.runtime.rank
-        return self._scores(lambda k: rows[:, k], slices.ids, lambda _: rank, keep=True)
+        return self._scores(iter((losses, scores)), slices.ids, lambda _: rank, keep=True)
 
-    def _rows(self, source: Source, ids: Ids, pieces: list[Ids]) -> torch.Tensor:
-        """Return score and loss, [n, 2], of my chunks of ``ids``, one after another. Collective."""
+    def _rows(
+        self, source: Source, ids: Ids, mine: Ids, pieces: list[Ids]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and losses, [n] each, of my part of ``ids``, given whole and cut.
+
+        Collective.
+        """
         run = self.forward.runtime
         self.forward.partition.sync_buffers()
-        anchors = self._anchor_passes(source, ids, pieces) if self.signal.needs_anchor else None
-        number, end = sum(map(len, pieces)), 0
-        rows = torch.empty((number, 2), dtype=run.dtype, device=run.device)
+        anchors: list[Outputs] | None = None
+        if self.signal.needs_anchor:
+            anchors, losses = self._anchor_passes(source, ids, mine, pieces)
+        else:
+            losses = torch.empty(len(mine), dtype=run.dtype, device=run.device)
+        scores, end = torch.empty_like(losses), 0
         with self.forward.inferring(source, ids, len(pieces)):
             for k, batch in enumerate(self._read(source, pieces)):
                 begin, end = end, end + len(batch)
-                rows[begin:end] = self._row(batch, anchors[k] if anchors is not None else None)
-        return rows
+                scores[begin:end], now = self._row(batch, anchors[k] if anchors else None)
+                losses[begin:end] = now  # theta_star's, until here
+        return scores, losses
 
     def _read(self, source: Source, pieces: list[Ids]) -> Iterator[Batch]:
         for piece in pieces:
@@ -126,23 +136,23 @@ class Scorer:
 
     def _scores(
         self,
-        column: Callable[[int], torch.Tensor],
+        columns: Iterator[torch.Tensor],
         ids: Ids,
         rank_of: Callable[[int], int],
         keep: bool,
     ) -> torch.Tensor:
-        """Return column 0, the scores [N], once they and column 1, the losses, are sound.
+        """Return the scores [N], second of ``columns``, once they and the losses are sound.
 
-        ``rank_of``: which rank has computed a row; ``keep``: keep the losses for the next round.
-        Collective.
+        ``rank_of``: which rank has computed that of a position; ``keep``: keep the losses, first
+        of ``columns``, for the next round. Collective.
         """
-        losses = column(1)
+        losses = next(columns)
         require_sound(losses, ids, "the loss", rank_of)
         if keep and self.signal.needs_anchor and not self.signal.needs_logits:
             owned = self.forward.partition.owned()
-            self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses.contiguous())
+            self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses)
         del losses
-        scores = column(0)
+        scores = next(columns)
         require_sound(scores, ids, f"the score of signal '{self._name}'", rank_of)
         return scores
 
@@ -164,47 +174,53 @@ class Scorer:
                 outputs = self.forward.outputs(batch)
             anchor = replace(anchor, older=(*anchor.older, outputs)) if anchor else outputs
         with self.forward.inference():
-            row = self._row(batch, anchor)[:n]
+            row = torch.stack(self._row(batch, anchor), dim=1)[:n]
         self.forward.forwards += len(ids) * (1 + len(backs))
         each = -(-len(ids) // run.world_size)
         every = run.all_gather(row, each * run.world_size, each)
         parts = [part_of(len(ids), rank, run.world_size) for rank in range(run.world_size)]
         rows = [rank * each + k for rank, (lo, hi) in enumerate(parts) for k in range(hi - lo)]
         ranks = np.repeat(np.arange(run.world_size), [hi - lo for lo, hi in parts])
-        every = every[rows]
-        return self._scores(lambda k: every[:, k], ids, lambda row: int(ranks[row]), keep=False)
+        scores, losses = every[rows].unbind(1)
+        return self._scores(iter((losses, scores)), ids, lambda row: int(ranks[row]), keep=False)
 
-    def _row(self, batch: Batch, anchor: Outputs | None) -> torch.Tensor:
-        """Return score and loss, [B, 2], of a chunk under the weights as they are."""
+    def _row(self, batch: Batch, anchor: Outputs | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores and losses, [B] each, of a chunk under the weights as they are."""
         now = self.forward.outputs(batch)
         score = checked(self.signal, self.signal.score(batch, now, anchor), len(batch))
-        return torch.stack([score.to(now.loss), now.loss], dim=1)
+        return score.to(now.loss), now.loss
 
-    def _anchor_passes(self, source: Source, ids: Ids, pieces: list[Ids]) -> list[Outputs]:
-        """Return theta_star's outputs for each of my chunks, older anchors' in them. Collective."""
-        found = self._anchor_pass(source, ids, pieces)
+    def _anchor_passes(
+        self, source: Source, ids: Ids, mine: Ids, pieces: list[Ids]
+    ) -> tuple[list[Outputs], torch.Tensor]:
+        """Return :meth:`_anchor_pass` with the older anchors' outputs in it. Collective."""
+        found, losses = self._anchor_pass(source, ids, mine, pieces)
         for back in range(1, 1 + len(self.anchor.older)):
             with self.anchor.swapped_in(back), self.forward.inferring(source, ids, len(pieces)):
                 for k, batch in enumerate(self._read(source, pieces)):
                     older = (*found[k].older, self.forward.outputs(batch))
                     found[k] = replace(found[k], older=older)
             self.forward.forwards += len(ids)
-        return found
+        return found, losses
 
-    def _anchor_pass(self, source: Source, ids: Ids, pieces: list[Ids]) -> list[Outputs]:
-        """Return theta_star's outputs for each of my chunks. Collective."""
+    def _anchor_pass(
+        self, source: Source, ids: Ids, mine: Ids, pieces: list[Ids]
+    ) -> tuple[list[Outputs], torch.Tensor]:
+        """Return theta_star's outputs for each of my chunks, and [n], in which its losses lie.
+
+        Collective.
+        """
         run = self.forward.runtime
-        mine = np.concatenate([np.empty(0, np.int64), *pieces])
         known, losses = self.cache.get(fingerprint(self.anchor.theta_star, run), mine)
         if self.signal.needs_logits:  # those are not cached
             known = torch.zeros_like(known)
         sizes = [len(piece) for piece in pieces]
         hits = torch.split(known, sizes)
-        mine_losses = losses.to(run.device, run.dtype, copy=True)
-        found = [Outputs(loss=loss) for loss in torch.split(mine_losses, sizes)]
+        losses = losses.to(run.device, run.dtype)
+        found = [Outputs(loss=loss) for loss in torch.split(losses, sizes)]
         unknown = int(run.all_reduce((~known).sum().to(run.device)))
         if not unknown:
-            return found
+            return found, losses
         calls = sum(not bool(hit.all()) for hit in hits)
         with self.anchor.swapped_in(), self.forward.inferring(source, ids, calls):
             for k, (piece, hit) in enumerate(zip(pieces, hits, strict=True)):
@@ -215,7 +231,7 @@ class Scorer:
                     if self.signal.needs_logits:
                         found[k] = out
         self.forward.forwards += unknown
-        return found
+        return found, losses
 
 
 def require_sound(

@@ -6,12 +6,17 @@ Wrong arguments raise ValueError. Local, but where ``over`` sums over slices: th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Weights = npt.NDArray[np.float64]
+Of = Callable[[Weights], Weights]
+"""A function of values [b], one by one: [b]."""
+
+_BLOCK = 1 << 16  # values handed to it together
 
 
 class Sums(Protocol):
@@ -24,12 +29,16 @@ class Sums(Protocol):
         """Return how many values there are."""
         ...
 
-    def total(self, values: npt.NDArray[np.float64]) -> float:
-        """Return their sum."""
+    def total(self, values: Weights, of: Of | None = None) -> float:
+        """Return their sum, or that of a function ``of`` them."""
         ...
 
-    def largest(self, values: npt.NDArray[np.float64]) -> float:
+    def largest(self, values: Weights) -> float:
         """Return the largest of them, -inf of none."""
+        ...
+
+    def smallest(self, values: Weights) -> float:
+        """Return the smallest of them, inf of none."""
         ...
 
     def count(self, mask: npt.NDArray[np.bool_]) -> int:
@@ -43,14 +52,25 @@ class _Whole:
     def number(self, values: npt.NDArray[Any]) -> int:
         return len(values)
 
-    def total(self, values: npt.NDArray[np.float64]) -> float:
-        return float(values.sum())
+    def total(self, values: Weights, of: Of | None = None) -> float:
+        return float(summed(values, of))
 
-    def largest(self, values: npt.NDArray[np.float64]) -> float:
+    def largest(self, values: Weights) -> float:
         return float(values.max(initial=-math.inf))
+
+    def smallest(self, values: Weights) -> float:
+        return float(values.min(initial=math.inf))
 
     def count(self, mask: npt.NDArray[np.bool_]) -> int:
         return int(np.count_nonzero(mask))
+
+
+def summed(values: npt.NDArray[Any], of: Of | None) -> Any:
+    """Return the sum of values [n], or that of a function ``of`` them, with no array [n] made."""
+    if of is None:
+        return values.sum()
+    starts = range(0, len(values), _BLOCK)
+    return sum(of(values[start : start + _BLOCK]).sum() for start in starts)
 
 
 WHOLE: Sums = _Whole()
@@ -122,10 +142,11 @@ def shape_weights(
 
 def ess_fraction(weights: npt.ArrayLike, over: Sums = WHOLE) -> float:
     """Return the effective sample size as a share of N: (sum w)^2 / (N sum w^2), Kish (1965)."""
-    array = _scaled(check_weights(weights, over=over), over)
-    total = over.total(array)
-    np.square(array, out=array)
-    return min(1.0, total * total / (over.number(array) * over.total(array)))
+    array = check_weights(weights, over=over)
+    largest = over.largest(array)
+    total = over.total(array, lambda w: w / largest)
+    squares = over.total(array, lambda w: np.square(w / largest))
+    return min(1.0, total * total / (over.number(array) * squares))
 
 
 def top_share(weights: npt.ArrayLike, share: float = 0.01, over: Sums = WHOLE) -> float:

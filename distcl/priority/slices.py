@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distcl.priority.shaping import Of, summed
 from distcl.runtime import Runtime
 from distcl.types import Ids, frozen, unpack_ids
 
@@ -135,21 +136,25 @@ class Slices:
         """Return how many samples all ranks hold. Local."""
         return int(self.everyones.sum())
 
-    def total(self, values: Array) -> float:
-        """Return the sum of values [n] over all ranks. Collective."""
-        return float(self.totals(np.asarray(values, dtype=np.float64)).sum())
+    def total(self, values: Array, of: Of | None = None) -> float:
+        """Return the sum of values [n], or of a function ``of`` them, over all ranks. Collective.
 
-    def totals(self, values: Array) -> Array:
-        """Return the sum of values [n] of each run, [R], in their type. Collective."""
-        sums = np.zeros(len(self.sizes), dtype=values.dtype)
+        In float64.
+        """
+        sums = np.zeros(len(self.sizes))
         for run, place in self.runs():
-            sums[run] = values[place].sum()
-        return self.reduce(sums, "sum")
+            sums[run] = summed(values[place], of)
+        return float(self.reduce(sums, "sum").sum())
 
     def largest(self, values: Array) -> float:
         """Return the largest of values [n] over all ranks, -inf of none. Collective."""
         mine = np.array([values.max(initial=-math.inf)], dtype=np.float64)
         return float(self.reduce(mine, "max")[0])
+
+    def smallest(self, values: Array) -> float:
+        """Return the smallest of values [n] over all ranks, inf of none. Collective."""
+        mine = np.array([-values.min(initial=math.inf)], dtype=np.float64)
+        return -float(self.reduce(mine, "max")[0])
 
     def count(self, mask: npt.NDArray[np.bool_]) -> int:
         """Return how many of a mask [n] are true over all ranks. Collective."""

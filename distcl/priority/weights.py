@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_leaves
 
 from distcl.config import Config, PriorityConfig
 from distcl.errors import ConfigError
-from distcl.priority.shaping import WHOLE, Sums, Weights, ess_fraction, shape_weights, top_share
+from distcl.priority.shaping import (
+    WHOLE,
+    Of,
+    Sums,
+    Weights,
+    ess_fraction,
+    shape_weights,
+    top_share,
+)
 from distcl.priority.slices import Slices
 from distcl.priority.windows import Part
 from distcl.types import Batch, Ids, PrioritySignal, as_array, as_tensor
@@ -133,7 +141,7 @@ def weigh(
     if report:
         with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
             stats = [
-                statistics(shape.priorities(raw), sums)
+                statistics(raw, sums, shape.priorities)
                 for raw, (_, sums) in zip(scores, wanted, strict=True)
             ]
     if shape.config.target == "union" and len(wanted) == 2:
@@ -163,16 +171,15 @@ def joined(first: Sums, second: Sums) -> Sums:
     return WHOLE
 
 
-def statistics(priority: Weights, over: Sums) -> dict[str, float]:
-    """Return n, min, mean, max, std of priorities [N], which are overwritten.
+def statistics(scores: Weights, over: Sums, priorities: Of) -> dict[str, float]:
+    """Return n, min, mean, max, std of the priorities of scores [N], which rise with these.
 
     Collective if ``over`` is.
     """
-    n = over.number(priority)
-    mean, largest = over.total(priority) / n, over.largest(priority)
-    smallest = -over.largest(np.negative(priority, out=priority))
-    priority += mean  # they are negative now: the squares are the same
-    variance = over.total(np.square(priority, out=priority)) / n
+    n, low, high = over.number(scores), over.smallest(scores), over.largest(scores)
+    smallest, largest = priorities(np.array([low, high])).tolist()
+    mean = over.total(scores, priorities) / n
+    variance = over.total(scores, lambda s: np.square(priorities(s) - mean)) / n
     return {"n": n, "min": smallest, "mean": mean, "max": largest, "std": math.sqrt(variance)}
 
 

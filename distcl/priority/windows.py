@@ -169,7 +169,7 @@ class Permutations:
     """Permutations of N positions, one after another without end, read at any place.
 
     The k-th is a function of (seed, k and the counters), so any rank and a resumed run read the
-    same. Holds one, 8 N bytes.
+    same. Holds one, 4 N bytes (8 N from 2**32 positions on).
     """
 
     def __init__(self, seed: int, stream: int) -> None:
@@ -180,7 +180,7 @@ class Permutations:
     def take(
         self, round_index: int, number: int, first: int, n: int, kind: int = 0
     ) -> draws.Positions:
-        """Return draws ``first`` to ``first`` + n of ``number`` positions, int64 [n]."""
+        """Return draws ``first`` to ``first`` + n of ``number`` positions, [n]."""
         found = []
         while n:
             index, at = divmod(first, number)

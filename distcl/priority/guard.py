@@ -47,7 +47,7 @@ def rank_correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> 
     for row in (a, b):
         _, place, ties = np.unique(row, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(ties) - (ties - 1) / 2)[place])
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(*ranks))[0, 1])
 
 
 class Freshness:

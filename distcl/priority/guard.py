@@ -43,11 +43,14 @@ def rank_correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> 
     """
     if len(a) < _FEWEST or not (np.ptp(a) and np.ptp(b)):
         return None
-    ranks = []  # scipy.stats has this too, but importing it takes longer than a short round
-    for row in (a, b):
-        _, place, ties = np.unique(row, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(ties) - (ties - 1) / 2)[place])
-    return float(np.asarray(np.corrcoef(*ranks))[0, 1])
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the rank of each value [N]. Importing scipy.stats takes longer than a short round."""
+    _, place, ties = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: npt.NDArray[np.float64] = np.cumsum(ties) - (ties - 1) / 2
+    return ranks[place]
 
 
 class Freshness:

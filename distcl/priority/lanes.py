@@ -44,7 +44,7 @@ class LaneSampler:
 
     So the global batches are a pure function of (seed, stream, round, epoch, ids, weights), at any
     world size; a rank's part may be large, small or empty, and every rank has every step. All but
-    ``set_groups`` is local. Memory: 8 bytes for each of this rank's draws.
+    ``set_groups`` is local. Memory: 4 bytes for each of this rank's draws.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class LaneSampler:
         plan, begin = self._plan, step * self.batch_size
         first, last = plan.merged(begin), plan.merged(begin + self.total(step))
         return [
-            (lane, ids[first[run] : last[run]])
-            for run, (lane, ids) in plan.mine.items()
+            (lane, ids[drawn[first[run] : last[run]]])
+            for run, (lane, ids, drawn) in plan.mine.items()
             if first[run] < last[run]
         ]
 
@@ -160,7 +160,7 @@ class LaneSampler:
         rng = self._generator(0)
         shift = int(rng.integers(self._window))
         counts: list[Ids] = []
-        mine: dict[int, tuple[int, Ids]] = {}
+        mine: dict[int, tuple[int, Ids, draws.Positions]] = {}
         first = 0  # the group's first run
         for group, sums, exponent in zip(self._groups, self._sums, self._exponents, strict=True):
             u, total, held = rng.random(), int(sums.sum()), group.slices
@@ -170,34 +170,36 @@ class LaneSampler:
                 if not counts[-1][run]:
                     continue
                 weights = None if group.weights is None else group.weights[place]
+                ids = held.ids[place]
                 number = draws.systematic_count_blocks(
-                    _units(weights, place.stop - place.start, exponent),
+                    _units(weights, len(ids), exponent),
                     int(offsets[run]),
                     total,
                     group.draws,
                     u,
                 )
-                drawn, end = np.empty(counts[-1][run], dtype=np.int64), 0
-                for block, start in zip(
-                    number, range(place.start, place.stop, _BLOCK), strict=True
-                ):
+                drawn = np.empty(counts[-1][run], dtype=draws.index_type(len(ids) + 1))
+                end = 0
+                for block, start in zip(number, range(0, len(ids), _BLOCK), strict=True):
                     begin, end = end, end + int(block.sum())
-                    drawn[begin:end] = np.repeat(held.ids[start : start + len(block)], block)
-                self._shuffle(drawn, shift, first + run)
-                mine[first + run] = int(held.lanes[run]), drawn
+                    drawn[begin:end] = np.repeat(np.arange(start, start + len(block)), block)
+                self._shuffle(ids, drawn, shift, first + run)
+                mine[first + run] = int(held.lanes[run]), ids, drawn
             first += len(sums)
         in_order = sorted(mine.items(), key=lambda item: (item[1][0], item[0]))  # lane by lane
         return _Plan(np.concatenate(counts), dict(in_order))
 
-    def _shuffle(self, ids: Ids, shift: int, run: int) -> None:
-        """Bring a run's ids, ascending so far, into random order within each window, in place."""
+    def _shuffle(self, ids: Ids, drawn: draws.Positions, shift: int, run: int) -> None:
+        """Bring positions in a run's ids, ascending so far, into random order in each window."""
         rng = self._generator(1 + run)
-        first, last = ((int(ids[k]) & _ROWS) + shift for k in (0, -1))
+        low, high = ids[drawn[[0, -1]]]
+        first, last = (int(low) & _ROWS) + shift, (int(high) & _ROWS) + shift
         starts = np.arange(first // self._window + 1, last // self._window + 1) * self._window
-        ends = np.searchsorted(ids, starts - first + ids[0]).tolist()
-        for begin, end in itertools.pairwise([0, *ends, len(ids)]):
+        edges = np.searchsorted(ids, starts - first + low).astype(drawn.dtype)
+        ends = np.searchsorted(drawn, edges).tolist()
+        for begin, end in itertools.pairwise([0, *ends, len(drawn)]):
             keys = rng.random(end - begin)
-            ids[begin:end] = ids[begin:end][np.argsort(keys, kind="stable")]
+            drawn[begin:end] = drawn[begin:end][np.argsort(keys, kind="stable")]
 
     def _generator(self, last: int) -> np.random.Generator:
         return draws.generator(self._seed, self._stream, self.round_index, self.epoch, last)
@@ -243,11 +245,11 @@ def _units(weights: shaping.Weights | None, number: int, exponent: int) -> Itera
 
 
 class _Plan:
-    """The draws of an epoch: ``counts`` [R] of each run of all ranks, and this rank's ids."""
+    """The draws of an epoch: ``counts`` [R] of each run of all ranks, and this rank's."""
 
-    def __init__(self, counts: Ids, mine: dict[int, tuple[int, Ids]]) -> None:
+    def __init__(self, counts: Ids, mine: dict[int, tuple[int, Ids, draws.Positions]]) -> None:
         self.mine = mine
-        """(lane, ids in order) of this rank's runs, by their number."""
+        """(lane, ids, positions in these as drawn) of this rank's runs, by their number."""
         self._counts = counts
         self._total = int(counts.sum())
         # how far the k-th draw of all may be from a run's share of k, in draws of the run

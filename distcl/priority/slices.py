@@ -67,12 +67,14 @@ class Dealer:
     def deal(self, ids: Ids) -> Slices:
         """Return this rank's part of unique ``ids`` [N], which all ranks pass. Collective.
 
-        Where that is all of them in order, they are not copied, and must stay as they are.
+        Where they lie together there, in order, they are not copied, and must stay as they are.
         """
         owned = np.empty(len(ids), dtype=np.bool_)
         for start in range(0, len(ids), _BLOCK):
             owned[start : start + _BLOCK] = self.own(ids[start : start + _BLOCK])
-        mine = frozen(ids if owned.all() else ids[owned])
+        first, number = int(owned.argmax()) if len(owned) else 0, int(np.count_nonzero(owned))
+        together = bool(owned[first : first + number].all())
+        mine = frozen(ids[first : first + number] if together else ids[owned])
         del owned
         starts = range(0, len(mine), _BLOCK)
         most = max((int(unpack_ids(mine[s : s + _BLOCK])[0].max()) for s in starts), default=0)

@@ -149,6 +149,15 @@ def test_each_rank_holds_its_lanes_only_and_every_sample_once():
             assert all(len(set(lanes_of(piece, LANES))) == 1 for piece in pieces)
 
 
+def test_ids_that_lie_together_in_order_are_not_copied():
+    for world in (1, 2, 4):
+        assert all(
+            np.shares_memory(part.ids, ALL) for part in on_ranks(world, lambda d: d.deal(ALL))
+        )
+    backwards = on_ranks(2, lambda dealer: dealer.deal(ALL[::-1]))
+    np.testing.assert_array_equal(np.concatenate([part.ids for part in backwards]), ALL)
+
+
 def test_a_pass_without_weights_has_every_sample_once():
     made = sampler()
     made.set_groups([group(Dealer(LANES, lanes_of), ALL, None)])

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from distcl.bench.measure import CPU, Work, on_ranks, peak_of, seconds_of
-from distcl.bench.model import Job, Machine
+from distcl.bench.model import INDEXED_BYTES, Job, Machine
 from distcl.bench.rows import Row
 from distcl.bench.setting import config_of, stream_of, trainer_of
 from distcl.footprint import FlopCount
@@ -46,7 +46,7 @@ GPU = Machine(forward=1e14, step=1e14, bytes=2e10, draws=1e7)
 
 
 def measure(quick: bool) -> list[Row]:
-    """Predict and measure a round of 2,048 (``quick``: 1,024) samples, and plans of 2 million."""
+    """Predict and measure a round of 2,048 (``quick``: 1,024) samples, and plans of 4 million."""
     samples = 1_024 if quick else 2_048
     one, two = (on_ranks(ranks, ROUND, samples) for ranks in (1, 2))
     alone, shared = (job_of(samples, ranks, found) for ranks, found in ((1, one), (2, two)))
@@ -56,7 +56,7 @@ def measure(quick: bool) -> list[Row]:
         _row("bytes a rank sends in a round", shared.sent, two["sent"], "bytes"),
         _row("seconds of a round", machine.seconds(alone), one["seconds"], "CPU s"),
     ]
-    n = 2_000_000
+    n = 4_000_000
     for streamed, work in ((False, _indexed), (True, _streamed)):
         predicted = Job(n, 1, 0, 0, BATCH, 1, streamed=streamed).plan_memory
         which = "lanes" if streamed else "indexed"
@@ -86,7 +86,7 @@ def _far() -> list[Row]:
         "operations": (FAR.flops, "flops"),
         "a rank sends": (FAR.sent, "bytes"),
         "memory of a rank's plan": (FAR.plan_memory, "bytes"),
-        "memory of a plan by index": (17.0 * FAR.samples, "bytes, on every rank"),
+        "memory of a plan by index": (1.0 * INDEXED_BYTES * FAR.samples, "bytes, on every rank"),
         "memory of weights": (FAR.weight_memory, "bytes"),
         "a round": (seconds, "s, at 1e14 flop/s and 2e10 B/s a rank"),
         "of it, talk": (talk, "s"),

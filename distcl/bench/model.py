@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SCORE_BYTES = 8  # a sample's score and loss, float32, gathered
-INDEXED_BYTES = 17
-"""Of a sampler's plan, a sample: weight and drawn position 8 each, and 1 while it shuffles."""
-LANE_BYTES = 24
-"""Of a lane sampler, a sample of the rank's own: id, weight and draw."""
+INDEXED_BYTES = 13
+"""Of a sampler's plan, a sample: weight 8, drawn position 4, and 1 while it shuffles."""
+LANE_BYTES = 12
+"""Of a lane sampler, a sample of the rank's own: weight and draw; ids are the experience's."""
 
 
 @dataclass(frozen=True, slots=True)

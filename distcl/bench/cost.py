@@ -8,6 +8,7 @@ the smaller.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from distcl.bench.measure import CPU, Work, on_ranks, peak_of, seconds_of
-from distcl.bench.model import INDEXED_BYTES, Job, Machine
+from distcl.bench.model import Job, Machine
 from distcl.bench.rows import Row
 from distcl.bench.setting import config_of, stream_of, trainer_of
 from distcl.footprint import FlopCount
@@ -86,7 +87,10 @@ def _far() -> list[Row]:
         "operations": (FAR.flops, "flops"),
         "a rank sends": (FAR.sent, "bytes"),
         "memory of a rank's plan": (FAR.plan_memory, "bytes"),
-        "memory of a plan by index": (1.0 * INDEXED_BYTES * FAR.samples, "bytes, on every rank"),
+        "memory of a plan by index": (
+            replace(FAR, streamed=False).plan_memory,
+            "bytes, on every rank",
+        ),
         "memory of weights": (FAR.weight_memory, "bytes"),
         "a round": (seconds, "s, at 1e14 flop/s and 2e10 B/s a rank"),
         "of it, talk": (talk, "s"),

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 SCORE_BYTES = 8  # a sample's score and loss, float32, gathered
 INDEXED_BYTES = 13
-"""Of a sampler's plan, a sample: weight 8, drawn position 4, and 1 while it shuffles."""
+"""Of a sampler's plan, a sample: weight 8, drawn position 4, and 1 while it shuffles.
+
+A position takes 8 if there are more than 2**32.
+"""
 LANE_BYTES = 12
 """Of a lane sampler, a sample of the rank's own: weight and draw; ids are the experience's."""
 
@@ -59,7 +62,7 @@ class Job:
         """Bytes that a rank's plan of an epoch takes: of all samples, or of its lanes'."""
         if self.streamed:
             return LANE_BYTES * self.samples / self.ranks
-        return float(INDEXED_BYTES * self.samples)
+        return (INDEXED_BYTES + 4 * (self.samples > 1 << 32)) * float(self.samples)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
     python benchmarks/quality/run.py                 all studies, hours on two cores
     python benchmarks/quality/run.py --only headline one of them
+    python benchmarks/quality/run.py --only breadth --study 'permuted*'   a part of one
     python benchmarks/quality/run.py --quick         a small one on scikit-learn's digits, a minute
     python benchmarks/quality/run.py --tables        only write the tables anew
 
@@ -12,6 +13,7 @@ of ``benchmarks/quality/results/``; runs are kept in ``--work``, so what was int
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import signal
 import sys
@@ -62,7 +64,7 @@ def main() -> None:
             grid = Grid(Forked(), config, given, work, print, {"OMP_NUM_THREADS": "1"})
             _write(tables.OTHERS[name].measure(grid), results / f"{name}.json")
         else:
-            run_suite(name, SUITES[name], config, given, work, results, options.jobs)
+            run_suite(name, SUITES[name], config, given, work, results, options.jobs, options.study)
         tables.write(results, ROOT / "docs" / "RESULTS.md")
 
 
@@ -74,16 +76,24 @@ def run_suite(
     work: Path,
     results: Path,
     jobs: int,
+    only: str = "*",
 ) -> None:
-    """Run every study of a suite and write ``NAME.json``, anew after each study.
+    """Run the studies of a suite whose names fit ``only``; write ``NAME.json`` after each.
 
-    ``given``: overrides that hold on this machine only, and are not told in the results.
+    Results of the others stay in it. ``given``: overrides that hold on this machine only, and are
+    not told in the results.
     """
-    found = []
+    path, found = results / f"{name}.json", dict[str, Any]()
+    if only != "*" and path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))["studies"]
+        found = {study["name"]: study for study in before}
     for study in suite.studies:
+        if not fnmatch.fnmatchcase(study.name, only):
+            continue
         result = run_study(study, config, given, work / study.name, jobs)
-        found.append(_told(study, result))
-        _write({"suite": name, "studies": found}, results / f"{name}.json")
+        found[study.name] = _told(study, result)
+        in_order = [found[study.name] for study in suite.studies if study.name in found]
+        _write({"suite": name, "studies": in_order}, path)
         print(f"{name}: {study.name}: {result['verdict']}", flush=True)
 
 
@@ -137,6 +147,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a minute, on digits")
     parser.add_argument("--only", action="append", choices=NAMES, help="a study; repeatable")
+    parser.add_argument("--study", default="*", help="of a study, the parts of this name")
     parser.add_argument("--tables", action="store_true", help="write docs/RESULTS.md, run nothing")
     parser.add_argument("--data", type=Path, default=data.USUAL, help="MNIST as an .npz")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="run folders")

@@ -6,7 +6,9 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,8 +52,15 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-_TRIM, _MMAP = (-1, 1 << 30), (-3, 32 << 20)
-"""glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and what they are set to, in bytes."""
+_TRIM, _MMAP = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+_KEPT, _LARGE = 32 << 20, 1 << 20
+
+
+def _mallopt(environ: Mapping[str, str]) -> Callable[[int, int], int] | None:
+    """Return what sets glibc's allocator, unless there is none or the environment has done so."""
+    if sys.platform != "linux" or any(k.startswith(("MALLOC_", "GLIBC_")) for k in environ):
+        return None
+    return getattr(ctypes.CDLL(None), "mallopt", None)
 
 
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> None:
@@ -61,11 +70,31 @@ def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> None:
     in between, they cost thousands of page faults a step. Does nothing without glibc, or where the
     environment says how its allocator is to behave.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None or any(name.startswith(("MALLOC_", "GLIBC_")) for name in environ):
+    mallopt = _mallopt(environ)
+    if mallopt is not None:
+        mallopt(_TRIM, 1 << 30)
+        mallopt(_MMAP, _KEPT)
+
+
+_of_this_process = cache(lambda: _mallopt(os.environ))
+
+
+@contextmanager
+def large_arrays() -> Iterator[None]:
+    """Inside, give arrays of a MiB and more memory of their own, returned when they are freed.
+
+    For arrays of all samples, which would leave holes that the next ones do not fit into. Not for
+    what comes and goes with each batch. Local.
+    """
+    mallopt = _of_this_process()
+    if mallopt is None:
+        yield
         return
-    for parameter, value in (_TRIM, _MMAP):
-        mallopt(parameter, value)
+    mallopt(_MMAP, _LARGE)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP, _KEPT)
 
 
 def peak_memory(device: torch.device) -> int:

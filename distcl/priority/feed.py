@@ -13,6 +13,7 @@ import torch
 
 from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
 from distcl.errors import ConfigError
+from distcl.footprint import large_arrays
 from distcl.priority.account import Account, Drawn, LaneAccount, WholeAccount
 from distcl.priority.candidates import Chooser
 from distcl.priority.guard import Freshness
@@ -130,8 +131,9 @@ class Feed:
         return RoundWeights(report=weights.report, note=note)
 
     def _score(self, ids: Ids) -> Weights:
-        scores: Weights = self._scorer.score(self._source, ids).cpu().numpy().astype(np.float64)
-        return scores
+        scores = self._scorer.score(self._source, ids).cpu().numpy()
+        with large_arrays():
+            return scores.astype(np.float64)
 
     def _from_ledger(self, ledger: Ledger, round_index: int, update: int) -> RoundWeights:
         """Return weights by the table as it is, over a fresh pool of the history if asked."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from distcl.errors import UsageError
+from distcl.footprint import large_arrays
 from distcl.priority import draws, shaping
 from distcl.priority.slices import Array, Slices
 from distcl.types import ROW_BITS, Ids
@@ -146,7 +147,8 @@ class LaneSampler:
     def parts(self, step: int) -> list[tuple[int, Ids]]:
         """Return (lane, ids int64 [b]) of this rank's part of a batch, in order of lanes, runs."""
         if self._plan is None:
-            self._plan = self._draw()
+            with large_arrays():
+                self._plan = self._draw()
         plan, begin = self._plan, step * self.batch_size
         first, last = plan.merged(begin), plan.merged(begin + self.total(step))
         return [

@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from distcl.errors import UsageError
+from distcl.footprint import large_arrays
 from distcl.priority import draws, shaping
 from distcl.priority.groups import ArrayLike, Group, as_ids, own_ids, own_weights, size_of
 from distcl.types import Ids, as_tensor
@@ -274,7 +275,8 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         if end <= kept:
             return self._drawn[begin:end]
         if self._positions is None:
-            self._positions = self._draw()
+            with large_arrays():
+                self._positions = self._draw()
         positions = self._positions[max(begin - kept, 0) : end - kept]
         ids = self._at(positions)
         return ids if begin >= kept else np.concatenate([self._drawn[begin:kept], ids])

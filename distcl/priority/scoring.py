@@ -17,6 +17,7 @@ from distcl import registry
 from distcl.anchor import Anchor
 from distcl.data.loader import as_source
 from distcl.errors import ConfigError, DistclError, DivergenceError
+from distcl.footprint import large_arrays
 from distcl.inference import ShardedForward
 from distcl.partition.base import create_partition
 from distcl.priority.cache import LossCache, fingerprint
@@ -93,7 +94,9 @@ class Scorer:
 
         def columns() -> Iterator[torch.Tensor]:  # one by one: they are of all samples
             while rows:
-                yield self.forward.gather(rows.pop(), n, size)
+                with large_arrays():
+                    gathered = self.forward.gather(rows.pop(), n, size)
+                yield gathered
 
         return self._scores(columns(), ids, lambda row: row // share, keep=True)
 
@@ -122,7 +125,8 @@ class Scorer:
             anchors, losses = self._anchor_passes(source, ids, mine, pieces)
         else:
             losses = torch.empty(len(mine), dtype=run.dtype, device=run.device)
-        scores, end = torch.empty_like(losses), 0
+        with large_arrays():
+            scores, end = torch.empty_like(losses), 0
         with self.forward.inferring(source, ids, len(pieces)):
             for k, batch in enumerate(self._read(source, pieces)):
                 begin, end = end, end + len(batch)
@@ -211,7 +215,9 @@ class Scorer:
         Collective.
         """
         run = self.forward.runtime
-        known, losses = self.cache.get(fingerprint(self.anchor.theta_star, run), mine)
+        weights = fingerprint(self.anchor.theta_star, run)
+        with large_arrays():
+            known, losses = self.cache.get(weights, mine)
         if self.signal.needs_logits:  # those are not cached
             known = torch.zeros_like(known)
         sizes = [len(piece) for piece in pieces]

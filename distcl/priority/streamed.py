@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from distcl.config import DataConfig
+from distcl.footprint import large_arrays
 from distcl.priority.account import LaneAccount
 from distcl.priority.lanes import LaneGroup, LaneSampler
 from distcl.priority.scoring import Scorer
@@ -45,8 +46,9 @@ class Streamed:
             which = 0 if mine is cut[0].ids else 1
             ids = weighted[which]
             assert ids is not None
-            scores = self._scorer.score_slices(self._source, ids, cut[which])
-            return scores.cpu().numpy().astype(np.float64)
+            scores = self._scorer.score_slices(self._source, ids, cut[which]).cpu().numpy()
+            with large_arrays():
+                return scores.astype(np.float64)
 
         mine = [None if ids is None else held.ids for ids, held in zip(weighted, cut, strict=True)]
         return weigh(shape, score, *mine, over=cut)

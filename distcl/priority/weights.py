@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from distcl.config import Config, PriorityConfig
 from distcl.errors import ConfigError
+from distcl.footprint import large_arrays
 from distcl.priority.shaping import (
     WHOLE,
     Of,
@@ -138,29 +139,30 @@ def weigh(
         if ids is not None and sums.number(ids)
     ]
     scores = [score(ids) for ids, _ in wanted]
-    if report:
-        with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
-            stats = [
-                statistics(raw, sums, shape.priorities)
-                for raw, (_, sums) in zip(scores, wanted, strict=True)
-            ]
-    if shape.config.target == "union" and len(wanted) == 2:
-        ids, sizes = np.concatenate([ids for ids, _ in wanted]), [len(raw) for raw in scores]
-        scores = [np.concatenate(scores)]
-        both = shape.weights(scores.pop(), ids, joined(*over), overwrite=True)
-        parts = np.split(both, sizes[:1])
-    else:
-        parts = [shape.weights(scores.pop(0), *of, overwrite=True) for of in wanted]
-    for k, ((ids, sums), weights) in enumerate(zip(wanted, parts, strict=True)):
+    with large_arrays():
         if report:
-            result.report["cur" if ids is current else "hist"] = stats[k] | {
-                "ess_fraction": ess_fraction(weights, sums),
-                "top_share": top_share(weights, over=sums),
-            }
-        if ids is current:
-            result.current = weights
+            with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
+                stats = [
+                    statistics(raw, sums, shape.priorities)
+                    for raw, (_, sums) in zip(scores, wanted, strict=True)
+                ]
+        if shape.config.target == "union" and len(wanted) == 2:
+            ids, sizes = np.concatenate([ids for ids, _ in wanted]), [len(raw) for raw in scores]
+            scores = [np.concatenate(scores)]
+            both = shape.weights(scores.pop(), ids, joined(*over), overwrite=True)
+            parts = np.split(both, sizes[:1])
         else:
-            result.history = weights
+            parts = [shape.weights(scores.pop(0), *of, overwrite=True) for of in wanted]
+        for k, ((ids, sums), weights) in enumerate(zip(wanted, parts, strict=True)):
+            if report:
+                result.report["cur" if ids is current else "hist"] = stats[k] | {
+                    "ess_fraction": ess_fraction(weights, sums),
+                    "top_share": top_share(weights, over=sums),
+                }
+            if ids is current:
+                result.current = weights
+            else:
+                result.history = weights
     return result
 
 

@@ -17,7 +17,7 @@ from distcl import registry
 from distcl.anchor import Anchor
 from distcl.data.loader import as_source
 from distcl.errors import ConfigError, DistclError, DivergenceError
-from distcl.footprint import large_arrays
+from distcl.footprint import give_back, large_arrays
 from distcl.inference import ShardedForward
 from distcl.partition.base import create_partition
 from distcl.priority.cache import LossCache, fingerprint
@@ -132,6 +132,8 @@ class Scorer:
                 begin, end = end, end + len(batch)
                 scores[begin:end], now = self._row(batch, anchors[k] if anchors else None)
                 losses[begin:end] = now  # theta_star's, until here
+        del anchors
+        give_back()  # of reading and computing so many batches
         return scores, losses
 
     def _read(self, source: Source, pieces: list[Ids]) -> Iterator[Batch]:

@@ -152,23 +152,19 @@ def ess_fraction(weights: npt.ArrayLike, over: Sums = WHOLE) -> float:
 def top_share(weights: npt.ArrayLike, share: float = 0.01, over: Sums = WHOLE) -> float:
     """Return the part of sum w that the largest ``share`` of the N weights has (at least one).
 
-    Over slices the threshold is found by bisection, to 2**-60 of the largest weight; collective.
+    Where that part begins is found by bisection, to 2**-60 of the largest weight.
     """
-    array = _scaled(check_weights(weights, over=over), over)
-    number, total = over.number(array), over.total(array)
+    array = check_weights(weights, over=over)
+    number, largest = over.number(array), over.largest(array)
     most = max(1, round(share * number))
-    if over is WHOLE:
-        array.partition(number - most)
-        return float(array[number - most :].sum() / total)
-    low, high = 0.0, 1.0  # at most ``most`` weights exceed ``high``, and more exceed ``low``
+    low, high = 0.0, 1.0  # of the largest: ``most`` weights or fewer exceed high, more exceed low
     for _ in range(60):
         middle = (low + high) / 2
-        few = over.count(array > middle) <= most
+        few = over.count(array > middle * largest) <= most
         low, high = (low, middle) if few else (middle, high)
-    below = array <= high
-    ties = (most - (number - over.count(below))) * high
-    array[below] = 0
-    return float((over.total(array) + ties) / total)
+    above = over.total(array, lambda w: np.where(w > high * largest, w / largest, 0.0))
+    ties = (most - over.count(array > high * largest)) * high
+    return (above + ties) / over.total(array, lambda w: w / largest)
 
 
 def cap_weights(weights: npt.ArrayLike, cap: float, over: Sums = WHOLE) -> Weights:

@@ -1,5 +1,6 @@
 """Counting operations changes none of them; freed memory is used again."""
 
+import os
 import subprocess
 import sys
 
@@ -62,3 +63,28 @@ def test_freed_memory_is_kept_unless_the_environment_says_how_to_allocate():
     assert kept("keep_freed_memory({})") > 20e6
     assert kept("") < 10e6
     assert kept("keep_freed_memory({'MALLOC_ARENA_MAX': '1'})") < 10e6
+
+
+HOLES = """
+import psutil, torch
+from distcl.footprint import keep_freed_memory, large_arrays
+keep_freed_memory({})
+resident = psutil.Process().memory_info
+before = resident().rss
+with large_arrays():
+    large = torch.ones(6 << 20)
+above = [bytes(1000) for _ in range(1000)]
+del large
+print(resident().rss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_large_arrays_leave_no_hole_where_they_were():
+    def kept(code: str) -> int:
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+        command = [sys.executable, "-c", code]
+        return int(subprocess.run(command, capture_output=True, check=True, env=environ).stdout)
+
+    assert kept(HOLES) < 10e6
+    assert kept(HOLES.replace("with large_arrays()", "if True")) > 20e6

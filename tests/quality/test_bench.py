@@ -104,7 +104,7 @@ def test_the_model_at_a_thousand_ranks_by_hand() -> None:
     assert FAR.steps == 305_175
     assert FAR.flops == pytest.approx(8.2e9 * (1e10 + 3 * 1e10), rel=1e-4)
     assert FAR.sent == pytest.approx(305_175 * 2 * 4 * 25.6e6, rel=2e-3)
-    assert FAR.plan_memory == 24 * 1e10 / 1024
+    assert FAR.plan_memory == 12 * 1e10 / 1024
     assert GPU.seconds(FAR) == pytest.approx(3.28e20 / 1024 / 1e14 + FAR.sent / 2e10, rel=1e-3)
 
 

@@ -83,6 +83,9 @@ def run_suite(
     Results of the others stay in it. ``given``: overrides that hold on this machine only, and are
     not told in the results.
     """
+    names = [study.name for study in suite.studies]
+    if not fnmatch.filter(names, only):
+        sys.exit(f"no study of {name} is called '{only}'; there are: {'; '.join(names)}")
     path, found = results / f"{name}.json", dict[str, Any]()
     if only != "*" and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))["studies"]

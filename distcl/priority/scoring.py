@@ -123,10 +123,10 @@ class Scorer:
         anchors: list[Outputs] | None = None
         if self.signal.needs_anchor:
             anchors, losses = self._anchor_passes(source, ids, mine, pieces)
-        else:
-            losses = torch.empty(len(mine), dtype=run.dtype, device=run.device)
         with large_arrays():
-            scores, end = torch.empty_like(losses), 0
+            scores, end = torch.empty(len(mine), dtype=run.dtype, device=run.device), 0
+            if anchors is None:
+                losses = torch.empty_like(scores)
         with self.forward.inferring(source, ids, len(pieces)):
             for k, batch in enumerate(self._read(source, pieces)):
                 begin, end = end, end + len(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,31 +140,44 @@ def weigh(
         if ids is not None and sums.number(ids)
     ]
     scores = [score(ids) for ids, _ in wanted]
-    with large_arrays():
-        if report:
-            with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
-                stats = [
-                    statistics(raw, sums, shape.priorities)
-                    for raw, (_, sums) in zip(scores, wanted, strict=True)
-                ]
-        if shape.config.target == "union" and len(wanted) == 2:
-            ids, sizes = np.concatenate([ids for ids, _ in wanted]), [len(raw) for raw in scores]
-            scores = [np.concatenate(scores)]
-            both = shape.weights(scores.pop(), ids, joined(*over), overwrite=True)
-            parts = np.split(both, sizes[:1])
-        else:
-            parts = [shape.weights(scores.pop(0), *of, overwrite=True) for of in wanted]
-        for k, ((ids, sums), weights) in enumerate(zip(wanted, parts, strict=True)):
-            if report:
-                result.report["cur" if ids is current else "hist"] = stats[k] | {
-                    "ess_fraction": ess_fraction(weights, sums),
-                    "top_share": top_share(weights, over=sums),
-                }
-            if ids is current:
-                result.current = weights
-            else:
-                result.history = weights
+    with large_arrays() if report else nullcontext():  # a refresh comes every few steps
+        _fill(result, shape, current, wanted, scores, report)
     return result
+
+
+def _fill(
+    result: RoundWeights,
+    shape: Shape,
+    current: Ids | None,
+    wanted: list[tuple[Ids, Sums]],
+    scores: list[Weights],
+    report: bool,
+) -> None:
+    """Shape ``scores``, which are overwritten, into the weights of what is ``wanted``."""
+    if report:
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
+            stats = [
+                statistics(raw, sums, shape.priorities)
+                for raw, (_, sums) in zip(scores, wanted, strict=True)
+            ]
+    if shape.config.target == "union" and len(wanted) == 2:
+        ids, sizes = np.concatenate([ids for ids, _ in wanted]), [len(raw) for raw in scores]
+        both = np.concatenate(scores)
+        scores.clear()
+        both = shape.weights(both, ids, joined(*(sums for _, sums in wanted)), overwrite=True)
+        parts = np.split(both, sizes[:1])
+    else:
+        parts = [shape.weights(scores.pop(0), *of, overwrite=True) for of in wanted]
+    for k, ((ids, sums), weights) in enumerate(zip(wanted, parts, strict=True)):
+        if report:
+            result.report["cur" if ids is current else "hist"] = stats[k] | {
+                "ess_fraction": ess_fraction(weights, sums),
+                "top_share": top_share(weights, over=sums),
+            }
+        if ids is current:
+            result.current = weights
+        else:
+            result.history = weights
 
 
 def joined(first: Sums, second: Sums) -> Sums:

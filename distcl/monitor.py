@@ -12,6 +12,7 @@ import torch
 from distcl.config import MonitorConfig
 from distcl.data.live import LiveEnd
 from distcl.errors import ConfigError
+from distcl.ids import joined
 from distcl.priority.draws import generator
 from distcl.steps import pack_experience, unpack_experience
 from distcl.stream_metrics import StreamMetric, create_metric
@@ -64,7 +65,7 @@ class Monitor:
         """Samples of the stream that have come."""
         self.measured = 0
         """Samples of the stream whose metric the detector has been fed, or that it skips."""
-        self._order = np.concatenate([e.train for e in trainer.parts.stream.experiences])
+        self._order = joined([e.train for e in trainer.parts.stream.experiences])
         self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime)
         self._pretrained_on = 0  # samples of the stream, all labelled, before watching begins
         self._last_round = 0  # samples of the stream that rounds have learned from, or let pass
@@ -132,7 +133,7 @@ class Monitor:
                 self._note(fired)
                 self._due = _Due(fired, fired + self.config.collect + 1)
             if self.watched == len(self._order):
-                self._order = np.concatenate([self._order, self._live.wait()])
+                self._order = joined([self._order, self._live.wait()])
             if self._due is not None and self._ready(self._due, rounds):
                 self._due = None
                 self._deal_with_drift(rounds)

@@ -14,12 +14,13 @@ from torch import nn
 from distcl.config import OptimizerConfig
 from distcl.errors import DivergenceError
 from distcl.footprint import FlopCount
+from distcl.ids import ids_tensor, tensor_ids
 from distcl.optim import decay_factor, warmup_factor
 from distcl.partition.base import clip_grads_
 from distcl.priority.feed import Feed
 from distcl.runtime import Runtime
 from distcl.tracking import Tracker
-from distcl.types import Batch, Experience, Progress, as_tensor, frozen
+from distcl.types import Batch, Experience, Progress
 from distcl.updaters import Updater
 from distcl.updaters.base import StepResult
 from distcl.watch import LossWatch
@@ -88,13 +89,13 @@ class Stage:
 
 def pack_experience(e: Experience) -> dict[str, Any]:
     """Return an experience as tensors and plain values."""
-    train, test = as_tensor(e.train), as_tensor(e.test)
+    train, test = ids_tensor(e.train), ids_tensor(e.test)
     return {"index": e.index, "train": train, "test": test, "name": e.name}
 
 
 def unpack_experience(state: dict[str, Any]) -> Experience:
     """Return the experience that was packed."""
-    train, test = frozen(state["train"].numpy()), frozen(state["test"].numpy())
+    train, test = tensor_ids(state["train"]), tensor_ids(state["test"])
     return Experience(state["index"], train, test, state["name"])
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from distcl.data.history import History
+from distcl.ids import IdRuns, blocks, in_runs
 from distcl.runtime import Runtime
 from distcl.types import Experience, Ids, Stream, pack_ids, unpack_ids
 
@@ -85,7 +86,11 @@ class BadSamples:
 
     def without(self, ids: Ids) -> Ids:
         """Return ``ids`` without bad ones. Local."""
-        return ids[~self.among(ids)] if len(self._bad) else ids
+        if not len(self._bad):
+            return ids
+        if isinstance(ids, IdRuns):
+            return in_runs(some[~self.among(some)] for some in blocks(ids))
+        return ids[~self.among(ids)]
 
 
 def _samples(ids: Ids) -> Ids:

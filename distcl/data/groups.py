@@ -20,16 +20,37 @@ class Grouped(Protocol):
     """What can be grouped: :class:`distcl.data.shards.ShardSource`."""
 
     name: str
-    groups: Ids | None
+    groups: Groups | None
 
-    @property
-    def shard_of(self) -> Ids:
-        """The number of each sample's shard, int64 [N]."""
+    def __len__(self) -> int:
+        """Return the number of samples, N."""
+        ...
+
+    def shards_of(self, ids: Ids) -> tuple[Ids, int]:
+        """Return the number of each one's shard, int64 [B], and how many shards there are."""
         ...
 
     def extents(self, ids: Ids) -> Iterator[bytes]:
         """Yield the bytes of samples."""
         ...
+
+
+class ByShard:
+    """The group of each sample, where each is a range of shards: N numbers, worked out as asked."""
+
+    def __init__(self, source: Grouped, concepts: int) -> None:
+        self._source = source
+        self._concepts = concepts
+
+    def __getitem__(self, key: slice | Ids) -> Ids:
+        rows = np.arange(*key.indices(len(self._source))) if isinstance(key, slice) else key
+        shard, shards = self._source.shards_of(rows)
+        group: Ids = shard * self._concepts // shards
+        return group
+
+
+Groups = Ids | ByShard
+"""The group of each sample by row, int64: indexed by slices and arrays of rows."""
 
 
 def assign_groups(sources: Sequence[Grouped], how: str, concepts: int) -> None:
@@ -42,14 +63,13 @@ def assign_groups(sources: Sequence[Grouped], how: str, concepts: int) -> None:
     kind, _, field = how.partition(":")
     if how == "shards":
         for source in sources:
-            number = source.shard_of
-            count = int(number.max()) + 1
+            count = source.shards_of(np.empty(0, dtype=np.int64))[1]
             if count < concepts:
                 raise ConfigError(
                     f"{_KEY} = 'shards': {source.name} has {count} shards, too few for {concepts} "
                     "experiences"
                 )
-            source.groups = number * concepts // count
+            source.groups = ByShard(source, concepts)
     elif kind in ("key", "time") and field:
         values = [_values(source, field, kind == "time") for source in sources]
         edges = (_times if kind == "time" else _keys)(values[0], concepts, how)
@@ -62,7 +82,7 @@ def assign_groups(sources: Sequence[Grouped], how: str, concepts: int) -> None:
 def _values(source: Grouped, field: str, time: bool) -> list[Any]:
     """Return a field of every sample's JSON; None where the sample cannot be read."""
     found: list[Any] = []
-    for id_ in range(len(source.shard_of)):
+    for id_ in range(len(source)):
         try:
             key, members = read_members(next(source.extents(np.array([id_]))))
         except DataError:

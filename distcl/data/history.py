@@ -10,17 +10,18 @@ import torch
 from torch.utils._pytree import tree_map
 
 from distcl.data.loader import iterate_chunks
-from distcl.types import Batch, DataSpec, Experience, Ids, PyTree, Stream, as_tensor, frozen
+from distcl.ids import BLOCK, IdRuns, among, blocks, ids_tensor, in_runs, joined, tensor_ids
+from distcl.types import Batch, DataSpec, Experience, Ids, PyTree, Stream, frozen
 
 _CHUNK = 1024
-_BLOCK = 1 << 16
 
 
 class History:
     """Ids of earlier experiences' training samples, unique, oldest first. Local.
 
     Every rank holds the same, if every rank adds the same. The stream reads the samples again
-    when they are replayed, so a sample costs eight bytes.
+    when they are replayed, so a sample costs eight bytes; ids added in runs
+    (:class:`distcl.ids.IdRuns`) stay in runs and cost next to nothing.
 
     ``capacity`` K > 0 bounds it: of all distinct ids ever added it holds K, every set of K equally
     likely over seeds, as Vitter's reservoir (1985, algorithm R) does. The K with the smallest
@@ -44,39 +45,35 @@ class History:
 
         Read-only ``ids`` may be returned themselves.
         """
+        held = self._with(ids)
+        if not 0 < self.capacity < len(held):
+            return held
+        return held[_smallest_keys(held, self.capacity, self._seed)]
+
+    def _with(self, ids: Ids) -> Ids:
+        """Return the ids held and those of ``ids`` that are not."""
+        if isinstance(ids, IdRuns):
+            if not len(self._ids) or ids.min() > self._ids.max():
+                return joined([self._ids, ids]) if len(self._ids) else ids
+            ids = in_runs(some[~among(some, self._ids)] for some in blocks(ids))
+            return joined([self._ids, ids])
         ids = np.asarray(ids, dtype=np.int64)
         known = _among(ids, self._ids)
         fresh = _first_of_each(ids[~known] if known.any() else ids)
         if len(self._ids):
-            held = np.concatenate([self._ids, fresh])
-        else:
-            held = fresh.copy() if fresh.flags.writeable else fresh
-        if not 0 < self.capacity < len(held):
-            return held
-        keys = _keys(held, self._seed)
-        return held[np.sort(np.argpartition(keys, self.capacity - 1)[: self.capacity])]
+            return joined([self._ids, fresh])
+        return fresh.copy() if fresh.flags.writeable else fresh
 
-    def add(self, ids: Ids) -> Ids:
-        """Append the ids [N] of an experience, in their order; those already held are left out.
-
-        Returns the ids let go, int64 [M]: those of earlier and of these that are not held now.
-        Whoever keeps something by id drops it for them.
-        """
-        held = self.after(ids)
-        gone: Ids = np.empty(0, dtype=np.int64)
-        if self.capacity:
-            given = np.concatenate([self._ids, np.asarray(ids, dtype=np.int64)])
-            both, _ = np.unique(given, return_index=True)  # sorts; without the index it is slower
-            gone = both[~_among(both, held)]
-        self._hold(held)
-        return gone
+    def add(self, ids: Ids) -> None:
+        """Append the ids [N] of an experience, in their order; those already held are left out."""
+        self._hold(self.after(ids))
 
     def retain(self, ids: Ids) -> None:
-        """Let go of all ids but these."""
-        self._hold(self._ids[np.isin(self._ids, ids)])
+        """Hold these ids, of those held, and no others."""
+        self._hold(ids)
 
     def _hold(self, ids: Ids) -> None:
-        self._ids = frozen(ids)
+        self._ids = ids if isinstance(ids, IdRuns) else frozen(ids)
         if self._copies is not None:
             self._copies.keep(ids)
 
@@ -88,15 +85,15 @@ class History:
         return len(self._ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return {"ids": int64 tensor [H], "copies": the copies' state or None}."""
+        """Return {"ids": :func:`distcl.ids.ids_tensor`, "copies": the copies' state or None}."""
         return {
-            "ids": as_tensor(self._ids),
+            "ids": ids_tensor(self._ids),
             "copies": None if self._copies is None else self._copies.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self._ids = frozen(state["ids"].numpy().astype(np.int64))
+        self._ids = tensor_ids(state["ids"])
         if self._copies is not None:
             self._copies.load_state_dict(state["copies"])
 
@@ -118,8 +115,8 @@ def _all_differ(ids: Ids) -> bool:
         ordered = np.sort(ids)
         return bool((ordered[1:] > ordered[:-1]).all())
     there = np.zeros(span, dtype=np.bool_)
-    for start in range(0, len(ids), _BLOCK):
-        there[ids[start : start + _BLOCK] - low] = True
+    for some in blocks(ids):
+        there[some - low] = True
     return int(np.count_nonzero(there)) == len(ids)
 
 
@@ -127,10 +124,27 @@ def _among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
     """Return which of ``ids`` are among ``others``; fast if they are sorted."""
     if len(others) == 0 or len(ids) == 0 or ids.min() > others.max():
         return np.zeros(len(ids), dtype=np.bool_)
+    if isinstance(others, IdRuns):
+        return others.contains(ids)
     others = np.sort(others)
     at = np.searchsorted(others, ids).clip(max=len(others) - 1)
     found: npt.NDArray[np.bool_] = others[at] == ids
     return found
+
+
+def _smallest_keys(ids: Ids, number: int, seed: int) -> Ids:
+    """Return, ascending, the positions of the ``number`` ids whose keys are smallest."""
+    best: Ids = np.empty(0, dtype=np.int64)
+    keys = np.empty(0, dtype=np.uint64)
+    step = max(BLOCK, number)
+    for start in range(0, len(ids), step):  # keys of all of them at once would be as large as ids
+        some = ids[start : start + step]
+        best = np.concatenate([best, np.arange(start, start + len(some))])
+        keys = np.concatenate([keys, _keys(some, seed)])
+        if len(best) > number:
+            kept = np.argpartition(keys, number - 1)[:number]
+            best, keys = best[kept], keys[kept]
+    return np.sort(best)
 
 
 def _keys(ids: Ids, seed: int) -> npt.NDArray[np.uint64]:

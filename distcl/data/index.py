@@ -40,7 +40,10 @@ _HOW = "make it with: distcl shard --index-only"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A line of the manifest. ``first_id`` counts from 0 within each split, train or test."""
+    """A line of the manifest. ``first_id`` counts from 0 within each split, train or test.
+
+    ``classes``: one more than the largest label; 0: not known.
+    """
 
     name: str
     split: str
@@ -48,6 +51,7 @@ class Shard:
     bytes: int
     sha256: str
     first_id: int
+    classes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _shard(line: dict[str, Any]) -> Shard:
     shard = Shard(**line)
-    numbers = (shard.samples, shard.bytes, shard.first_id)
+    numbers = (shard.samples, shard.bytes, shard.first_id, shard.classes)
     texts = (shard.name, shard.split, shard.sha256)
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise ValueError(f"bad entry {line}")
@@ -130,6 +134,11 @@ class IndexBuilder:
 
     def __len__(self) -> int:
         return len(self._begins)
+
+    @property
+    def classes(self) -> int:
+        """One more than the largest label."""
+        return 1 + (max(self._words, default=-1) >> 32)
 
     def add(self, begin: int, extent: bytes, label: int) -> None:
         """Add a sample that lies from byte ``begin`` on."""
@@ -244,7 +253,8 @@ def index_folder(
         if len(builder):
             builder.write(tar, size)
             following[split] += len(builder)
-            shards.append(Shard(tar.name, split, len(builder), size, file_digest(tar), 0))
+            digest = file_digest(tar)
+            shards.append(Shard(tar.name, split, len(builder), size, digest, 0, builder.classes))
         if tell is not None:
             tell(tar.name, len(builder))
     manifest = numbered(label, shards)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from distcl.config import DataConfig
 from distcl.data.arrays import as_tensor, stratified
 from distcl.data.decode import Decoder, Sample
+from distcl.data.groups import Groups
 from distcl.data.index import (
     CRC_MASK,
     MANIFEST,
@@ -60,8 +61,8 @@ class ShardSource:
         self, folder: Path, shards: Sequence[Shard], data: DataConfig, name: str = "shards"
     ) -> None:
         self.name = name
-        self.groups: Ids | None = None
-        """The concept of each sample, int64 [N]; None: no restriction."""
+        self.groups: Groups | None = None
+        """The concept of each sample by row; None: no restriction."""
         self.shards = list(shards)
         self.live_seconds = 0.0
         """How long to wait for more shards at the end; 0: there will be no more."""
@@ -110,13 +111,6 @@ class ShardSource:
     def usable(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which samples can be used, bool [N]; None: all."""
         return self._column() >= 0 if self.problems else None
-
-    @property
-    def shard_of(self) -> Ids:
-        """The number of each sample's shard within the split, int64 [N]."""
-        counts = np.diff(self._firsts)
-        numbers = np.repeat(np.arange(len(counts)), counts)
-        return numbers if self._rows is None else numbers[self._rows]
 
     def shards_of(self, ids: Ids) -> tuple[Ids, int]:
         """Return the number of each one's shard [B] within the split, and how many there are."""

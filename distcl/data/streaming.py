@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from distcl.config import DataConfig
 from distcl.data.decode import Sample
-from distcl.data.index import Shard, label_of
+from distcl.data.index import MANIFEST, Shard, label_of
 from distcl.data.shards import ShardSource
 from distcl.data.tars import BLOCK, UnusualHeaderError, check_ext, parse_header, split_name
 from distcl.errors import ConfigError, DataError
@@ -55,6 +56,7 @@ class StreamedSource(ShardSource):
         self._label = label
         self._url = url or str(folder / "{name}")
         self._cursors: list[_Cursor] = []  # the last one used is last
+        self._process = os.getpid()  # whose they are
 
     def _open(self, folder: Path, shard: Shard) -> None:
         """No shard is opened before it is read, and none has an index."""
@@ -63,6 +65,12 @@ class StreamedSource(ShardSource):
     def labels(self) -> Any:
         """None: labels are known by reading only."""
         return None
+
+    @property
+    def classes(self) -> int:
+        """One more than the largest label, if ``shards.json`` says so of every shard; else 0."""
+        known = [shard.classes for shard in self.shards]
+        return max(known) if all(known) else 0
 
     @property
     def usable(self) -> None:
@@ -91,13 +99,19 @@ class StreamedSource(ShardSource):
         try:
             for ext in members:
                 check_ext(ext)
-            return self._decode(key, id_, label_of(members, self._label), members)
+            label = label_of(members, self._label)
+            if 0 < shard.classes <= label:
+                most = shard.classes - 1
+                raise DataError(f"its label is {label}, but {MANIFEST} says at most {most}")
+            return self._decode(key, id_, label, members)
         except DataError as error:
             where = f"shard '{shard.name}', sample '{key}', id {id_}"
             raise DataError(f"{where}: {error}") from error
 
     def _cursor(self, number: int, row: int) -> _Cursor:
         """Return a cursor of a shard that is at a row or before it; the nearest there is."""
+        if self._process != os.getpid():  # a fork shares the places in files with its parent
+            self._cursors, self._process = [], os.getpid()
         best: _Cursor | None = None
         for cursor in reversed(self._cursors):  # the last one used comes first
             if cursor.number == number and cursor.holds(row):

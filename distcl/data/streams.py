@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from distcl.data.checksum import check_files
 from distcl.data.drift import Drift, Mask, require_classes
 from distcl.data.loader import as_source
 from distcl.errors import ConfigError, DataError
+from distcl.ids import BLOCK, blocks, in_runs
 from distcl.types import (
     Batch,
     DataSpec,
@@ -71,23 +73,25 @@ class DriftStream:
     still come from the concept before, with a probability that falls from 1 to 0 linearly: rows
     that the older concept has and the experience does not use yet, under the older drift.
 
-    Sources may have ``labels``, int64 [N]; of others every sample is read once to learn them. With
-    floating-point y the stream is one for regression (``spec.classes`` is 0), and schedules that
-    choose samples by class do not fit.
+    Sources may have ``labels``, int64 [N], or tell the number of their ``classes``, which is enough
+    unless the schedule chooses samples by class; of others every sample is read once to learn the
+    labels. With floating-point y the stream is one for regression (``spec.classes`` is 0), and
+    schedules that choose samples by class do not fit.
 
     Two more attributes that sources may have say which samples an experience takes: ``usable``,
     bool [N], leaves bad ones out, and ``groups``, int64 [N], is each sample's concept (None: no
     restriction). A source whose ``replaces`` is true may read another sample in the place of a bad
     one, and says so by its id; ``replaced`` remembers the ids asked for. One that is ``sequential``
     keeps its own order as the stream order, and tells by ``shards_of`` which parts can be read side
-    by side. One with ``live_seconds`` may be given more samples as time goes by.
+    by side; ids of its training samples are kept in runs (:class:`distcl.ids.IdRuns`) if these are
+    long. One with ``live_seconds`` may be given more samples as time goes by.
 
     Raises ConfigError naming the key that does not fit the data, DataError on bad data.
     """
 
     def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
         self._train, self._test = as_source(train), as_source(test)
-        labels = _labels_of(self._train, "train"), _labels_of(self._test, "test")
+        labels = [_labels_of(self._train, "train"), _labels_of(self._test, "test")]
         self.spec = _spec_of(self._train, self._test, labels)
         self._config = config
         self._concepts = min(config.recurring or config.experiences, config.experiences)
@@ -98,6 +102,12 @@ class DriftStream:
         ]
         self._members = [d.members for d in drifts if type(d).members is not Drift.members]
         self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
+        if self._members:
+            both = (self._train, "train"), (self._test, "test")
+            labels = [
+                _labels_of(*of, read=True) if isinstance(part, int) else part
+                for of, part in zip(both, labels, strict=True)
+            ]
         gradual = config.transition == "gradual"
         self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
         """Whether a row of an experience still comes from the concept before."""
@@ -110,11 +120,7 @@ class DriftStream:
         known_bad = (getattr(s, "usable", None) for s in (self._train, self._test))
         self.unusable = sum(int((~u).sum()) for u in known_bad if u is not None)
         """How many samples are left out of all experiences, known to be bad from the start."""
-        sizes = len(self._train), len(self._test)
-        known = [
-            np.zeros(n, np.int64) if part is None else part
-            for n, part in zip(sizes, labels, strict=True)
-        ]
+        known = [part if isinstance(part, np.ndarray) else None for part in labels]
         self.experiences = [self._experience(e, *known) for e in range(config.experiences)]
 
     def __len__(self) -> int:
@@ -211,36 +217,60 @@ class DriftStream:
                 )
         return tree_unflatten([x], tree), base.y
 
-    def _experience(self, e: int, train_labels: Ids, test_labels: Ids) -> Experience:
+    def _experience(self, e: int, train_labels: Ids | None, test_labels: Ids | None) -> Experience:
+        chosen = self._members or len(self._older) or self._config.samples_per_experience
+        if self.sequential and not chosen:
+            train = in_runs(self._pieces(e))
+        else:
+            train = self._shuffled(e, train_labels)
+        held_out = np.flatnonzero(self._members_of(self._test, test_labels, e))
+        if len(train) == 0 or len(held_out) == 0:
+            part = "training" if len(train) == 0 else "test"
+            raise DataError(f"experience {e} has no {part} samples")
+        name = f"{'+'.join(self._config.drifts)} {e}"
+        return Experience(e, train, frozen(pack_ids(e, held_out, test=True)), name)
+
+    def _pieces(self, e: int) -> Iterator[Ids]:
+        """Yield the ids of an experience in the source's own order, never all at once."""
+        for at in range(0, len(self._train), BLOCK):
+            block = slice(at, min(at + BLOCK, len(self._train)))
+            yield pack_ids(e, at + np.flatnonzero(self._members_of(self._train, None, e, block)))
+
+    def _shuffled(self, e: int, labels: Ids | None) -> Ids:
+        """Return the ids of an experience in stream order."""
         rng = np.random.default_rng([self._seed, _ORDER, e])
-        rows = np.flatnonzero(self._members_of(self._train, train_labels, e))
+        rows = np.flatnonzero(self._members_of(self._train, labels, e))
         rng.shuffle(rows)
         wanted = self._config.samples_per_experience
         if wanted > len(rows):
             raise ConfigError(
                 f"stream.samples_per_experience = {wanted}, but experience {e} has {len(rows)}"
             )
-        held_out = np.flatnonzero(self._members_of(self._test, test_labels, e))
-        if len(rows) == 0 or len(held_out) == 0:
-            part = "training" if len(rows) == 0 else "test"
-            raise DataError(f"experience {e} has no {part} samples")
         rows = rows[:wanted].copy() if wanted else rows
         if self.sequential or self.live_seconds:
             rows.sort()
         if e > 0 and len(self._older) and self._concepts > 1:
-            self._blend(e, rows, self._members_of(self._train, train_labels, e - 1), rng)
-        name = f"{'+'.join(self._config.drifts)} {e}"
+            self._blend(e, rows, self._members_of(self._train, labels, e - 1), rng)
         rows |= pack_ids(e, 0)  # in place: there may be very many
-        return Experience(e, frozen(rows), frozen(pack_ids(e, held_out, test=True)), name)
+        return in_runs(blocks(rows)) if self.sequential else frozen(rows)
 
-    def _members_of(self, source: Source, labels: Ids, e: int) -> Mask:
-        """Return which rows, of those with ``labels`` [N], the concept of experience e has."""
+    def _members_of(
+        self, source: Source, labels: Ids | None, e: int, rows: slice | None = None
+    ) -> Mask:
+        """Return which rows, of all or of a slice, the concept of experience e has.
+
+        ``labels`` [N], of all rows, are there if the schedule chooses by class.
+        """
         usable, groups = (getattr(source, name, None) for name in ("usable", "groups"))
-        mask = np.ones(len(labels), dtype=np.bool_) if usable is None else np.array(usable)
+        rows = slice(0, len(source)) if rows is None else rows
+        mask = np.ones(rows.stop - rows.start, dtype=np.bool_)
+        if usable is not None:
+            mask &= usable[rows]
         if groups is not None:
-            mask &= groups == e % self._concepts
+            mask &= groups[rows] == e % self._concepts
         for members in self._members:
-            mask &= members(labels, e % self._concepts)
+            assert labels is not None  # a schedule that chooses by class is refused without any
+            mask &= members(labels, e % self._concepts)[rows]
         return mask
 
     def _blend(self, e: int, rows: Ids, before: Mask, rng: np.random.Generator) -> None:
@@ -283,8 +313,11 @@ def _create_drift(
     return drift
 
 
-def _spec_of(train: Source, test: Source, labels: tuple[Ids | None, Ids | None]) -> DataSpec:
-    """Return the spec of samples; ``x_shape`` is () where a sample is several tensors."""
+def _spec_of(train: Source, test: Source, labels: Sequence[Ids | int | None]) -> DataSpec:
+    """Return the spec of samples; ``x_shape`` is () where a sample is several tensors.
+
+    ``labels``: see :func:`_labels_of`.
+    """
     shapes, targets = [], []
     for source in (train, test):
         nothing = source.read(np.empty(0, dtype=np.int64))
@@ -298,7 +331,8 @@ def _spec_of(train: Source, test: Source, labels: tuple[Ids | None, Ids | None])
     x_shape = shapes[0][1][0] if len(shapes[0][1]) == 1 else ()
     known = [part for part in labels if part is not None]
     if len(known) == 2:
-        return DataSpec(x_shape, int(max(part.max() for part in known)) + 1)
+        classes = (p if isinstance(p, int) else int(p.max()) + 1 for p in known)
+        return DataSpec(x_shape, max(classes))
     if known:
         raise DataError("one of training and test samples has class labels, the other targets")
     if targets[0] != targets[1]:
@@ -306,8 +340,11 @@ def _spec_of(train: Source, test: Source, labels: tuple[Ids | None, Ids | None])
     return DataSpec(x_shape, 0, targets[0])
 
 
-def _labels_of(source: Source, split: str) -> Ids | None:
-    """Return the class labels, int64 [N], or None if y is floating point."""
+def _labels_of(source: Source, split: str, read: bool = False) -> Ids | int | None:
+    """Return the class labels, int64 [N], or None if y is floating point.
+
+    Of a source that has no labels but says how many classes there are, that; ``read``: read them.
+    """
     if len(source) == 0:
         raise DataError(f"the {split} source has no samples")
     labels = getattr(source, "labels", None)
@@ -315,6 +352,9 @@ def _labels_of(source: Source, split: str) -> Ids | None:
         y = source.read(np.empty(0, dtype=np.int64)).y
         if isinstance(y, torch.Tensor) and y.is_floating_point():
             return None
+        classes = getattr(source, "classes", 0)
+        if classes and not read:
+            return int(classes)
         labels = _read_labels(source, split)
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.shape != (len(source),):

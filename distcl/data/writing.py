@@ -27,6 +27,7 @@ from distcl.data.index import (
     Shard,
     file_digest,
     label_of,
+    labels_in,
     numbered,
     open_index,
     read_manifest,
@@ -222,10 +223,11 @@ def _finished(folder: Path, part: _Range) -> list[Shard]:
         try:
             samples = int(np.load(path, allow_pickle=False).shape[1]) - 1
             size = tar.stat().st_size
-            open_index(tar, samples, size)
+            classes = 1 + int(labels_in(open_index(tar, samples, size)).max())
         except (DataError, OSError, ValueError):
             return []
-        shards.append(Shard(tar.name, part.split, samples, size, file_digest(tar), 0))
+        digest = file_digest(tar)
+        shards.append(Shard(tar.name, part.split, samples, size, digest, 0, classes))
     return shards if sum(s.samples for s in shards) == part.end - part.begin else []
 
 
@@ -295,9 +297,8 @@ class _ShardWriter:
         self._file.close()
         self._part.replace(self._tar)
         self._index.write(self._tar, self.size)
-        return Shard(
-            self._tar.name, self._split, len(self._index), self.size, self._digest.hexdigest(), 0
-        )
+        name, digest, index = self._tar.name, self._digest.hexdigest(), self._index
+        return Shard(name, self._split, len(index), self.size, digest, 0, index.classes)
 
     def discard(self) -> None:
         """Remove what is not complete."""

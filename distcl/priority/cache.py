@@ -86,13 +86,6 @@ class LossCache:
             found[start : start + _BLOCK] = torch.where(there.to(losses.device), losses[rows], 0.0)
         return known, found
 
-    def drop(self, ids: Ids) -> None:
-        """Forget the losses of ``ids`` [M]; ids not held are passed over."""
-        for weights, (held, losses) in self._tables.items():
-            keep = ~np.isin(held, ids)
-            rows = torch.from_numpy(np.flatnonzero(keep)).to(losses.device)
-            self._tables[weights] = held[keep], losses[rows]
-
     def state_dict(self) -> dict[str, Any]:
         """Return fingerprints, ids and losses, oldest first."""
         return {

@@ -14,6 +14,7 @@ import torch
 from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
 from distcl.errors import ConfigError
 from distcl.footprint import large_arrays
+from distcl.ids import ids_tensor, tensor_ids
 from distcl.priority.account import Account, Drawn, LaneAccount, WholeAccount
 from distcl.priority.candidates import Chooser
 from distcl.priority.guard import Freshness
@@ -28,7 +29,7 @@ from distcl.priority.tally import weight_histogram
 from distcl.priority.weights import RoundWeights, Shape, weigh
 from distcl.priority.windows import Part, Permutations, WindowPlan
 from distcl.runtime import Runtime
-from distcl.types import Batch, Ids, Source, as_array, as_tensor
+from distcl.types import Batch, Ids, Source
 
 EMPTY: Ids = np.empty(0, dtype=np.int64)
 _POOL = 2  # a stream of draws beside those of the plans
@@ -340,11 +341,11 @@ class Feed:
             plans[which] = plan.state_dict(consumed)
         return {
             "round": self._round,
-            "current": as_tensor(self._current),
-            "history": as_tensor(self._history),
+            "current": ids_tensor(self._current),
+            "history": ids_tensor(self._history),
             "replayed": self._replayed,
             "weights": self._weights.state_dict(),
-            "weighted": [as_tensor(ids) for ids in self._weighted],
+            "weighted": [ids_tensor(ids) for ids in self._weighted],
             "account": None if self._streamed is not None else self.account.state_dict(),
             "seconds": self._refresh_seconds,
             "plans": plans,
@@ -372,7 +373,7 @@ class Feed:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the round that was saved, at any world size. Collective."""
         self._round = state["round"]
-        self._current, self._history = state["current"].numpy(), state["history"].numpy()
+        self._current, self._history = tensor_ids(state["current"]), tensor_ids(state["history"])
         self._replayed = state["replayed"]
         self._weights = RoundWeights.from_state(state["weights"])
         if self._streamed is None:
@@ -383,7 +384,7 @@ class Feed:
             self._weights, self.account = self._streamed.resumed(
                 self._weights, self._current, self._history
             )
-        self._weighted = (as_array(state["weighted"][0]), as_array(state["weighted"][1]))
+        self._weighted = (tensor_ids(state["weighted"][0]), tensor_ids(state["weighted"][1]))
         self._refresh_seconds = state["seconds"]
         self._choosers = {}
         groups = self._groups(self._weights)

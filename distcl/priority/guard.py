@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distcl.ids import among
 from distcl.priority.shaping import WHOLE, Sums, Weights
 from distcl.priority.weights import RoundWeights
 from distcl.priority.windows import Part
@@ -132,7 +133,7 @@ def aim(ids: Ids, weights: Weights, held_out: HeldOut, over: Sums = WHOLE) -> fl
     for members, error in held_out:
         if error is None:
             continue
-        inside = np.isin(ids, members)
+        inside = among(ids, members)
         chosen = np.where(inside, weights, 0.0), inside.astype(np.float64)
         of = np.array([over.total(part) for part in chosen])
         known += bool(of[1])

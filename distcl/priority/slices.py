@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distcl.ids import BLOCK, blocks
 from distcl.priority.shaping import Of, summed
 from distcl.runtime import Runtime
 from distcl.types import Ids, frozen, unpack_ids
@@ -20,8 +21,6 @@ LanesOf = Callable[[Ids, int], Ids]
 Array = npt.NDArray[Any]
 Reduce = Callable[[Array, str], Array]
 """(values, sum or max) -> the same over all ranks. Collective."""
-
-_BLOCK = 1 << 16  # ids looked at together
 
 
 class Dealer:
@@ -69,27 +68,37 @@ class Dealer:
 
         Where they lie together there, in order, they are not copied, and must stay as they are.
         """
-        owned = np.empty(len(ids), dtype=np.bool_)
-        for start in range(0, len(ids), _BLOCK):
-            owned[start : start + _BLOCK] = self.own(ids[start : start + _BLOCK])
-        first, number = int(owned.argmax()) if len(owned) else 0, int(np.count_nonzero(owned))
-        together = bool(owned[first : first + number].all())
-        mine = frozen(ids[first : first + number] if together else ids[owned])
-        del owned
-        starts = range(0, len(mine), _BLOCK)
-        most = max((int(unpack_ids(mine[s : s + _BLOCK])[0].max()) for s in starts), default=0)
+        mine = frozen(self._mine(ids))
+        starts = range(0, len(mine), BLOCK)
+        most = max((int(unpack_ids(some)[0].max()) for some in blocks(mine)), default=0)
         width = 1 + int(self.reduce(np.array([most]), "max")[0])
         sizes, in_order = np.zeros(self.lanes * width, dtype=np.int64), True
         for start in starts:
-            some = mine[start : start + _BLOCK + 1]  # and the next one, to compare with
+            some = mine[start : start + BLOCK + 1]  # and the next one, to compare with
             runs = self._runs(some, width)
-            sizes += np.bincount(runs[:_BLOCK], minlength=len(sizes))
+            sizes += np.bincount(runs[:BLOCK], minlength=len(sizes))
             same = (runs[1:] == runs[:-1]) & (some[1:] >= some[:-1])
             in_order = in_order and bool((same | (runs[1:] > runs[:-1])).all())
         if not in_order:
             mine = mine[np.lexsort((mine, self._runs(mine, width)))]
         of_run = np.repeat(np.arange(self.lanes), width)
         return Slices(mine, sizes, self.reduce(sizes, "sum"), of_run, self.reduce)
+
+    def _mine(self, ids: Ids) -> Ids:
+        """Return those of ``ids`` that lie in this rank's lanes, in their order. Local."""
+        first, end, number = len(ids), 0, 0
+        for k, some in enumerate(blocks(ids)):
+            at = k * BLOCK + np.flatnonzero(self.own(some))
+            if len(at):
+                first, end, number = min(first, int(at[0])), int(at[-1]) + 1, number + len(at)
+        if number in (0, end - first):  # they lie together
+            return ids[first : first + number]
+        mine, end = np.empty(number, dtype=np.int64), 0
+        for some in blocks(ids):
+            some = some[self.own(some)]
+            begin, end = end, end + len(some)
+            mine[begin:end] = some
+        return mine
 
     def _runs(self, ids: Ids, width: int) -> Ids:
         return self._lanes_of(ids, self.lanes) * width + unpack_ids(ids)[0]

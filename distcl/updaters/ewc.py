@@ -49,7 +49,7 @@ class EWCOnline(Updater):
         limit = self.config.fisher_samples
         if len(ids) > limit:
             draw = generator(self.setup.seed, self.commits, 0xF15E)
-            ids = draw.choice(ids, size=limit, replace=False)
+            ids = ids[draw.choice(len(ids), size=limit, replace=False)]
         self.trained += len(ids)
         new = diagonal_fisher(
             self.runtime,

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.index import index_folder, read_manifest
+from distcl.data.index import index_folder, read_manifest, write_manifest
 from distcl.data.loader import BatchLoader
 from distcl.data.opening import shards
 from distcl.data.samples import npy_bytes
@@ -21,6 +22,7 @@ from distcl.data.shards import ShardSource
 from distcl.data.streaming import StreamedSource
 from distcl.data.streams import create_stream
 from distcl.errors import ConfigError, DataError
+from distcl.ids import IdRuns
 from distcl.priority.lanes import LaneGroup, LaneSampler
 from distcl.priority.slices import Dealer
 
@@ -81,16 +83,70 @@ def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tm
         weights[list(undrawn)] = 0
         slices = Dealer(3, stream.lanes_of).deal(np.arange(60))
         plan.set_groups([LaneGroup(slices, weights, 90)])
+        log.write_text("")
         fresh = create_stream(config, 0, data)
         fresh.replaced.clear()
-        log.write_text("")
         seen = list(BatchLoader(fresh, plan, workers=workers))
         ids = np.concatenate([batch.ids for batch in seen])
         np.testing.assert_array_equal(np.concatenate([b.x[:, 0] for b in seen]), ids)
         assert len(ids) == 90 and not fresh.replaced
         opened = log.read_text().split()
-        assert len(opened) == len(set(opened))  # none twice; what is short is still in memory
+        at_start = ["s0.tar", "test-0.tar"]  # the shape of a sample; none is opened twice then
+        assert opened[:2] == at_start
+        opened = opened[2:] if workers else opened  # a worker opens its own
+        assert len(opened) == len(set(opened))
         assert {"s0.tar", "s1.tar", "s3.tar"} <= set(opened)
+
+
+@pytest.mark.parametrize(("drift", "read_at_start"), [("none", 1), ("split", 5)])
+def test_a_stream_is_not_read_before_it_is_used_unless_experiences_go_by_class(
+    tmp_path, drift, read_at_start
+):
+    folder = folder_of(tmp_path / "s", [6, 6, 6, 6])
+    (folder / "test-0.tar").write_bytes((folder / "s2.tar").read_bytes())
+    index_folder(folder)
+    log = tmp_path / "opened"
+    config = StreamConfig(
+        source="shards",
+        path=str(folder),
+        drift=drift,
+        experiences=2,
+        options={"url": f"pipe:echo {{name}} >> {log}; cat {folder}/{{name}}"},
+    )
+    stream = create_stream(config, 0, DataConfig())
+    opened = set(log.read_text().split()) - ({"test-0.tar"} if read_at_start == 1 else set())
+    assert len(opened) == read_at_start
+    indexed = create_stream(config.model_copy(update={"options": {}}), 0, DataConfig())
+    assert stream.spec == indexed.spec
+    for mine, theirs in zip(stream.experiences, indexed.experiences, strict=True):
+        assert np.asarray(mine.train).tolist() == sorted(theirs.train.tolist())
+        assert mine.test.tolist() == theirs.test.tolist()
+        assert isinstance(mine.train, IdRuns) == (drift == "none")
+
+
+def test_a_manifest_that_denies_a_label_is_found_out(tmp_path):
+    folder = folder_of(tmp_path, [6])
+    manifest = read_manifest(folder)
+    most = manifest.shards[0].classes - 1
+    assert most == max(streamed(folder).read(np.arange(6)).y)
+    shard = replace(manifest.shards[0], classes=most)
+    write_manifest(folder, replace(manifest, shards=[shard]))
+    with pytest.raises(
+        DataError, match=rf"label is {most}, but shards.json says at most {most - 1}"
+    ):
+        streamed(folder).read(np.arange(6))
+
+
+def test_worker_processes_do_not_move_what_is_open_here(tmp_path):
+    folder = folder_of(tmp_path, [400])
+    source = streamed(folder, f"pipe:cat {folder}/{{name}}", shuffle_buffer=2)
+    assert source.read(np.array([0, 1])).x[:, 0].tolist() == [0, 1]
+    plan = LaneSampler(50, window=4)
+    slices = Dealer(1, lambda ids, lanes: ids * 0).deal(np.arange(400))
+    plan.set_groups([LaneGroup(slices, None, 400)])
+    seen = [batch.ids for batch in BatchLoader(source, plan, workers=1)]
+    assert sorted(np.concatenate(seen).tolist()) == list(range(400))
+    assert source.read(np.arange(2, 400)).x[:, 0].tolist() == list(range(2, 400))
 
 
 def test_a_compressed_archive_can_be_streamed(tmp_path):

@@ -1,0 +1,158 @@
+"""Ids kept as runs of consecutive ones: what a rank knows of data that others read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distcl.types import Ids, as_tensor, frozen
+
+BLOCK = 1 << 16  # ids looked at together
+
+
+class IdRuns(np.lib.mixins.NDArrayOperatorsMixin):
+    """Ids [N], all different, as R runs [begin, begin + size) after one another: 16 bytes a run.
+
+    It stands in for an int64 array: an index gives ids as numpy's would (an array of as many as
+    were asked for), and numpy's functions and operators make the whole array, 8 bytes an id.
+    """
+
+    dtype = np.dtype(np.int64)
+    ndim = 1
+
+    def __init__(self, begins: npt.ArrayLike, sizes: npt.ArrayLike) -> None:
+        self.begins: Ids = np.asarray(begins, dtype=np.int64)
+        self.sizes: Ids = np.asarray(sizes, dtype=np.int64)
+        self._ends = np.cumsum(self.sizes)  # in positions
+        self._less = self.begins - (self._ends - self.sizes)  # id minus position
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(N,)."""
+        return (len(self),)
+
+    def __getitem__(self, key: Any) -> Any:
+        n = len(self)
+        if isinstance(key, slice):
+            wanted = range(*key.indices(n))
+            found = np.empty(len(wanted), dtype=np.int64)
+            for start in range(0, len(wanted), BLOCK):  # what lies between costs as much again
+                part = wanted[start : start + BLOCK]
+                found[start : start + BLOCK] = self._at(np.arange(part.start, part.stop, part.step))
+            return found
+        at = np.asarray(key)
+        if at.dtype == np.bool_:
+            if at.shape != self.shape:
+                raise IndexError(f"a mask of shape {at.shape} for {n} ids")
+            at = np.flatnonzero(at)
+        if at.size == 0:
+            return np.empty(at.shape, dtype=np.int64)
+        if at.min() < -n or at.max() >= n:
+            raise IndexError(f"position {at.min()} or {at.max()} of {n} ids")
+        return self._at(np.where(at < 0, at + n, at))
+
+    def _at(self, positions: Ids) -> Ids:
+        run = np.searchsorted(self._ends, positions, side="right")
+        found: Ids = positions + self._less[run]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("ids in runs are no array yet")
+        return np.asarray(self[:], dtype=dtype)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **given: Any) -> Any:
+        arrays = [np.asarray(i) if isinstance(i, IdRuns) else i for i in inputs]
+        return getattr(ufunc, method)(*arrays, **given)
+
+    def min(self) -> int:
+        """Return the smallest id."""
+        return int(self.begins.min())
+
+    def max(self) -> int:
+        """Return the largest id."""
+        return int((self.begins + self.sizes).max()) - 1
+
+    def tolist(self) -> list[int]:
+        """Return the ids as Python's integers."""
+        return self[:].tolist()  # type: ignore[no-any-return]
+
+    def contains(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Return which of ``ids`` [M] are among these, bool [M]."""
+        if len(self.begins) == 0:
+            return np.zeros(len(ids), dtype=np.bool_)
+        order = np.argsort(self.begins)
+        at = order[(np.searchsorted(self.begins[order], ids, side="right") - 1).clip(min=0)]
+        past = ids - self.begins[at]
+        inside: npt.NDArray[np.bool_] = (past >= 0) & (past < self.sizes[at])
+        return inside
+
+
+def blocks(ids: Ids) -> Iterator[Ids]:
+    """Yield ids in arrays of ``BLOCK``, in their order."""
+    return (ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK))
+
+
+def in_runs(parts: Iterable[Ids]) -> Ids:
+    """Return different ids, given in pieces, as an IdRuns, or as an array if that is smaller."""
+    begins, sizes = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
+    for ids in parts:
+        if len(ids) == 0:
+            continue
+        first = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)
+        size = np.diff(first, append=len(ids))
+        if len(begins[-1]) and begins[-1][-1] + sizes[-1][-1] == ids[0]:  # the run goes on
+            sizes[-1][-1] += size[0]
+            first, size = first[1:], size[1:]
+        if len(first):
+            begins.append(ids[first])
+            sizes.append(size)
+    return _smaller(IdRuns(np.concatenate(begins), np.concatenate(sizes)))
+
+
+def joined(parts: Sequence[Ids]) -> Ids:
+    """Return ids after one another: in runs if some are, and all can be, else as an array."""
+    if any(isinstance(part, IdRuns) for part in parts):
+        parts = [p if isinstance(p, IdRuns) else in_runs(blocks(p)) for p in parts if len(p)]
+    runs = [part for part in parts if isinstance(part, IdRuns)]
+    if not runs or len(runs) < len(parts):
+        return np.concatenate([np.asarray(part) for part in parts])
+    return _as_ids(IdRuns(*(np.concatenate([getattr(r, k) for r in runs]) for k in _COLUMNS)))
+
+
+def among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
+    """Return which of ``ids`` [N] are among ``others``, bool [N]."""
+    return others.contains(ids) if isinstance(others, IdRuns) else np.isin(ids, others)
+
+
+def ids_tensor(ids: Ids | None) -> torch.Tensor | None:
+    """Return ids for a checkpoint: int64 [N], or in runs, [2, R] of begins and sizes."""
+    if isinstance(ids, IdRuns):
+        return torch.from_numpy(np.stack([ids.begins, ids.sizes]))
+    return as_tensor(ids)
+
+
+def tensor_ids(tensor: torch.Tensor | None) -> Any:
+    """Return what :func:`ids_tensor` was given."""
+    if tensor is None:
+        return None
+    found = frozen(tensor.numpy())
+    return found if found.ndim == 1 else _as_ids(IdRuns(*found))
+
+
+_COLUMNS = ("begins", "sizes")
+
+
+def _smaller(runs: IdRuns) -> Ids:
+    return _as_ids(runs) if 2 * len(runs.begins) < len(runs) else frozen(np.asarray(runs))
+
+
+def _as_ids(runs: IdRuns) -> Ids:
+    return cast("Ids", runs)  # as good as one wherever it is indexed or given to numpy

@@ -6,7 +6,7 @@ Beside ``NAME.tar`` lies ``NAME.index.npy``, int64 [2, n + 1], memory-mapped whe
 - row 1: label · 2**32 + CRC-32 of the extent (label -1: not to be used); last, the size of the
   archive.
 
-``shards.json`` in the same folder lists the shards with samples, bytes, SHA-256 and first id.
+``shards.json`` in the same folder lists the shards with samples, bytes, SHA-256, first id, classes.
 """
 
 from __future__ import annotations
@@ -303,7 +303,11 @@ def verify_folder(
     for shard in manifest.shards:
         tar = folder / shard.name
         try:
-            found = _faults(tar, open_index(tar, shard.samples, shard.bytes), shard)
+            index = open_index(tar, shard.samples, shard.bytes)
+            found = _faults(tar, index, shard)
+            if 0 < shard.classes <= labels_in(index).max():
+                most = f"{labels_in(index).max()} but {MANIFEST} says {shard.classes - 1}"
+                found.append(f"shard '{tar.name}': its largest label is {most}")
             if not found and file_digest(tar) != shard.sha256:
                 found = [f"shard '{tar.name}' has another SHA-256 than {MANIFEST} says"]
             problems += found

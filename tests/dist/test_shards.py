@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from distcl import Anchor, Runtime, compute_sample_priorities
+from distcl import Anchor, Runtime, compute_sample_priorities, registry
 from distcl.config import DataConfig
 from distcl.config_load import load_config
 from distcl.data.index import read_manifest
@@ -137,32 +138,25 @@ def test_shards_give_the_draws_and_accuracies_of_the_same_arrays(data, tmp_path)
     assert one["bad_samples"] == 0
 
 
-@pytest.mark.parametrize("access", ["indexed", "stream"])
-def test_bad_samples_are_skipped_and_counted_the_same_at_every_world_size(data, tmp_path, access):
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for file in (data / "shards").iterdir():
-        (damaged / file.name).write_bytes(file.read_bytes())
-    tar = damaged / "train-000001.tar"
-    content = bytearray(tar.read_bytes())
-    for row in (10, 11, 200):  # of samples of 2,048 bytes: cls, then npy, whose shape it is
-        content[row * 2048 + (1700 if access == "indexed" else 1600)] ^= 0xFF
-    tar.write_bytes(content)
-    over = ["stream.source=shards", f"stream.path={damaged}", f"data.access={access}"]
-    over += ["data.verify=true"] if access == "indexed" else ["data.shuffle_buffer=50"]
-    options = [f"--set={s}" for s in over]
-    out = ["--out", str(tmp_path / "error")]
-    done = distcl("train", "configs/digits.toml", *SHORT, *options, *out, ranks=2)
-    assert done.returncode != 0
-    status = json.loads((tmp_path / "error" / "status.json").read_text())
-    assert status["exit_code"] == 3
-    assert "shard 'train-000001.tar', sample '000000" in status["reason"]
-    over.append("data.on_bad_sample=skip")
-    one = train("configs/digits.toml", tmp_path / "one", *over, "data.workers=1")
-    two = train("configs/digits.toml", tmp_path / "two", *over, ranks=2)
-    assert essence(one) == essence(two)
-    assert one["bad_samples"] == two["bad_samples"] == 3
-    assert "[bad samples]" in (tmp_path / "two" / "log.txt").read_text()
+@pytest.mark.parametrize("name", [part.name for part in registry.parts("updater")])
+def test_every_updater_learns_the_same_from_ids_in_runs_as_from_arrays(
+    name, data, tmp_path, monkeypatch
+):
+    over = ["stream.source=shards", f"stream.path={data / 'shards'}", "data.access=stream"]
+    over += ["training.epochs=1", "training.pretrain_epochs=1", "priority.guard=auto"]
+    over += ["stream.experiences=2", "run.precision=fp32"]
+    over += [f"continual_learning.update_mode={name}", "continual_learning.mix_historic_data=true"]
+    over += ["continual_learning.importance_weighting=true", "run.report=false"]
+    runs = train("configs/digits.toml", tmp_path / "runs", *over)
+    seen = []
+
+    def arrays(parts: Iterable[np.ndarray]) -> np.ndarray:
+        seen.append(np.concatenate(list(parts)))
+        return seen[-1]
+
+    monkeypatch.setattr("distcl.data.streams.in_runs", arrays)
+    assert essence(train("configs/digits.toml", tmp_path / "arrays", *over)) == essence(runs)
+    assert [len(ids) for ids in seen] == [600] * 2
 
 
 def test_streams_give_the_same_run_at_one_and_two_ranks(data, tmp_path):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,18 +137,3 @@ def test_a_job_runs_beside_the_published_loop(
     monkeypatch.setenv(peers.MNIST, str(tmp_path / "no.npz"))
     with pytest.raises(UsageError, match="there is no file"):
         peers.measure(quick=True)
-
-
-@pytest.mark.timeout(300)
-def test_a_round_by_weight_keeps_few_bytes_a_sample(tmp_path: Path) -> None:
-    """48 are the aim, of a million samples and more; with fewer, what else grows counts too."""
-    found = tmp_path / "found.json"
-    script = [ROOT / "benchmarks" / "shards_memory.py", "--what", "train", "--access", "indexed"]
-    subprocess.run(
-        [sys.executable, *script, "--samples", "40000", "160000", "--ranks", "1", "--json", found],
-        check=True,
-        capture_output=True,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
-    )
-    (slope,) = json.loads(found.read_text()).values()
-    assert 16 <= slope <= 64  # two more arrays, of weights or of ids, are too many

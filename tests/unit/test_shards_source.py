@@ -4,8 +4,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -384,50 +382,3 @@ def test_a_missing_shard_is_left_out_when_bad_samples_are_skipped(tmp_path):
     train = source(folder, on_bad_sample="skip")
     assert np.flatnonzero(~train.usable).tolist() == [3, 4, 5, 6]
     assert train.read(np.array([8, 2])).x[:, 0].tolist() == [8, 2]
-
-
-# ---------------------------------------------------------------- memory
-
-_MEASURE = """
-import resource, sys
-import numpy as np
-from distcl.config import DataConfig
-from distcl.data.index import read_manifest
-from distcl.data.shards import ShardSource
-from pathlib import Path
-folder, copies = Path(sys.argv[1]), int(sys.argv[2])
-shards = read_manifest(folder).split("train")[:copies]
-source = ShardSource(folder, shards, DataConfig())
-labels = source.labels
-rng = np.random.default_rng(0)
-for _ in range(300):
-    source.read(rng.integers(0, len(source), 64))
-print(len(source), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-"""
-
-
-def test_memory_grows_by_at_most_48_bytes_a_sample(tmp_path):
-    one = folder_of(tmp_path / "one", [10_000])
-    many = tmp_path / "many"
-    many.mkdir()
-    shard = read_manifest(one).shards[0]
-    listed = []
-    for s in range(400):
-        for end in (".tar", ".index.npy"):
-            os.link(one / f"s00{end}", many / f"s{s:03d}{end}")
-        listed.append(replace(shard, name=f"s{s:03d}.tar", first_id=s * 10_000))
-    write_manifest(many, replace(read_manifest(one), shards=listed))
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", _MEASURE, str(many), str(copies)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        ).stdout.split()
-        for copies in (100, 400)
-    ]
-    (n, peak), (more, higher) = [(int(a), int(b)) for a, b in found]
-    assert (n, more) == (1_000_000, 4_000_000)
-    assert (higher - peak) / (more - n) <= 48

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import tarfile
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,14 @@ import pytest
 import torch
 
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.index import index_folder, read_manifest, write_manifest
+from distcl.data.history import History
+from distcl.data.index import (
+    index_folder,
+    numbered,
+    read_manifest,
+    verify_folder,
+    write_manifest,
+)
 from distcl.data.loader import BatchLoader
 from distcl.data.opening import shards
 from distcl.data.samples import npy_bytes
@@ -135,6 +143,37 @@ def test_a_manifest_that_denies_a_label_is_found_out(tmp_path):
         DataError, match=rf"label is {most}, but shards.json says at most {most - 1}"
     ):
         streamed(folder).read(np.arange(6))
+    assert verify_folder(folder)[1] == [
+        f"shard 's0.tar': its largest label is {most} but shards.json says {most - 1}"
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 4, 16])
+def test_a_rank_keeps_48_bytes_a_sample_divided_by_the_ranks(tmp_path, world):
+    """Ids, weights and draws of four million samples, of which one is read."""
+    folder = folder_of(tmp_path, [10])
+    (shard,) = read_manifest(folder).shards
+    each, n = 62_500, 4_000_000
+    shards_ = [replace(shard, samples=each, name=f"s{k}.tar") for k in range(n // each)]
+    test = replace(shard, split="test")
+    write_manifest(folder, numbered("cls", [*shards_, replace(test, name="s0.tar")]))
+    config = StreamConfig(source="shards", path=str(folder), drift="none", experiences=2)
+    tracemalloc.start()
+    try:
+        stream = create_stream(config, 0, DataConfig(access="stream"))
+        history = History()
+        for experience in stream.experiences:
+            history.add(experience.train)
+        dealer = Dealer(16, stream.lanes_of, rank=1 % world, world_size=world)
+        slices = [dealer.deal(ids) for ids in (stream.experiences[1].train, history.ids())]
+        plan = LaneSampler(64, window=1024)
+        plan.set_groups([LaneGroup(s, np.ones(len(s.ids)), len(s.ids)) for s in slices])
+        plan.parts(0)
+        assert [len(s.ids) for s in slices] == [n // world, 2 * n // world]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 48 * 2 * n / world + 4e6  # the history is of both
 
 
 def test_worker_processes_do_not_move_what_is_open_here(tmp_path):

@@ -57,6 +57,7 @@ def draws(folder: Path, access: str) -> None:
     from distcl.data.index import read_manifest
     from distcl.data.shards import ShardSource
     from distcl.data.streaming import StreamedSource
+    from distcl.ids import IdRuns, joined
     from distcl.priority.lanes import LaneGroup, LaneSampler
     from distcl.priority.sampler import DistributedWeightedSampler
     from distcl.priority.slices import Dealer
@@ -80,7 +81,8 @@ def draws(folder: Path, access: str) -> None:
             shard, number = source.shards_of(ids)
             return shard * lanes // number
 
-        slices = Dealer.over(runtime, 8, lanes_of).deal(np.arange(len(source)))
+        every = joined([IdRuns([0], [len(source)])])
+        slices = Dealer.over(runtime, 8, lanes_of).deal(every)
         plan = LaneSampler(BATCH, window=1024)
         plan.set_groups([LaneGroup(slices, rng.random(len(slices.ids)), len(source))])
     for step, ids in zip(range(STEPS), plan, strict=False):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -96,6 +99,7 @@ class BatchLoader:
                 persistent_workers=workers > 0,
                 pin_memory=pinned,
                 collate_fn=_unchanged,
+                worker_init_fn=_end_with_parent if workers else None,
                 generator=torch.Generator(),  # else each epoch would take from the model's numbers
             )
 
@@ -170,6 +174,20 @@ class _Reads(Dataset[Any]):
             return error
         # a tuple, which DataLoader knows how to pin; the ids asked for, in case others were read
         return batch.ids, batch.x, batch.y, total, torch.from_numpy(ids)
+
+
+def _end_with_parent(_: int) -> None:
+    """End this worker when the process that it reads for is killed.
+
+    torch's own watch is on the parent by ``getppid``, which under ``forkserver`` is the server.
+    """
+
+    def wait() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _unchanged(read: T) -> T:

@@ -36,7 +36,7 @@ def copy_between(source: torch.Tensor, destination: torch.Tensor) -> Work:
 
 def model_of(millions: int) -> nn.Module:
     """Return square Linear layers with ``millions`` · 2^20 weights."""
-    width = {1: 256, 64: 2048}.get(millions, 512)
+    width = {1: 256, 32: 2048}.get(millions, 512)
     layers = (millions << 20) // width**2
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
 
@@ -85,7 +85,7 @@ def of_model(strategy: str, millions: int) -> dict[str, float]:
 
 def measure(quick: bool) -> list[Row]:
     """Return the slopes over model sizes, and each step's time at the largest model."""
-    sizes = [1, 4] if quick else [1, 64]
+    sizes = [1, 4] if quick else [1, 32]
     strategies = ["ddp", "fsdp2"]
     rows: list[Row] = []
     if importlib.util.find_spec("deepspeed") is None:

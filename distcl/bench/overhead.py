@@ -34,7 +34,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "digits.toml"
 
 def measure(quick: bool) -> list[Row]:
     """Train a small convolutional net, 20 steps at a time; then rounds of 10 epochs."""
-    repeats = 3 if quick else 4
+    repeats = 3
     one = on_ranks(1, METHODS, repeats, not quick)
     rows = [_step("1 rank", one, "CPU s"), _tiny(one)]
     if not quick:
@@ -205,7 +205,7 @@ def _start_up() -> Row:
         ours, theirs = seconds_of(
             lambda: subprocess.run([*train, "--out", out], check=True),
             lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True),
-            repeats=5,
+            repeats=3,
         )
     unit = "s, of python -c 'import torch'"
     return compared("start-up to the first step", ours, theirs, unit, "<= 2.5", limit=theirs)

@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
 """Name -> (``[model]``, target)."""
 ONCE = {"batch_size": 50, "epochs": 1}
 """``[training]`` by which a round replays a stored sample once: more often, and it is uniform."""
-_SAMPLES = 20_000  # of each experience
+_SAMPLES = 10_000  # of each experience
 
 
 def measure(quick: bool) -> list[Row]:
@@ -34,7 +34,7 @@ def measure(quick: bool) -> list[Row]:
     for world in (1,) if quick else (1, 2):
         for name, (model, target) in MODELS.items():
             number = 40 if name != "perceptron" else 200
-            ours, theirs = on_ranks(world, STEPS, model, number, 3 if quick else 7)
+            ours, theirs = on_ranks(world, STEPS, model, number, 3 if quick else 5)
             unit = f"{'CPU ' if world == 1 else ''}ms a step, of uniform replay"
             title = f"recipe, {name}, {world} rank{'s' * (world > 1)}"
             rows.append(compared(title, 1e3 * ours, 1e3 * theirs, unit, target))

@@ -163,7 +163,7 @@ def _signals() -> dict[str, Any]:
             config = small(
                 *KEYS,
                 "optimizer.lr=0.2",
-                "training.epochs=5",
+                "training.epochs=3",
                 f"priority.signal={name}",
                 f"priority.source={source}",
                 "priority.target=union",

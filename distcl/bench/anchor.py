@@ -25,7 +25,7 @@ from distcl.partition.base import create_partition
 from distcl.runtime import Runtime
 
 REPEATS = 5
-OF_MODEL = "distcl.bench.anchor:of_model"
+OF_MODELS = "distcl.bench.anchor:of_models"
 """What ranks run; see :func:`on_ranks`."""
 
 
@@ -41,9 +41,15 @@ def model_of(millions: int) -> nn.Module:
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
 
 
-def of_model(strategy: str, millions: int) -> dict[str, float]:
-    """Measure one model under one strategy. Collective; the result is of the worst rank."""
+def of_models(strategy: str, sizes: list[int]) -> list[dict[str, float]]:
+    """Measure models one after another under one strategy. Collective; of the worst rank each."""
     runtime = Runtime(RunConfig(), ParallelConfig(strategy=strategy))
+    found = [_of_model(runtime, millions) for millions in sizes]
+    runtime.close()
+    return found
+
+
+def _of_model(runtime: Runtime, millions: int) -> dict[str, float]:
     model, _ = runtime.prepare_training(
         model_of(millions), lambda params: torch.optim.SGD(params, lr=0.1)
     )
@@ -79,7 +85,6 @@ def of_model(strategy: str, millions: int) -> dict[str, float]:
         found["replica_bytes"] = resident() - before
         del replica
     every = runtime.gather_objects({key: float(value) for key, value in found.items()})
-    runtime.close()
     return {key: max(one[key] for one in every) for key in found}
 
 
@@ -94,7 +99,9 @@ def measure(quick: bool) -> list[Row]:
         strategies.insert(1, "zero3")
     for strategy in strategies:
         for ranks in [2] if quick or strategy != "ddp" else [2, 4]:
-            found = [on_ranks(ranks, OF_MODEL, strategy, millions) for millions in sizes]
+            # DeepSpeed takes one model a process
+            runs = [[size] for size in sizes] if strategy == "zero3" else [sizes]
+            found = [one for run in runs for one in on_ranks(ranks, OF_MODELS, strategy, run)]
             rows += _rows(f"{strategy}, {ranks} ranks", sizes, found, ranks)
     return rows
 

@@ -172,7 +172,7 @@ def rounds(repeats: int) -> dict[str, float]:
                 training={"batch_size": BATCH, "epochs": 10},
                 continual_learning={"importance_weighting": on},
             )
-            stream = stream_of(config, 1_000)
+            stream = stream_of(config, 600)
             works[name] = _round_of(trainer_of(config, runtime, stream, Path(out)))
         found = seconds_of(*works.values(), repeats=repeats, clock=CPU)
     runtime.close()

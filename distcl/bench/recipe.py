@@ -33,7 +33,7 @@ def measure(quick: bool) -> list[Row]:
     rows = []
     for world in (1,) if quick else (1, 2):
         for name, (model, target) in MODELS.items():
-            number = 40 if name != "perceptron" else 200
+            number = 25 if name != "perceptron" else 200
             ours, theirs = on_ranks(world, STEPS, model, number, 3 if quick else 5)
             unit = f"{'CPU ' if world == 1 else ''}ms a step, of uniform replay"
             title = f"recipe, {name}, {world} rank{'s' * (world > 1)}"

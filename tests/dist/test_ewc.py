@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from distcl.data.streams import create_stream
 from distcl.assembly import assemble
+from distcl.data.loader import as_source
 from distcl.models import create_model
+from distcl.partition.base import create_partition
 from distcl.runtime import Runtime
 from distcl.types import DataSpec
+from distcl.updaters.fisher import diagonal_fisher
 from tests.small import execute, small
 from tests.spawn import run_ranks
 
@@ -119,3 +123,33 @@ def test_a_rank_may_own_frozen_weights_only(mode: str, tmp_path: Path) -> None:
     alone = run_ranks(1, _frozen, mode, tmp_path / "one")
     several = run_ranks(3, _frozen, mode, tmp_path / "three")
     assert several == pytest.approx(alone * 3)
+
+
+class HalfUsed(nn.Module):
+    """Two linear layers, of which the outputs need one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+def test_what_the_loss_does_not_use_has_no_fisher() -> None:
+    torch.manual_seed(0)
+    model, runtime = HalfUsed().double(), Runtime(small("run.precision=fp64").run)
+    x, y = torch.rand(9, 4, dtype=torch.float64), torch.arange(9) % 3
+    criterion = nn.CrossEntropyLoss(reduction="none")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    source = as_source(TensorDataset(x, y))
+    parts = runtime, model, optimizer, create_partition(runtime, model), criterion, source
+    found = diagonal_fisher(*parts, np.arange(9))
+    p = torch.softmax(model(x), dim=1).detach()
+    g = p - nn.functional.one_hot(y, 3)  # dL/dlogits
+    assert not found["unused.weight"].any() and not found["unused.bias"].any()
+    torch.testing.assert_close(found["used.bias"], g.square().mean(dim=0))
+    dense = (g[:, :, None] * x[:, None]).square().mean(dim=0)
+    torch.testing.assert_close(found["used.weight"].reshape(3, 4), dense)
+    runtime.close()

@@ -29,12 +29,12 @@ from distcl.errors import UsageError
 MNIST = "DISTCL_MNIST"
 """The environment variable that names mnist.npz: x_train, y_train, x_test, y_test."""
 LOOP = Path(__file__).parents[2] / "benchmarks" / "reference_loop.py"
-TASKS, EPOCHS, TESTS = 5, 2, 1_000
-MODELS: dict[str, tuple[dict[str, Any], int]] = {
-    "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, 1),
-    "convolutional net": ({"name": "cnn", "options": {"channels": [16, 32, 64]}}, 2),
+TASKS, EPOCHS, TESTS = 5, 3, 1_000
+MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, 1, 3_000),
+    "convolutional net": ({"name": "cnn", "options": {"channels": [16, 32, 64]}}, 2, 600),
 }
-"""Name -> (``[model]``, processes)."""
+"""Name -> (``[model]``, processes, images of a task)."""
 WAYS = {"cached": ">= 2.5", "per sample": ">= 4"}
 """How images are transformed -> target."""
 JOB: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ JOB: dict[str, dict[str, Any]] = {
 
 
 def measure(quick: bool) -> list[Row]:
-    """Run the job on 600 (``quick``: 500) images a task. Raises UsageError without MNIST."""
+    """Run the jobs (``quick``: one, of 500 images a task). Raises UsageError without MNIST."""
     given = os.environ.get(MNIST, "")
     if not given:
         raise UsageError(f"set {MNIST} to the path of mnist.npz")
@@ -65,8 +65,8 @@ def measure(quick: bool) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _write(np.load(given), folder, 500 if quick else 600)
-        for model in list(MODELS)[: 1 if quick else None]:
+        for model, (_, _, samples) in list(MODELS.items())[: 1 if quick else None]:
+            _write(np.load(given), folder, 500 if quick else samples)
             for way, target in list(WAYS.items())[: 1 if quick else None]:
                 seeds = 1 if quick or way != "cached" else 2  # accuracies are of that
                 turns = [_turn(folder, model, way, seed) for seed in range(seeds)]
@@ -119,7 +119,7 @@ def _ours(folder: Path, model: str, way: str, seed: int) -> tuple[float, float]:
     if way == "cached":
         own = {"path": str(folder / "tasks.npz"), "drift": "none"}
         own["options"] = {"experiences": "order"}
-    section, processes = MODELS[model]
+    section, processes, _ = MODELS[model]
     job = {**JOB, "model": section, "stream": {**JOB["stream"], **own}}
     job["run"] = {**JOB["run"], "seed": seed}
     command = [sys.executable, "-m"]

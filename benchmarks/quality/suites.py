@@ -257,8 +257,8 @@ SUITES = {
         "10 tasks of 60,000 images, each under a permutation of its pixels, one epoch of each; two "
         "hidden layers of 1,000; Adam, rate 0.001, begun anew at each task for EWC, not for SI; "
         "128 images a step; one output layer for all tasks, not told apart. Papers have about 94 % "
-        "(EWC) and 95 % (SI) in protocols of their own, of up to 20 epochs a task. The target was to "
-        "be within a point of that: EWC is, SI is not.",
+        "(EWC) and 95 % (SI) in protocols of their own, of up to 20 epochs a task. The target was "
+        "to be within a point of that: EWC is, SI is not.",
         tuple(
             Study(name, {arm: STRENGTHS[name][arm]}, FIVE, _PAPERS)
             for name, arm in PAPERS_CHOSEN.items()

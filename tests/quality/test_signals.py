@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+import pytest
+
 from distcl import registry
 from distcl.errors import ConfigError
 from distcl.runtime import Runtime
@@ -51,6 +53,7 @@ def _signals() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.timeout(350)
 def test_every_signal_draws_the_same_at_one_and_two_ranks_from_every_source() -> None:
     (alone,), pair = run_ranks(1, _signals, timeout=170), run_ranks(2, _signals, timeout=170)
     for (name, source), result in alone.items():

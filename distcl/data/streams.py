@@ -158,6 +158,12 @@ class DriftStream:
                 f"sample {row}, new in the stream, has label {labels[row]}; the stream began with "
                 f"labels below {self.spec.classes}"
             )
+        elif labels is None and getattr(self._train, "classes", 0) > self.spec.classes > 0:
+            raise DataError(
+                f"among samples {before} to {len(self._train) - 1}, new in the stream, is a label "
+                f"above {self.spec.classes - 1}; the stream began with labels below "
+                f"{self.spec.classes}"
+            )
         usable = getattr(self._train, "usable", None)
         if usable is not None:
             self.unusable += int((~usable[rows]).sum())

@@ -176,6 +176,29 @@ def test_a_rank_keeps_48_bytes_a_sample_divided_by_the_ranks(tmp_path, world):
     assert peak < 48 * 2 * n / world + 4e6  # the history is of both
 
 
+def test_a_class_that_comes_later_is_refused(tmp_path):
+    folder = folder_of(tmp_path, [2, 2])  # labels 0, 1, and 2, 0
+    later = folder / "s1.tar"
+    content = later.read_bytes()
+    later.unlink()
+    (folder / "test-0.tar").write_bytes((folder / "s0.tar").read_bytes())
+    index_folder(folder)
+    config = StreamConfig(
+        source="shards",
+        path=str(folder),
+        drift="none",
+        experiences=1,
+        options={"live_seconds": 1},
+    )
+    stream = create_stream(config, 0, DataConfig(access="stream"))
+    assert stream.spec.classes == 2 and stream.arrived() == 0
+    later.write_bytes(content)
+    index_folder(folder)
+    assert stream.arrived() == 2
+    with pytest.raises(DataError, match=r"among samples 2 to 3, new .*, is a label above 1"):
+        stream.grow(2)
+
+
 def test_worker_processes_do_not_move_what_is_open_here(tmp_path):
     folder = folder_of(tmp_path, [400])
     source = streamed(folder, f"pipe:cat {folder}/{{name}}", shuffle_buffer=2)

@@ -138,27 +138,6 @@ def test_shards_give_the_draws_and_accuracies_of_the_same_arrays(data, tmp_path)
     assert one["bad_samples"] == 0
 
 
-@pytest.mark.parametrize("name", [part.name for part in registry.parts("updater")])
-def test_every_updater_learns_the_same_from_ids_in_runs_as_from_arrays(
-    name, data, tmp_path, monkeypatch
-):
-    over = ["stream.source=shards", f"stream.path={data / 'shards'}", "data.access=stream"]
-    over += ["training.epochs=1", "training.pretrain_epochs=1", "priority.guard=auto"]
-    over += ["stream.experiences=2", "run.precision=fp32"]
-    over += [f"continual_learning.update_mode={name}", "continual_learning.mix_historic_data=true"]
-    over += ["continual_learning.importance_weighting=true", "run.report=false"]
-    runs = train("configs/digits.toml", tmp_path / "runs", *over)
-    seen = []
-
-    def arrays(parts: Iterable[np.ndarray]) -> np.ndarray:
-        seen.append(np.concatenate(list(parts)))
-        return seen[-1]
-
-    monkeypatch.setattr("distcl.data.streams.in_runs", arrays)
-    assert essence(train("configs/digits.toml", tmp_path / "arrays", *over)) == essence(runs)
-    assert [len(ids) for ids in seen] == [600] * 2
-
-
 def test_streams_give_the_same_run_at_one_and_two_ranks(data, tmp_path):
     folder = tmp_path / "s"
     made = distcl("shard", "digits", str(folder), "--per-shard", "120")

@@ -58,10 +58,8 @@ def diagonal_fisher(
         for batch in iterate_chunks(source, ids[start:stop], min(size, 256)):
             batch = batch.to(runtime.device, runtime.dtype)
             for name, grad in per_sample(weights, batch.x, batch.y).items():
-                each = grad.to(runtime.dtype)
-                # in place at half the time, but not where all samples share a gradient of zeros
-                squares = each.square_() if each.is_contiguous() else each.square()
-                total[name] += squares.sum(dim=0)
+                # not in place: weights may share one gradient, and samples a gradient of zeros
+                total[name] += grad.to(runtime.dtype).square().sum(dim=0)
     return {name: value / len(ids) for name, value in partition.reduce_owned(total).items()}
 
 

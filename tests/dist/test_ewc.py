@@ -126,18 +126,19 @@ def test_a_rank_may_own_frozen_weights_only(mode: str, tmp_path: Path) -> None:
 
 
 class HalfUsed(nn.Module):
-    """Two linear layers, of which the outputs need one."""
+    """Two linear layers, of which the outputs need one, whose bias is a sum of two weights."""
 
     def __init__(self) -> None:
         super().__init__()
         self.used = nn.Linear(4, 3)
         self.unused = nn.Linear(2, 2)
+        self.shift = nn.Parameter(torch.zeros(3))  # its gradient is the bias's, one and the same
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.used(x)
+        return nn.functional.linear(x, self.used.weight, self.used.bias + self.shift)
 
 
-def test_what_the_loss_does_not_use_has_no_fisher() -> None:
+def test_unused_weights_have_no_fisher_and_those_of_one_gradient_the_same() -> None:
     torch.manual_seed(0)
     model, runtime = HalfUsed().double(), Runtime(small("run.precision=fp64").run)
     x, y = torch.rand(9, 4, dtype=torch.float64), torch.arange(9) % 3
@@ -149,7 +150,8 @@ def test_what_the_loss_does_not_use_has_no_fisher() -> None:
     p = torch.softmax(model(x), dim=1).detach()
     g = p - nn.functional.one_hot(y, 3)  # dL/dlogits
     assert not found["unused.weight"].any() and not found["unused.bias"].any()
-    torch.testing.assert_close(found["used.bias"], g.square().mean(dim=0))
+    for name in ("used.bias", "shift"):
+        torch.testing.assert_close(found[name], g.square().mean(dim=0))
     dense = (g[:, :, None] * x[:, None]).square().mean(dim=0)
     torch.testing.assert_close(found["used.weight"].reshape(3, 4), dense)
     runtime.close()

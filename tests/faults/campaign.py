@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -209,6 +210,14 @@ def _write_counts(path: Path, traps: list[Trap], counters: list[Iterator[int]]) 
     path.write_text(json.dumps(found))
 
 
+_POLLING = threading.Lock()
+"""Held while processes are started or asked how they ended.
+
+A start asks all processes how they ended, those of other threads too; an exit code can be read only
+once, and whoever comes second takes it for 255.
+"""
+
+
 class Started:
     """The processes of a run that has been started."""
 
@@ -232,18 +241,20 @@ class Started:
             )
             for rank in range(world)
         ]
-        for process in self.processes:
-            process.start()
+        with _POLLING:
+            for process in self.processes:
+                process.start()
 
     def end(self, limit: float = LIMIT) -> Ended:
         """Wait for the end of all processes; kill those that are left after so many seconds."""
         deadline = time.monotonic() + limit
         for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
-            process.kill()
-            process.join()
+            wait([process.sentinel], max(0.0, deadline - time.monotonic()))
+        with _POLLING:
+            codes = [process.exitcode for process in self.processes]
+            for process in self.processes:
+                process.kill()
+                process.join()
         text = self._said.read_bytes()[self._from :].decode(errors="replace")
         return Ended(codes, text)
 

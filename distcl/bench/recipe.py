@@ -18,60 +18,61 @@ from distcl.trainer import ContinuousTrainer
 from distcl.types import Experience, Ids
 
 STEPS = "distcl.bench.recipe:steps"
-MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, "<= 1.03"),
-    "small convolutional net": (CNN, "<= 1.01"),
+MODELS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, 10_000, "<= 1.03"),
+    "small convolutional net": (CNN, 2_000, "<= 1.01"),
 }
-"""Name -> (``[model]``, target)."""
+"""Name -> (``[model]``, samples of each experience, target)."""
 ONCE = {"batch_size": 50, "epochs": 1}
 """``[training]`` by which a round replays a stored sample once: more often, and it is uniform."""
-_SAMPLES = 10_000  # of each experience
 
 
 def measure(quick: bool) -> list[Row]:
-    """Train rounds of some steps with ``er``, half of each batch history."""
+    """Train whole rounds with ``er``, half of each batch history. ``quick``: fewer samples."""
     rows = []
     for world in (1,) if quick else (1, 2):
-        for name, (model, target) in MODELS.items():
-            number = 25 if name != "perceptron" else 200
-            ours, theirs = on_ranks(world, STEPS, model, number, 3 if quick else 5)
+        for name, (model, samples, target) in MODELS.items():
+            samples, repeats = (samples // 5, 3) if quick else (samples, 5)
+            ours, theirs = on_ranks(world, STEPS, model, samples, repeats)
             unit = f"{'CPU ' if world == 1 else ''}ms a step, of uniform replay"
             title = f"recipe, {name}, {world} rank{'s' * (world > 1)}"
             rows.append(compared(title, 1e3 * ours, 1e3 * theirs, unit, target))
     return rows
 
 
-def steps(model: dict[str, Any], number: int, repeats: int) -> list[float]:
+def steps(model: dict[str, Any], samples: int, repeats: int) -> list[float]:
     """Return median seconds of a step by the recipe, and with uniform replay. Collective."""
     runtime, works = Runtime(), list[Work]()
     with tempfile.TemporaryDirectory() as out:
         for recipe in (RECOMMENDED, {"continual_learning": {"update_mode": "er"}}):
             sections = {"model": model, "training": ONCE, **recipe}
             config = config_of(**sections)
-            trainer = trainer_of(config, runtime, stream_of(config, _SAMPLES), Path(out))
-            works.append(round_of(trainer, number, recipe is RECOMMENDED))
+            trainer = trainer_of(config, runtime, stream_of(config, samples), Path(out))
+            works.append(round_of(trainer, recipe is RECOMMENDED))
         clock = CPU if runtime.world_size == 1 else WALL
         found = seconds_of(*works, repeats=repeats, clock=clock)
     runtime.close()
-    return [seconds / number for seconds in found]
+    return [seconds * ONCE["batch_size"] / samples for seconds in found]
 
 
-def round_of(trainer: ContinuousTrainer, steps: int, weighted: bool) -> Work:
-    """Return the work of ``steps`` steps: the first experience is new, the second is history.
+def round_of(trainer: ContinuousTrainer, weighted: bool) -> Work:
+    """Return the work of a whole round, what it begins with included.
 
-    The history has been learned before, so that its samples have scores.
+    The first experience is new, the second is history. The history has been learned before, so
+    that its samples have scores.
     """
     parts, number = trainer.parts, 0
     first, second = parts.stream.experiences
 
-    def train(experience: Experience, history: Ids, steps: int) -> None:
+    def train(experience: Experience, history: Ids) -> None:
         nonlocal number
         number += 1
         weights = RoundWeights()
         if weighted:
             weights = parts.feed.weigh(number, experience.train, history, True)
         parts.feed.rebuild(number, experience.train, history, weights, True)
+        steps = len(experience.train) // ONCE["batch_size"]
         trainer.loop.run(Stage(number, "bench", experience, steps), "bench")
 
-    train(second, EMPTY, len(second.train) // ONCE["batch_size"])
-    return lambda: train(first, second.train, steps)
+    train(second, EMPTY)
+    return lambda: train(first, second.train)

@@ -19,16 +19,21 @@ def create_optimizer(
 
     Raises ConfigError for a momentum that the optimizer would not use.
     """
+    fused = config.fused or None  # None: torch decides
     if config.name == "sgd":
         return torch.optim.SGD(
-            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            params,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=fused,
         )
     if config.momentum:
         raise ConfigError(
             f"optimizer.momentum = {config.momentum} is for sgd; {config.name} has its own"
         )
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(params, lr=config.lr, weight_decay=config.weight_decay)
+    return kind(params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:
@@ -54,3 +59,15 @@ def decay_factor(kind: str, step: int, steps: int) -> float:
 def reset(optimizer: torch.optim.Optimizer) -> None:
     """Drop momenta, moments and step counts: as if it had never stepped; options stay. Local."""
     optimizer.state.clear()
+
+
+def place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Move loaded step counts to where torch keeps them: fused kernels count on the device. Local.
+
+    As ``Optimizer.load_state_dict`` does; other kernels count on the CPU.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device)

@@ -14,6 +14,7 @@ from distcl.config import Config
 from distcl.errors import CheckpointError, ConfigError
 from distcl.keeper import Contents, random_state, set_random_state
 from distcl.monitor import Monitor
+from distcl.optim import place_steps
 from distcl.restore import Reader
 from distcl.trainer import ContinuousTrainer, Parts
 
@@ -132,6 +133,7 @@ def restore(
     partition.load_optimizer_state(
         parts.optimizer, {key: reader.slices("optimizer", key) for key in keys}, plain
     )
+    place_steps(parts.optimizer)
     if shared["cache"] is not None:
         parts.scorer.cache.load_state_dict(shared["cache"])
     parts.feed.load_lane_states([state["lanes"] for state in reader.ranks])

@@ -17,16 +17,24 @@ from torch import nn
 from distcl.bench.measure import CPU, WALL, Work, on_ranks, seconds_of
 from distcl.bench.rows import Row, compared
 from distcl.bench.setting import BATCH, config_of, steps_of, stream_of, trainer_of
+from distcl.config import ModelConfig, OptimizerConfig
 from distcl.data.streams import DriftStream
+from distcl.models import create_model
+from distcl.optim import create_optimizer
 from distcl.runtime import Runtime
 from distcl.trainer import ContinuousTrainer
+from distcl.types import Batch, DataSpec
 from distcl.updaters.base import Updater
+from distcl.updaters.fisher import Squares
 from distcl.updaters.kfac import KFACOnline
 from distcl.updaters.kronecker import Layer, Sums
 
 METHODS = "distcl.bench.overhead:methods"
 ROUNDS = "distcl.bench.overhead:rounds"
+OPTIMIZERS = "distcl.bench.overhead:optimizers"
+FISHER = "distcl.bench.overhead:fisher"
 KFAC_EVERY = 20
+SHAPES = (1000, 784), (1000, 1000), (10, 1000)
 TINY = {"name": "mlp", "options": {"hidden": [32]}}
 """A model whose step takes no time, so that what is left is what a step costs besides."""
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.toml"
@@ -51,7 +59,16 @@ def measure(quick: bool) -> list[Row]:
     rows.append(
         compared("round of 10 epochs, by priority", found["on"], found["off"], unit, "<= 1.15")
     )
-    return rows if quick else [*rows, _start_up()]
+    if quick:
+        return rows
+    for name in ("sgd", "adam"):
+        ours, theirs = (1e3 * seconds for seconds in on_ranks(1, OPTIMIZERS, name))
+        unit = "CPU ms, of torch's default"
+        rows.append(compared(f"optimizer step, {name}, fused", ours, theirs, unit))
+    ours, theirs = (1e3 * seconds for seconds in on_ranks(1, FISHER))
+    unit = "CPU ms, of vectorized per-sample gradients"
+    rows.append(compared("Fisher of a perceptron, 256 samples", ours, theirs, unit))
+    return [*rows, _start_up()]
 
 
 def _step(where: str, found: dict[str, float], unit: str) -> Row:
@@ -104,6 +121,32 @@ def methods(repeats: int, every: bool) -> dict[str, float]:
     found["ours"], found["theirs"] = seconds_of(*pair, repeats=3 * repeats, clock=clock)
     runtime.close()
     return {name: seconds / steps for name, seconds in found.items()}
+
+
+def optimizers(name: str) -> list[float]:
+    """Return median seconds of a step of 1.8 million weights: by a fused kernel, by default."""
+    works: list[Work] = []
+    for fused in (True, False):
+        weights = [
+            nn.Parameter(torch.randn(n, m)) for n, m in ((1000, 784), (1000, 1000), (10, 1000))
+        ]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        momentum = 0.9 if name == "sgd" else 0.0
+        config = OptimizerConfig(name=name, momentum=momentum, fused=fused)
+        works.append(create_optimizer(config, weights).step)
+    return seconds_of(*works, repeats=50, warmup=5, clock=CPU)
+
+
+def fisher() -> list[float]:
+    """Return median seconds of the sums of squares that a Fisher is made of, both ways."""
+    spec = DataSpec((1, 28, 28), 10)
+    model = create_model(ModelConfig(name="mlp", options={"hidden": [100, 100]}), spec, seed=0)
+    squares = Squares(model.eval(), nn.CrossEntropyLoss(reduction="none"), torch.float32)
+    ids = torch.arange(256)
+    batch = Batch(ids, torch.randn(256, *spec.x_shape), ids % 10)
+    works = (lambda: squares.of(batch)), (lambda: squares.vectorized(batch))
+    return seconds_of(*works, clock=CPU)
 
 
 def _bare(runtime: Runtime, stream: DriftStream, like: nn.Module, steps: int) -> Work:

@@ -141,6 +141,11 @@ class OptimizerConfig(Section):
     lr: float = Field(0.05, gt=0, description="learning rate")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum (sgd)")
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    fused: bool = Field(
+        False,
+        description="torch's fused kernel, which takes one pass over the weights a step: faster, "
+        "most of all for adam; it rounds otherwise",
+    )
     between_rounds: Literal["keep", "reset"] = Field(
         "keep", description="whether the optimizer's state survives from round to round"
     )

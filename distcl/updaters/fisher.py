@@ -46,18 +46,18 @@ def diagonal_fisher(
         shards = cast(ShardedPartition, partition)
         return _one_by_one(runtime, model, optimizer, shards, criterion, source, ids)
     module = runtime.unwrap(model)
-    squares = _Squares(module, criterion, runtime.dtype)
+    squares = Squares(module, criterion, runtime.dtype)
     weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(w, dtype=runtime.dtype) for name, w in weights.items()}
     start, stop = runtime.share(len(ids))
     with evaluating(module):
         for batch in iterate_chunks(source, ids[start:stop], squares.chunk):
-            for name, value in squares(batch.to(runtime.device, runtime.dtype)).items():
+            for name, value in squares.of(batch.to(runtime.device, runtime.dtype)).items():
                 total[name] += value
     return {name: value / len(ids) for name, value in partition.reduce_owned(total).items()}
 
 
-class _Squares:
+class Squares:
     """Sums over a batch of squared per-sample gradients: by layers, or sample by sample."""
 
     def __init__(self, module: nn.Module, criterion: UnreducedLoss, dtype: torch.dtype) -> None:
@@ -74,16 +74,17 @@ class _Squares:
         """Return how many samples to read at a time."""
         return self.size if self.layers is None else CHUNK
 
-    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def of(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return sum_i (dL_i/dw)² of each trainable parameter. Local."""
         if self.layers is not None:
             found = squared_gradients(self.module, self.layers, self.criterion, batch, self.dtype)
             if found is not None:
                 return found
             self.layers = None
-        return self._vectorized(batch)
+        return self.vectorized(batch)
 
-    def _vectorized(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Make the gradients of all samples, a part of the batch at a time."""
+    def vectorized(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return the same from the gradients of single samples, made for a part at a time."""
         weights = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
         buffers = dict(self.module.named_buffers())
 

@@ -55,3 +55,17 @@ def test_a_job_goes_on_under_another_strategy(
     weights = [load(found["weights"]) for found in (cut, whole)]
     for name, value in weights[1].items():
         np.testing.assert_allclose(weights[0][name], value, rtol=0, atol=1e-4)
+
+
+def test_fused_optimizers_train_like_others_and_go_on(tmp_path: Path) -> None:
+    assert _job("ddp", 2, tmp_path / "plain") == ["done"] * 2
+    plain = load(outcome(tmp_path / "plain")["weights"])
+    for strategy in ("ddp", "fsdp2", *(("zero2", "zero3") if DEEPSPEED else ())):
+        out = tmp_path / strategy
+        fused = f"parallel.strategy={strategy}", "optimizer.fused=true"
+        for polls, resume, state in ((8, "never", "preempted"), (0, "auto", "done")):
+            keys = (*KEYS, *fused)
+            ended = run_ranks(2, go, "train", keys, out, polls, resume, timeout=150)
+            assert ended == [state] * 2
+        for name, value in load(outcome(out)["weights"]).items():
+            np.testing.assert_allclose(value, plain[name], rtol=0, atol=1e-4, err_msg=strategy)

@@ -4,13 +4,14 @@ from torch import nn
 
 from distcl.config import OptimizerConfig
 from distcl.errors import ConfigError
-from distcl.optim import create_optimizer, decay_factor, reset, warmup_factor
+from distcl.optim import create_optimizer, decay_factor, place_steps, reset, warmup_factor
 
 CONFIGS = [
     OptimizerConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.01),
     OptimizerConfig(name="sgd", lr=0.1),
     OptimizerConfig(name="adam", lr=0.1, weight_decay=0.01),
     OptimizerConfig(name="adamw", lr=0.1, weight_decay=0.01),
+    OptimizerConfig(name="adam", lr=0.1, fused=True),
 ]
 
 
@@ -33,6 +34,7 @@ def test_the_optimizer_is_torchs_with_the_configured_options(config):
     (group,) = optimizer.param_groups
     assert (group["lr"], group["weight_decay"]) == (config.lr, config.weight_decay)
     assert group.get("momentum", 0.0) == config.momentum
+    assert bool(group["fused"]) == config.fused
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
@@ -49,6 +51,17 @@ def test_a_reset_optimizer_steps_like_a_new_one(config):
     step(optimizer, used, 3)
     step(create_optimizer(config, [fresh]), fresh, 3)
     assert torch.equal(used, fresh)
+
+
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_fused_kernels_count_steps_on_the_device(fused, device):
+    p = nn.Parameter(torch.empty(3, device="meta"))
+    optimizer = create_optimizer(OptimizerConfig(name="adam"), [p])
+    optimizer.param_groups[0]["fused"] = fused  # torch makes none for this device
+    optimizer.state[p] = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(3)}
+    place_steps(optimizer)
+    assert optimizer.state[p]["step"].device.type == device
+    assert optimizer.state[p]["exp_avg"].device.type == "cpu"
 
 
 def test_momentum_is_refused_where_it_would_be_ignored():

@@ -14,7 +14,7 @@ from distcl.bench import peers
 from distcl.bench.anchor import OF_MODELS
 from distcl.bench.cost import FAR, GPU, ROUND, job_of
 from distcl.bench.measure import CPU, on_ranks, seconds_of
-from distcl.bench.overhead import METHODS
+from distcl.bench.overhead import FISHER, METHODS
 from distcl.bench.priorities import PASSES
 from distcl.bench.recipe import MODELS, ONCE, STEPS, round_of
 from distcl.bench.rows import Row
@@ -60,18 +60,24 @@ def test_scoring_and_steps_cost_little_more_than_the_plainest_code() -> None:
 
 @pytest.mark.timeout(120)
 def test_the_recipe_costs_little_more_than_uniform_replay() -> None:
-    ours, theirs = on_ranks(1, STEPS, MODELS["perceptron"][0], 100, 3)
+    ours, theirs = on_ranks(1, STEPS, MODELS["perceptron"][0], 5_000, 3)
     assert ours < 1.25 * theirs
 
 
 def test_the_recipe_that_is_measured_is_in_force(tmp_path: Path) -> None:
     config = config_of(model=MODELS["perceptron"][0], training=ONCE, **RECOMMENDED)
-    trainer = trainer_of(config, Runtime(), stream_of(config, 20_000), tmp_path)
-    round_of(trainer, 40, weighted=True)()
-    drawn = trainer.parts.feed.account.told(40_000, 1)[0]
+    trainer = trainer_of(config, Runtime(), stream_of(config, 5_000), tmp_path)
+    round_of(trainer, weighted=True)()
+    drawn = trainer.parts.feed.account.told(10_000, 1)[0]
     weights = trainer.parts.feed.weights.history
     assert weights is not None and len(weights) == 2_000
-    assert drawn["draws"] == 40 * 100
+    assert drawn["draws"] == 100 * 100
+
+
+@pytest.mark.timeout(120)
+def test_the_fisher_of_a_perceptron_needs_no_gradients_of_samples() -> None:
+    ours, theirs = on_ranks(1, FISHER)
+    assert theirs > 5 * ours
 
 
 @pytest.mark.parametrize(("draw", "times"), [("systematic", 4), ("multinomial", 2)])

@@ -122,12 +122,13 @@ STRENGTHS = {
         f"c {strength}": (
             "continual_learning.update_mode=si",
             f"continual_learning.si_c={strength}.0",
-            "optimizer.between_rounds=keep",
+            *("optimizer.between_rounds=keep", "optimizer.decay=linear"),
+            *("training.epochs=2", "training.pretrain_epochs=2"),
         )
         for strength in (3, 5)
     },
 }
-PAPERS_CHOSEN = {"permuted, ewc_online": "lambda 300", "permuted, si": "c 3"}
+PAPERS_CHOSEN = {"permuted, ewc_online": "lambda 300", "permuted, si": "c 5"}
 """Those with the highest accuracy in results/rates_papers.json."""
 _BOTH = {"uniform": UNIFORM, "published": PUBLISHED}
 _THREE = {**_BOTH, "recommended": recommended()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -10,15 +9,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from distcl.bench.measure import CPU, WALL, Work, on_ranks, seconds_of
 from distcl.bench.rows import Row, compared
-from distcl.bench.setting import BATCH, config_of, steps_of, stream_of, trainer_of
+from distcl.bench.setting import BATCH, bare_of, config_of, steps_of, stream_of, trainer_of
 from distcl.config import ModelConfig, OptimizerConfig
-from distcl.data.streams import DriftStream
 from distcl.models import create_model
 from distcl.optim import create_optimizer
 from distcl.runtime import Runtime
@@ -104,7 +101,7 @@ def methods(repeats: int, every: bool) -> dict[str, float]:
             updater.cl_postprocessing(stream, stream.experiences[0].train)  # it has a penalty now
             updater.cl_preprocessing()
             if mode == "base":
-                works["bare"] = _bare(runtime, stream, trainer.parts.model, steps)
+                works["bare"] = bare_of(runtime, stream, trainer.parts.model, steps, BATCH)
             if isinstance(updater, KFACOnline):
                 works["kfac arithmetic"] = _kfac_arithmetic(updater, steps)
         if every:
@@ -113,7 +110,7 @@ def methods(repeats: int, every: bool) -> dict[str, float]:
         if runtime.world_size == 1:
             trainer = trainer_of(config_of(model=TINY), runtime, stream, Path(out))
             works["tiny"] = steps_of(trainer, steps)
-            works["tiny bare"] = _bare(runtime, stream, trainer.parts.model, steps)
+            works["tiny bare"] = bare_of(runtime, stream, trainer.parts.model, steps, BATCH)
     clock = CPU if runtime.world_size == 1 else WALL
     seconds = seconds_of(*works.values(), repeats=repeats, clock=clock)
     found = dict(zip(works, seconds, strict=True))
@@ -147,27 +144,6 @@ def fisher() -> list[float]:
     batch = Batch(ids, torch.randn(256, *spec.x_shape), ids % 10)
     works = (lambda: squares.of(batch)), (lambda: squares.vectorized(batch))
     return seconds_of(*works, clock=CPU)
-
-
-def _bare(runtime: Runtime, stream: DriftStream, like: nn.Module, steps: int) -> Work:
-    """Return the work of a plain loop over the same samples: index, forward, backward, step."""
-    inner = copy.deepcopy(runtime.unwrap(like))
-    model = nn.parallel.DistributedDataParallel(inner) if runtime.world_size > 1 else inner
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    criterion = nn.CrossEntropyLoss()
-    batch = stream.read(stream.experiences[0].train)
-    x, y, n, each = batch.x, batch.y, len(batch), BATCH // runtime.world_size
-
-    def train() -> None:
-        order = torch.from_numpy(np.random.default_rng(0).permutation(n))
-        for step in range(steps):
-            begin = (step * BATCH + runtime.rank * each) % n
-            rows = order[begin : begin + each]
-            optimizer.zero_grad(set_to_none=True)
-            criterion(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-
-    return train
 
 
 def _kfac_arithmetic(updater: KFACOnline, steps: int) -> Work:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from distcl.assembly import assemble
 from distcl.bench.measure import Work
@@ -66,5 +69,28 @@ def steps_of(trainer: ContinuousTrainer, steps: int) -> Work:
         parts.feed.rebuild(number, first.train, past, RoundWeights(), history)
         stage = Stage(number, "bench", first, steps, report={"flops": None})
         trainer.loop.run(stage, "bench")
+
+    return train
+
+
+def bare_of(
+    runtime: Runtime, stream: DriftStream, like: nn.Module, steps: int, batch_size: int
+) -> Work:
+    """Return the work of a plain loop over the same samples: index, forward, backward, step."""
+    inner = copy.deepcopy(runtime.unwrap(like))
+    model = nn.parallel.DistributedDataParallel(inner) if runtime.world_size > 1 else inner
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    criterion = nn.CrossEntropyLoss()
+    batch = stream.read(stream.experiences[0].train)
+    x, y, n, each = batch.x, batch.y, len(batch), batch_size // runtime.world_size
+
+    def train() -> None:
+        order = torch.from_numpy(np.random.default_rng(0).permutation(n))
+        for step in range(steps):
+            begin = (step * batch_size + runtime.rank * each) % n
+            rows = order[begin : begin + each]
+            optimizer.zero_grad(set_to_none=True)
+            criterion(model(x[rows]), y[rows]).backward()
+            optimizer.step()
 
     return train

@@ -19,11 +19,9 @@ STEP = "distcl.bench.scaling:step"
 def measure(quick: bool) -> list[Row]:
     """Train a convolutional net, steps of well over 20 ms, on one rank, on two, and again."""
     steps, repeats = (4, 3) if quick else (10, 4)
-    turns = [
-        [on_ranks(ranks, STEP, steps, repeats) for ranks in (1, 2)]
-        for _ in range(1 if quick else 2)
-    ]
-    (one, _), (two, plain) = np.mean(turns, axis=0).tolist()
+    ranks, turns = (1, 2), 1 if quick else 2
+    found = [[on_ranks(r, STEP, steps, repeats) for r in ranks] for _ in range(turns)]
+    (one, _), (two, plain) = np.mean(found, axis=0).tolist()
     name = f"training step at 2 ranks, global batch {BATCH}"
     unit = f"s, of 1 rank ({1e3 * one:.0f} ms a step)"
     return [times_faster(name, two, one, unit, ">= 1.8", limit=plain)]

@@ -52,7 +52,7 @@ def measure(quick: bool) -> list[Row]:
         model = plain + one["kfac arithmetic"]
         unit = "CPU s, of the plain step + its matrix products"
         rows.append(compared("step of kfac_online", one["kfac_online"], model, unit, "<= 1.1"))
-    found = on_ranks(1, ROUNDS, 2 if quick else 5)
+    found = on_ranks(1, ROUNDS, 2 if quick else 4)
     unit = "CPU s, of the same, uniform"
     rows.append(
         compared("round of 10 epochs, by priority", found["on"], found["off"], unit, "<= 1.15")

@@ -34,7 +34,7 @@ LOOP = Path(__file__).parents[2] / "benchmarks" / "reference_loop.py"
 TASKS, EPOCHS, TESTS, CORES = 5, 1, 1_000, 2
 MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
     "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, 1, 10_000),
-    "convolutional net": ({"name": "cnn", "options": {"channels": [16, 32, 64]}}, 2, 1_200),
+    "convolutional net": ({"name": "cnn", "options": {"channels": [16, 32, 64]}}, 2, 600),
 }
 """Name -> (``[model]``, processes, images of a task)."""
 WAYS = {"cached": ">= 2.5", "per sample": ">= 4"}

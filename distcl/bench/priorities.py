@@ -20,8 +20,8 @@ PASSES = "distcl.bench.priorities:passes"
 
 
 def measure(quick: bool) -> list[Row]:
-    """Score 2,048 images, 10 (``quick``: 5) times: many short turns, since noise is slow."""
-    samples, repeats = 2_048, 5 if quick else 10
+    """Score 2,048 images, 8 (``quick``: 5) times: many short turns, since noise is slow."""
+    samples, repeats = 2_048, 5 if quick else 8
     one, two = (on_ranks(ranks, PASSES, samples, repeats) for ranks in (1, 2))
     unit = "CPU s, of one plain inference pass"
     rows = [

@@ -20,7 +20,7 @@ from distcl.types import Experience, Ids
 STEPS = "distcl.bench.recipe:steps"
 MODELS: dict[str, tuple[dict[str, Any], int, str]] = {
     "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, 10_000, "<= 1.03"),
-    "small convolutional net": (CNN, 2_000, "<= 1.01"),
+    "small convolutional net": (CNN, 1_500, "<= 1.01"),
 }
 """Name -> (``[model]``, samples of each experience, target)."""
 ONCE = {"batch_size": 50, "epochs": 1}
@@ -32,7 +32,7 @@ def measure(quick: bool) -> list[Row]:
     rows = []
     for world in (1,) if quick else (1, 2):
         for name, (model, samples, target) in MODELS.items():
-            samples, repeats = (samples // 5, 3) if quick else (samples, 5)
+            samples, repeats = (samples // 5, 3) if quick else (samples, 4)
             ours, theirs = on_ranks(world, STEPS, model, samples, repeats)
             unit = f"{'CPU ' if world == 1 else ''}ms a step, of uniform replay"
             title = f"recipe, {name}, {world} rank{'s' * (world > 1)}"

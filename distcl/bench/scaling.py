@@ -18,7 +18,7 @@ STEP = "distcl.bench.scaling:step"
 
 def measure(quick: bool) -> list[Row]:
     """Train a convolutional net, steps of well over 20 ms, on one rank, on two, and again."""
-    steps, repeats = (4, 3) if quick else (10, 4)
+    steps, repeats = (4, 3) if quick else (10, 3)
     ranks, turns = (1, 2), 1 if quick else 2
     found = [[on_ranks(r, STEP, steps, repeats) for r in ranks] for _ in range(turns)]
     (one, _), (two, plain) = np.mean(found, axis=0).tolist()

@@ -131,7 +131,7 @@ def measure(quick: bool) -> list[Row]:
         if importlib.util.find_spec(module) is None:
             raise UsageError(f"bench shards needs {module}; type: pip install 'distcl[data]'")
     torch.set_num_threads(1)
-    samples, repeats = (2_000, 3) if quick else (4_000, 3)
+    samples, repeats = (2_000, 3) if quick else (3_000, 3)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         for ext in ("npy", "png"):

@@ -5,8 +5,8 @@ penalty and transformed images for both; one pass over a task, so that scores ha
 time as in the published job. The reference takes both cores by torch's threads; distcl trains the
 convolutional net by two processes, the perceptron, whose steps are shorter than what two processes
 have to say to each other, by one of two threads. Times are of the job, from the first task to the
-last evaluation, imports left out; both take turns, each time with another seed. The limit is the
-same job's forwards, backwards and steps in plain torch, on both cores.
+last evaluation, imports left out. The limit is the same job's forwards, backwards and steps in
+plain torch, on both cores.
 """
 
 from __future__ import annotations
@@ -69,16 +69,15 @@ def measure(quick: bool) -> list[Row]:
         folder = Path(temporary)
         for model, (_, _, samples) in list(MODELS.items())[: 1 if quick else None]:
             _write(np.load(given), folder, 500 if quick else samples)
-            limit = _reference(folder, model, 0, "--arithmetic")["seconds"]
+            limit = _reference(folder, model, "--arithmetic")["seconds"]
             for way, target in list(WAYS.items())[: 1 if quick else None]:
-                seeds = 1 if quick or way != "cached" else 2  # accuracies are of that
-                turns = [_turn(folder, model, way, seed) for seed in range(seeds)]
-                (ours, theirs), (right, others) = np.mean(turns, axis=0).T
+                ours, right = _ours(folder, model, way)
+                theirs, others = _theirs(folder, model, way)
                 name, unit = f"drift job, {model}, transforms {way}", "s, of the published loop"
-                rows.append(times_faster(name, float(ours), float(theirs), unit, target, limit))
+                rows.append(times_faster(name, ours, theirs, unit, target, limit))
                 if way == "cached":
                     unit = "accuracy, of the published loop"
-                    rows.append(compared(f"{name}: accuracy", float(right), float(others), unit))
+                    rows.append(compared(f"{name}: accuracy", right, others, unit))
     return rows
 
 
@@ -111,12 +110,7 @@ def _write(mnist: Any, folder: Path, samples: int) -> None:
     )
 
 
-def _turn(folder: Path, model: str, way: str, seed: int) -> list[tuple[float, float]]:
-    """Return (seconds, accuracy) of our job and of theirs."""
-    return [_ours(folder, model, way, seed), _theirs(folder, model, way, seed)]
-
-
-def _ours(folder: Path, model: str, way: str, seed: int) -> tuple[float, float]:
+def _ours(folder: Path, model: str, way: str) -> tuple[float, float]:
     """Run the job by distcl, on as many processes as the model is given."""
     own: dict[str, Any] = {"path": str(folder / "raw.npz"), "drift": "affine"}
     if way == "cached":
@@ -124,7 +118,6 @@ def _ours(folder: Path, model: str, way: str, seed: int) -> tuple[float, float]:
         own["options"] = {"experiences": "order"}
     section, processes, _ = MODELS[model]
     job = {**JOB, "model": section, "stream": {**JOB["stream"], **own}}
-    job["run"] = {**JOB["run"], "seed": seed}
     command = [sys.executable, "-m"]
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -138,14 +131,14 @@ def _ours(folder: Path, model: str, way: str, seed: int) -> tuple[float, float]:
     return summary["seconds"] - summary["setup_seconds"], summary["average_accuracy"]
 
 
-def _theirs(folder: Path, model: str, way: str, seed: int) -> tuple[float, float]:
-    found = _reference(folder, model, seed, *(["--per-sample"] if way == "per sample" else []))
+def _theirs(folder: Path, model: str, way: str) -> tuple[float, float]:
+    found = _reference(folder, model, *(["--per-sample"] if way == "per sample" else []))
     return found["seconds"], found["accuracy"]
 
 
-def _reference(folder: Path, model: str, seed: int, *more: str) -> dict[str, float]:
+def _reference(folder: Path, model: str, *more: str) -> dict[str, float]:
     """Run the published loop, in one process with as many threads as torch likes."""
-    command = [sys.executable, str(LOOP), str(folder / "tasks.npz"), "--seed", str(seed), *more]
+    command = [sys.executable, str(LOOP), str(folder / "tasks.npz"), *more]
     command += ["--model", json.dumps(MODELS[model][0]), "--epochs", str(EPOCHS)]
     environ = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     found: dict[str, float] = json.loads(_run(command, environ))

@@ -44,7 +44,6 @@ SCORE_BATCH = 64  # scored through the same loader as trained
 LR = 0.05
 EWC_LAMBDA = 5.0
 EWC_DECAY = 0.9
-FISHER_SAMPLES = 256
 ALPHA = 1.0
 
 
@@ -87,16 +86,16 @@ def compute_priorities(model, theta_star, loader):
     return priorities
 
 
-def compute_fisher(model, dataset):
+def compute_fisher(model, dataset, samples):
     """Return the mean squared gradient of the first samples' losses, one at a time."""
     fisher = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     model.eval()
-    for index in range(FISHER_SAMPLES):
+    for index in range(samples):
         x, y = dataset[index]
         model.zero_grad()
         F.cross_entropy(model(x[None]), y[None]).backward()
         for name, p in model.named_parameters():
-            fisher[name] += p.grad.detach() ** 2 / FISHER_SAMPLES
+            fisher[name] += p.grad.detach() ** 2 / samples
     model.zero_grad()
     model.train()
     return fisher
@@ -113,7 +112,7 @@ def evaluate(model, dataset):
     return right / len(dataset)
 
 
-def train(tasks, tests, model, epochs, seed):
+def train(tasks, tests, model, epochs, samples, seed):
     """Train on one task after another; return seconds, those of them for scores, and accuracy."""
     spec = DataSpec((1, 28, 28), 10)
     model = create_model(ModelConfig.model_validate_json(model), spec, seed)
@@ -142,7 +141,7 @@ def train(tasks, tests, model, epochs, seed):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        new = compute_fisher(model, dataset)
+        new = compute_fisher(model, dataset, samples)
         if fisher is not None:
             new = {n: EWC_DECAY * fisher[n] + (1 - EWC_DECAY) * new[n] for n in new}
         fisher = new
@@ -181,6 +180,7 @@ def main() -> None:
     parser.add_argument("tasks")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--fisher", type=int, default=256, help="samples of a task's Fisher")
     parser.add_argument("--per-sample", action="store_true")
     parser.add_argument("--arithmetic", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -199,7 +199,7 @@ def main() -> None:
     for task, (x, y) in enumerate(cached):
         drifting = Drifting(data["raw"], data["raw_y"], affine(task))
         tasks.append(drifting if given.per_sample else TensorDataset(x, y))
-    print(json.dumps(train(tasks, tests, given.model, given.epochs, given.seed)))
+    print(json.dumps(train(tasks, tests, given.model, given.epochs, given.fisher, given.seed)))
 
 
 if __name__ == "__main__":

@@ -248,6 +248,27 @@ SUITES = {
             ),
         ),
     ),
+    "refresh": Suite(
+        "How often weights are made anew",
+        "As the headline, on seeds that it does not use: the recommended recipe with new weights "
+        "every 10, 20 and 50 steps of the 200 of a task. The rarer, the less it costs "
+        "(docs/PERFORMANCE.md).",
+        tuple(
+            Study(
+                name,
+                {
+                    "uniform": UNIFORM,
+                    **{
+                        f"every {steps} steps": recommended(refresh_steps=steps)
+                        for steps in (10, 20, 50)
+                    },
+                },
+                tuple(range(10)),
+                _tuned(name),
+            )
+            for name in STREAMS
+        ),
+    ),
     "rates_papers": Suite(
         "Strength of EWC and SI, near their papers' protocol",
         "For the next study, by the accuracy of one seed that is not used again.",

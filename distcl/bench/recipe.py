@@ -18,11 +18,11 @@ from distcl.trainer import ContinuousTrainer
 from distcl.types import Experience, Ids
 
 STEPS = "distcl.bench.recipe:steps"
-MODELS: dict[str, tuple[dict[str, Any], int, str]] = {
-    "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, 10_000, "<= 1.03"),
-    "small convolutional net": (CNN, 1_500, "<= 1.01"),
+MODELS: dict[str, tuple[dict[str, Any], int, int, str]] = {
+    "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, 10_000, 10, "<= 1.03"),
+    "small convolutional net": (CNN, 1_500, 4, "<= 1.01"),
 }
-"""Name -> (``[model]``, samples of each experience, target)."""
+"""Name -> (``[model]``, samples of each experience, turns, target)."""
 ONCE = {"batch_size": 50, "epochs": 1}
 """``[training]`` by which a round replays a stored sample once: more often, and it is uniform."""
 
@@ -31,26 +31,33 @@ def measure(quick: bool) -> list[Row]:
     """Train whole rounds with ``er``, half of each batch history. ``quick``: fewer samples."""
     rows = []
     for world in (1,) if quick else (1, 2):
-        for name, (model, samples, target) in MODELS.items():
-            samples, repeats = (samples // 5, 3) if quick else (samples, 4)
-            ours, theirs = on_ranks(world, STEPS, model, samples, repeats)
+        for name, (model, samples, turns, target) in MODELS.items():
+            samples, turns = (samples // 5, 3) if quick else (samples, turns)
+            ours, theirs, refreshes = on_ranks(world, STEPS, model, samples, turns)
             unit = f"{'CPU ' if world == 1 else ''}ms a step, of uniform replay"
             title = f"recipe, {name}, {world} rank{'s' * (world > 1)}"
             rows.append(compared(title, 1e3 * ours, 1e3 * theirs, unit, target))
+            title, unit = f"{title}: refreshes", "ms a step, of uniform replay"
+            rows.append(compared(title, 1e3 * refreshes, 1e3 * theirs, unit))
     return rows
 
 
 def steps(model: dict[str, Any], samples: int, repeats: int) -> list[float]:
-    """Return median seconds of a step by the recipe, and with uniform replay. Collective."""
-    runtime, works = Runtime(), list[Work]()
+    """Return median seconds of a step by the recipe, and with uniform replay. Collective.
+
+    And those of wall time a step that the recipe's last round refreshed scores and weights.
+    """
+    runtime, works, trainers = Runtime(), list[Work](), list[ContinuousTrainer]()
     with tempfile.TemporaryDirectory() as out:
         for recipe in (RECOMMENDED, {"continual_learning": {"update_mode": "er"}}):
             sections = {"model": model, "training": ONCE, **recipe}
             config = config_of(**sections)
             trainer = trainer_of(config, runtime, stream_of(config, samples), Path(out))
+            trainers.append(trainer)
             works.append(round_of(trainer, recipe is RECOMMENDED))
         clock = CPU if runtime.world_size == 1 else WALL
         found = seconds_of(*works, repeats=repeats, clock=clock)
+        found.append(trainers[0].parts.feed.priority_seconds)
     runtime.close()
     return [seconds * ONCE["batch_size"] / samples for seconds in found]
 

@@ -81,11 +81,11 @@ def systematic(weights: npt.ArrayLike, n: int, rng: np.random.Generator) -> Posi
     :func:`systematic_counts` of one uniform number, spelled out and shuffled. May be uint32.
     """
     array = check_weights(weights)
-    counts = _counts(array, n, rng.random())
+    below = _points_below(*_quantized(array), n, rng.random())
 
     def repeated() -> Iterator[Positions]:  # np.repeat, but three times as fast
-        for start, block in zip(range(0, array.size, _BLOCK), counts, strict=True):
-            ends = np.cumsum(block)
+        for start, (before, ends) in zip(range(0, array.size, _BLOCK), below, strict=True):
+            ends -= before
             passed = np.bincount(ends, minlength=ends[-1] + 1)[:-1]
             yield np.cumsum(passed) + start
 
@@ -192,7 +192,8 @@ def systematic_counts(weights: npt.ArrayLike, n: int, u: float) -> Integers:
     The points (j + u) T / n, j = 0 … n-1, that fall into each weight's stretch of [0, T), where
     T = sum w (Madow 1949); ``u`` is uniform in [0, 1). Weights are quantized first.
     """
-    return np.concatenate(list(_counts(check_weights(weights), n, u)))
+    blocks, offset, total = _quantized(check_weights(weights))
+    return np.concatenate(list(systematic_count_blocks(blocks, offset, total, n, u)))
 
 
 def fixed_point_exponent(largest: float, number: int) -> int:
@@ -234,22 +235,32 @@ def systematic_counts_local(
     )
 
 
-def _counts(weights: Weights, n: int, u: float) -> Iterator[Integers]:
-    """Quantize and count, a block at a time, with nothing of size N kept."""
+def _quantized(weights: Weights) -> tuple[Iterable[Integers], int, int]:
+    """Return weights [N] quantized, block by block, 0, and their sum; nothing of size N is kept."""
     exponent = fixed_point_exponent(float(weights.max()), weights.size)
+    if weights.size <= _BLOCK:
+        block = quantize(weights, exponent)
+        return [block], 0, int(block.sum())
 
     def blocks() -> Iterator[Integers]:
         for start in range(0, weights.size, _BLOCK):
             yield quantize(weights[start : start + _BLOCK], exponent)
 
-    total = sum(int(block.sum()) for block in blocks())
-    return systematic_count_blocks(blocks(), 0, total, n, u)
+    return blocks(), 0, sum(int(block.sum()) for block in blocks())
 
 
 def systematic_count_blocks(
     blocks: Iterable[Integers], offset: int, total: int, n: int, u: float
 ) -> Iterator[Integers]:
-    """Yield :func:`systematic_counts_local` of one slice, given and returned block by block.
+    """Yield :func:`systematic_counts_local` of one slice, given and returned block by block."""
+    for before, below in _points_below(blocks, offset, total, n, u):
+        yield np.diff(below, prepend=before)
+
+
+def _points_below(
+    blocks: Iterable[Integers], offset: int, total: int, n: int, u: float
+) -> Iterator[tuple[int, Integers]]:
+    """Yield, block by block, how many points lie below it, and below the end of each weight, [b].
 
     Counts the points (j·total + r)/n, r = floor(u·total), in the stretch of each weight. Exact, so
     that counts never depend on how the weights are cut: below an edge c lie
@@ -275,5 +286,6 @@ def systematic_count_blocks(
         if edges.max() > 0 or edges.min() <= -total:
             below += edges > 0
             below -= edges <= -total
-        yield np.diff(below, prepend=before)
-        before = int(below[-1])
+        last = int(below[-1])
+        yield before, below
+        before = last

@@ -251,7 +251,7 @@ class Feed:
 
     @property
     def staleness(self) -> float | None:
-        """Rank correlation of the weights and the round's losses so far; None: it is not known."""
+        """Rank correlation of weights and the round's losses so far, or None. Collective."""
         return self._freshness.correlation
 
     @property
@@ -332,7 +332,10 @@ class Feed:
             self._ledger.load_state_dict(state)
 
     def state_dict(self, done: int) -> dict[str, Any]:
-        """Return what all ranks share of a round after ``done`` steps: tensors, plain values."""
+        """Return what all ranks share of a round after ``done`` steps. Collective.
+
+        As tensors and plain values.
+        """
         plans = {}
         for which, plan in self._plans.items():
             consumed = done

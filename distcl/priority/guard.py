@@ -57,8 +57,9 @@ def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 class Freshness:
     """Compares weights with the losses that training finds: ``staleness`` of a round.
 
-    At up to 8 steps of a round, evenly spread, it looks up the weights, in means, by which the
-    batch's samples were drawn, and keeps them with their losses. The same on every rank.
+    At up to 8 steps of a round, evenly spread, it takes the batch's samples; later it looks up the
+    weights, in means, by which they were drawn, and keeps them with their losses. The same on every
+    rank.
     """
 
     def __init__(self, runtime: Runtime) -> None:
@@ -68,7 +69,8 @@ class Freshness:
     def begin(self, steps: int) -> None:
         """Start a round of so many steps by weights; 0: without any. Local."""
         self._every = max(1, steps // _LOOKS) if steps else 0
-        self._pairs: list[npt.NDArray[np.float64]] = []
+        self._waiting: list[tuple[list[torch.Tensor], list[torch.Tensor], list[Part]]] = []
+        self._pairs: npt.NDArray[np.float64] = np.empty((0, 2))
 
     def wants(self, step: int) -> bool:
         """Whether to look at the round's ``step``-th step, from 1. Local; equal on all ranks."""
@@ -79,21 +81,45 @@ class Freshness:
 
         ``groups``: what they were drawn from; samples of those without weights do not count.
         """
-        wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
+        weighted = [group for group in groups if group.weights is not None]
+        if self._waiting:
+            ids, values, before = self._waiting[-1]
+            if [id(group.weights) for group in weighted] == [id(g.weights) for g in before]:
+                ids.append(drawn)
+                values.append(losses)
+                return
+            if sum(len(group.ids) for group in weighted) > _BLOCK:  # whole: equal on all ranks
+                self._settle()  # lets go of large weights that are drawn from no more
+        self._waiting.append(([drawn], [losses], weighted))
+
+    def _settle(self) -> None:
+        """Look up the weights of what waits. Collective."""
+        if not self._waiting:
+            return
+        rows = [self._pairs_of(*looked) for looked in self._waiting]
+        self._waiting = []
+        mine = torch.from_numpy(np.concatenate(rows)).to(self._runtime.device)
+        pairs = self._of_all(mine).cpu().numpy()
+        self._pairs = np.concatenate([self._pairs, pairs[np.isfinite(pairs).all(axis=1)]])
+
+    @staticmethod
+    def _pairs_of(
+        drawn: list[torch.Tensor], losses: list[torch.Tensor], groups: list[Part]
+    ) -> npt.NDArray[np.float64]:
+        """Return the samples' weights, in means, and losses, float64 [n, 2], where both are."""
+        wanted, place = np.unique(torch.cat(drawn).cpu().numpy(), return_inverse=True)
         found = np.full(len(wanted), np.nan)
-        for group in groups:
-            if group.weights is None or not len(wanted):
-                continue
+        for group in groups if len(wanted) else []:
+            assert group.weights is not None
             mean = group.weights.mean() if group.over is WHOLE else 1.0
             for start in range(0, len(group.ids), _BLOCK):
                 ids = group.ids[start : start + _BLOCK]
                 at = np.searchsorted(wanted, ids).clip(max=len(wanted) - 1)
                 held = np.flatnonzero(wanted[at] == ids)
                 found[at[held]] = group.weights[start + held] / mean
-        mine = np.stack([found[place], losses.double().cpu().numpy()], axis=1)
-        mine = mine[np.isfinite(mine).all(axis=1)]
-        pairs = self._of_all(torch.from_numpy(mine).to(self._runtime.device)).cpu().numpy()
-        self._pairs.append(pairs[np.isfinite(pairs).all(axis=1)])
+        pairs = np.stack([found[place], torch.cat(losses).double().cpu().numpy()], axis=1)
+        known: npt.NDArray[np.float64] = pairs[np.isfinite(pairs).all(axis=1)]
+        return known
 
     def _of_all(self, mine: torch.Tensor) -> torch.Tensor:
         if self._runtime.world_size == 1:
@@ -106,18 +132,18 @@ class Freshness:
 
     @property
     def correlation(self) -> float | None:
-        """The rank correlation of weights and losses so far, None where it cannot be told."""
-        pairs = np.concatenate([np.empty((0, 2)), *self._pairs])
-        return rank_correlation(pairs[:, 0], pairs[:, 1])
+        """Rank correlation of weights and losses so far, None: it cannot be told. Collective."""
+        self._settle()
+        return rank_correlation(self._pairs[:, 0], self._pairs[:, 1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the round has shown so far, the same on every rank."""
-        pairs = np.concatenate([np.empty((0, 2)), *self._pairs])
-        return {"every": self._every, "pairs": torch.from_numpy(pairs)}
+        """Return what the round has shown so far, the same on every rank. Collective."""
+        self._settle()
+        return {"every": self._every, "pairs": torch.from_numpy(self._pairs)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self._every, self._pairs = state["every"], [state["pairs"].numpy()]
+        self._every, self._pairs, self._waiting = state["every"], state["pairs"].numpy(), []
 
 
 def aim(ids: Ids, weights: Weights, held_out: HeldOut, over: Sums = WHOLE) -> float | None:

@@ -27,7 +27,7 @@ class SignalTable:
     """Scores by id, approximate: the last that each sample got. The same on every rank. Local.
 
     A sample never seen counts as the mean of its (experience, class), of those seen; where none
-    is, or the class is unknown, as the mean of all. Of M ids held it keeps 32 M bytes.
+    is, or the class is unknown, as the mean of all. Of M ids held it keeps 25 M bytes or less.
     """
 
     def __init__(self, classes: int = 0) -> None:
@@ -36,9 +36,9 @@ class SignalTable:
 
     def _hold(self, ids: Ids) -> None:
         self.ids = ids  # sorted
+        self._places = _Places(ids)
         self._scores = np.full(len(ids), np.nan)  # NaN: never seen
         self._labels = np.full(len(ids), _UNKNOWN)
-        self._writer = np.empty(len(ids), dtype=np.int64)
         self._found: list[tuple[Ids, Ids]] = []  # what was read, and where it is
 
     def keep(self, ids: Ids) -> None:
@@ -46,7 +46,7 @@ class SignalTable:
         old_ids, old_scores, old_labels = self.ids, self._scores, self._labels
         ids = np.sort(ids)  # np.unique takes ten times as long
         self._hold(ids[np.diff(ids, prepend=ids[:1] - 1) > 0])
-        at, known = _find(self.ids, old_ids)
+        at, known = self._places.of(old_ids)
         self._scores[at[known]] = old_scores[known]
         self._labels[at[known]] = old_labels[known]
 
@@ -55,22 +55,19 @@ class SignalTable:
 
         ``labels`` [N]: classes, or -1 where unknown.
         """
-        at, held = _find(self.ids, ids)
+        at, held = self._places.of(ids)
         if not held.all():
             at, scores, labels = at[held], scores[held], labels[held]
-        order = np.arange(len(at))
-        self._writer[at] = order  # of several, numpy lets the last one write
-        last = self._writer[at] == order
-        self._scores[at[last]] = scores[last]
-        self._labels[at[last]] = labels[last]
+        self._scores[at] = scores  # of several of one id, numpy leaves the last
+        self._labels[at] = labels
 
     def label(self, ids: Ids, labels: Ids) -> None:
         """Tell the classes [N] of ids that were never seen; -1 where unknown."""
-        self._labels[_find(self.ids, ids)[0]] = labels
+        self._labels[self._places.of(ids)[0]] = labels
 
     def unseen(self, ids: Ids) -> Ids:
         """Return those of ``ids``, all held, that were never seen and whose class is unknown."""
-        at, _ = _find(self.ids, ids)
+        at, _ = self._places.of(ids)
         unseen: Ids = ids[np.isnan(self._scores[at]) & (self._labels[at] == _UNKNOWN)]
         return unseen
 
@@ -81,7 +78,7 @@ class SignalTable:
         """
         found = next((at for known, at in self._found if known is ids), None)
         if found is None:
-            found = _find(self.ids, ids)[0]
+            found = self._places.of(ids)[0]
             self._found = [*self._found[-1:], (ids, found)]
         at = found if chosen is None else found[chosen]
         scores = self._scores[at]
@@ -121,12 +118,30 @@ class SignalTable:
         self._labels[:] = state["labels"].numpy()
 
 
-def _find(held: Ids, ids: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
-    """Return (position in the sorted ``held``, whether it is there) of each id, [N] each."""
-    at = np.searchsorted(held, ids)
-    at = np.minimum(at, max(len(held) - 1, 0))
-    known = held[at] == ids if len(held) else np.zeros(len(ids), dtype=np.bool_)
-    return at, known
+class _Places:
+    """Where ids are among those held, sorted [M]; of few runs of consecutive ids, by these."""
+
+    def __init__(self, held: Ids) -> None:
+        self._held = held
+        starts = np.flatnonzero(np.diff(held, prepend=held[:1] - 2) != 1)
+        self._runs = len(starts) * 16 <= len(held)
+        if self._runs:
+            self._first = held[starts]
+            self._shift = self._first - starts
+
+    def of(self, ids: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
+        """Return (position in what is held, whether it is there) of each id, [N] each.
+
+        The position of one that is not there may be any number.
+        """
+        held = self._held
+        if not len(held):
+            return np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.bool_)
+        if self._runs:
+            at = ids - self._shift[np.searchsorted(self._first, ids, "right") - 1]
+        else:
+            at = np.searchsorted(held, ids)
+        return at, held.take(at, mode="clip") == ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +188,7 @@ class Ledger:
         outputs = outputs.detach() if one else tree_map(torch.Tensor.detach, outputs)
         x = None if self._can_wait else batch.x
         self._waiting.append((batch.ids, x, batch.y, outputs, losses.detach()))
-        self._elements += sum(leaf.numel() for leaf in ([outputs] if one else tree_leaves(outputs)))
+        self._elements += outputs.numel() if one else sum(z.numel() for z in tree_leaves(outputs))
         if not self._can_wait or self._elements > _MOST_WAITING:
             self._score()
 

@@ -142,7 +142,10 @@ def shape_weights(
 
 def ess_fraction(weights: npt.ArrayLike, over: Sums = WHOLE) -> float:
     """Return the effective sample size as a share of N: (sum w)^2 / (N sum w^2), Kish (1965)."""
-    array = check_weights(weights, over=over)
+    return _ess_fraction(check_weights(weights, over=over), over)
+
+
+def _ess_fraction(array: Weights, over: Sums) -> float:
     largest = over.largest(array)
     total = over.total(array, lambda w: w / largest)
     squares = over.total(array, lambda w: np.square(w / largest))
@@ -202,7 +205,7 @@ def temper(
     array = check_weights(weights, over=over)
     if not 0 <= min_ess <= 1:
         raise ValueError(f"min_ess is a share of N, so it must be from 0 to 1, not {min_ess}")
-    fraction, number = ess_fraction(array, over), over.number(array)
+    fraction, number = _ess_fraction(array, over), over.number(array)
     if fraction >= min_ess:
         return array
     positive = array > 0

@@ -69,6 +69,19 @@ def test_freshness_pairs_losses_with_the_weights_that_drew_them() -> None:
     assert fresh.correlation is None and not any(fresh.wants(step) for step in range(99))
 
 
+@pytest.mark.parametrize("number", [300, 70_000], ids=["kept", "settled"])
+def test_freshness_knows_the_weights_of_each_look(number: int) -> None:
+    rng = np.random.default_rng(3)
+    ids, fresh, pairs = pack_ids(0, rng.permutation(number)), Freshness(Runtime()), []
+    fresh.begin(8)
+    for _ in range(4):
+        weights, at, losses = rng.random(number), rng.integers(0, number, 40), rng.random(40)
+        groups = [Part(ids, weights, 1)]
+        fresh.take(torch.from_numpy(ids[at]), torch.from_numpy(losses), groups)
+        pairs += [(w, loss) for w, loss in zip(weights[at] / weights.mean(), losses, strict=True)]
+    assert fresh.correlation == pytest.approx(spearmanr(*np.array(pairs).T).statistic, abs=1e-12)
+
+
 def test_aim_is_the_error_where_draws_go() -> None:
     ids = np.concatenate([pack_ids(e, np.arange(n)) for e, n in enumerate((10, 20, 30))])
     experience = np.repeat([0, 1, 2], (10, 20, 30))

@@ -78,6 +78,26 @@ def test_the_running_means_are_those_of_a_fresh_count() -> None:
         assert found == pytest.approx(np.mean(like or list(last.values())), abs=1e-12)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.99, 0.3], ids=["all", "runs", "scattered"])
+def test_what_is_held_is_found_and_nothing_else(share: float) -> None:
+    rng = np.random.default_rng(2)
+    every = np.concatenate([pack_ids(e, np.arange(400)) for e in (1, 2, 7)])
+    held = every[rng.random(len(every)) < share]
+    table, last = SignalTable(), dict[int, float]()
+    table.keep(rng.permutation(held))
+    around = [every - 1, every + 1, pack_ids(0, np.arange(9)), pack_ids(9, np.arange(9))]
+    asked = np.concatenate([every, *around])
+    for _ in range(3):
+        ids, scores = rng.choice(asked, 3000), rng.random(3000)
+        _write(table, ids, scores, np.zeros(3000, dtype=np.int64))
+        last |= dict(zip(ids.tolist(), scores.tolist(), strict=True))
+    seen = np.array([i for i in held.tolist() if i in last])
+    assert len(seen) > 0.9 * len(held)
+    assert table.read(seen).tolist() == [last[i] for i in seen.tolist()]
+    never = np.setdiff1d(held, seen)
+    assert np.isnan(table.state_dict()["scores"].numpy()).sum() == len(never)
+
+
 def test_what_is_kept_stays_what_is_evicted_goes_and_comes_back_unseen() -> None:
     table = _table()
     _write(table, FIRST, np.arange(6) + 1.0)

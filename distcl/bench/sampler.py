@@ -37,7 +37,7 @@ def measure(quick: bool) -> list[Row]:
         *(partial(_ids, sampler, weights) for sampler in samplers),
         lambda: list(WeightedRandomSampler(tensor, n)),
         lambda: torch.randperm(n),
-        repeats=2,
+        repeats=3,
         warmup=0,
         clock=CPU,
     )

@@ -49,6 +49,41 @@ def test_generator_refuses_what_does_not_fit(words: tuple[int, ...]) -> None:
         draws.generator(*words)
 
 
+# ---------------------------------------------------------------- order
+
+
+def test_a_shuffle_by_keys_gives_all_orders_alike() -> None:
+    rng, seen = draws.generator(3), Counter[tuple[int, ...]]()
+    for _ in range(12_000):
+        values = np.arange(4, dtype=np.uint32)
+        draws._shuffle(values, rng)
+        seen[tuple(values.tolist())] += 1
+    assert set(seen) == set(permutations(range(4)))
+    assert stats.chisquare(list(seen.values())).pvalue > SIGNIFICANT
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 1000, 1 << 20, (1 << 20) + 1])
+def test_a_shuffle_loses_nothing(number: int) -> None:
+    values = np.arange(number) + (1 << 40)
+    draws._shuffle(values, draws.generator(4, number))
+    assert number < 3 or (np.diff(values) != 1).any()
+    assert (np.sort(values) == np.arange(number) + (1 << 40)).all()
+
+
+def test_keys_that_are_alike_are_drawn_again() -> None:
+    class Keys:
+        def __init__(self) -> None:
+            self.rows = [[1 << 60, 5 << 60, 1 << 60], [9 << 60, 8 << 60, 7 << 60]]
+
+        def integers(self, high: int, size: int, dtype: type) -> np.ndarray:
+            assert high == 1 << 64 and size == 3
+            return np.array(self.rows.pop(0), dtype=dtype)
+
+    values = np.array([10, 20, 30])
+    draws._shuffle(values, Keys())  # type: ignore[arg-type]
+    assert values.tolist() == [30, 20, 10]
+
+
 # ---------------------------------------------------------------- weights
 
 

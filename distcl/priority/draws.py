@@ -163,16 +163,16 @@ def _shuffled(
         rng.shuffle(joined)
         return joined
     buckets = 1 << min(8, (n >> 17).bit_length())
-    deal = np.frombuffer(rng.bytes(n), dtype=np.uint8) & np.uint8(buckets - 1)
+    deal, low = np.frombuffer(rng.bytes(n), dtype=np.uint8), np.uint8(buckets - 1)
     sizes = np.zeros(buckets, dtype=np.int64)
     for first in range(0, n, _BLOCK):
-        sizes += np.bincount(deal[first : first + _BLOCK], minlength=buckets)
+        sizes += np.bincount(deal[first : first + _BLOCK] & low, minlength=buckets)
     ends = np.cumsum(sizes)
     fill = (ends - sizes).tolist()
     joined = np.empty(n, dtype=kind)
     first = 0
     for piece in pieces:
-        to = deal[first : first + piece.size]
+        to = deal[first : first + piece.size] & low
         first += piece.size
         dealt = piece[np.argsort(to, kind="stable")]
         begin = 0

@@ -1,11 +1,12 @@
 """When does sampling by priority help? Trains the studies and writes docs/RESULTS.md from them.
 
-    python benchmarks/quality/run.py                 all studies, hours on two cores
+    python benchmarks/quality/run.py                 all studies, two hours on two cores
     python benchmarks/quality/run.py --only headline one of them
     python benchmarks/quality/run.py --only breadth --study 'permuted*'   a part of one
     python benchmarks/quality/run.py --quick         a small one on scikit-learn's digits, a minute
     python benchmarks/quality/run.py --tables        only write the tables anew
 
+Half of the two hours is ``papers`` and ``rates_papers``, tasks of 60,000 images.
 Each study is a ``distcl compare``: paired seeds, every arm at equal compute. Its result is a file
 of ``benchmarks/quality/results/``; runs are kept in ``--work``, so what was interrupted goes on.
 """

@@ -60,7 +60,7 @@ def test_scoring_and_steps_cost_little_more_than_the_plainest_code() -> None:
 
 @pytest.mark.timeout(120)
 def test_the_recipe_costs_little_more_than_uniform_replay() -> None:
-    ours, theirs, refreshes = on_ranks(1, STEPS, MODELS["perceptron"][0], 5_000, 3)
+    ours, theirs, refreshes = on_ranks(1, STEPS, MODELS["perceptron"][0], 5_000, 15)
     assert ours < 1.25 * theirs
     assert 0 < refreshes < 0.25 * theirs
 

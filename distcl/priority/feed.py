@@ -234,7 +234,7 @@ class Feed:
             self._weights.report[_PARTS[which]] = chooser.statistics()
 
     def look(self, step: int, ids: torch.Tensor, losses: torch.Tensor) -> None:
-        """Compare this rank's losses [B] of the round's ``step``-th step with weights. Collective.
+        """Take this rank's losses [B] of the ``step``-th step, if it is looked at. Local.
 
         Few steps of a round are looked at, and none of a round without weights.
         """

@@ -69,7 +69,8 @@ class Freshness:
     def begin(self, steps: int) -> None:
         """Start a round of so many steps by weights; 0: without any. Local."""
         self._every = max(1, steps // _LOOKS) if steps else 0
-        self._waiting: list[tuple[list[torch.Tensor], list[torch.Tensor], list[Part]]] = []
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, list[Part]]] = []
+        self._mine: list[npt.NDArray[np.float64]] = []  # looked up, not gathered yet
         self._pairs: npt.NDArray[np.float64] = np.empty((0, 2))
 
     def wants(self, step: int) -> bool:
@@ -77,37 +78,37 @@ class Freshness:
         return self._every > 0 and step % self._every == 0
 
     def take(self, drawn: torch.Tensor, losses: torch.Tensor, groups: Sequence[Part]) -> None:
-        """Take the ids ``drawn`` and losses [B] of this rank's samples of a step. Collective.
+        """Take the ids ``drawn`` and losses [B] of this rank's samples of a step. Local.
 
-        ``groups``: what they were drawn from; samples of those without weights do not count.
+        ``groups``: what they were drawn from; samples of those without weights do not count. They
+        are held until the samples are looked up, which for large ones is at once.
         """
         weighted = [group for group in groups if group.weights is not None]
-        if self._waiting:
-            ids, values, before = self._waiting[-1]
-            if [id(group.weights) for group in weighted] == [id(g.weights) for g in before]:
-                ids.append(drawn)
-                values.append(losses)
-                return
-            if sum(len(group.ids) for group in weighted) > _BLOCK:  # whole: equal on all ranks
-                self._settle()  # lets go of large weights that are drawn from no more
-        self._waiting.append(([drawn], [losses], weighted))
+        self._waiting.append((drawn, losses, weighted))
+        if sum(len(group.ids) for group in weighted) > _BLOCK:
+            self._look_up()
+
+    def _look_up(self) -> None:
+        """Look up the weights of this rank's samples that wait. Local."""
+        self._mine += [self._pairs_of(*looked) for looked in self._waiting]
+        self._waiting = []
 
     def _settle(self) -> None:
-        """Look up the weights of what waits. Collective."""
-        if not self._waiting:
+        """Gather what was looked up. Collective."""
+        self._look_up()
+        if not self._mine:  # on no rank: all take the same steps
             return
-        rows = [self._pairs_of(*looked) for looked in self._waiting]
-        self._waiting = []
-        mine = torch.from_numpy(np.concatenate(rows)).to(self._runtime.device)
+        mine = torch.from_numpy(np.concatenate(self._mine)).to(self._runtime.device)
+        self._mine = []
         pairs = self._of_all(mine).cpu().numpy()
         self._pairs = np.concatenate([self._pairs, pairs[np.isfinite(pairs).all(axis=1)]])
 
     @staticmethod
     def _pairs_of(
-        drawn: list[torch.Tensor], losses: list[torch.Tensor], groups: list[Part]
+        drawn: torch.Tensor, losses: torch.Tensor, groups: list[Part]
     ) -> npt.NDArray[np.float64]:
         """Return the samples' weights, in means, and losses, float64 [n, 2], where both are."""
-        wanted, place = np.unique(torch.cat(drawn).cpu().numpy(), return_inverse=True)
+        wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
         found = np.full(len(wanted), np.nan)
         for group in groups if len(wanted) else []:
             assert group.weights is not None
@@ -117,7 +118,7 @@ class Freshness:
                 at = np.searchsorted(wanted, ids).clip(max=len(wanted) - 1)
                 held = np.flatnonzero(wanted[at] == ids)
                 found[at[held]] = group.weights[start + held] / mean
-        pairs = np.stack([found[place], torch.cat(losses).double().cpu().numpy()], axis=1)
+        pairs = np.stack([found[place], losses.double().cpu().numpy()], axis=1)
         known: npt.NDArray[np.float64] = pairs[np.isfinite(pairs).all(axis=1)]
         return known
 
@@ -143,7 +144,8 @@ class Freshness:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self._every, self._pairs, self._waiting = state["every"], state["pairs"].numpy(), []
+        self.begin(0)
+        self._every, self._pairs = state["every"], state["pairs"].numpy()
 
 
 def aim(ids: Ids, weights: Weights, held_out: HeldOut, over: Sums = WHOLE) -> float | None:

@@ -5,8 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from scipy.stats import spearmanr
 
+from distcl import Runtime
+from distcl.priority.guard import Freshness
+from distcl.priority.windows import Part
+from distcl.types import frozen, pack_ids
 from tests.small import execute
 from tests.spawn import run_ranks
 
@@ -44,3 +51,29 @@ def test_ranks_agree_with_each_other_and_with_one_process(source: str, tmp_path:
     assert any(r["guard"]["aim"] is not None for r in one["rounds"])
     if source == "score":
         assert any(r["guard"]["uniform"] for r in one["rounds"])  # its weights are too uneven
+
+
+def look_at_uneven_parts() -> tuple[float | None, list[tuple[float, float]]]:
+    """Look twice at weights that are large on rank 0 only; return the correlation and my pairs."""
+    runtime = Runtime()
+    rng, number = np.random.default_rng(runtime.rank), (70_000, 60_000)[runtime.rank]
+    ids, weights = pack_ids(runtime.rank, np.arange(number)), rng.random(number)
+    fresh, pairs = Freshness(runtime), list[tuple[float, float]]()
+    fresh.begin(2)
+    for _ in range(2):
+        at = rng.integers(0, number, 40 - runtime.rank)
+        losses = weights[at] + rng.random(len(at))
+        groups = [Part(ids, frozen(weights), 1)]  # anew in each step, as plans have them
+        fresh.take(torch.from_numpy(ids[at]), torch.from_numpy(losses), groups)
+        mean = weights.mean()
+        pairs += zip((weights[at] / mean).tolist(), losses.tolist(), strict=True)
+    correlation = fresh.correlation
+    runtime.close()
+    return correlation, pairs
+
+
+@pytest.mark.timeout(60)
+def test_looks_at_parts_of_unlike_size_do_not_wait_for_each_other() -> None:
+    (ours, mine), (theirs, others) = run_ranks(2, look_at_uneven_parts)
+    expected = spearmanr(*np.array(mine + others).T).statistic
+    assert ours == theirs == pytest.approx(expected, abs=1e-12)

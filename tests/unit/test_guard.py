@@ -69,7 +69,7 @@ def test_freshness_pairs_losses_with_the_weights_that_drew_them() -> None:
     assert fresh.correlation is None and not any(fresh.wants(step) for step in range(99))
 
 
-@pytest.mark.parametrize("number", [300, 70_000], ids=["kept", "settled"])
+@pytest.mark.parametrize("number", [300, 70_000], ids=["later", "at once"])
 def test_freshness_knows_the_weights_of_each_look(number: int) -> None:
     rng = np.random.default_rng(3)
     ids, fresh, pairs = pack_ids(0, rng.permutation(number)), Freshness(Runtime()), []

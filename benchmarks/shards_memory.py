@@ -30,9 +30,9 @@ BATCH = 64
 
 def make(folder: Path, samples: int) -> None:
     """Write 100 shards, which are one file by many names."""
-    from distcl.data.index import read_manifest, write_manifest
-    from distcl.data.samples import ArraySamples
-    from distcl.data.writing import write_shards
+    from distcl.data.shards.inputs import ArraySamples
+    from distcl.data.shards.manifest import read_manifest, write_manifest
+    from distcl.data.shards.writer import write_shards
 
     each = samples // SHARDS
     npz = folder / "one.npz"
@@ -54,14 +54,14 @@ def make(folder: Path, samples: int) -> None:
 def draws(folder: Path, access: str) -> None:
     """Weights, one pass's draws, and reading some of its batches."""
     from distcl.config import DataConfig
-    from distcl.data.index import read_manifest
-    from distcl.data.shards import ShardSource
-    from distcl.data.streaming import StreamedSource
-    from distcl.ids import IdRuns, joined
-    from distcl.priority.lanes import LaneGroup, LaneSampler
-    from distcl.priority.sampler import DistributedWeightedSampler
-    from distcl.priority.slices import Dealer
-    from distcl.runtime import Runtime
+    from distcl.data.ids import IdRuns, joined
+    from distcl.data.shards.indexed import ShardSource
+    from distcl.data.shards.manifest import read_manifest
+    from distcl.data.shards.sequential import StreamedSource
+    from distcl.distributed.runtime import Runtime
+    from distcl.priority.population import Dealer
+    from distcl.sampling.sampler import DistributedWeightedSampler
+    from distcl.sampling.sequential import LaneGroup, LaneSampler
     from distcl.types import Ids
 
     runtime, data = Runtime(), DataConfig(access=access)
@@ -93,7 +93,7 @@ def draws(folder: Path, access: str) -> None:
 
 def train(folder: Path, access: str) -> None:
     """One weighted round of a small model, by ``distcl train``."""
-    from distcl.config_load import load_config
+    from distcl.config.load import load_config
     from distcl.job import execute
 
     keys = [

@@ -11,15 +11,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Anchor": "distcl.anchor",
+    "Anchor": "distcl.parallel.anchor",
     "Batch": "distcl.types",
-    "ContinuousTrainer": "distcl.trainer",
-    "DistributedWeightedSampler": "distcl.priority.sampler",
-    "Monitor": "distcl.monitor",
-    "Runtime": "distcl.runtime",
+    "ContinuousTrainer": "distcl.training.trainer",
+    "DistributedWeightedSampler": "distcl.sampling.sampler",
+    "Monitor": "distcl.monitoring.monitor",
+    "Runtime": "distcl.distributed.runtime",
     "compute_sample_priorities": "distcl.priority.scoring",
     "create_updater": "distcl.updaters",
-    "load_config": "distcl.config_load",
+    "load_config": "distcl.config.load",
     "register": "distcl.registry",
 }
 

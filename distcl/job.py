@@ -13,29 +13,24 @@ from typing import Any, Literal
 import torch
 
 from distcl import registry
-from distcl.assembly import Quiet, assemble
-from distcl.checkpoint import CheckpointStore, read_manifest
+from distcl.checkpoint.preemption import Preemption
+from distcl.checkpoint.saver import Contents, Keeper
+from distcl.checkpoint.state import JobState, check_config, collect, restore
+from distcl.checkpoint.store import CheckpointStore, read_manifest
 from distcl.config import Config
-from distcl.config_load import to_toml
-from distcl.data.streams import create_stream
-from distcl.errors import (
-    CheckpointError,
-    ConfigError,
-    DivergenceError,
-    Preempted,
-    UsageError,
-)
-from distcl.failure import Cause
-from distcl.folder import RunFolder
-from distcl.footprint import give_back
-from distcl.keeper import Contents, Keeper, Preemption
-from distcl.monitor import Monitor
-from distcl.resume import JobState, check_config, collect, restore
-from distcl.runtime import Runtime, describe
-from distcl.status import FolderProgress
-from distcl.summary import chance, save_final, summarize
-from distcl.tracking import Tracker, Trackers
-from distcl.trainer import ContinuousTrainer
+from distcl.config.load import to_toml
+from distcl.data.stream import create_stream
+from distcl.distributed.failure import Cause
+from distcl.distributed.memory import give_back
+from distcl.distributed.runtime import Runtime, describe
+from distcl.errors import CheckpointError, ConfigError, DivergenceError, Preempted, UsageError
+from distcl.monitoring.monitor import Monitor
+from distcl.reporting.progress import FolderProgress
+from distcl.reporting.run_folder import RunFolder
+from distcl.reporting.summary import chance, save_final, summarize
+from distcl.tracking.tracker import Tracker, Trackers
+from distcl.training.build import Quiet, assemble
+from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Progress
 
 Command = Literal["run", "train", "detect"]
@@ -255,7 +250,7 @@ class Job:
         return summary
 
     def _report(self, path: Path) -> None:
-        from distcl.report import write_report
+        from distcl.reporting.page import write_report
 
         try:
             write_report([path], path / "report.html")

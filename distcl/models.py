@@ -21,8 +21,7 @@ from torch import nn
 from distcl import registry
 from distcl.config import ModelConfig
 from distcl.errors import CheckpointError, ConfigError
-from distcl.options import Count, checked
-from distcl.registry import nearest
+from distcl.registry import Count, checked, nearest
 from distcl.types import DataSpec
 
 Norm = Literal["group", "batch"]

@@ -7,13 +7,17 @@ A name that holds a colon, ``package.module:attribute``, is a user's own part; s
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError, validate_call
 
 from distcl.errors import ConfigError
 
@@ -49,7 +53,7 @@ _TABLE = (
     ("updater", "lwf", "distcl.updaters.lwf:LwF", "learning without forgetting: distillation"),
     ("updater", "er", "distcl.updaters.er:ExperienceReplay", "replay of a history batch"),
     ("updater", "der", "distcl.updaters.der:DarkExperienceReplay", "DER++: replay of logits"),
-    ("updater", "jvp_reg", "distcl.updaters.jvp:JVPReg", "steps robust to weights and inputs"),
+    ("updater", "jvp_reg", "distcl.updaters.jvp_reg:JVPReg", "steps robust to weights and inputs"),
     (
         "updater",
         "jvp_penalty",
@@ -73,20 +77,40 @@ _TABLE = (
         "distcl.priority.signals:Disagreement",
         "of the weights and the last K anchors",
     ),
-    ("detector", "adwin", "distcl.detectors:adwin", "adaptive windowing"),
-    ("detector", "kswin", "distcl.detectors:kswin", "Kolmogorov-Smirnov windowing"),
-    ("detector", "page_hinkley", "distcl.detectors:page_hinkley", "Page-Hinkley test"),
-    ("detector", "ensemble", "distcl.detectors:ensemble", "a vote among several detectors"),
-    ("source", "digits", "distcl.data.arrays:digits", "1,797 handwritten digits"),
-    ("source", "arrays", "distcl.data.arrays:arrays", "x and y from .npz or .npy files"),
-    ("source", "mnist", "distcl.data.idx:mnist", "MNIST and its like: IDX files, or an .npz"),
-    ("source", "cifar10", "distcl.data.cifar:cifar10", "CIFAR-10, binary version"),
-    ("source", "cifar100", "distcl.data.cifar:cifar100", "CIFAR-100, binary version, 100 classes"),
-    ("source", "hf", "distcl.data.hf:hf", "a Hugging Face dataset, on disk or from the hub"),
-    ("source", "shards", "distcl.data.opening:shards", "a folder of WebDataset shards"),
-    ("transform", "crop", "distcl.data.decode:crop", "a square of each image"),
-    ("transform", "flip", "distcl.data.decode:flip", "half of the images mirrored"),
-    ("transform", "normalize", "distcl.data.decode:normalize", "minus mean, by deviation"),
+    ("detector", "adwin", "distcl.monitoring.detectors:adwin", "adaptive windowing"),
+    ("detector", "kswin", "distcl.monitoring.detectors:kswin", "Kolmogorov-Smirnov windowing"),
+    ("detector", "page_hinkley", "distcl.monitoring.detectors:page_hinkley", "Page-Hinkley test"),
+    (
+        "detector",
+        "ensemble",
+        "distcl.monitoring.detectors:ensemble",
+        "a vote among several detectors",
+    ),
+    ("source", "digits", "distcl.data.sources.arrays:digits", "1,797 handwritten digits"),
+    ("source", "arrays", "distcl.data.sources.arrays:arrays", "x and y from .npz or .npy files"),
+    (
+        "source",
+        "mnist",
+        "distcl.data.sources.vision:mnist",
+        "MNIST and its like: IDX files, or an .npz",
+    ),
+    ("source", "cifar10", "distcl.data.sources.vision:cifar10", "CIFAR-10, binary version"),
+    (
+        "source",
+        "cifar100",
+        "distcl.data.sources.vision:cifar100",
+        "CIFAR-100, binary version, 100 classes",
+    ),
+    (
+        "source",
+        "hf",
+        "distcl.data.sources.huggingface:hf",
+        "a Hugging Face dataset, on disk or from the hub",
+    ),
+    ("source", "shards", "distcl.data.shards.open:shards", "a folder of WebDataset shards"),
+    ("transform", "crop", "distcl.data.transforms:crop", "a square of each image"),
+    ("transform", "flip", "distcl.data.transforms:flip", "half of the images mirrored"),
+    ("transform", "normalize", "distcl.data.transforms:normalize", "minus mean, by deviation"),
     ("drift", "none", "distcl.data.drift:Identity", "no drift"),
     ("drift", "rotate", "distcl.data.drift:Rotate", "images turned by an angle per experience"),
     ("drift", "affine", "distcl.data.drift:Affine", "cumulative random affine maps"),
@@ -95,14 +119,19 @@ _TABLE = (
     ("drift", "blur", "distcl.data.drift:Blur", "growing Gaussian blur"),
     ("drift", "split", "distcl.data.drift:Split", "new classes per experience"),
     ("drift", "label_shift", "distcl.data.drift:LabelShift", "other shares of the classes"),
-    ("metric", "loss", "distcl.stream_metrics:Loss", "loss of each sample"),
-    ("metric", "error", "distcl.stream_metrics:Error", "1 where the model is wrong, else 0"),
-    ("metric", "accuracy", "distcl.stream_metrics:Accuracy", "1 where the model is right, else 0"),
-    ("metric", "entropy", "distcl.stream_metrics:Entropy", "of the outputs; needs no labels"),
+    ("metric", "loss", "distcl.monitoring.metrics:Loss", "loss of each sample"),
+    ("metric", "error", "distcl.monitoring.metrics:Error", "1 where the model is wrong, else 0"),
+    (
+        "metric",
+        "accuracy",
+        "distcl.monitoring.metrics:Accuracy",
+        "1 where the model is right, else 0",
+    ),
+    ("metric", "entropy", "distcl.monitoring.metrics:Entropy", "of the outputs; needs no labels"),
     (
         "metric",
         "input_distance",
-        "distcl.stream_metrics:input_distance",
+        "distcl.monitoring.metrics:input_distance",
         "of a sample to those trained on; needs no labels",
     ),
     ("model", "mlp", "distcl.models:mlp", "multi-layer perceptron"),
@@ -195,3 +224,43 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``, did you mean 'x'?`` for the known name closest to ``name``, or ''."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f", did you mean '{found[0]}'?" if found else ""
+
+
+# Options of a part, checked against the annotations of its factory.
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Count = Annotated[int, Field(ge=1)]
+"""A whole number of at least 1."""
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+"""A number between 0 and 1, both excluded."""
+
+
+def checked(kind: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Check types and ranges of a factory's arguments, as its annotations state them.
+
+    What does not fit raises ConfigError naming ``<kind>.options.<argument>`` and the limit. Lists
+    become tuples where the annotation says so, since TOML knows only lists.
+    """
+
+    def wrap(factory: Callable[P, R]) -> Callable[P, R]:
+        settings = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+        call = validate_call(config=settings)(factory)
+
+        @functools.wraps(factory)
+        def build(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return call(*args, **kwargs)
+            except ValidationError as error:
+                first = error.errors()[0]
+                name = ".".join(str(piece) for piece in first["loc"])
+                what = first["msg"][0].lower() + first["msg"][1:]
+                got = reprlib.repr(first["input"])
+                raise ConfigError(f"{kind}.options.{name}: {what}, not {got}") from None
+
+        return build
+
+    return wrap

@@ -7,8 +7,8 @@ import json
 import numpy as np
 
 from distcl.config import Config
-from distcl.config_load import to_toml
-from distcl.priority.tally import BINS, EDGES
+from distcl.config.load import to_toml
+from distcl.sampling.draw_log import BINS, EDGES
 from distcl.types import pack_ids
 
 ACCURACY = [[0.9, 0.3, None], [0.8, 0.7, 0.4], [0.85, 0.6, 0.75]]

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
-from distcl.partition.base import Partition
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.partition import Partition
 from tests.spawn import preload
 
 preload("tests.warm")

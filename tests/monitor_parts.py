@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distcl.stream_metrics import StreamMetric
+from distcl.monitoring.metrics import StreamMetric
 from distcl.types import Batch, DataSpec, Ids, PyTree, Source, unpack_ids
 
 FED: list[float] = []

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from distcl.assembly import assemble
 from distcl.config import Config
-from distcl.data.streams import create_stream
+from distcl.data.stream import create_stream
+from distcl.distributed.runtime import Runtime
 from distcl.models import create_model
-from distcl.runtime import Runtime
+from distcl.training.build import assemble
 from distcl.types import Batch, Ids
 from tests.small import small
 

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from distcl.errors import UsageError
-from distcl.strategies.zero import load_deepspeed
+from distcl.parallel.zero import load_deepspeed
 
 with contextlib.suppress(UsageError):
     if not Path("/dev/nvidia0").exists():  # else it would touch CUDA before the ranks fork

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from distcl.config import StreamConfig
-from distcl.data.arrays import ArraySource
-from distcl.data.npy import open_npz
+from distcl.data.sources.arrays import ArraySource
+from distcl.data.sources.npy import open_npz
 
 ROOT = Path(__file__).resolve().parents[2]
 USUAL = ROOT.parent / "shared" / "data" / "mnist.npz"

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
-PRELOADED = ["torch._dynamo", "accelerate", "distcl.cli", "distcl.commands.training", "distcl.job"]
+PRELOADED = ["torch._dynamo", "accelerate", "distcl.cli.app", "distcl.cli.training", "distcl.job"]
 
 
 class Forked:
-    """Starts runs, each a process of its own; see :data:`distcl.compare.Start`."""
+    """Starts runs, each a process of its own; see :data:`distcl.reporting.comparison.Start`."""
 
     def __init__(self) -> None:
         self._context: ForkServerContext = multiprocessing.get_context("forkserver")
@@ -42,6 +42,6 @@ def _run(arguments: list[str], environment: dict[str, str], complaint: str) -> N
 
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     sys.argv = ["distcl", *arguments]
-    from distcl.cli import main
+    from distcl.cli.app import main
 
     main()

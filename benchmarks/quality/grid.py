@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distcl.compare import Start
+from distcl.reporting.comparison import Start
 
 
 class Grid:

@@ -28,8 +28,8 @@ from benchmarks.quality import data, tables  # noqa: E402
 from benchmarks.quality.forked import Forked  # noqa: E402
 from benchmarks.quality.grid import Grid  # noqa: E402
 from benchmarks.quality.suites import QUICK, SUITES, Study, Suite  # noqa: E402
-from distcl.compare import Plan, Variant, execute  # noqa: E402
-from distcl.verdict import as_json, judge  # noqa: E402
+from distcl.reporting.comparison import Plan, Variant, execute  # noqa: E402
+from distcl.reporting.verdict import as_json, judge  # noqa: E402
 
 HERE = Path(__file__).parent
 KEPT = (

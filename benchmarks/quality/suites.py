@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from distcl.config_text import RECOMMENDED
+from distcl.config.reference import RECOMMENDED
 
 FRESH = tuple(range(100, 120))
 """Seeds of the headline: looked at once, after everything was chosen on others."""

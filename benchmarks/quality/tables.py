@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.quality import detection, triggered
 from benchmarks.quality.suites import SUITES, Suite
-from distcl import plots
-from distcl.paired import Paired, holm, paired
+from distcl.reporting import plots
+from distcl.reporting.verdict import Paired, holm, paired
 
 OTHERS = {"detection": detection, "triggered": triggered}
 """Studies that are not comparisons of arms at equal compute: name -> module."""

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from distcl.anchor import Anchor
 from distcl.bench.measure import Work, on_ranks, peak_of, resident, seconds_of
 from distcl.bench.rows import Row, compared, skipped
 from distcl.config import ParallelConfig, RunConfig
-from distcl.partition.base import create_partition
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.partition import create_partition
 
 REPEATS = 5
 OF_MODELS = "distcl.bench.anchor:of_models"

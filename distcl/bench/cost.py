@@ -20,11 +20,11 @@ from distcl.bench.measure import CPU, Work, on_ranks, peak_of, seconds_of
 from distcl.bench.model import Job, Machine
 from distcl.bench.rows import Row
 from distcl.bench.setting import config_of, stream_of, trainer_of
-from distcl.footprint import FlopCount
-from distcl.priority.lanes import LaneGroup, LaneSampler
-from distcl.priority.sampler import DistributedWeightedSampler
-from distcl.priority.slices import Dealer
-from distcl.runtime import Runtime
+from distcl.distributed.memory import FlopCount
+from distcl.distributed.runtime import Runtime
+from distcl.priority.population import Dealer
+from distcl.sampling.sampler import DistributedWeightedSampler
+from distcl.sampling.sequential import LaneGroup, LaneSampler
 from distcl.types import Ids
 
 BATCH = 256

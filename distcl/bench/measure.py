@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from distcl.distributed.memory import give_back
 from distcl.errors import UsageError
-from distcl.footprint import give_back
 
 Work = Callable[[], Any]
 

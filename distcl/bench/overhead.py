@@ -16,10 +16,10 @@ from distcl.bench.measure import CPU, WALL, Work, on_ranks, seconds_of
 from distcl.bench.rows import Row, compared
 from distcl.bench.setting import BATCH, bare_of, config_of, steps_of, stream_of, trainer_of
 from distcl.config import ModelConfig, OptimizerConfig
+from distcl.distributed.runtime import Runtime
 from distcl.models import create_model
-from distcl.optim import create_optimizer
-from distcl.runtime import Runtime
-from distcl.trainer import ContinuousTrainer
+from distcl.training.optimizer import create_optimizer
+from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Batch, DataSpec
 from distcl.updaters.base import Updater
 from distcl.updaters.fisher import Squares

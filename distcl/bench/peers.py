@@ -24,8 +24,8 @@ import tomlkit
 
 from distcl.bench.rows import Row, compared, times_faster
 from distcl.config import StreamConfig
-from distcl.data.arrays import ArraySource
-from distcl.data.streams import DriftStream
+from distcl.data.sources.arrays import ArraySource
+from distcl.data.stream import DriftStream
 from distcl.errors import UsageError
 
 MNIST = "DISTCL_MNIST"

@@ -11,8 +11,8 @@ from distcl.bench.measure import CPU, on_ranks, seconds_of
 from distcl.bench.rows import Row, compared, times_faster
 from distcl.bench.setting import config_of, stream_of, trainer_of
 from distcl.data.loader import iterate_chunks
-from distcl.priority.cache import fingerprint
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
+from distcl.priority.scoring import fingerprint
 from distcl.types import Ids
 
 CHUNK = 512

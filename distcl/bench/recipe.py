@@ -9,12 +9,12 @@ from typing import Any
 from distcl.bench.measure import CPU, WALL, Work, on_ranks, seconds_of
 from distcl.bench.rows import Row, compared
 from distcl.bench.setting import CNN, config_of, stream_of, trainer_of
-from distcl.config_text import RECOMMENDED
-from distcl.priority.feed import EMPTY
-from distcl.priority.weights import RoundWeights
-from distcl.runtime import Runtime
-from distcl.steps import Stage
-from distcl.trainer import ContinuousTrainer
+from distcl.config.reference import RECOMMENDED
+from distcl.distributed.runtime import Runtime
+from distcl.priority.round_weights import RoundWeights
+from distcl.sampling.round_loader import EMPTY
+from distcl.training.step_loop import Stage
+from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Experience, Ids
 
 STEPS = "distcl.bench.recipe:steps"

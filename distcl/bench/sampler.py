@@ -15,10 +15,10 @@ from torch.utils.data import BatchSampler, WeightedRandomSampler
 
 from distcl.bench.measure import CPU, on_ranks, peak_of, seconds_of
 from distcl.bench.rows import Row, compared, times_faster
-from distcl.priority import draws
-from distcl.priority.sampler import DistributedWeightedSampler
-from distcl.priority.shaping import Weights
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
+from distcl.priority.weighting import Weights
+from distcl.sampling import draws
+from distcl.sampling.sampler import DistributedWeightedSampler
 
 BATCH = 256
 FASTER = {"systematic": ">= 9", "multinomial": ">= 5"}

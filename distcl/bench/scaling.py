@@ -10,7 +10,7 @@ import numpy as np
 from distcl.bench.measure import on_ranks, seconds_of
 from distcl.bench.rows import Row, times_faster
 from distcl.bench.setting import bare_of, config_of, steps_of, stream_of, trainer_of
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
 
 BATCH = 256
 STEP = "distcl.bench.scaling:step"

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from distcl.assembly import assemble
 from distcl.bench.measure import Work
 from distcl.config import Config
-from distcl.data.arrays import ArraySource
-from distcl.data.streams import DriftStream
-from distcl.priority.weights import RoundWeights
-from distcl.runtime import Runtime
-from distcl.steps import Stage
-from distcl.trainer import ContinuousTrainer
+from distcl.data.sources.arrays import ArraySource
+from distcl.data.stream import DriftStream
+from distcl.distributed.runtime import Runtime
+from distcl.priority.round_weights import RoundWeights
+from distcl.training.build import assemble
+from distcl.training.step_loop import Stage
+from distcl.training.trainer import ContinuousTrainer
 
 CNN: dict[str, Any] = {"name": "cnn", "options": {"channels": [16, 32, 64]}}
 BATCH = 64

@@ -23,17 +23,17 @@ import torch
 from distcl.bench.measure import seconds_of
 from distcl.bench.rows import Row, compared
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.decode import decode
-from distcl.data.index import read_manifest
 from distcl.data.loader import BatchLoader
-from distcl.data.opening import shards
-from distcl.data.streaming import open_url, stream_samples
-from distcl.data.streams import create_stream
-from distcl.data.writing import Members, write_shards
+from distcl.data.shards.decode import decode
+from distcl.data.shards.manifest import read_manifest
+from distcl.data.shards.open import shards
+from distcl.data.shards.sequential import open_url, stream_samples
+from distcl.data.shards.writer import Members, write_shards
+from distcl.data.stream import create_stream
 from distcl.errors import UsageError
-from distcl.priority.lanes import LaneGroup, LaneSampler
-from distcl.priority.sampler import DistributedWeightedSampler
-from distcl.priority.slices import Dealer
+from distcl.priority.population import Dealer
+from distcl.sampling.sampler import DistributedWeightedSampler
+from distcl.sampling.sequential import LaneGroup, LaneSampler
 
 BATCH = 256
 SHARDS = 10

@@ -1,4 +1,4 @@
-"""The configuration: one pydantic model per TOML section. Loading lives in ``config_load.py``."""
+"""The configuration: one pydantic model per TOML section. Loading lives in ``load.py``."""
 
 from __future__ import annotations
 

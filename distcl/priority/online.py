@@ -7,141 +7,18 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.data.loader import iterate_chunks
+from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
-from distcl.priority.draws import Positions
 from distcl.priority.scoring import Weights, checked, require_sound
-from distcl.runtime import Runtime
-from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source, unpack_ids
+from distcl.priority.signal_table import _UNKNOWN, SignalTable
+from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source
 
 _CHUNK = 1024
-_UNKNOWN = -1
 _MOST_WAITING = 1 << 22  # elements of outputs
-
-
-class SignalTable:
-    """Scores by id, approximate: the last that each sample got. The same on every rank. Local.
-
-    A sample never seen counts as the mean of its (experience, class), of those seen; where none
-    is, or the class is unknown, as the mean of all. Of M ids held it keeps 25 M bytes or less.
-    """
-
-    def __init__(self, classes: int = 0) -> None:
-        self._classes = classes
-        self._hold(np.empty(0, dtype=np.int64))
-
-    def _hold(self, ids: Ids) -> None:
-        self.ids = ids  # sorted
-        self._places = _Places(ids)
-        self._scores = np.full(len(ids), np.nan)  # NaN: never seen
-        self._labels = np.full(len(ids), _UNKNOWN)
-        self._found: list[tuple[Ids, Ids]] = []  # what was read, and where it is
-
-    def keep(self, ids: Ids) -> None:
-        """Hold exactly these ids [M]: new ones are not seen yet, those left out are forgotten."""
-        old_ids, old_scores, old_labels = self.ids, self._scores, self._labels
-        ids = np.sort(ids)  # np.unique takes ten times as long
-        self._hold(ids[np.diff(ids, prepend=ids[:1] - 1) > 0])
-        at, known = self._places.of(old_ids)
-        self._scores[at[known]] = old_scores[known]
-        self._labels[at[known]] = old_labels[known]
-
-    def write(self, ids: Ids, scores: Weights, labels: Ids) -> None:
-        """Take scores [N] in the order of draws: the last of an id counts; ids not held do not.
-
-        ``labels`` [N]: classes, or -1 where unknown.
-        """
-        at, held = self._places.of(ids)
-        if not held.all():
-            at, scores, labels = at[held], scores[held], labels[held]
-        self._scores[at] = scores  # of several of one id, numpy leaves the last
-        self._labels[at] = labels
-
-    def label(self, ids: Ids, labels: Ids) -> None:
-        """Tell the classes [N] of ids that were never seen; -1 where unknown."""
-        self._labels[self._places.of(ids)[0]] = labels
-
-    def unseen(self, ids: Ids) -> Ids:
-        """Return those of ``ids``, all held, that were never seen and whose class is unknown."""
-        at, _ = self._places.of(ids)
-        unseen: Ids = ids[np.isnan(self._scores[at]) & (self._labels[at] == _UNKNOWN)]
-        return unseen
-
-    def read(self, ids: Ids, chosen: Positions | None = None) -> Weights:
-        """Return scores float64 [N] of ids, all held, or of those at the positions ``chosen``.
-
-        Where they are is remembered for two arrays of ids: a round asks for the same ones again.
-        """
-        found = next((at for known, at in self._found if known is ids), None)
-        if found is None:
-            found = self._places.of(ids)[0]
-            self._found = [*self._found[-1:], (ids, found)]
-        at = found if chosen is None else found[chosen]
-        scores = self._scores[at]
-        missing = np.isnan(scores)
-        if missing.any():
-            scores[missing] = self._means(at[missing])
-        return scores
-
-    def _means(self, at: Ids) -> Weights:
-        """Return what samples never seen count as; O(M)."""
-        seen = np.flatnonzero(~np.isnan(self._scores))
-        if not len(seen):
-            return np.ones(len(at))
-        experience = unpack_ids(self.ids)[0]
-        experience = np.cumsum(np.diff(experience, prepend=experience[:1]) != 0)  # 0, 1, 2, …
-        known = (self._labels >= 0) & (self._labels < self._classes)
-        cell = np.where(known, experience * self._classes + self._labels, _UNKNOWN) + 1
-        sums = np.bincount(cell[seen], self._scores[seen], minlength=cell.max() + 1)
-        counts = np.bincount(cell[seen], minlength=cell.max() + 1)
-        sums[0], counts[0] = self._scores[seen].sum(), len(seen)  # of all, for unknown classes
-        cell = np.where(counts[cell[at]] > 0, cell[at], 0)
-        means: Weights = sums[cell] / counts[cell]
-        return means
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return ids int64 [M], scores float64 [M] (NaN: never seen) and labels int64 [M]."""
-        return {
-            "ids": torch.from_numpy(self.ids),
-            "scores": torch.from_numpy(self._scores),
-            "labels": torch.from_numpy(self._labels),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self._hold(state["ids"].numpy().copy())
-        self._scores[:] = state["scores"].numpy()
-        self._labels[:] = state["labels"].numpy()
-
-
-class _Places:
-    """Where ids are among those held, sorted [M]; of few runs of consecutive ids, by these."""
-
-    def __init__(self, held: Ids) -> None:
-        self._held = held
-        starts = np.flatnonzero(np.diff(held, prepend=held[:1] - 2) != 1)
-        self._runs = len(starts) * 16 <= len(held)
-        if self._runs:
-            self._first = held[starts]
-            self._shift = self._first - starts
-
-    def of(self, ids: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
-        """Return (position in what is held, whether it is there) of each id, [N] each.
-
-        The position of one that is not there may be any number.
-        """
-        held = self._held
-        if not len(held):
-            return np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.bool_)
-        if self._runs:
-            at = ids - self._shift[np.searchsorted(self._first, ids, "right") - 1]
-        else:
-            at = np.searchsorted(held, ids)
-        return at, held.take(at, mode="clip") == ids
 
 
 @dataclass(frozen=True, slots=True)

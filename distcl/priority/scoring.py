@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,49 +12,18 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from distcl import registry
-from distcl.anchor import Anchor
 from distcl.data.loader import as_source
+from distcl.distributed.memory import give_back, large_arrays
+from distcl.distributed.runtime import Runtime, part_of
 from distcl.errors import ConfigError, DistclError, DivergenceError
-from distcl.footprint import give_back, large_arrays
-from distcl.inference import ShardedForward
-from distcl.partition.base import create_partition
-from distcl.priority.cache import LossCache, fingerprint
-from distcl.priority.sampler import part_of
-from distcl.priority.slices import Slices
-from distcl.runtime import Runtime
-from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedLoss
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.inference import ShardedForward
+from distcl.parallel.partition import create_partition
+from distcl.priority.population import Slices
+from distcl.priority.signals import create_signal
+from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedLoss, as_tensor
 
 Weights = npt.NDArray[np.float64]
-
-
-def create_signal(
-    name: str,
-    options: dict[str, Any] | None = None,
-    *,
-    criterion: UnreducedLoss | None = None,
-    loss: str = "cross_entropy",
-    classes: int = 0,
-) -> PrioritySignal:
-    """Return a signal by its registered name or ``package.module:attribute``.
-
-    Its factory gets the user's ``options`` and, if it takes them, ``criterion``, ``loss`` and
-    ``classes``; see signals.py. Raises ConfigError for one that does not fit the loss.
-    """
-    factory = registry.resolve("signal", name)
-    try:
-        takes = inspect.signature(factory).parameters.keys()
-    except ValueError:  # a builtin does not tell
-        takes = {}.keys()
-    given = {"criterion": criterion, "loss": loss, "classes": classes}
-    given = {key: value for key, value in given.items() if key in takes}
-    for key in given.keys() & (options or {}).keys():
-        raise ConfigError(f"priority.options.{key} is no option: signals are given the model's own")
-    signal: PrioritySignal = registry.create("signal", name, options={**(options or {}), **given})
-    for attribute in ("needs_anchor", "needs_logits", "score"):
-        if not hasattr(signal, attribute):
-            raise ConfigError(f"signal '{name}' has no '{attribute}'; see types.PrioritySignal")
-    return signal
 
 
 class Scorer:
@@ -306,3 +274,105 @@ def compute_sample_priorities(
     forward = ShardedForward(runtime, model, create_partition(runtime, model), criterion)
     scorer = Scorer(forward, anchor, create_signal(signal, criterion=criterion), batch_size)
     return ids, priorities(scorer.score(source, ids), alpha)
+
+
+# The loss cache: exact losses by id, so that a sample scored last round costs one forward now.
+#
+# The L(w_now) pass of round k is the L(theta_star) pass of round k+1, since theta_star is refreshed
+# to exactly those weights. A fingerprint of the weights is kept with the losses; the cache is used
+# only if theta_star still has it.
+
+
+_BLOCK = 1 << 16
+
+
+def fingerprint(slices: Mapping[str, torch.Tensor], runtime: Runtime) -> int:
+    """Return a 64-bit checksum of weights from the slices of all ranks, exact in every bit.
+
+    A sum of the words of each tensor, each under an odd factor of its own. Collective.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=runtime.device)
+    for k, value in enumerate(slices.values()):
+        words = value.detach().contiguous()
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        bits = words.view(width[words.element_size()])
+        total += (bits.sum(dtype=torch.int64) * (2 * k + 3)).to(runtime.device)
+    return int(runtime.all_reduce(total))
+
+
+class LossCache:
+    """Losses [N] by id under two sets of weights: theta_star's and those being scored now.
+
+    The same on every rank, or those of each rank's own samples. A third set of weights drops the
+    oldest.
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[int, tuple[Ids, torch.Tensor]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(ids) for ids, _ in self._tables.values())
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._tables.clear()
+
+    def put(self, weights: int, ids: Ids, losses: torch.Tensor) -> None:
+        """Add losses [N] of ``ids`` under the weights with that fingerprint.
+
+        ``ids`` are not copied, and must stay as they are. Losses that are there already stay.
+        """
+        if weights in self._tables:
+            fresh = np.flatnonzero(~self.get(weights, ids)[0].numpy())
+            old_ids, old_losses = self._tables.pop(weights)
+            ids = np.concatenate([old_ids, ids[fresh]])
+            losses = losses[torch.from_numpy(fresh).to(losses.device)]
+            losses = torch.cat([old_losses.to(losses), losses])
+        self._tables[weights] = ids, losses
+        while len(self._tables) > 2:
+            del self._tables[next(iter(self._tables))]
+
+    def get(self, weights: int, ids: Ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (known bool [N], losses [N], 0 where unknown) under those weights."""
+        held, losses = self._tables.get(weights, (np.empty(0, dtype=np.int64), torch.empty(0)))
+        if len(held) == 0:
+            return torch.zeros(len(ids), dtype=torch.bool), losses.new_zeros(len(ids))
+        if np.array_equal(held, ids):  # the usual case, at no memory
+            return torch.ones(len(ids), dtype=torch.bool), losses.clone()
+        order = None if (held[1:] > held[:-1]).all() else np.argsort(held, kind="stable")
+        known = torch.empty(len(ids), dtype=torch.bool)
+        found = losses.new_empty(len(ids))
+        for start in range(0, len(ids), _BLOCK):
+            block = ids[start : start + _BLOCK]
+            at = np.searchsorted(held, block, sorter=order).clip(max=len(held) - 1)
+            at = at if order is None else order[at]
+            there = torch.from_numpy(held[at] == block)
+            known[start : start + _BLOCK] = there
+            rows = torch.from_numpy(at).to(losses.device)
+            found[start : start + _BLOCK] = torch.where(there.to(losses.device), losses[rows], 0.0)
+        return known, found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return fingerprints, ids and losses, oldest first."""
+        return {
+            "tables": [
+                {"weights": weights, "ids": as_tensor(ids), "losses": losses}
+                for weights, (ids, losses) in self._tables.items()
+            ]
+        }
+
+    def load_parts(
+        self, states: Sequence[dict[str, Any]], own: Callable[[Ids], npt.NDArray[np.bool_]]
+    ) -> None:
+        """Restore what several caches held under the same weights, of ids [N] that ``own`` says."""
+        self._tables = {}
+        for parts in zip(*(state["tables"] for state in states), strict=True):
+            ids = np.concatenate([part["ids"].numpy() for part in parts])
+            losses = torch.cat([part["losses"] for part in parts])
+            mine = own(ids)
+            order = np.flatnonzero(mine)[np.argsort(ids[mine], kind="stable")]
+            self._tables[parts[0]["weights"]] = ids[order], losses[torch.from_numpy(order)]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self._tables = {t["weights"]: (t["ids"].numpy(), t["losses"]) for t in state["tables"]}

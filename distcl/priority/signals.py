@@ -11,12 +11,15 @@ A factory that takes ``loss`` (the name of model.loss), ``classes`` (the stream'
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from distcl import losses, registry
 from distcl.errors import ConfigError
-from distcl.types import Batch, Outputs, PyTree, UnreducedLoss
+from distcl.types import Batch, Outputs, PrioritySignal, PyTree, UnreducedLoss
 
 
 class LossDelta:
@@ -212,3 +215,32 @@ def _mean(values: torch.Tensor) -> torch.Tensor:
 
 def _full(z: torch.Tensor) -> torch.Tensor:
     return z if z.dtype == torch.float64 else z.float()
+
+
+def create_signal(
+    name: str,
+    options: dict[str, Any] | None = None,
+    *,
+    criterion: UnreducedLoss | None = None,
+    loss: str = "cross_entropy",
+    classes: int = 0,
+) -> PrioritySignal:
+    """Return a signal by its registered name or ``package.module:attribute``.
+
+    Its factory gets the user's ``options`` and, if it takes them, ``criterion``, ``loss`` and
+    ``classes``; see signals.py. Raises ConfigError for one that does not fit the loss.
+    """
+    factory = registry.resolve("signal", name)
+    try:
+        takes = inspect.signature(factory).parameters.keys()
+    except ValueError:  # a builtin does not tell
+        takes = {}.keys()
+    given = {"criterion": criterion, "loss": loss, "classes": classes}
+    given = {key: value for key, value in given.items() if key in takes}
+    for key in given.keys() & (options or {}).keys():
+        raise ConfigError(f"priority.options.{key} is no option: signals are given the model's own")
+    signal: PrioritySignal = registry.create("signal", name, options={**(options or {}), **given})
+    for attribute in ("needs_anchor", "needs_logits", "score"):
+        if not hasattr(signal, attribute):
+            raise ConfigError(f"signal '{name}' has no '{attribute}'; see types.PrioritySignal")
+    return signal

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from distcl.anchor import Anchor
 from distcl.config import ContinualLearningConfig
-from distcl.partition.base import Partition
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.partition import Partition
 from distcl.priority.online import Ledger
 from distcl.priority.scoring import Scorer, Weights, priorities
-from distcl.runtime import Runtime
 from distcl.types import Batch, Ids, PyTree, Source, UnreducedLoss
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from distcl.errors import ConfigError
-from distcl.priority.draws import generator
+from distcl.sampling.draws import generator
 from distcl.types import Ids, Source
 from distcl.updaters.base import Updater, UpdaterSetup
 from distcl.updaters.fisher import diagonal_fisher
-from distcl.updaters.quadratic import add_pull
+from distcl.updaters.quadratic_penalty import add_pull
 
 
 class EWCOnline(Updater):

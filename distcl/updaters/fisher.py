@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import cast
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from distcl.data.loader import iterate_chunks
-from distcl.inference import evaluating
-from distcl.partition.base import Partition, ShardedPartition
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.inference import evaluating
+from distcl.parallel.partition import Partition, ShardedPartition
 from distcl.types import Batch, Ids, PyTree, Source, UnreducedLoss
-from distcl.updaters.squares import known_layers, squared_gradients
 
 CHUNK = 256
 """Most samples of one forward."""
@@ -36,7 +39,7 @@ def diagonal_fisher(
     2017, eq. 3 with observed labels): never the square of a batch's mean gradient. Eval mode.
     Each rank takes its share of the samples. Collective.
 
-    Whole weights: from what the layers see of a chunk (``updaters/squares.py``), or, where that is
+    Whole weights: from what the layers see of a chunk (``updaters/fisher.py``), or, where that is
     not possible, from its per-sample gradients; sums are reduced bucket by bucket. Sharded weights:
     one sample a rank at a time, whose gradient is squared before it is averaged over ranks;
     ``optimizer`` forgets the gradients afterwards.
@@ -126,3 +129,149 @@ def _one_by_one(
     total = {name: grad.to(runtime.dtype) * scale for name, grad in partition.grads().items()}
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+# Sums of squared per-sample gradients of a perceptron, from one pass over a batch.
+#
+# A layer's part of the gradient of sample i is made of the layer's input a_i and the gradient g_i
+# of its output, dL_i/dW = g_i a_iᵀ. The square of that, elementwise, is g_i² (a_i²)ᵀ: the sum over
+# samples is one matrix product, and no sample's gradient is ever made (Goodfellow 2015; Dangel et
+# al., "BackPACK", ICLR 2020). So for inputs that are vectors; convolutions, and layers with several
+# positions a sample, would still have to make each gradient, and gain nothing by it on a CPU.
+#
+# It holds only if row i of all a and g is of sample i, and if weights are used by their layers
+# alone. Neither can be read off a model, so both are checked on each batch: samples get different
+# weights in the loss, which are taken out of each g_i again; then the sum over samples of what was
+# found must be the gradient that autograd gives.
+
+
+class Call(NamedTuple):
+    """A layer's input and output in one use of it."""
+
+    a: torch.Tensor
+    output: torch.Tensor
+
+
+class Moments(NamedTuple):
+    """Of the gradients of a batch's samples: their sum, and that of their squares."""
+
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+def known_layers(model: nn.Module) -> dict[str, nn.Module] | None:
+    """Return the layers whose own weights train, by name; None if one is of no known kind.
+
+    Known: Linear, LayerNorm, and BatchNorm1d with running statistics, each with its own forward and
+    with weights that no other layer has.
+    """
+    seen: set[int] = set()
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            return None  # samples see each other
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+        if not own:
+            continue
+        kind = _kind(module)
+        if kind is nn.Module or type(module).forward is not kind.forward:
+            return None
+        if own.keys() - {"weight", "bias"} or seen & {id(p) for p in own.values()}:
+            return None
+        seen |= {id(p) for p in own.values()}
+        layers[name] = module
+    return layers
+
+
+def squared_gradients(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    criterion: UnreducedLoss,
+    batch: Batch,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor] | None:
+    """Return sum_i (dL_i/dw)², elementwise, in ``dtype``, for each trainable parameter. Local.
+
+    ``layers`` are those of :func:`known_layers`. None if it cannot be had from what they saw, see
+    above. Takes the model in the mode it is in, and leaves ``.grad`` alone.
+    """
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with _watching(layers) as calls:
+        losses = criterion(model(batch.x), batch.y)
+    if not (calls and losses.requires_grad):
+        return None
+    for seen in calls.values():
+        a, output = seen[0]
+        if len(seen) > 1 or a.dim() != 2 or len(a) != len(batch) or not output.requires_grad:
+            return None
+    outputs = [seen[0].output for seen in calls.values()]
+    scale = 1 + torch.arange(len(losses), dtype=losses.dtype, device=losses.device) / len(losses)
+    scaled = torch.autograd.grad(losses, outputs, scale, retain_graph=True, allow_unused=True)
+    expected = torch.autograd.grad(losses.sum(), list(weights.values()), allow_unused=True)
+    found: dict[str, Moments] = {}
+    for (name, seen), g in zip(calls.items(), scaled, strict=True):
+        layer = layers[name]
+        if g is not None:
+            g = g.to(dtype) / scale[:, None]
+            for n, moments in _MOMENTS[_kind(layer)](layer, seen[0].a.to(dtype), g).items():
+                found[f"{name}.{n}" if name else n] = moments
+    for (name, p), gradient in zip(weights.items(), expected, strict=True):
+        if name not in found:
+            found[name] = Moments(*torch.zeros(2, *p.shape, dtype=dtype, device=p.device))
+        first, second = found[name]
+        error = torch.linalg.vector_norm(first if gradient is None else first - gradient)
+        size = (second.sum() * len(losses)).sqrt()  # no less than the sum of the samples' norms
+        if not error <= math.sqrt(torch.finfo(p.dtype).eps) * size:
+            return None
+    return {name: found[name].second for name in weights}
+
+
+@contextmanager
+def _watching(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """Give what the layers are called with inside, of those that are called."""
+    calls: dict[str, list[Call]] = {}
+
+    def watch(name: str) -> Callable[..., torch.Tensor]:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+            a = args[0] if args else kwargs["input"]
+            calls.setdefault(name, []).append(Call(a.detach(), output))
+            return output.clone()  # what is changed in place, by a ReLU say, is the copy
+
+        return see
+
+    handles = [m.register_forward_hook(watch(n), with_kwargs=True) for n, m in layers.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _linear(m: nn.Linear, a: torch.Tensor, g: torch.Tensor) -> dict[str, Moments]:
+    """Take a [B, n] and g [B, m]."""
+    return {"weight": Moments(g.T @ a, g.square().T @ a.square()), "bias": _sums(g)}
+
+
+def _norm(m: Any, a: torch.Tensor, g: torch.Tensor) -> dict[str, Moments]:
+    """Take a and g [B, n]; what the weight multiplies is made again from a."""
+    if isinstance(m, nn.LayerNorm):
+        x = functional.layer_norm(a, m.normalized_shape, eps=m.eps)
+    else:
+        x = functional.batch_norm(a, m.running_mean, m.running_var, eps=m.eps)
+    return {"weight": _sums(g * x), "bias": _sums(g)}
+
+
+def _sums(gradients: torch.Tensor) -> Moments:
+    return Moments(gradients.sum(dim=0), gradients.square().sum(dim=0))
+
+
+_MOMENTS: dict[type[nn.Module], Callable[..., dict[str, Moments]]] = {
+    nn.Linear: _linear,
+    nn.LayerNorm: _norm,
+    nn.BatchNorm1d: _norm,
+}
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """Return the known kind of a layer; nn.Module if there is none."""
+    return next((kind for kind in _MOMENTS if isinstance(module, kind)), nn.Module)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distcl.errors import ConfigError, DataError
 from distcl.types import Batch
 from distcl.updaters.base import StepResult, Updater
-from distcl.updaters.jvp import floating, normalized, with_floating
+from distcl.updaters.jvp_reg import floating, normalized, with_floating
 
 
 class JVPPenalty(Updater):

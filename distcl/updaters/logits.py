@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, UsageError
 from distcl.priority.scoring import Scorer
-from distcl.runtime import Runtime
 from distcl.types import Ids, PyTree, Source
 
 _BLOCK = 1 << 16

@@ -12,7 +12,7 @@ import torch
 
 from distcl.types import Ids, Source
 from distcl.updaters.base import Updater, UpdaterSetup
-from distcl.updaters.quadratic import add_pull
+from distcl.updaters.quadratic_penalty import add_pull
 
 
 class SynapticIntelligence(Updater):

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distcl.plots import COLORS
-from distcl.report import write_report
+from distcl.reporting.page import write_report
+from distcl.reporting.plots import COLORS
 from tests.folders import run_folder
 
 BROWSER = next(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from distcl.artifacts import describe, evaluate, export, verify_all
-from distcl.checkpoint import SCHEMA, sealed
+from distcl.checkpoint.export import describe, evaluate, export, verify_all
+from distcl.checkpoint.store import SCHEMA, sealed
 from distcl.errors import CheckpointError
 from tests.small import execute
 from tests.spawn import distcl

@@ -16,9 +16,9 @@ import pytest
 
 from distcl import registry
 from distcl.config import Config
-from distcl.config_load import load_config
-from distcl.data.samples import ArraySamples
-from distcl.data.writing import write_shards
+from distcl.config.load import load_config
+from distcl.data.shards.inputs import ArraySamples
+from distcl.data.shards.writer import write_shards
 from distcl.job import execute
 from tests.spawn import distcl
 from tests.unit.test_data_files import write_cifar, write_mnist

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl import registry
 from distcl.config import Config
-from distcl.data.streams import create_stream
+from distcl.data.stream import create_stream
 from distcl.errors import ConfigError
-from distcl.assembly import assemble
-from distcl.runtime import Runtime
-from distcl.trainer import ContinuousTrainer
+from distcl.training.build import assemble
+from distcl.distributed.runtime import Runtime
+from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Experience
 from tests.small import small
 from tests.spawn import run_ranks

@@ -22,16 +22,16 @@ def _see(folders):
     import os
     from pathlib import Path
 
-    from distcl import doctor_group, peers
-    from distcl.doctor import Finding
+    from distcl.distributed import doctor, rendezvous
+    from distcl.distributed.doctor import Finding
 
     rank = int(os.environ["RANK"])
-    peers.socket.gethostname = lambda: f"host{rank}"
-    doctor_group._SEEN_SECONDS = 0.2
-    doctor_group.existing = lambda folder: Path(folders[rank])
-    doctor_group.Path.exists = lambda self: rank == 0  # as if the disk were another one
+    rendezvous.socket.gethostname = lambda: f"host{rank}"
+    doctor._SEEN_SECONDS = 0.2
+    doctor.existing = lambda folder: Path(folders[rank])
+    doctor.Path.exists = lambda self: rank == 0  # as if the disk were another one
     own = [Finding("warning", "memory", "little")] if rank else []
-    return doctor_group.examine_group(own)
+    return doctor.examine_group(own)
 
 
 def test_a_folder_that_is_not_shared_and_troubles_of_other_nodes_are_named(tmp_path):

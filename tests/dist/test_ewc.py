@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from distcl.data.streams import create_stream
-from distcl.assembly import assemble
+from distcl.data.stream import create_stream
+from distcl.training.build import assemble
 from distcl.data.loader import as_source
 from distcl.models import create_model
-from distcl.partition.base import create_partition
-from distcl.runtime import Runtime
+from distcl.parallel.partition import create_partition
+from distcl.distributed.runtime import Runtime
 from distcl.types import DataSpec
 from distcl.updaters.fisher import diagonal_fisher
 from tests.small import execute, small

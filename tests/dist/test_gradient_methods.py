@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from distcl.data.streams import create_stream
-from distcl.assembly import assemble
-from distcl.runtime import Runtime
+from distcl.data.stream import create_stream
+from distcl.training.build import assemble
+from distcl.distributed.runtime import Runtime
 from tests.spawn import run_ranks
 from tests.steps import batches, dense_model, exact, train
 

@@ -11,8 +11,8 @@ import torch
 from scipy.stats import spearmanr
 
 from distcl import Runtime
-from distcl.priority.guard import Freshness
-from distcl.priority.windows import Part
+from distcl.sampling.staleness import Freshness
+from distcl.sampling.sampler import Part
 from distcl.types import frozen, pack_ids
 from tests.small import execute
 from tests.spawn import run_ranks

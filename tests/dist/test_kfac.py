@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from distcl.config import RunConfig
-from distcl.data.streams import create_stream
-from distcl.assembly import assemble
-from distcl.partition import replicated
-from distcl.partition.base import create_partition
-from distcl.runtime import Runtime
-from distcl.trainer import ContinuousTrainer
+from distcl.data.stream import create_stream
+from distcl.training.build import assemble
+from distcl.parallel import ddp
+from distcl.parallel.partition import create_partition
+from distcl.distributed.runtime import Runtime
+from distcl.training.trainer import ContinuousTrainer
 from distcl.updaters.kfac import KFACOnline
 from tests.models import awkward
 from tests.small import small
@@ -86,7 +86,7 @@ def test_bf16_and_fp32_factors_are_those_of_fp64_but_for_rounding(tmp_path: Path
 
 
 def _full_grads(bucket: int) -> dict[str, Any]:
-    replicated.BUCKET_ELEMENTS = bucket
+    ddp.BUCKET_ELEMENTS = bucket
     runtime = Runtime(RunConfig(precision="fp64"))
     model = runtime.prepare(awkward())
     partition = create_partition(runtime, model)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from distcl import registry
-from distcl.data.streams import create_stream
+from distcl.data.stream import create_stream
 from distcl.errors import ConfigError
-from distcl.assembly import Quiet, assemble
-from distcl.monitor import Monitor
-from distcl.runtime import Runtime
-from distcl.trainer import ContinuousTrainer
+from distcl.training.build import Quiet, assemble
+from distcl.monitoring.monitor import Monitor
+from distcl.distributed.runtime import Runtime
+from distcl.training.trainer import ContinuousTrainer
 from distcl.types import unpack_ids
 from tests import monitor_parts
 from tests.small import small

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distcl.data.streams import create_stream
+from distcl.data.stream import create_stream
 from distcl.types import Batch
 from distcl.updaters import Updater
 from distcl.updaters.base import StepResult

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from distcl.anchor import Anchor
+from distcl.parallel.anchor import Anchor
 from distcl.config import RunConfig
 from distcl.errors import UsageError
-from distcl.partition import replicated
-from distcl.partition.base import create_partition
-from distcl.partition.replicated import flat
-from distcl.runtime import Runtime
+from distcl.parallel import ddp
+from distcl.parallel.partition import create_partition
+from distcl.parallel.ddp import flat
+from distcl.distributed.runtime import Runtime
 from tests.models import awkward
 from tests.spawn import run_ranks
 
@@ -46,7 +46,7 @@ def test_every_element_is_owned_once_and_no_rank_owns_more_than_its_share(world:
 
 
 def _swap(bucket: int, fail_on: tuple[int, ...]) -> dict[str, Any]:
-    replicated.BUCKET_ELEMENTS = bucket
+    ddp.BUCKET_ELEMENTS = bucket
     runtime = Runtime()
     model = runtime.prepare(awkward(seed=0))
     module = runtime.unwrap(model).eval()

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distcl.data.history import History
-from distcl.data.streams import create_stream
+from distcl.data.replay_buffer import History
+from distcl.data.stream import create_stream
 from distcl.errors import DistclError
-from distcl.assembly import assemble
+from distcl.training.build import assemble
 from distcl.job import train
 from distcl.models import create_model
-from distcl.runtime import Runtime
-from distcl.trainer import ContinuousTrainer
+from distcl.distributed.runtime import Runtime
+from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Experience, Ids
 from distcl.updaters import Round, create_updater
 from tests.small import execute, small

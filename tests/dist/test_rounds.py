@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from distcl.config import Config
-from distcl.data.streams import create_stream
-from distcl.assembly import assemble
-from distcl.runtime import Runtime
-from distcl.trainer import ContinuousTrainer
+from distcl.data.stream import create_stream
+from distcl.training.build import assemble
+from distcl.distributed.runtime import Runtime
+from distcl.training.trainer import ContinuousTrainer
 from distcl.updaters import Updater
 from tests.small import execute, small
 from tests.spawn import run_ranks

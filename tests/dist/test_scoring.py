@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-import distcl.runtime
+import distcl.distributed.runtime
 from distcl import Anchor, Batch, DistributedWeightedSampler, Runtime, compute_sample_priorities
 from distcl.errors import ConfigError, DivergenceError
-from distcl.inference import ShardedForward
-from distcl.partition.base import create_partition
-from distcl.priority.scoring import Scorer, create_signal
+from distcl.parallel.inference import ShardedForward
+from distcl.parallel.partition import create_partition
+from distcl.priority.scoring import Scorer
+from distcl.priority.signals import create_signal
 from distcl.types import Ids, Outputs
 from tests.models import awkward
 from tests.spawn import run_ranks
@@ -172,7 +173,7 @@ def test_a_signal_without_the_protocol_is_refused_by_name() -> None:
 
 def _gathered_in_pieces(n: int, each: int) -> list[Any]:
     runtime = Runtime()
-    distcl.runtime._GATHERED = 3
+    distcl.distributed.runtime._GATHERED = 3
     rows = torch.arange(2 * n).reshape(n, 2)
     mine = rows[runtime.rank * each : (runtime.rank + 1) * each]
     gathered = runtime.all_gather(mine, n, each).tolist()

@@ -16,17 +16,18 @@ import torch
 
 from distcl import Anchor, Runtime, compute_sample_priorities, registry
 from distcl.config import DataConfig
-from distcl.config_load import load_config
-from distcl.data.index import read_manifest
-from distcl.data.samples import ArraySamples
-from distcl.data.shards import ShardSource
-from distcl.data.streaming import StreamedSource
-from distcl.data.writing import append_shards, write_shards
-from distcl.inference import ShardedForward
+from distcl.config.load import load_config
+from distcl.data.shards.manifest import read_manifest
+from distcl.data.shards.inputs import ArraySamples
+from distcl.data.shards.indexed import ShardSource
+from distcl.data.shards.sequential import StreamedSource
+from distcl.data.shards.writer import append_shards, write_shards
+from distcl.parallel.inference import ShardedForward
 from distcl.job import execute
-from distcl.partition.base import create_partition
-from distcl.priority.scoring import Scorer, create_signal
-from distcl.priority.slices import Dealer
+from distcl.parallel.partition import create_partition
+from distcl.priority.scoring import Scorer
+from distcl.priority.signals import create_signal
+from distcl.priority.population import Dealer
 from tests.spawn import distcl, run_ranks
 from tests.unit.test_data_files import write_cifar
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from distcl import Runtime, registry
-from distcl.data.streams import create_stream
-from distcl.assembly import assemble
-from distcl.priority.weights import RoundWeights
-from distcl.priority.windows import WindowPlan
-from distcl.trainer import ContinuousTrainer
+from distcl.data.stream import create_stream
+from distcl.training.build import assemble
+from distcl.priority.round_weights import RoundWeights
+from distcl.sampling.sampler import WindowPlan
+from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Batch, Ids
 from tests.small import small
 from tests.spawn import run_ranks

@@ -38,8 +38,8 @@ from typing import Any
 
 import numpy as np
 
-from distcl.data.index import index_folder
-from distcl.data.tars import END, member_bytes
+from distcl.data.shards.index import index_folder
+from distcl.data.shards.tar import END, member_bytes
 from tests.spawn import _context, free_port, rank_environment
 
 LIMIT = 60.0
@@ -75,12 +75,12 @@ every_minutes = 0
 
 POINTS = {
     "scoring": "distcl.priority.scoring:Scorer._row",
-    "gather": "distcl.runtime:Runtime.all_gather",
-    "refresh": "distcl.anchor:Anchor.refresh",
-    "step": "distcl.steps:StepLoop._set_rate",
-    "evaluation": "distcl.evaluation:Evaluator.score",
-    "checkpoint write": "distcl.checkpoint:_sha256",
-    "rename": "distcl.checkpoint:_rename",
+    "gather": "distcl.distributed.runtime:Runtime.all_gather",
+    "refresh": "distcl.parallel.anchor:Anchor.refresh",
+    "step": "distcl.training.step_loop:StepLoop._set_rate",
+    "evaluation": "distcl.training.evaluation:Evaluator.score",
+    "checkpoint write": "distcl.checkpoint.store:_sha256",
+    "rename": "distcl.checkpoint.store:_rename",
 }
 """The phases of a run by name, and a function that each of them calls."""
 
@@ -185,7 +185,7 @@ def _rank(
 ) -> None:
     import torch
 
-    from distcl.cli import main
+    from distcl.cli.app import main
 
     os.environ.update(env)
     torch.set_num_threads(1)

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from distcl.checkpoint import MANIFEST, CheckpointStore, load, rank_file, sealed, verify
+from distcl.checkpoint.store import MANIFEST, CheckpointStore, load, rank_file, sealed, verify
+from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
-from distcl.runtime import Runtime
 from tests.spawn import run_ranks
 
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from distcl import job
-from distcl.checkpoint import MODEL, load
-from distcl.data.streams import create_stream
+from distcl.checkpoint.store import MODEL, load
+from distcl.data.stream import create_stream
 from distcl.errors import DivergenceError
 from distcl.losses import cross_entropy
 from distcl.types import Batch, unpack_ids

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 RANK = """
 import os, sys, time
 import torch
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
 from distcl.errors import DataError
 
 case = sys.argv[1]

@@ -11,13 +11,13 @@ import pytest
 
 from distcl.config import Config
 from distcl.errors import UsageError
-from distcl.folder import RunFolder
+from distcl.reporting.run_folder import RunFolder
 
 FULL = """
 import logging, resource, signal, sys
 from pathlib import Path
 from distcl.config import Config
-from distcl.folder import RunFolder
+from distcl.reporting.run_folder import RunFolder
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with RunFolder(Path(sys.argv[1]), Config(), True).open():
@@ -32,7 +32,7 @@ HOLDER = """
 import os, signal, sys, time
 from pathlib import Path
 from distcl.config import Config
-from distcl.folder import RunFolder
+from distcl.reporting.run_folder import RunFolder
 
 seconds = float(sys.argv[2])
 with RunFolder(Path(sys.argv[1]), Config(), True).open():

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distcl import checkpoint, job
-from distcl.assembly import Quiet
-from distcl.checkpoint import CheckpointStore, read_manifest, verify
-from distcl.runtime import Runtime
+from distcl import job
+from distcl.checkpoint import store as checkpoint
+from distcl.checkpoint.store import CheckpointStore, read_manifest, verify
+from distcl.distributed.runtime import Runtime
+from distcl.training.build import Quiet
 from tests.small import small
 
 QUICK = (

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from distcl import job
-from distcl.assembly import Quiet
 from distcl.errors import CheckpointError, ConfigError, Preempted
 from distcl.losses import cross_entropy
+from distcl.training.build import Quiet
 from tests.small import small
 from tests.spawn import run_ranks
 

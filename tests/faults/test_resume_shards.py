@@ -13,8 +13,8 @@ from safetensors.numpy import load_file
 
 from distcl import job
 from distcl.config import StreamConfig
-from distcl.data.samples import open_samples
-from distcl.data.writing import write_shards
+from distcl.data.shards.inputs import open_samples
+from distcl.data.shards.writer import write_shards
 from tests.faults.test_resume import Killer, outcome
 from tests.small import small
 from tests.spawn import exit_codes, run_ranks

@@ -19,7 +19,7 @@ import ctypes, logging, os, signal, sys, time
 from pathlib import Path
 import torch
 from distcl.config import RunConfig
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
 
 def lost_in_thought(how):
     if how == "sleeps":

@@ -19,10 +19,10 @@ from distcl.bench.priorities import PASSES
 from distcl.bench.recipe import MODELS, ONCE, STEPS, round_of
 from distcl.bench.rows import Row
 from distcl.bench.setting import config_of, stream_of, trainer_of
-from distcl.config_text import RECOMMENDED
+from distcl.config.reference import RECOMMENDED
+from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
-from distcl.priority.sampler import DistributedWeightedSampler
-from distcl.runtime import Runtime
+from distcl.sampling.sampler import DistributedWeightedSampler
 from tests.spawn import distcl
 
 ROOT = Path(__file__).parents[2]

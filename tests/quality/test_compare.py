@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from distcl.commands.compare import AS_GIVEN
-from distcl.compare import Variant
+from distcl.cli.compare import AS_GIVEN
+from distcl.reporting.comparison import Variant
 from tests.spawn import distcl
 
 CONFIG = """

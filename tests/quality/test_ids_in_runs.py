@@ -30,6 +30,6 @@ def test_every_updater_learns_the_same_from_ids_in_runs_as_from_arrays(
         seen.append(np.concatenate(list(parts)))
         return seen[-1]
 
-    monkeypatch.setattr("distcl.data.streams.in_runs", arrays)
+    monkeypatch.setattr("distcl.data.stream.in_runs", arrays)
     assert essence(train("configs/digits.toml", tmp_path / "arrays", *over)) == essence(runs)
     assert [len(ids) for ids in seen] == [600] * 2

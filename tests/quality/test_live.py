@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from distcl.data.samples import ArraySamples
-from distcl.data.writing import append_shards, write_shards
+from distcl.data.shards.inputs import ArraySamples
+from distcl.data.shards.writer import append_shards, write_shards
 from tests.spawn import distcl
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from distcl.data.index import read_manifest, write_manifest
+from distcl.data.shards.manifest import read_manifest, write_manifest
 from tests.unit.test_shards_source import ROOT, folder_of
 
 _MEASURE = """
 import resource, sys
 import numpy as np
 from distcl.config import DataConfig
-from distcl.data.index import read_manifest
-from distcl.data.shards import ShardSource
+from distcl.data.shards.manifest import read_manifest
+from distcl.data.shards.indexed import ShardSource
 from pathlib import Path
 folder, copies = Path(sys.argv[1]), int(sys.argv[2])
 shards = read_manifest(folder).split("train")[:copies]

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.quality import detection, tables, triggered
 from benchmarks.quality.suites import CHOSEN, EWC_CHOSEN, PAPERS_CHOSEN, SUITES, recommended
 from distcl import load_config
-from distcl.config_text import template
+from distcl.config.reference import template
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "benchmarks" / "quality" / "run.py"

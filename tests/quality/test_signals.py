@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from distcl import registry
+from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
-from distcl.runtime import Runtime
 from tests.dist.test_contract import KEYS, _trainer
 from tests.small import small
 from tests.spawn import run_ranks

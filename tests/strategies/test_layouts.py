@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from distcl.anchor import Anchor
-from distcl.partition.base import Partition, create_partition
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.partition import Partition, create_partition
 from tests.layouts import (
     DEEPSPEED,
     LAYOUTS,

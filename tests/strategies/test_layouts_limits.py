@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distcl.anchor import Anchor
 from distcl.errors import DataError, DistclError
-from distcl.partition.base import create_partition
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.partition import create_partition
 from tests.layouts import available, each, fresh_runtime, layout_params, tensors
 from tests.models import tangled
 from tests.spawn import exit_codes, run_ranks

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from distcl import registry
-from distcl.assembly import assemble
-from distcl.data.streams import create_stream
+from distcl.data.stream import create_stream
 from distcl.errors import ConfigError
 from distcl.losses import cross_entropy
-from distcl.priority.scoring import Scorer, create_signal
-from distcl.trainer import ContinuousTrainer
+from distcl.priority.scoring import Scorer
+from distcl.priority.signals import create_signal
+from distcl.training.build import assemble
+from distcl.training.trainer import ContinuousTrainer
 from tests.layouts import available, each, fresh_runtime, gathered, layout_params, tensors
 from tests.small import small
 from tests.spawn import run_ranks

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from distcl.partition.base import Partition, create_partition
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.partition import Partition, create_partition
 from tests.layouts import LAYOUTS, available, each, fresh_runtime, gathered, layout_params, tensors
 from tests.models import tangled
 from tests.spawn import run_ranks

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from distcl.assembly import assemble
-from distcl.data.streams import create_stream
+from distcl.data.stream import create_stream
 from distcl.losses import cross_entropy
 from distcl.models import create_model
-from distcl.partition.base import clip_grads_, create_partition
-from distcl.trainer import ContinuousTrainer
+from distcl.parallel.partition import clip_grads_, create_partition
+from distcl.training.build import assemble
+from distcl.training.trainer import ContinuousTrainer
 from tests.layouts import available, cut, each, fresh_runtime, gathered, layout_params, tensors
 from tests.models import tangled
 from tests.small import small

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from distcl.tracking_wandb_files import records
+from distcl.tracking.wandb import records
 
 
 class OfflineRun:

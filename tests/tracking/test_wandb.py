@@ -11,7 +11,7 @@ import pytest
 
 from distcl.config import TrackingConfig
 from distcl.tracking import create_tracker
-from distcl.tracking_values import Histogram
+from distcl.tracking.tracker import Histogram
 from tests.spawn import distcl
 
 pytest.importorskip("wandb", reason="the package wandb is not installed")

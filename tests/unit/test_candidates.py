@@ -13,13 +13,14 @@ from torch import nn
 from distcl import Anchor, Runtime
 from distcl.config import PriorityConfig
 from distcl.data.loader import as_source
-from distcl.inference import ShardedForward
+from distcl.distributed.runtime import part_of
 from distcl.losses import mse
-from distcl.partition.base import create_partition
-from distcl.priority.candidates import Chooser, deal
-from distcl.priority.sampler import part_of
-from distcl.priority.scoring import Scorer, create_signal
-from distcl.priority.weights import Shape
+from distcl.parallel.inference import ShardedForward
+from distcl.parallel.partition import create_partition
+from distcl.priority.round_weights import Shape
+from distcl.priority.scoring import Scorer
+from distcl.priority.signals import create_signal
+from distcl.sampling.candidates import Chooser, deal
 from distcl.types import Batch
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import distcl
-from distcl import cli, load_config, registry
-from distcl.config_text import reference
-from distcl.doctor import examine
+from distcl import load_config, registry
+from distcl.cli import app
+from distcl.config.reference import reference
+from distcl.distributed.doctor import examine
 from distcl.errors import DataError, DivergenceError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "WORLD_SIZE", "DISTCL_DEBUG")
@@ -22,7 +23,7 @@ SUMMARY = {"status": "done", "rounds": [], "accuracy": [[0.5]], "average_accurac
 def plain_environment(monkeypatch):
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cli, "RANK_0_FIRST", 0.0)
+    monkeypatch.setattr(app, "RANK_0_FIRST", 0.0)
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def distcl_command(monkeypatch, capsys):
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["distcl", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            cli.main()
+            app.main()
         return (int(caught.value.code or 0), *capsys.readouterr())
 
     return run
@@ -81,7 +82,7 @@ def test_light_commands_do_not_import_torch(arguments, tmp_path):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 0
     assert done.stdout
-    assert "distcl.cli" in imported
+    assert "distcl.cli.app" in imported
     assert not {"torch", "accelerate"} & imported
 
 
@@ -312,5 +313,5 @@ def test_doctor_says_so_when_the_run_folder_cannot_be_written(tmp_path, monkeypa
 def test_a_process_that_was_in_no_group_is_not_ended_at_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as ended:
-        cli.leave(3)
+        app.leave(3)
     assert ended.value.code == 3

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from distcl import load_config
 from distcl.config import Config
-from distcl.config_load import SECTIONS, allowed, load_with_origins, to_toml
-from distcl.config_text import reference, template
+from distcl.config.load import SECTIONS, allowed, load_with_origins, to_toml
+from distcl.config.reference import reference, template
 from distcl.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

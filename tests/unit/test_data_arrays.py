@@ -10,9 +10,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from distcl.config import StreamConfig
-from distcl.data.arrays import MAX_CLASSES, ArraySource, arrays, digits
-from distcl.data.npy import open_npy, open_npz
-from distcl.data.streams import create_stream
+from distcl.data.sources.arrays import MAX_CLASSES, ArraySource, arrays, digits
+from distcl.data.sources.npy import open_npy, open_npz
+from distcl.data.stream import create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.types import Source
 
@@ -234,7 +234,7 @@ def test_bad_arrays_name_the_file_and_the_row(tmp_path, case, write):
 
 
 def test_a_row_in_a_later_chunk_is_named(monkeypatch):
-    monkeypatch.setattr("distcl.data.arrays._CHUNK_BYTES", 5 * 24)
+    monkeypatch.setattr("distcl.data.sources.arrays._CHUNK_BYTES", 5 * 24)
     with pytest.raises(DataError, match=r"at row 13$"):
         ArraySource(with_nan(), Y)
 

@@ -6,10 +6,10 @@ import torch
 from scipy import stats
 
 from distcl.config import StreamConfig
-from distcl.config_load import load_config
-from distcl.data.arrays import ArraySource, arrays
+from distcl.config.load import load_config
 from distcl.data.drift import LabelShift
-from distcl.data.streams import DriftStream, create_stream
+from distcl.data.sources.arrays import ArraySource, arrays
+from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.types import DataSpec, pack_ids, unpack_ids
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from distcl.config import Config, StreamConfig
-from distcl.config_load import load_config
-from distcl.data.cifar import cifar10, cifar100
-from distcl.data.idx import mnist, open_idx
-from distcl.data.streams import create_stream
+from distcl.config.load import load_config
+from distcl.data.sources.vision import cifar10, cifar100, mnist, open_idx
+from distcl.data.stream import create_stream
 from distcl.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)

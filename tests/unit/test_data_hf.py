@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distcl.config import StreamConfig
-from distcl.data.hf import HFSource, hf
-from distcl.data.streams import create_stream
+from distcl.data.sources.huggingface import HFSource, hf
+from distcl.data.stream import create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.types import DataSpec
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.stats import chi2, chisquare
 
-from distcl.data.history import CopyingStream, History
+from distcl.data.replay_buffer import CopyingStream, History
 from distcl.errors import DataError
-from distcl.priority.cache import LossCache
+from distcl.priority.scoring import LossCache
 from distcl.types import Batch, DataSpec, Experience, frozen, pack_ids, unpack_ids
 
 

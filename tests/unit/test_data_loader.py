@@ -6,11 +6,11 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from distcl.config import StreamConfig
-from distcl.data.arrays import ArraySource
 from distcl.data.loader import BatchLoader, as_source, iterate_chunks
-from distcl.data.streams import DriftStream
+from distcl.data.sources.arrays import ArraySource
+from distcl.data.stream import DriftStream
 from distcl.errors import DataError, DistclError
-from distcl.priority.sampler import DistributedWeightedSampler
+from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.types import Source
 
 X = np.random.default_rng(0).random((50, 1, 4, 4), dtype=np.float32)

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distcl.config import StreamConfig
-from distcl.data.arrays import ArraySource
 from distcl.data.drift import Drift, Rotate
-from distcl.data.streams import DriftStream, create_stream
+from distcl.data.sources.arrays import ArraySource
+from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.types import pack_ids, unpack_ids
 
@@ -219,7 +219,7 @@ def test_a_users_source_and_drift_are_one_class_each(tmp_path, monkeypatch):
     (tmp_path / "my_parts.py").write_text(
         """
 import numpy as np
-from distcl.data.arrays import ArraySource
+from distcl.data.sources.arrays import ArraySource
 from distcl.data.drift import Drift
 
 class Invert(Drift):

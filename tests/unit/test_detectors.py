@@ -275,6 +275,7 @@ def test_votes_stand_for_window_values(vote, window, wanted, monkeypatch):
 
 def test_importing_detectors_does_not_import_river():
     code = (
-        "import sys, distcl.detectors; sys.exit('river' in sys.modules or 'torch' in sys.modules)"
+        "import sys, distcl.monitoring.detectors; "
+        "sys.exit('river' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

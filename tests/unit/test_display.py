@@ -3,7 +3,7 @@ import re
 
 from rich.console import Console
 
-from distcl.display import LiveDisplay, PlainDisplay, open_display, show_summary
+from distcl.cli.display import LiveDisplay, PlainDisplay, open_display, show_summary
 
 
 def console(width=80, terminal=False) -> tuple[Console, io.StringIO]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distcl import registry
-from distcl.config_load import load_config
+from distcl.config.load import load_config
 from distcl.job import execute
 
 TEXT = (Path(__file__).parents[2] / "docs" / "EXTENDING.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distcl.footprint import FlopCount
+from distcl.distributed.memory import FlopCount
 
 MODELS = {
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 4)),
@@ -43,7 +43,7 @@ def test_the_count_is_that_of_torch_and_gradients_keep_every_bit(name):
 
 FREED = """
 import psutil, torch
-from distcl.footprint import keep_freed_memory
+from distcl.distributed.memory import keep_freed_memory
 {first}
 resident = psutil.Process().memory_info
 before = resident().rss
@@ -67,7 +67,7 @@ def test_freed_memory_is_kept_unless_the_environment_says_how_to_allocate():
 
 HOLES = """
 import psutil, torch
-from distcl.footprint import keep_freed_memory, large_arrays
+from distcl.distributed.memory import keep_freed_memory, large_arrays
 keep_freed_memory({})
 resident = psutil.Process().memory_info
 before = resident().rss

@@ -11,10 +11,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from distcl.priority import shaping
-from distcl.priority.guard import LOW_ESS, Freshness, aim, doubts, rank_correlation
-from distcl.priority.windows import Part
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
+from distcl.priority import weighting
+from distcl.priority.guard import LOW_ESS, aim, doubts
+from distcl.sampling.sampler import Part
+from distcl.sampling.staleness import Freshness, rank_correlation
 from distcl.types import pack_ids
 from tests.small import execute
 
@@ -26,12 +27,12 @@ def test_top_share_is_that_of_the_largest_hundredth(number: int) -> None:
     weights = np.random.default_rng(number).pareto(1.5, number).round(2) + 0.01
     most = max(1, round(0.01 * number))
     share = np.sort(weights)[::-1][:most].sum() / weights.sum()
-    assert shaping.top_share(weights) == pytest.approx(share)
+    assert weighting.top_share(weights) == pytest.approx(share)
 
-    class Slices(type(shaping.WHOLE)):  # type: ignore[misc]
+    class Slices(type(weighting.WHOLE)):  # type: ignore[misc]
         """Not WHOLE itself, so that the way over slices is taken."""
 
-    assert shaping.top_share(weights, over=Slices()) == pytest.approx(share)
+    assert weighting.top_share(weights, over=Slices()) == pytest.approx(share)
 
 
 def test_rank_correlation_is_spearmans() -> None:
@@ -139,8 +140,8 @@ def test_the_guard_is_refused_where_no_weights_come_before_the_round(tmp_path: P
 def test_held_out_data_switch_a_round_off_and_the_next_one_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from distcl import trainer
     from distcl.priority import guard
+    from distcl.training import trainer
 
     aims: list[Any] = [-0.1, 0.1]
     monkeypatch.setattr(guard, "aim", lambda *_: aims.pop(0))

@@ -26,17 +26,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from distcl.checkpoint import SCHEMA, load, sealed, verify
+from distcl.checkpoint.store import SCHEMA, load, sealed, verify
 from distcl.config import Config, StreamConfig
-from distcl.config_load import load_config
-from distcl.data.arrays import arrays
-from distcl.data.idx import open_idx
-from distcl.data.index import MANIFEST, index_folder, index_path, read_manifest, verify_folder
-from distcl.data.npy import open_npy, parse_npy
-from distcl.data.samples import ArraySamples
-from distcl.data.streams import create_stream
-from distcl.data.tars import END, member_bytes, read_members, scan
-from distcl.data.writing import write_shards
+from distcl.config.load import load_config
+from distcl.data.shards.index import index_folder, index_path, verify_folder
+from distcl.data.shards.inputs import ArraySamples
+from distcl.data.shards.manifest import MANIFEST, read_manifest
+from distcl.data.shards.tar import END, member_bytes, read_members, scan
+from distcl.data.shards.writer import write_shards
+from distcl.data.sources.arrays import arrays
+from distcl.data.sources.npy import open_npy, parse_npy
+from distcl.data.sources.vision import open_idx
+from distcl.data.stream import create_stream
 from distcl.errors import DataError, DistclError
 from tests.unit.test_data_files import idx_bytes
 

@@ -7,9 +7,9 @@ import operator
 import numpy as np
 import pytest
 
-from distcl import ids as ids_module
-from distcl.data.history import History
-from distcl.ids import IdRuns, among, blocks, ids_tensor, in_runs, joined, tensor_ids
+from distcl.data import ids as ids_module
+from distcl.data.ids import IdRuns, among, blocks, ids_tensor, in_runs, joined, tensor_ids
+from distcl.data.replay_buffer import History
 from distcl.types import pack_ids
 
 BEGINS, SIZES = [50, 3, 1 << 40], [4, 7, 5]
@@ -99,7 +99,7 @@ def test_a_checkpoint_keeps_them_as_they_are(given):
 @pytest.mark.parametrize("block", [2, 1 << 16])
 def test_a_history_of_runs_holds_what_one_of_arrays_does(capacity, block, monkeypatch):
     monkeypatch.setattr(ids_module, "BLOCK", block)
-    monkeypatch.setattr("distcl.data.history.BLOCK", block)
+    monkeypatch.setattr("distcl.data.replay_buffer.BLOCK", block)
     plain, runs = History(capacity, seed=3), History(capacity, seed=3)
     parts = [pack_ids(1, np.arange(10)), pack_ids(0, np.arange(4, 30)), pack_ids(1, np.arange(40))]
     for ids in parts:

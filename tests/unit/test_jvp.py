@@ -10,16 +10,17 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from distcl.anchor import Anchor
 from distcl.config import ContinualLearningConfig, RunConfig
+from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, DataError
-from distcl.inference import ShardedForward
-from distcl.partition.base import create_partition
-from distcl.priority.scoring import Scorer, create_signal
-from distcl.runtime import Runtime
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.inference import ShardedForward
+from distcl.parallel.partition import create_partition
+from distcl.priority.scoring import Scorer
+from distcl.priority.signals import create_signal
 from distcl.types import Batch
 from distcl.updaters import Updater, UpdaterSetup, create_updater
-from distcl.updaters.jvp import normalized
+from distcl.updaters.jvp_reg import normalized
 from tests.models import awkward
 from tests.steps import dense_model
 

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from distcl.anchor import Anchor
 from distcl.config import ContinualLearningConfig, RunConfig
+from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, DivergenceError, UsageError
-from distcl.inference import ShardedForward
 from distcl.models import cnn
-from distcl.partition.base import create_partition
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.inference import ShardedForward
+from distcl.parallel.partition import create_partition
 from distcl.priority.scoring import Scorer
 from distcl.priority.signals import LossDelta
-from distcl.runtime import Runtime
 from distcl.types import Batch, DataSpec
 from distcl.updaters import UpdaterSetup
 from distcl.updaters.kfac import KFACOnline

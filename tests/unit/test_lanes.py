@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from distcl.priority import shaping
-from distcl.priority.lanes import LaneDigest, LaneGroup, LaneSampler, digest_of
-from distcl.priority.slices import Dealer, Slices
+from distcl.priority import weighting
+from distcl.priority.population import Dealer, Slices
+from distcl.sampling.draw_log import LaneDigest, digest_of
+from distcl.sampling.sequential import LaneGroup, LaneSampler
 from distcl.types import pack_ids
 
 N, LANES, WINDOW = 120, 4, 16
@@ -118,14 +119,14 @@ def test_weights_are_shaped_over_slices_as_they_are_over_all(world, alpha, cap, 
     def run(dealer: Dealer) -> tuple[np.ndarray, np.ndarray, float]:
         slices = dealer.deal(ALL)
         mine = slices.pick(ALL, WEIGHTS)
-        shaped = shaping.shape_weights(mine, alpha, cap, ess, floor, slices.ids, over=slices)
-        return slices.ids, shaped, shaping.ess_fraction(shaped, slices)
+        shaped = weighting.shape_weights(mine, alpha, cap, ess, floor, slices.ids, over=slices)
+        return slices.ids, shaped, weighting.ess_fraction(shaped, slices)
 
     first, *_ = one = on_ranks(1, run)
     ranks = on_ranks(world, run)
     np.testing.assert_array_equal(np.concatenate([ids for ids, _, _ in ranks]), first[0])
     np.testing.assert_array_equal(np.concatenate([w for _, w, _ in ranks]), first[1])  # every bit
-    whole = shaping.shape_weights(WEIGHTS, alpha, cap, ess, floor)
+    whole = weighting.shape_weights(WEIGHTS, alpha, cap, ess, floor)
     np.testing.assert_allclose(first[1], whole, rtol=1e-5)
     assert {fraction for _, _, fraction in ranks} == {one[0][2]}
 

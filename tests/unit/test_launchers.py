@@ -2,8 +2,8 @@
 
 import pytest
 
+from distcl.distributed.environment import Launch, adopt, detect, first_node, rank_of, tasks_on_node
 from distcl.errors import UsageError
-from distcl.launchers import Launch, adopt, detect, first_node, rank_of, tasks_on_node
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "none",

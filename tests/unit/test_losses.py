@@ -5,13 +5,7 @@ from sklearn.metrics import r2_score
 
 from distcl.config import ModelConfig
 from distcl.errors import ConfigError
-from distcl.losses import (
-    create_loss,
-    judged_by,
-    per_sample_error,
-    per_sample_squares,
-    r_squared,
-)
+from distcl.losses import create_loss, judged_by, per_sample_error, per_sample_squares, r_squared
 from distcl.types import DataSpec
 
 THEIR_LOSSES = """

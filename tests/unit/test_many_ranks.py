@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from distcl.inference import ShardedForward
-from distcl.priority.lanes import LaneGroup, LaneSampler
-from distcl.priority.sampler import DistributedWeightedSampler
-from distcl.priority.slices import Dealer
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.inference import ShardedForward
+from distcl.priority.population import Dealer
+from distcl.sampling.sampler import DistributedWeightedSampler
+from distcl.sampling.sequential import LaneGroup, LaneSampler
 
 WORLD = 1024
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from distcl.metrics import AccuracyMatrix
+from distcl.training.accuracy_matrix import AccuracyMatrix
 
 METRICS = (
     "average_accuracy",

@@ -10,8 +10,9 @@ import torch
 
 from distcl import Runtime
 from distcl.errors import ConfigError
-from distcl.priority.online import Ledger, SignalTable
-from distcl.priority.scoring import create_signal
+from distcl.priority.online import Ledger
+from distcl.priority.signal_table import SignalTable
+from distcl.priority.signals import create_signal
 from distcl.types import Batch, Ids, pack_ids
 
 FIRST = pack_ids(0, np.arange(6))

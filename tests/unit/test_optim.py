@@ -4,7 +4,13 @@ from torch import nn
 
 from distcl.config import OptimizerConfig
 from distcl.errors import ConfigError
-from distcl.optim import create_optimizer, decay_factor, place_steps, reset, warmup_factor
+from distcl.training.optimizer import (
+    create_optimizer,
+    decay_factor,
+    place_steps,
+    reset,
+    warmup_factor,
+)
 
 CONFIGS = [
     OptimizerConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.01),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distcl.paired import holm, paired
+from distcl.reporting.verdict import holm, paired
 
 
 def test_interval_and_p_are_those_of_scipy():

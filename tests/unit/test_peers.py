@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from distcl.launchers import Launch
-from distcl.peers import Peer, code_version, first_line, proven_skew, refusal
+from distcl.distributed.environment import Launch
+from distcl.distributed.rendezvous import Peer, code_version, first_line, proven_skew, refusal
 
 GPUS = [
     Peer(rank, f"n{rank // 2}", f"cuda:{rank % 2}", f"GPU-{rank}", 100.0, "distcl 1")

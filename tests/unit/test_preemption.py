@@ -7,13 +7,14 @@ import sys
 
 import pytest
 
-from distcl.keeper import Preemption
+from distcl.checkpoint.preemption import Preemption
 
 SECOND = """
 import os, signal, time
-from distcl import keeper
-keeper.SAME_SECONDS = 0.05
-asked = keeper.Preemption(0)
+from distcl.checkpoint import preemption
+from distcl.checkpoint import saver
+preemption.SAME_SECONDS = 0.05
+asked = preemption.Preemption(0)
 asked.install()
 os.kill(os.getpid(), signal.SIGTERM)
 assert asked.reason == "SIGTERM received"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distcl import runs
 from distcl.errors import UsageError
-from distcl.report import write_report
+from distcl.reporting import run_reader
+from distcl.reporting.page import write_report
 from tests.folders import run_folder
 from tests.spawn import distcl
 
@@ -46,7 +46,7 @@ def test_a_report_asks_nothing_of_the_network(tmp_path):
 
 
 def test_colours_of_plots_are_left_to_the_page(tmp_path):
-    from distcl.plots import COLORS
+    from distcl.reporting.plots import COLORS
 
     write_report([run_folder(tmp_path / "a")], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
@@ -73,7 +73,7 @@ def test_runs_are_grouped_by_what_differs_besides_the_seed(tmp_path):
         run_folder(tmp_path / f"{alpha}-{seed}", seed=seed, alpha=alpha, shift=shift)
         for alpha, seed, shift in ((0.0, 0, 0.0), (0.0, 1, 0.02), (1.0, 0, 0.1), (1.0, 1, 0.12))
     ]
-    found = runs.variants([runs.read_run(folder) for folder in folders])
+    found = run_reader.variants([run_reader.read_run(folder) for folder in folders])
     assert {name: [r.name for r in group] for name, group in found.items()} == {
         "importance_alpha = 0.0": ["0.0-0", "0.0-1"],
         "importance_alpha = 1.0": ["1.0-0", "1.0-1"],
@@ -91,7 +91,7 @@ def test_runs_that_differ_in_many_keys_are_named_by_their_folders(tmp_path):
         keys = "".join(f"key_of_a_long_name_{n} = {k}\n" for n in range(6))
         with (folder / "config.toml").open("a") as config:
             config.write(f"[more]\n{keys}")
-    found = runs.variants([runs.read_run(folder) for folder in folders])
+    found = run_reader.variants([run_reader.read_run(folder) for folder in folders])
     assert list(found) == ["same", str(folders[1]), "other"]
 
 
@@ -100,9 +100,13 @@ def test_a_run_that_is_not_over_is_shown_as_far_as_it_went(tmp_path):
     write_report([folder], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert 'id="01-a-accuracy"' in page and 'id="01-a-time"' not in page
-    done = runs.read_run(run_folder(tmp_path / "b"))
-    assert runs.read_run(folder).accuracy == done.accuracy
-    assert runs.read_run(folder).row_names == done.row_names == ["pretrained", "round 1", "round 2"]
+    done = run_reader.read_run(run_folder(tmp_path / "b"))
+    assert run_reader.read_run(folder).accuracy == done.accuracy
+    assert (
+        run_reader.read_run(folder).row_names
+        == done.row_names
+        == ["pretrained", "round 1", "round 2"]
+    )
     write_report([folder, tmp_path / "b"], tmp_path / "r.html")
     assert "Not over, so not counted: a (running)" in text_of((tmp_path / "r.html").read_text())
 
@@ -154,7 +158,7 @@ def test_the_commands_say_what_they_wrote_and_what_is_wrong(tmp_path):
 def test_status_and_help_need_neither_torch_nor_matplotlib(tmp_path):
     folder = run_folder(tmp_path / "a")
     code = (
-        "import sys; from distcl import cli; sys.argv = ['distcl', *sys.argv[1:]]\n"
+        "import sys; from distcl.cli import app as cli; sys.argv = ['distcl', *sys.argv[1:]]\n"
         "try: cli.main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "assert not {'torch', 'matplotlib', 'jinja2'} & set(sys.modules)"

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from distcl.errors import UsageError
-from distcl.priority import draws
-from distcl.priority.groups import Group
-from distcl.priority.sampler import DistributedWeightedSampler
+from distcl.sampling import draws
+from distcl.sampling.sampler import DistributedWeightedSampler, Group
 
 IDS = np.arange(100) * 10 + (3 << 40)
 WEIGHTS = np.arange(100) % 7 + 0.5

@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.decode import decode
-from distcl.data.index import index_folder, read_manifest, verify_folder, write_manifest
 from distcl.data.loader import BatchLoader
-from distcl.data.samples import npy_bytes
-from distcl.data.shards import ShardSource
-from distcl.data.streams import DriftStream, create_stream
+from distcl.data.shards.decode import decode
+from distcl.data.shards.index import index_folder, verify_folder
+from distcl.data.shards.indexed import ShardSource
+from distcl.data.shards.inputs import npy_bytes
+from distcl.data.shards.manifest import read_manifest, write_manifest
+from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
-from distcl.priority.sampler import DistributedWeightedSampler
+from distcl.sampling.sampler import DistributedWeightedSampler
 
 ROOT = Path(__file__).parents[2]
 

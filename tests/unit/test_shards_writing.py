@@ -16,13 +16,14 @@ import torch
 import webdataset
 from PIL import Image
 
-from distcl.cli import app
+from distcl.cli.app import app
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.arrays import ArraySource, arrays
-from distcl.data.index import index_folder, read_manifest, verify_folder
-from distcl.data.opening import shards
-from distcl.data.samples import ArraySamples, open_samples
-from distcl.data.writing import write_shards
+from distcl.data.shards.index import index_folder, verify_folder
+from distcl.data.shards.inputs import ArraySamples, open_samples
+from distcl.data.shards.manifest import read_manifest
+from distcl.data.shards.open import shards
+from distcl.data.shards.writer import write_shards
+from distcl.data.sources.arrays import ArraySource, arrays
 from distcl.errors import DataError, UsageError
 
 RNG = np.random.default_rng(0)

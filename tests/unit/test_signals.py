@@ -13,10 +13,11 @@ from torch import nn
 from distcl import Anchor, Runtime
 from distcl.data.loader import as_source
 from distcl.errors import ConfigError
-from distcl.inference import ShardedForward
 from distcl.losses import bce, cross_entropy, mse
-from distcl.partition.base import create_partition
-from distcl.priority.scoring import Scorer, create_signal
+from distcl.parallel.inference import ShardedForward
+from distcl.parallel.partition import create_partition
+from distcl.priority.scoring import Scorer
+from distcl.priority.signals import create_signal
 from distcl.types import Batch, Outputs
 
 B, C = 23, 5

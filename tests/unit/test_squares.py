@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distcl.types import Batch
-from distcl.updaters.squares import known_layers, squared_gradients
+from distcl.updaters.fisher import known_layers, squared_gradients
 
 SAMPLES = 6
 

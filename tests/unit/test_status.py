@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from distcl.assembly import Quiet
 from distcl.errors import UsageError
-from distcl.status import FolderProgress, read_metrics, read_status
+from distcl.reporting.progress import FolderProgress
+from distcl.reporting.status import read_metrics, read_status
+from distcl.training.build import Quiet
 from distcl.types import WATCHING
 
 

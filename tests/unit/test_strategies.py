@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
+from distcl.distributed.environment import check_launcher
 from distcl.errors import ConfigError, UsageError
 from distcl.models import create_model
-from distcl.strategies.activation import checkpoint_blocks
-from distcl.strategies.base import refuse_batchnorm
-from distcl.strategies.fsdp2 import units
-from distcl.strategies.launcher import check_launcher
-from distcl.strategies.zero_config import deepspeed_config
+from distcl.parallel.activation_checkpointing import checkpoint_blocks
+from distcl.parallel.deepspeed_config import deepspeed_config
+from distcl.parallel.fsdp2 import units
+from distcl.parallel.strategy import refuse_batchnorm
 from distcl.types import DataSpec
 
 ROOT = Path(__file__).parents[2]

@@ -5,10 +5,10 @@ from scipy import stats
 
 from distcl import registry
 from distcl.config import MonitorConfig
-from distcl.data.arrays import ArraySource
+from distcl.data.sources.arrays import ArraySource
 from distcl.errors import ConfigError
 from distcl.losses import create_loss
-from distcl.stream_metrics import StreamMetric, create_metric
+from distcl.monitoring.metrics import StreamMetric, create_metric
 from distcl.types import Batch, DataSpec
 
 CLASSES, VALUES = DataSpec((6,), 4), DataSpec((6,), 0, (2,))

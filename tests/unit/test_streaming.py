@@ -15,24 +15,19 @@ import pytest
 import torch
 
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.history import History
-from distcl.data.index import (
-    index_folder,
-    numbered,
-    read_manifest,
-    verify_folder,
-    write_manifest,
-)
+from distcl.data.ids import IdRuns
 from distcl.data.loader import BatchLoader
-from distcl.data.opening import shards
-from distcl.data.samples import npy_bytes
-from distcl.data.shards import ShardSource
-from distcl.data.streaming import StreamedSource
-from distcl.data.streams import create_stream
+from distcl.data.replay_buffer import History
+from distcl.data.shards.index import index_folder, verify_folder
+from distcl.data.shards.indexed import ShardSource
+from distcl.data.shards.inputs import npy_bytes
+from distcl.data.shards.manifest import numbered, read_manifest, write_manifest
+from distcl.data.shards.open import shards
+from distcl.data.shards.sequential import StreamedSource
+from distcl.data.stream import create_stream
 from distcl.errors import ConfigError, DataError
-from distcl.ids import IdRuns
-from distcl.priority.lanes import LaneGroup, LaneSampler
-from distcl.priority.slices import Dealer
+from distcl.priority.population import Dealer
+from distcl.sampling.sequential import LaneGroup, LaneSampler
 
 
 def folder_of(path: Path, sizes: list[int], bad: tuple[int, ...] = (), **tar: int) -> Path:

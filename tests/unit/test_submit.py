@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distcl.cli.launch import Submission, scripts_folder, submit
 from distcl.errors import UsageError
-from distcl.submit import Submission, scripts_folder, submit
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))

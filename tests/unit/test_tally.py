@@ -2,10 +2,10 @@ import numpy as np
 import torch
 
 from distcl.config import ParallelConfig, RunConfig
-from distcl.priority import tally as module
-from distcl.priority.tally import BINS, EDGES, DrawTally, weight_histogram
-from distcl.record import thumbnails
-from distcl.runtime import Runtime
+from distcl.distributed.runtime import Runtime
+from distcl.sampling import draw_log as module
+from distcl.sampling.draw_log import BINS, EDGES, DrawTally, weight_histogram
+from distcl.training.round_report import thumbnails
 from tests.spawn import run_ranks
 
 WEIGHTS = np.random.default_rng(5).lognormal(0, 2, 1001)

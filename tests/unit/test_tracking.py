@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from distcl.config import TrackingConfig
-from distcl.config_load import load_config
+from distcl.config.load import load_config
 from distcl.errors import ConfigError, UsageError
-from distcl.tracking import JsonlTracker, Trackers, create_tracker
-from distcl.tracking_values import Histogram, flat
+from distcl.tracking import create_tracker
+from distcl.tracking.tracker import Histogram, JsonlTracker, Trackers, flat
 
 
 def strict(text):

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from distcl.assembly import assemble
-from distcl.data.streams import create_stream
+from distcl.data.stream import create_stream
+from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, UsageError
-from distcl.runtime import Runtime
+from distcl.training.build import assemble
 from distcl.types import DataSpec
 from distcl.updaters.logits import LastLogits, LogitTable
 from tests.small import small

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from distcl.compare import Arm, Outcome, Plan, Variant, parse_variant
 from distcl.errors import UsageError
-from distcl.report_compare import write_comparison
-from distcl.verdict import as_json, judge, table
+from distcl.reporting.comparison import Arm, Outcome, Plan, Variant, parse_variant
+from distcl.reporting.page import write_comparison
+from distcl.reporting.verdict import as_json, judge, table
 
 OFF = "continual_learning.importance_weighting=false"
 NOISE = (0.0, 0.002, -0.003, 0.001)

@@ -10,9 +10,11 @@ import torch
 
 from distcl.config import PriorityConfig
 from distcl.errors import ConfigError
-from distcl.priority.scoring import create_signal
-from distcl.priority.weights import Correction, Shape, check_priority, weigh
-from distcl.priority.windows import Part
+from distcl.priority.round_weights import Shape, weigh
+from distcl.priority.signals import create_signal
+from distcl.sampling.round_loader import Correction
+from distcl.sampling.sampler import Part
+from distcl.training.build import check_priority
 from distcl.types import Batch
 from tests.small import small
 

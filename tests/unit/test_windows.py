@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chisquare
 
 from distcl.errors import UsageError
-from distcl.priority.windows import Part, WindowPlan, apportion
+from distcl.sampling.sampler import Part, WindowPlan, apportion
 
 IDS = 1000 + 7 * np.arange(40, dtype=np.int64)
 OLD = np.arange(30, dtype=np.int64)

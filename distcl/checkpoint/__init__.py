@@ -1,0 +1,1 @@
+"""Checkpoints: written, found again, read, and handed out as plain weights."""

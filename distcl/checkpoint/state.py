@@ -1,0 +1,192 @@
+"""The state of a whole run: what a checkpoint is made of, and how a run goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distcl.checkpoint.reader import Reader
+from distcl.checkpoint.saver import Contents, random_state, set_random_state
+from distcl.checkpoint.store import verify
+from distcl.config import Config
+from distcl.errors import CheckpointError, ConfigError
+from distcl.monitoring.monitor import Monitor
+from distcl.training.optimizer import place_steps
+from distcl.training.trainer import ContinuousTrainer, Parts
+
+HARMLESS = (
+    "run.out",
+    "run.poll_steps",
+    "run.timeout_seconds",
+    "run.max_minutes",
+    "run.report",
+    "training.on_divergence",
+    "training.max_rollbacks",
+    "training.accumulate",
+    "parallel.",
+    "data.workers",
+    "data.pin_memory",
+    "checkpoint.",
+    "tracking.",
+)
+"""Keys, and sections, that may change between a checkpoint and its resumption."""
+
+
+@dataclass
+class JobState:
+    """What the job itself must know to go on: plain values, the same on all ranks."""
+
+    command: str
+    baseline: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    rollbacks: int = 0
+    """Rollbacks whose smaller step the learning rates have."""
+
+
+def collect(
+    job: JobState, config: Config, trainer: ContinuousTrainer, monitor: Monitor | None
+) -> Contents:
+    """Return what a checkpoint of the run holds. Collective."""
+    parts = trainer.parts
+    partition, updater, feed = parts.forward.partition, parts.updater, parts.feed
+    optimizer = partition.optimizer_state(parts.optimizer)
+    mine = {
+        "ranges": {name: list(span) for name, span in partition.ranges().items()},
+        "anchor": parts.anchor.state_dict(),
+        "optimizer": optimizer.slices,
+        "optimizer_plain": optimizer.plain,
+        "updater": updater.state_dict(),
+        "random": random_state(parts.runtime),
+        "lanes": feed.lane_state(trainer.stage is not None),
+    }
+    shared = {
+        "job": vars(job),
+        "trainer": trainer.state_dict(),
+        "monitor": None if monitor is None else monitor.state_dict(),
+        "cache": None if mine["lanes"] else parts.scorer.cache.state_dict(),
+        "forwards": parts.forward.forwards,
+        "ledger": feed.ledger_state(),
+        "lrs": trainer.loop.base_lrs,
+        "tracker": parts.tracker.state_dict(),
+    }
+    score = trainer.matrix.average_accuracy()
+    meta = {"round": len(trainer.rounds), "score": score, "config": config.model_dump(mode="json")}
+    return mine, shared, weights(parts), meta
+
+
+def weights(parts: Parts) -> dict[str, torch.Tensor]:
+    """Return every parameter and persistent buffer whole, on rank 0's CPU. Collective."""
+    module, partition = parts.runtime.unwrap(parts.model), parts.forward.partition
+    partition.sync_buffers()
+    saved = module.state_dict().keys()  # leaves out non-persistent buffers
+    names = [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n in saved]
+    state: dict[str, torch.Tensor] = {}
+    for name in names:
+        whole = partition.gather(name)
+        if parts.runtime.is_main:
+            state[name] = whole.cpu().contiguous()
+    return state
+
+
+def restore(
+    path: Path,
+    job: JobState,
+    config: Config,
+    trainer: ContinuousTrainer,
+    monitor: Monitor | None,
+) -> None:
+    """Put a run into the state of a checkpoint that verifies. Collective.
+
+    Raises CheckpointError if it is of another command or model.
+    """
+    parts = trainer.parts
+    runtime, partition = parts.runtime, parts.forward.partition
+    manifest = verify(path)
+    reader = Reader(path, manifest)
+    shared = reader.shared
+    if shared["job"]["command"] != job.command:
+        raise CheckpointError(
+            f"checkpoint '{path}' is of 'distcl {shared['job']['command']}', "
+            f"not 'distcl {job.command}'"
+        )
+    vars(job).update(shared["job"])
+    partition.load(reader.weights)
+    same = len(reader.ranks) == runtime.world_size
+    own = reader.ranks[runtime.rank] if same else reader.ranks[0]
+
+    parts.anchor.load_state_dict(
+        {
+            "theta_star": reader.cut(partition, "anchor", "theta_star"),
+            "older": [
+                reader.cut(partition, "anchor", "older", k)
+                for k in range(len(own["anchor"]["older"]))
+            ],
+            "begun": own["anchor"]["begun"],
+        }
+    )
+    keys = {key for state in reader.ranks for key in state["optimizer"]}
+    plain = {n: p for state in reader.ranks for n, p in state["optimizer_plain"].items()}
+    partition.load_optimizer_state(
+        parts.optimizer, {key: reader.slices("optimizer", key) for key in keys}, plain
+    )
+    place_steps(parts.optimizer)
+    if shared["cache"] is not None:
+        parts.scorer.cache.load_state_dict(shared["cache"])
+    parts.feed.load_lane_states([state["lanes"] for state in reader.ranks])
+    parts.forward.forwards = shared["forwards"]
+    parts.feed.load_ledger(shared["ledger"])
+    trainer.load_state_dict(shared["trainer"])
+    if trainer.stage is not None:  # what the round trains on; what it found out comes next
+        trainer.announce(trainer.stage.experience)
+    states = [state["updater"] for state in reader.ranks]
+    parts.updater.load_state_dict(
+        own["updater"]
+        if same and _same_layout(own, partition.ranges())
+        else parts.updater.merged(states, lambda key: reader.cut(partition, "updater", key))
+    )
+    trainer.loop.base_lrs[:] = shared["lrs"]
+    if monitor is not None:
+        monitor.load_state_dict(shared["monitor"])
+    parts.tracker.load_state_dict(shared["tracker"])
+    if same:
+        set_random_state(own["random"], runtime)
+
+
+def _same_layout(state: dict[str, Any], ranges: dict[str, tuple[int, int]]) -> bool:
+    saved = {name: tuple(span) for name, span in state["ranges"].items()}
+    return saved == ranges
+
+
+def check_config(
+    path: Path,
+    saved: dict[str, Any],
+    config: Config,
+    allowed: frozenset[str],
+    say: Callable[[str], None],
+) -> None:
+    """Compare a checkpoint's configuration with the one in force, key by key. Local.
+
+    Raises ConfigError naming every changed key that could change results, unless allowed.
+    """
+    refused = []
+    for section, keys in config.model_dump(mode="json").items():
+        for key, now in keys.items():
+            name = f"{section}.{key}"
+            before = saved.get(section, {}).get(key, now)
+            if before == now:
+                continue
+            change = f"{name}: {before!r} -> {now!r}"
+            if name in allowed or name.startswith(tuple(h for h in HARMLESS)):
+                say(f"[resume] changed since the checkpoint: {change}")
+            else:
+                refused.append(change)
+    if refused:
+        names = " ".join(f"--allow-changed {change.partition(':')[0]}" for change in refused)
+        raise ConfigError(
+            f"the configuration differs from that of '{path}': {'; '.join(refused)}\n"
+            f"go on all the same with: {names}"
+        )

@@ -1,0 +1,1 @@
+"""What each command of ``distcl`` does; ``distcl.cli.app`` puts them together."""

@@ -1,0 +1,79 @@
+"""What commands share: options of the same meaning, and how they print."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distcl.distributed.environment import rank_of
+from distcl.errors import UsageError
+
+ConfigArgument = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help="A TOML file.", show_default=False)
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="The same as CONFIG.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Set one key; a TOML value, else a bare string. Repeatable.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The run folder. Default: runs/NAME-OF-CONFIG."),
+]
+Resume = Annotated[
+    str,
+    typer.Option(
+        "--resume",
+        metavar="auto|PATH|never",
+        help="auto: go on from the newest good checkpoint in the run folder, if any; never: begin "
+        "anew and replace it.",
+    ),
+]
+AllowChanged = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-changed",
+        metavar="SECTION.KEY",
+        help="Resume although this key differs from the checkpoint's. Repeatable.",
+        show_default=False,
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the summary as JSON, and nothing else, on stdout.")
+]
+
+
+def one_config(argument: Path | None, option: Path | None) -> Path | None:
+    """Return the configuration's file, given as an argument, as an option, or not at all."""
+    if argument and option and argument != option:
+        raise UsageError(f"two configurations are given, {argument} and --config {option}")
+    return argument or option
+
+
+def say(text: str) -> None:
+    """Print a result on stdout, by rank 0 only."""
+    if launch_rank() == 0:
+        print(text)
+
+
+def complain(text: str) -> None:
+    """Tell the user what went wrong, on stderr."""
+    print(f"distcl: {text}", file=sys.stderr, flush=True)
+
+
+def launch_rank(environ: Mapping[str, str] = os.environ) -> int:
+    """Return this process's rank as its launcher tells it; 0 without a launcher."""
+    return rank_of(environ)

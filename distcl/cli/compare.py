@@ -1,0 +1,123 @@
+"""``distcl compare``: several variants of a configuration over the same seeds, and a verdict."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from distcl.cli.common import ConfigArgument, ConfigOption, Overrides, Quiet, one_config, say
+from distcl.config.load import load_config
+from distcl.errors import UsageError
+
+AS_GIVEN = "as given"
+"""Name of the configuration without any ``--vs``."""
+
+
+def compare(
+    config: ConfigArgument = None,
+    file: ConfigOption = None,
+    vs: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SECTION.KEY=VALUE[; …]",
+            help="A variant: the keys in which it differs. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 10,
+    first_seed: Annotated[int, typer.Option(min=0, help="Seeds go up from here.")] = 0,
+    equal: Annotated[
+        Literal["compute", "steps", "samples"],
+        typer.Option(
+            help="What all variants spend alike: compute (a forward of a sample is 1, forward and "
+            "backward 3, scoring included), steps, or samples trained on. Who needs less of it "
+            "gets more steps."
+        ),
+    ] = "compute",
+    command: Annotated[
+        Literal["train", "run"], typer.Option(help="train: one round per experience; run: on drift")
+    ] = "train",
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Runs at a time; 0: as cores or GPUs allow.")
+    ] = 0,
+    sets: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Its folder. Default: runs/NAME-OF-CONFIG-compare."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
+    ] = False,
+) -> None:
+    """Say which variant learns better at equal cost: paired seeds, intervals, a verdict.
+
+    Interrupted, the same command goes on. The result is in DIR/compare.json and DIR/report.html.
+    """
+    path = one_config(config, file)
+    if path is None:
+        raise UsageError("distcl compare needs a CONFIG; 'distcl init' writes one")
+    if not vs:
+        raise UsageError("distcl compare needs a variant, --vs SECTION.KEY=VALUE")
+
+    from distcl.reporting import comparison as comparing
+    from distcl.reporting.page import write_comparison
+    from distcl.reporting.verdict import as_json as plain
+    from distcl.reporting.verdict import differences, judge, table, write_json
+
+    variants = [comparing.Variant(AS_GIVEN), *map(comparing.parse_variant, vs)]
+    overrides = tuple(sets or [])
+    for variant in variants:  # refuse it here, not in the middle
+        load_config(path, [*overrides, *variant.overrides])
+    plan = comparing.Plan(
+        config=path,
+        variants=tuple(dict.fromkeys(variants)),
+        seeds=tuple(range(first_seed, first_seed + seeds)),
+        out=out or Path(f"runs/{path.stem}-compare"),
+        overrides=overrides,
+        command=command,
+        equal=equal,
+        jobs=jobs,
+    )
+
+    def tell(text: str) -> None:
+        if not quiet:
+            print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    result = judge(plan, comparing.execute(plan, tell))
+    write_json(result, plan.out / "compare.json")
+    write_comparison(result, plan.out / "report.html")
+    if as_json:
+        say(json.dumps(plain(result), indent=2, allow_nan=False))
+        return
+    if not quiet:
+        names = {arm.variant.name: _letter(k) for k, arm in enumerate(result.arms)}
+        print()
+        for name, letter in names.items():
+            print(f"{letter}  {name}")
+        _print(*table(result), names)
+        _print(*differences(result), names)
+    say(result.verdict)
+    tell(f"everything is in {plan.out}")
+
+
+def _letter(k: int) -> str:
+    return chr(ord("A") + k) if k < 26 else f"V{k + 1}"
+
+
+def _print(header: list[str], rows: list[list[str]], names: dict[str, str]) -> None:
+    """Print a table; its first column, names of variants, by their letters."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
+    for k, name in enumerate(header):
+        shown.add_column(name, justify="right" if k else "left")
+    for name, *cells in rows:
+        shown.add_row(names[name], *cells)
+    Console().print(shown, markup=False, highlight=False)

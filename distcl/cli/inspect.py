@@ -1,0 +1,105 @@
+"""Commands that look at what runs left behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distcl.cli.common import Json, launch_rank, say
+
+
+def evaluate(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's weights, or a checkpoint's, on every experience of its stream."""
+    from distcl.checkpoint.export import evaluate as evaluate_weights
+
+    result = evaluate_weights(path)
+    if as_json:
+        say(json.dumps(result, indent=2))
+        return
+    say(f"{result['metric']} of {result['weights']}")
+    for k, value in enumerate(result["accuracy"]):
+        say(f"  experience {k}  {value:.4f}")
+    say(f"  average       {result['average_accuracy']:.4f}")
+
+
+checkpoint = typer.Typer(help="Look at, verify and export checkpoints.")
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run folder.")
+]
+
+
+@checkpoint.command("inspect")
+def inspect_checkpoint(path: CheckpointArgument) -> None:
+    """Say what a checkpoint, or the newest of a run, holds."""
+    from distcl.checkpoint.export import describe
+
+    for key, value in describe(path).items():
+        if isinstance(value, dict):
+            for name, size in value.items():
+                say(f"{name:<24} {size:,} bytes")
+        else:
+            say(f"{key:<24} {value}")
+
+
+@checkpoint.command("verify")
+def verify_checkpoint(path: CheckpointArgument) -> None:
+    """Check every file of a checkpoint, or of all of a run; exit 5 if one does not match."""
+    from distcl.checkpoint.export import verify_all
+
+    for checked, files in verify_all(path).items():
+        say(f"{checked}: {files} files are as they were written")
+
+
+@checkpoint.command("export")
+def export_checkpoint(
+    path: CheckpointArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to write.")] = Path(
+        "export"
+    ),
+) -> None:
+    """Write the weights as one safetensors file and config.toml, readable without distcl."""
+    from distcl.checkpoint.export import export
+
+    for file in export(path, to):
+        say(f"wrote {file}")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Default: report.html, of one run in its folder."
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="DIR", help="Write each plot as a PNG file, too."),
+    ] = None,
+) -> None:
+    """Write report.html: what a run kept and forgot, or how several compare. No network."""
+    from distcl.reporting.page import write_report
+
+    if launch_rank() != 0:
+        return
+    file = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    pictures = write_report(runs, file, png)
+    say(f"wrote {file}" + (f" and {len(pictures)} PNG files in {png}" if png else ""))
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say how far a run is: its state, last round, rate and time left."""
+    from distcl.reporting.status import read_status
+
+    found = read_status(folder)
+    say(json.dumps(asdict(found), indent=2) if as_json else str(found))

@@ -1,0 +1,79 @@
+"""Commands before a run: configurations, parts, and the state of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distcl import registry
+from distcl.cli.common import ConfigArgument, ConfigOption, Overrides, launch_rank, one_config, say
+from distcl.config.load import load_with_origins, to_toml
+from distcl.errors import UsageError
+
+
+def show_config(
+    config: ConfigArgument = None,
+    file: ConfigOption = None,
+    sets: Overrides = None,
+    origins: Annotated[
+        bool, typer.Option("--origins", help="Say where each value came from.")
+    ] = False,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Print docs/CONFIG.md: every key there is.")
+    ] = False,
+) -> None:
+    """Print the configuration in force: defaults, CONFIG, environment and --set together."""
+    if reference:
+        from distcl.config.reference import reference as reference_text
+
+        say(reference_text().rstrip())
+        return
+    loaded, found = load_with_origins(one_config(config, file), sets or [])
+    say(to_toml(loaded, found if origins else None).rstrip())
+
+
+def init(
+    path: Annotated[Path, typer.Argument(metavar="PATH")] = Path("distcl.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a configuration: every key described, what is recommended set."""
+    from distcl.config.reference import template
+
+    if launch_rank() != 0:
+        return
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as stream:
+            stream.write(template())
+    except FileExistsError:
+        raise UsageError(f"{path} exists; --force overwrites it") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+    say(f"wrote {path}; train with: distcl run {path}")
+
+
+def doctor() -> None:
+    """Say what this machine can do and what is misconfigured; exit 1 if something is broken.
+
+    Under a launcher also what the processes can do together: folder, clocks, network.
+    """
+    from distcl.distributed.doctor import examine, in_a_group
+
+    findings = examine()
+    if in_a_group(findings):
+        from distcl.distributed.doctor import examine_group
+
+        findings += examine_group(findings)
+    for finding in findings:
+        say(f"{finding.level:<8} {finding.topic:<18} {finding.text}")
+    if any(finding.level == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def list_parts() -> None:
+    """Print every registered part, with a line of description."""
+    for kind in registry.kinds():
+        say(f"{kind}")
+        for part in registry.parts(kind):
+            say(f"  {part.name:<16} {part.description}")

@@ -1,1 +1,0 @@
-"""What each command of ``distcl`` does; ``distcl.cli`` puts them together."""

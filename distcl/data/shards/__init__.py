@@ -1,0 +1,1 @@
+"""WebDataset shards: written, indexed, and read in any order or one after another."""

@@ -1,0 +1,144 @@
+"""Experiences over shards: by ranges of shards, by a field of the samples' JSON, by time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import numpy as np
+
+from distcl.data.shards.tar import read_members
+from distcl.errors import ConfigError, DataError
+from distcl.types import Ids
+
+_KEY = "stream.options.experiences"
+
+
+class Grouped(Protocol):
+    """What can be grouped: :class:`distcl.data.shards.indexed.ShardSource`."""
+
+    name: str
+    groups: Groups | None
+
+    def __len__(self) -> int:
+        """Return the number of samples, N."""
+        ...
+
+    def shards_of(self, ids: Ids) -> tuple[Ids, int]:
+        """Return the number of each one's shard, int64 [B], and how many shards there are."""
+        ...
+
+    def extents(self, ids: Ids) -> Iterator[bytes]:
+        """Yield the bytes of samples."""
+        ...
+
+
+class ByShard:
+    """The group of each sample, where each is a range of shards: N numbers, worked out as asked."""
+
+    def __init__(self, source: Grouped, concepts: int) -> None:
+        self._source = source
+        self._concepts = concepts
+
+    def __getitem__(self, key: slice | Ids) -> Ids:
+        rows = np.arange(*key.indices(len(self._source))) if isinstance(key, slice) else key
+        shard, shards = self._source.shards_of(rows)
+        group: Ids = shard * self._concepts // shards
+        return group
+
+
+Groups = Ids | ByShard
+"""The group of each sample by row, int64: indexed by slices and arrays of rows."""
+
+
+def assign_groups(sources: Sequence[Grouped], how: str, concepts: int) -> None:
+    """Set ``groups`` of the sources of all splits, train first. Local; may read every sample.
+
+    ``how``: shards, key:FIELD or time:FIELD, see :func:`data.shards.indexed.shards`. Samples that
+    cannot be read get group -1. Raises ConfigError if they do not make ``concepts`` groups,
+    DataError naming the sample that has no such field.
+    """
+    kind, _, field = how.partition(":")
+    if how == "shards":
+        for source in sources:
+            count = source.shards_of(np.empty(0, dtype=np.int64))[1]
+            if count < concepts:
+                raise ConfigError(
+                    f"{_KEY} = 'shards': {source.name} has {count} shards, too few for {concepts} "
+                    "experiences"
+                )
+            source.groups = ByShard(source, concepts)
+    elif kind in ("key", "time") and field:
+        values = [_values(source, field, kind == "time") for source in sources]
+        edges = (_times if kind == "time" else _keys)(values[0], concepts, how)
+        for source, found in zip(sources, values, strict=True):
+            source.groups = _place(found, edges, kind, source.name)
+    else:
+        raise ConfigError(f"{_KEY} = '{how}' is none of shards, key:FIELD, time:FIELD")
+
+
+def _values(source: Grouped, field: str, time: bool) -> list[Any]:
+    """Return a field of every sample's JSON; None where the sample cannot be read."""
+    found: list[Any] = []
+    for id_ in range(len(source)):
+        try:
+            key, members = read_members(next(source.extents(np.array([id_]))))
+        except DataError:
+            found.append(None)
+            continue
+        try:
+            value = json.loads(members["json"])[field]
+            found.append(_time(value) if time else value)
+            hash(value)
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{source.name}, sample '{key}', id {id_}: its json has no usable '{field}' "
+                f"({type(error).__name__}: {error})"
+            ) from None
+    return found
+
+
+def _time(value: Any) -> float:
+    if isinstance(value, str):
+        moment = datetime.fromisoformat(value)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return float(value)
+
+
+def _keys(values: list[Any], concepts: int, how: str) -> list[Any]:
+    """Return the different values in order; there must be one for each concept."""
+    found = sorted({v for v in values if v is not None}, key=lambda v: (str(type(v)), v))
+    if len(found) != concepts:
+        shown = ", ".join(map(repr, found[:8])) + (", …" if len(found) > 8 else "")
+        raise ConfigError(
+            f"{_KEY} = '{how}' finds {len(found)} values ({shown}), but the stream has {concepts} "
+            "experiences"
+        )
+    return found
+
+
+def _times(values: list[Any], concepts: int, how: str) -> list[Any]:
+    """Return the times at which the second and later groups begin."""
+    times = np.sort([v for v in values if v is not None])
+    edges = times[np.arange(1, concepts) * len(times) // concepts]
+    if len(np.unique(edges)) < len(edges) or (len(edges) and edges[0] == times[0]):
+        raise ConfigError(f"{_KEY} = '{how}': too few different times for {concepts} experiences")
+    return [float(edge) for edge in edges]
+
+
+def _place(values: list[Any], edges: list[Any], kind: str, name: str) -> Ids:
+    """Return each value's group, int64 [N]; -1 for None."""
+    known = np.array([v is not None for v in values])
+    groups = np.full(len(values), -1, dtype=np.int64)
+    given = [v for v in values if v is not None]
+    if kind == "time":
+        groups[known] = np.searchsorted(edges, given, side="right")
+        return groups
+    numbers = {value: k for k, value in enumerate(edges)}
+    foreign = [v for v in given if v not in numbers]
+    if foreign:
+        raise DataError(f"{name} has samples of {foreign[0]!r}, which training samples have not")
+    groups[known] = [numbers[v] for v in given]
+    return groups

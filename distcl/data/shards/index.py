@@ -1,0 +1,267 @@
+"""Where each sample of a shard lies, its label and its checksum: the index; and the manifest.
+
+Beside ``NAME.tar`` lies ``NAME.index.npy``, int64 [2, n + 1], memory-mapped when read:
+
+- row 0: the first byte of each sample's extent; last, the byte after the final one;
+- row 1: label · 2**32 + CRC-32 of the extent (label -1: not to be used); last, the size of the
+  archive.
+
+``shards.json`` in the same folder lists the shards with samples, bytes, SHA-256, first id, classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from distcl.data.shards.decode import decode
+from distcl.data.shards.manifest import (
+    _HOW,
+    MANIFEST,
+    Manifest,
+    Shard,
+    numbered,
+    read_manifest,
+    replace_file,
+    write_manifest,
+)
+from distcl.data.shards.tar import read_members, scan
+from distcl.data.sources.arrays import MAX_CLASSES
+from distcl.data.sources.npy import Array, open_npy
+from distcl.errors import DataError
+from distcl.types import Ids
+
+CRC_MASK = (1 << 32) - 1
+_BLOCK = 1 << 16
+
+
+def index_path(tar: Path) -> Path:
+    """Return where the index of an archive lies."""
+    return tar.with_name(tar.name.removesuffix(".tar") + ".index.npy")
+
+
+class IndexBuilder:
+    """Collects the samples of one archive, one after another, and writes its index."""
+
+    def __init__(self) -> None:
+        self._begins: list[int] = []
+        self._words: list[int] = []
+        self._end = 0
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    @property
+    def classes(self) -> int:
+        """One more than the largest label."""
+        return 1 + (max(self._words, default=-1) >> 32)
+
+    def add(self, begin: int, extent: bytes, label: int) -> None:
+        """Add a sample that lies from byte ``begin`` on."""
+        self._begins.append(begin)
+        self._words.append((label << 32) | zlib.crc32(extent))
+        self._end = begin + len(extent)
+
+    def write(self, tar: Path, size: int) -> None:
+        """Write the index of an archive of ``size`` bytes, whole or not at all."""
+        rows = [[*self._begins, self._end], [*self._words, size]]
+        out = io.BytesIO()
+        np.save(out, np.array(rows, dtype="<i8"), allow_pickle=False)
+        replace_file(index_path(tar), out.getvalue())
+
+
+def label_of(members: dict[str, bytes], label: str) -> int:
+    """Return the label of a sample. ``label``: the member that has it, cls or json:FIELD.
+
+    Raises DataError if there is none, or if it is not an integer in [0, MAX_CLASSES).
+    """
+    ext, _, field = label.partition(":")
+    if ext not in members:
+        raise DataError(f"it has no label: there is no member '{ext}' beside {_list(members)}")
+    data = members[ext]
+    try:
+        value = json.loads(data)[field] if field else int(data)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        what = f"a field '{field}'" if field else "an integer"
+        raise DataError(f"it has no label: member '{ext}' does not hold {what}") from None
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_CLASSES:
+        raise DataError(f"its label, {value!r}, is not a whole number from 0 to {MAX_CLASSES - 1}")
+    return value
+
+
+def _list(members: dict[str, bytes]) -> str:
+    return ", ".join(f"'{ext}'" for ext in members)
+
+
+def open_index(tar: Path, samples: int, size: int) -> Array:
+    """Return the index of an archive of so many samples and bytes, memory-mapped. Local.
+
+    Raises DataError naming the shard if the archive or its index is absent, or if archive, index
+    and manifest do not agree.
+    """
+    where = f"shard '{tar.name}'"
+    try:
+        found = tar.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{where} is missing from '{tar.parent}'") from None
+    if found != size:
+        raise DataError(f"{where} has {found} bytes but {MANIFEST} says {size}")
+    path = index_path(tar)
+    if not path.exists():
+        raise DataError(f"{where} has no index; {_HOW} {tar.parent}")
+    index = open_npy(path)
+    if index.dtype != np.dtype("<i8") or index.shape != (2, samples + 1):
+        raise DataError(f"{where}: its index is of another number of samples; {_HOW} {tar.parent}")
+    if index[1, -1] != size or samples == 0:
+        raise DataError(
+            f"{where}: {'it is empty' if samples == 0 else 'its index is of another archive'}"
+        )
+    if index[0, 0] < 0 or index[0, -1] > size or not _sound(index):
+        raise DataError(f"{where}: its index is damaged; {_HOW} {tar.parent}")
+    return index
+
+
+def _sound(index: Array) -> bool:
+    """Tell whether samples follow one another and have labels; a block at a time: it is mapped."""
+    for start in range(0, index.shape[1], _BLOCK):
+        begins, words = index[:, start : start + _BLOCK + 1]
+        if (begins[1:] <= begins[:-1]).any() or (words[:-1] >= MAX_CLASSES << 32).any():
+            return False
+    return True
+
+
+def labels_in(index: Array) -> Ids:
+    """Return the labels [n] in an index; -1: none."""
+    return index[1, :-1] >> 32
+
+
+def split_of(name: str) -> str:
+    """Return the split of a shard that someone else wrote: test if its name says so."""
+    words = name.lower().replace(".", "-").replace("_", "-").split("-")
+    return "test" if {"test", "val", "valid", "validation", "eval"} & set(words) else "train"
+
+
+def index_folder(
+    folder: Path,
+    label: str = "cls",
+    skip: bool = False,
+    tell: Callable[[str, int], None] | None = None,
+) -> tuple[Manifest, list[str]]:
+    """Write index and manifest for the archives of a folder, in order of their names. Local.
+
+    Raises DataError naming shard, member and id as :func:`data.shards.tar.scan` tells faults, and
+    for samples without a label. With ``skip`` those are marked as not to be used (what follows a
+    damaged place is not reached), and the second result says what they were.
+    ``tell(shard, samples)`` is called after each shard.
+    """
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise DataError(f"there are no .tar files in '{folder}'")
+    following = {"train": 0, "test": 0}
+    shards, problems = [], list[str]()
+    for tar in tars:
+        split = split_of(tar.name)
+        builder, found = _index(tar, label, following[split])
+        if found and not skip:
+            raise DataError(found[0])
+        problems += found
+        size = tar.stat().st_size
+        if len(builder):
+            builder.write(tar, size)
+            following[split] += len(builder)
+            digest = file_digest(tar)
+            shards.append(Shard(tar.name, split, len(builder), size, digest, 0, builder.classes))
+        if tell is not None:
+            tell(tar.name, len(builder))
+    manifest = numbered(label, shards)
+    write_manifest(folder, manifest)
+    return manifest, problems
+
+
+def _index(tar: Path, label: str, first_id: int) -> tuple[IndexBuilder, list[str]]:
+    """Return the index of an archive, and what is wrong with it."""
+    builder, problems = IndexBuilder(), list[str]()
+    try:
+        with tar.open("rb") as file:
+            for extent in scan(tar):
+                fault, value = extent.fault, -1
+                try:
+                    value = value if fault else label_of(extent.members, label)
+                except DataError as error:
+                    fault = str(error)
+                if fault:
+                    where = f"shard '{tar.name}', sample '{extent.key}'"
+                    problems.append(f"{where}, id {first_id + len(builder)}: {fault}")
+                file.seek(extent.begin)
+                builder.add(extent.begin, file.read(extent.end - extent.begin), value)
+    except DataError as error:
+        problems.append(str(error))
+    except FileNotFoundError:
+        raise DataError(f"shard '{tar.name}' is missing from '{tar.parent}'") from None
+    return builder, problems
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_folder(
+    folder: Path, tell: Callable[[str, int], None] | None = None
+) -> tuple[Manifest, list[str]]:
+    """Read and decode everything; return manifest and faults, naming shard, sample and id. Local.
+
+    Archives must have the bytes and SHA-256 of the manifest, samples the place and checksum of the
+    index, and every member must decode. ``tell(shard, samples)`` is called after each shard.
+    """
+    manifest, problems = read_manifest(folder), list[str]()
+    for shard in manifest.shards:
+        tar = folder / shard.name
+        try:
+            index = open_index(tar, shard.samples, shard.bytes)
+            found = _faults(tar, index, shard)
+            if 0 < shard.classes <= labels_in(index).max():
+                most = f"{labels_in(index).max()} but {MANIFEST} says {shard.classes - 1}"
+                found.append(f"shard '{tar.name}': its largest label is {most}")
+            if not found and file_digest(tar) != shard.sha256:
+                found = [f"shard '{tar.name}' has another SHA-256 than {MANIFEST} says"]
+            problems += found
+        except DataError as error:
+            problems.append(str(error))
+        if tell is not None:
+            tell(shard.name, shard.samples)
+    return manifest, problems
+
+
+def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
+    """Return what is wrong with the samples of an archive."""
+    problems = []
+    with tar.open("rb") as file:
+        for row in range(shard.samples):
+            begin, end, word = int(index[0, row]), int(index[0, row + 1]), int(index[1, row])
+            file.seek(begin)
+            extent = file.read(end - begin)
+            try:
+                if zlib.crc32(extent) != word & CRC_MASK:
+                    raise DataError("its bytes have changed since the index was made")
+                if word < 0:
+                    raise DataError("it has no label, or is marked as bad")
+                for ext, data in read_members(extent)[1].items():
+                    decode(ext, data)
+            except DataError as error:
+                at = f"shard '{tar.name}', sample '{key_of(extent)}', id {shard.first_id + row}"
+                problems.append(f"{at}: {error}")
+    return problems
+
+
+def key_of(extent: bytes) -> str:
+    """Return the key in the first header of an extent, for messages; '?' if it cannot be read."""
+    name = extent[:100].partition(b"\0")[0].decode("utf-8", "replace")
+    return name.partition(".")[0] or "?"

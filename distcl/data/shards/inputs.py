@@ -1,0 +1,228 @@
+"""What ``distcl shard`` reads: arrays, folders of images, archives, and any registered source."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils._pytree import tree_flatten_with_path
+
+from distcl import registry
+from distcl.config import DataConfig, StreamConfig
+from distcl.data.shards.decode import IMAGES, decode
+from distcl.data.shards.index import index_path, split_of
+from distcl.data.shards.tar import scan
+from distcl.data.shards.writer import Members, Samples
+from distcl.data.sources.arrays import ArraySource
+from distcl.data.sources.npy import Array, npz_keys, open_npz
+from distcl.data.stream import create_sources
+from distcl.errors import DataError, UsageError
+
+_TEST_FOLDERS = ("test", "val", "valid", "validation")
+_CHUNK = 256
+
+
+def open_samples(source: str, label: str = "cls", stream: StreamConfig | None = None) -> Samples:
+    """Return the samples that SOURCE of ``distcl shard`` names.
+
+    An .npz file; a folder of archives, or one archive; a Hugging Face dataset on disk; a folder of
+    class folders of images. With ``stream``, its source, undrifted. Raises UsageError if it is none
+    of these, DataError if it cannot be read.
+    """
+    if stream is not None:
+        return SourceSamples(stream)
+    path = Path(source).expanduser()
+    if path.suffix == ".npz":
+        return ArraySamples(path)
+    if path.suffix == ".tar":
+        return TarSamples([path], label)
+    if path.is_dir():
+        if tars := sorted(path.glob("*.tar")):
+            return TarSamples(tars, label)
+        if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            return SourceSamples(StreamConfig(source="hf", path=str(path)))
+        return ImageSamples(path)
+    if path.exists():
+        raise UsageError(f"'{source}' is neither an .npz, nor a .tar, nor a folder")
+    known = [part.name for part in registry.parts("source")]
+    raise UsageError(
+        f"'{source}' does not exist, and is no registered source{registry.nearest(source, known)}"
+    )
+
+
+class ArraySamples:
+    """x and y (and x_test, y_test) of an .npz: members ``npy``, as saved, and ``cls``."""
+
+    label = "cls"
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        keys = npz_keys(path)
+        names = ("x_train", "y_train") if "x_train" in keys and "x" not in keys else ("x", "y")
+        found = open_npz(path, names, ("x_test", "y_test"))
+        self._splits = {"train": (found[names[0]], found[names[1]])}
+        if "x_test" in found and "y_test" in found:
+            self._splits["test"] = found["x_test"], found["y_test"]
+        elif len(found) > 2:
+            raise DataError(f"'{path}' has only one of 'x_test' and 'y_test'")
+        for x, y in self._splits.values():
+            if y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu":
+                raise DataError(f"'{path}': y must be one integer per sample of x, not {y.shape}")
+        self.sizes = {split: len(y) for split, (_, y) in self._splits.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        return _stamp(self._path)
+
+    def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
+        """See :class:`data.shards.writer.Samples`. [H, W] becomes [1, H, W], as in ``arrays``."""
+        x, y = self._splits[split]
+        for row in range(begin, end):
+            sample = x[row]
+            yield {
+                "npy": npy_bytes(sample[None] if sample.ndim == 2 else sample),
+                "cls": str(int(y[row])).encode(),
+            }
+
+
+class TarSamples:
+    """The samples of archives, in order of their names, their members as they are."""
+
+    def __init__(self, tars: list[Path], label: str) -> None:
+        self.label = label
+        self._places: dict[str, list[tuple[Path, int]]] = {}
+        self._tars = tars
+        self.sizes: dict[str, int] = {}
+        for tar in tars:
+            number = _count(tar)
+            split = split_of(tar.name)
+            self._places.setdefault(split, []).append((tar, number))
+            self.sizes[split] = self.sizes.get(split, 0) + number
+        self.sizes = {s: self.sizes[s] for s in ("train", "test") if s in self.sizes}
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        return {"label": self.label, "tars": [_stamp(tar) for tar in self._tars]}
+
+    def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        first = 0
+        for tar, number in self._places[split]:
+            if first < end and begin < first + number:
+                for row, extent in enumerate(scan(tar), first):
+                    if row >= end:
+                        break
+                    if row >= begin:
+                        if extent.fault:
+                            raise DataError(f"shard '{tar.name}': {extent.fault}")
+                        yield extent.members
+            first += number
+
+
+def _count(tar: Path) -> int:
+    """Return the number of samples of an archive, from its index if it has a sound one."""
+    index = index_path(tar)
+    if index.exists():
+        found: Array = np.load(index, allow_pickle=False)
+        if found.ndim == 2 and found[1, -1] == tar.stat().st_size:
+            return int(found.shape[1]) - 1
+    return sum(1 for _ in scan(tar))
+
+
+class ImageSamples:
+    """A folder of class folders of images (or train and test folders of such): files as they are.
+
+    Classes are numbered in order of their folders' names, those of train.
+    """
+
+    label = "cls"
+
+    def __init__(self, folder: Path) -> None:
+        inside = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir()}
+        splits = {"train": folder}
+        if "train" in inside:
+            tests = [inside[name] for name in _TEST_FOLDERS if name in inside]
+            splits = {"train": inside["train"], **({"test": tests[0]} if tests else {})}
+        self._files: dict[str, list[tuple[Path, int]]] = {}
+        classes: list[str] = []
+        for split, root in splits.items():
+            names = sorted(p.name for p in root.iterdir() if p.is_dir())
+            classes = classes or names
+            if unknown := set(names) - set(classes):
+                raise DataError(f"class '{min(unknown)}' of '{root}' is not among those of train")
+            self._files[split] = [
+                (file, classes.index(name))
+                for name in names
+                for file in sorted((root / name).iterdir())
+                if file.suffix.lower().removeprefix(".") in IMAGES
+            ]
+            if not self._files[split]:
+                raise DataError(
+                    f"'{root}' has no class folders with images ({', '.join(IMAGES)}) in them"
+                )
+        self.sizes = {split: len(files) for split, files in self._files.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        return {split: [str(f) for f, _ in files] for split, files in self._files.items()}
+
+    def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
+        """See :class:`data.shards.writer.Samples`. Every image is decoded once, to be sure."""
+        for file, label in self._files[split][begin:end]:
+            ext = file.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+            try:
+                data = file.read_bytes()
+                decode(ext, data)
+            except (DataError, OSError) as error:
+                raise DataError(f"'{file}': {error}") from error
+            yield {ext: data, "cls": str(label).encode()}
+
+
+class SourceSamples:
+    """A registered or a user's source, by a StreamConfig: ``npy`` members of x, and ``cls``."""
+
+    label = "cls"
+
+    def __init__(self, config: StreamConfig) -> None:
+        self._config = config
+        parts = create_sources(config, DataConfig())
+        self._parts = dict(zip(("train", "test"), parts, strict=True))
+        self.sizes = {split: len(part) for split, part in self._parts.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        return self._config.model_dump(mode="json")
+
+    def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        part = self._parts[split]
+        for start in range(begin, end, _CHUNK):
+            ids = np.arange(start, min(start + _CHUNK, end))
+            batch = part.read(ids)
+            x = part.stored(ids) if isinstance(part, ArraySource) else batch.x
+            named = {_ext(path): np.asarray(leaf) for path, leaf in tree_flatten_with_path(x)[0]}
+            for k, label in enumerate(batch.y.tolist()):
+                members = {ext: npy_bytes(values[k]) for ext, values in named.items()}
+                yield members | {"cls": str(label).encode()}
+
+
+def _ext(path: tuple[Any, ...]) -> str:
+    """Return the ext of a leaf of x: npy, or NAME.npy where x has several."""
+    names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+    return ".".join([*names, "npy"])
+
+
+def npy_bytes(array: Array) -> bytes:
+    """Return an array as the bytes of an .npy file."""
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(array), allow_pickle=False)
+    return out.getvalue()
+
+
+def _stamp(path: Path) -> dict[str, Any]:
+    """Return what tells a file from another one of its name."""
+    stat = path.stat()
+    return {"path": str(path.resolve()), "bytes": stat.st_size, "time": stat.st_mtime_ns}

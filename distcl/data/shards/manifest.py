@@ -1,0 +1,97 @@
+"""``shards.json``: which shards a folder has, with their sizes and digests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distcl.errors import DataError
+
+MANIFEST = "shards.json"
+_NAME = re.compile(r"(?!\.\.?$)[^/\0]+")  # a file in a folder, nothing beyond it
+_HOW = "make it with: distcl shard --index-only"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A line of the manifest. ``first_id`` counts from 0 within each split, train or test.
+
+    ``classes``: one more than the largest label; 0: not known.
+    """
+
+    name: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+    first_id: int
+    classes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The contents of ``shards.json``. ``label``: the member with labels, cls or json:FIELD."""
+
+    label: str
+    shards: list[Shard]
+
+    def split(self, name: str) -> list[Shard]:
+        """Return the shards of a split, in the order of their ids."""
+        return [shard for shard in self.shards if shard.split == name]
+
+
+def numbered(label: str, shards: list[Shard]) -> Manifest:
+    """Return a manifest of these shards, their first ids set by their order."""
+    placed, following = [], dict.fromkeys((s.split for s in shards), 0)
+    for shard in shards:
+        placed.append(Shard(**(asdict(shard) | {"first_id": following[shard.split]})))
+        following[shard.split] += shard.samples
+    return Manifest(label, placed)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``shards.json``, whole or not at all."""
+    replace_file(folder / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a folder. Raises DataError naming the file, and what is wrong."""
+    path = folder / MANIFEST
+    try:
+        found = json.loads(path.read_bytes())
+        manifest = Manifest(str(found["label"]), [_shard(line) for line in found["shards"]])
+    except FileNotFoundError:
+        what = "does not exist" if not folder.exists() else f"has no {MANIFEST}; {_HOW} {folder}"
+        raise DataError(f"the folder of shards '{folder}' {what}") from None
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"'{path}' is damaged ({type(error).__name__}: {error})") from error
+    if manifest != numbered(manifest.label, manifest.shards):
+        raise DataError(f"'{path}' is damaged: first_id is not the sum of the samples before")
+    return manifest
+
+
+def _shard(line: dict[str, Any]) -> Shard:
+    shard = Shard(**line)
+    numbers = (shard.samples, shard.bytes, shard.first_id, shard.classes)
+    texts = (shard.name, shard.split, shard.sha256)
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise ValueError(f"bad entry {line}")
+    if not all(type(t) is str for t in texts) or not _NAME.fullmatch(shard.name):
+        raise ValueError(f"bad entry {line}")
+    return shard
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file such that it is there as a whole or as it was, after a crash too."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

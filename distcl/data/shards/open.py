@@ -1,0 +1,84 @@
+"""How a configuration becomes sources over shards: indexed or streamed, grouped, split."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from distcl.config import DataConfig, StreamConfig
+from distcl.data.shards.experiences import assign_groups
+from distcl.data.shards.index import index_path
+from distcl.data.shards.indexed import ShardSource
+from distcl.data.shards.manifest import MANIFEST, Manifest, read_manifest
+from distcl.data.shards.sequential import StreamedSource
+from distcl.errors import ConfigError, DataError
+
+log = logging.getLogger("distcl")
+
+
+def shards(
+    config: StreamConfig,
+    data: DataConfig,
+    experiences: str = "",
+    url: str = "",
+    live_seconds: float = 0.0,
+) -> tuple[ShardSource, ShardSource]:
+    """Return (train, test) of the folder of shards ``stream.path``, by its ``shards.json``.
+
+    Folders without test shards hold out ``stream.test_fraction`` of each class.
+
+    ``experiences``: which samples make an experience. Empty: all; ``shards``: equal ranges of the
+    shards, in their order; ``key:FIELD``: those of one value of a field of their JSON, in sorted
+    order; ``time:FIELD``: equal numbers, in order of a field that is a number or an ISO date (test
+    samples fall between the same times).
+
+    ``url``: where the shards are, if not in the folder; see
+    :class:`distcl.data.shards.sequential.StreamedSource`.
+
+    ``live_seconds``: at the end of the stream, ``distcl run`` waits so long for another whole shard
+    to be listed in ``shards.json``; it has one experience and is watched in its own order.
+
+    Raises ConfigError or DataError.
+    """
+    if not config.path:
+        raise ConfigError("stream.source = 'shards' needs stream.path, a folder of shards")
+    folder = Path(config.path).expanduser()
+    manifest = read_manifest(folder)
+    if not manifest.split("train"):
+        raise DataError(f"'{folder / MANIFEST}' lists no shards for training")
+    access = choose_access(folder, manifest, data, url)
+    found: list[ShardSource] = []
+    for split in ("train", "test"):
+        if part := manifest.split(split):
+            name = f"'{folder}' ({split})"
+            if access == "stream":
+                found.append(StreamedSource(folder, part, data, manifest.label, url, name))
+            else:
+                found.append(ShardSource(folder, part, data, name))
+    if experiences:
+        concepts = min(config.recurring or config.experiences, config.experiences)
+        assign_groups(found, experiences, concepts)
+    train, test = found if len(found) == 2 else found[0].holdout(config.test_fraction)
+    if live_seconds and (config.experiences > 1 or experiences):
+        raise ConfigError("stream.options.live_seconds needs stream.experiences = 1")
+    train.live_seconds = live_seconds
+    return train, test
+
+
+def choose_access(folder: Path, manifest: Manifest, data: DataConfig, url: str) -> str:
+    """Return indexed or stream; the log says why, where ``data.access`` leaves it open."""
+    access, why = data.access, ""
+    if access == "auto":
+        missing = [s.name for s in manifest.shards if not index_path(folder / s.name).exists()]
+        if url:
+            access, why = "stream", "stream.options.url is given"
+        elif missing and (folder / missing[0]).exists():
+            access, why = "stream", f"'{missing[0]}' has no index"
+        else:
+            access, why = "indexed", "every shard has an index"
+        log.info("[data] %s access to '%s': %s", access, folder, why)
+    if access == "indexed" and url:
+        raise ConfigError("stream.options.url needs data.access = 'stream'")
+    if access == "stream" and data.verify:
+        raise ConfigError("data.verify needs indexed access: checksums are in the index")
+    return access

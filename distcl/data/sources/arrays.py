@@ -1,0 +1,254 @@
+"""Arrays as sources: a user's own in memory, files by memory map, handwritten digits."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from distcl.config import StreamConfig
+from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
+from distcl.errors import ConfigError, DataError
+from distcl.types import Batch, Ids, PyTree
+
+MAX_CLASSES = 1 << 20
+"""Labels are below this: a larger one is a mistake, not a class."""
+
+_CHUNK_BYTES = 1 << 24
+
+
+class ArraySource:
+    """A source over arrays, in memory or memory-mapped; ids are rows.
+
+    ``x``: an array [N, ...] of numbers, or a pytree of them; ``y``: integer labels [N], or for
+    regression floating-point targets [N, ...]. On reading, uint8 becomes float32 in [0, 1], float64
+    stays, every other type becomes float32; inside a pytree, signed integers and booleans (token
+    ids, masks) keep their type. ``labels``: int64 [N], or None where ``y`` are targets.
+    ``groups``: the concept that each sample belongs to, int64 [N]; None: to all.
+
+    Raises DataError naming ``name``, and the row where one is at fault, on unequal lengths, no
+    samples, values that are NaN or infinite, types that are not numbers, and labels that are not
+    integers in [0, MAX_CLASSES).
+    """
+
+    def __init__(self, x: PyTree, y: npt.ArrayLike, name: str = "arrays") -> None:
+        self.name = name
+        y = np.asarray(y)
+        self.labels: Ids | None = None if y.dtype.kind == "f" else _checked_labels(y, name)
+        self._y: Array = _checked_targets(y, name) if self.labels is None else self.labels
+        self._x = tree_map(np.asarray, x)
+        self._in_tree = not isinstance(self._x, np.ndarray)
+        self._rows: Ids | None = None  # row of the arrays for each id; None: the same
+        self.groups: Ids | None = None
+        for leaf in tree_leaves(self._x):
+            _check_x(leaf, len(y), name)
+
+    def __len__(self) -> int:
+        return len(self._y)
+
+    def read(self, ids: Ids) -> Batch:
+        """Read rows: x [B, ...], y int64 [B], or floating point [B, ...]. Local.
+
+        Raises DataError naming an id out of range.
+        """
+        ids = np.array(ids, dtype=np.int64)
+        if len(ids) and ids.view(np.uint64).max() >= len(self):  # negative ids are huge, unsigned
+            bad = ids[(ids < 0) | (ids >= len(self))][0]
+            raise DataError(f"{self.name}: there is no sample {bad} (0…{len(self) - 1})")
+        rows = ids if self._rows is None else self._rows[ids]
+        # not .take: of a member of an .npz, whose data is unaligned, it first copies all of it
+        if self._in_tree:
+            x = tree_map(lambda leaf: as_tensor(leaf[rows], keep_integers=True), self._x)
+        else:
+            x = as_tensor(self._x[rows])
+        y = as_tensor(self._y[ids], keep_integers=True)
+        return Batch(torch.from_numpy(ids), x, y, len(ids))
+
+    def stored(self, ids: Ids) -> PyTree:
+        """Return x of samples as arrays [B, ...] of the type they are stored in. Local."""
+        rows = ids if self._rows is None else self._rows[ids]
+        return tree_map(lambda leaf: leaf.take(rows, axis=0), self._x)
+
+    def holdout(self, fraction: float) -> tuple[ArraySource, ArraySource]:
+        """Split into sources (train, test) over the same arrays, without copying x.
+
+        ``fraction`` of each class, or of all samples in regression, goes to test. The split depends
+        on the labels alone, or on the number of samples. A class of one sample is in train only.
+        Raises DataError if that leaves test empty.
+        """
+        labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels
+        train, test = stratified(labels, fraction)
+        if len(test) == 0:
+            raise DataError(
+                f"{self.name}: no class has two samples, so none can be held out for testing"
+            )
+        return self._restrict(train), self._restrict(test)
+
+    def _restrict(self, ids: Ids) -> ArraySource:
+        part = copy.copy(self)
+        part.labels = None if self.labels is None else self.labels[ids]
+        part._y = self._y[ids] if part.labels is None else part.labels
+        part._rows = ids if self._rows is None else self._rows[ids]
+        part.groups = None if self.groups is None else self.groups[ids]
+        return part
+
+
+def as_tensor(taken: Array, keep_integers: bool = False) -> torch.Tensor:
+    """Return numbers as a tensor: uint8 as float32 in [0, 1], float64 as it is, others as float32.
+
+    ``keep_integers``: signed integers and booleans keep their type.
+    """
+    if taken.dtype == np.uint8:
+        taken = np.divide(taken, np.float32(255), dtype=np.float32)
+    elif not (keep_integers and taken.dtype.kind in "ib"):
+        double = taken.dtype.kind == "f" and taken.dtype.itemsize == 8
+        taken = taken.astype(np.float64 if double else np.float32, copy=False)
+    else:
+        taken = taken.astype(taken.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(taken)
+
+
+def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
+    """Return (train, test) of 1,797 handwritten digits: x float32 [N, 1, 8, 8] in [0, 1].
+
+    The test set of Alpaydin and Kaynak, *Optical Recognition of Handwritten Digits* (UCI Machine
+    Learning Repository, CC BY 4.0), in the order of scikit-learn's ``load_digits``.
+    """
+    with np.load(Path(__file__).with_name("digits.npz")) as found:
+        x, y = found["x"], found["y"].astype(np.int64)
+    return ArraySource(x / np.float32(16), y, "digits").holdout(config.test_fraction)
+
+
+def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, ArraySource]:
+    """Return (train, test) of ``stream.path`` (.npz) or of ``stream.x``, ``stream.y``, … (.npy).
+
+    An .npz holds x and y, optionally x_test and y_test; or x_train and y_train, as Keras names
+    them. x is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer;
+    y is integer labels [N], or floating-point targets [N, ...] for regression. Files without a test
+    split hold out ``test_fraction`` (of each class, if any). ``experiences``: which samples make an
+    experience. Empty: all; ``order``: equal stretches of each split, in the order of its rows.
+
+    Raises ConfigError on keys that do not go together, DataError naming the file, and the row where
+    one is at fault, on bad data.
+    """
+    if experiences not in ("", "order"):
+        raise ConfigError(
+            f"stream.options.experiences = '{experiences}', but source 'arrays' knows 'order' only"
+        )
+    found = _from_npz(config) if config.path else _from_npy(config)
+    splits = [ArraySource(_as_samples(x, name), y, name) for x, y, name in found]
+    if experiences:
+        concepts = min(config.recurring or config.experiences, config.experiences)
+        for split in splits:
+            split.groups = np.arange(len(split)) * concepts // len(split)
+    if len(splits) == 1:
+        return splits[0].holdout(config.test_fraction)
+    return splits[0], splits[1]
+
+
+_Split = tuple[Array, Array, str]  # x, y, and how messages name them
+
+
+def _from_npz(config: StreamConfig) -> list[_Split]:
+    if config.x or config.y or config.x_test or config.y_test:
+        raise ConfigError("stream.path excludes stream.x, stream.y, stream.x_test, stream.y_test")
+    path = Path(config.path).expanduser()
+    keys = npz_keys(path)
+    x, y = ("x_train", "y_train") if "x_train" in keys and "x" not in keys else ("x", "y")
+    found = open_npz(path, (x, y), ("x_test", "y_test"))
+    splits = [(found[x], found[y], f"'{path}'")]
+    if len(found) == 3:
+        has, lacks = ("x_test", "y_test") if "x_test" in found else ("y_test", "x_test")
+        raise DataError(f"'{path}' has '{has}' but no '{lacks}'")
+    if len(found) == 4:
+        splits.append((found["x_test"], found["y_test"], f"'{path}' (x_test, y_test)"))
+    return splits
+
+
+def _from_npy(config: StreamConfig) -> list[_Split]:
+    if not (config.x and config.y):
+        raise ConfigError(
+            "stream.source = 'arrays' needs stream.path (an .npz), or stream.x and stream.y (.npy)"
+        )
+    if bool(config.x_test) != bool(config.y_test):
+        raise ConfigError("stream.x_test and stream.y_test are given together or not at all")
+    splits = []
+    for x, y in ((config.x, config.y), (config.x_test, config.y_test)):
+        if x:
+            paths = Path(x).expanduser(), Path(y).expanduser()
+            splits.append((open_npy(paths[0]), open_npy(paths[1]), f"'{x}' with '{y}'"))
+    return splits
+
+
+def _as_samples(x: Array, name: str) -> Array:
+    if x.ndim < 2:
+        raise DataError(
+            f"{name}: x has shape {x.shape}; [N, D], [N, H, W] or [N, C, H, W] is needed"
+        )
+    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] == x.shape[2] not in (1, 3, 4):
+        raise DataError(
+            f"{name}: x has shape {x.shape}, channels last; save np.moveaxis(x, -1, 1) instead"
+        )
+    return x[:, None] if x.ndim == 3 else x
+
+
+def _checked_labels(y: Array, name: str) -> Ids:
+    if y.dtype.kind not in "iub":
+        raise DataError(
+            f"{name}: labels have type {y.dtype}; integers, or for regression floating-point "
+            "numbers, are needed"
+        )
+    if y.ndim != 1:
+        raise DataError(f"{name}: labels have shape {y.shape}; one per sample, [N], is needed")
+    if len(y) == 0:
+        raise DataError(f"{name}: there are no samples")
+    bad = (y < 0) | (y >= MAX_CLASSES)
+    if bad.any():
+        row = int(bad.argmax())
+        raise DataError(
+            f"{name}: label {y[row]} at row {row} is out of range (0…{MAX_CLASSES - 1})"
+        )
+    return y.astype(np.int64)
+
+
+def _checked_targets(y: Array, name: str) -> Array:
+    if y.ndim == 0 or len(y) == 0:
+        raise DataError(f"{name}: there are no samples")
+    if y.size == 0:
+        raise DataError(f"{name}: targets of shape {y.shape[1:]} are empty")
+    _check_finite(y, "y", name)
+    return y
+
+
+def _check_x(x: Array, n: int, name: str) -> None:
+    if x.dtype.kind not in "biuf":
+        raise DataError(f"{name}: x has type {x.dtype}; numbers are needed")
+    if x.ndim == 0 or len(x) != n:
+        raise DataError(f"{name}: x has {x.shape[0] if x.ndim else 0} samples but y has {n} labels")
+    if x.size == 0:
+        raise DataError(f"{name}: samples of shape {x.shape[1:]} are empty")
+    if x.dtype.kind == "f":
+        _check_finite(x, "x", name)
+
+
+def _check_finite(values: Array, which: str, name: str) -> None:
+    size = max(1, _CHUNK_BYTES // max(1, values[:1].nbytes))
+    for start in range(0, len(values), size):
+        finite = np.isfinite(values[start : start + size])
+        if not finite.all():
+            row = start + int(finite.reshape(len(finite), -1).all(axis=1).argmin())
+            raise DataError(f"{name}: {which} has a value that is NaN or infinite at row {row}")
+
+
+def stratified(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
+    """Return the rows (train, test), each ascending, with ``fraction`` of every class in test."""
+    order = np.lexsort((np.random.default_rng(0).random(len(labels)), labels))
+    counts = np.bincount(labels)
+    held = np.minimum(np.maximum(np.rint(fraction * counts), 1), np.maximum(counts - 1, 0))
+    place = np.arange(len(labels)) - (counts.cumsum() - counts)[labels[order]]  # within its class
+    test = place < held[labels[order]]
+    return np.sort(order[~test]), np.sort(order[test])

@@ -1,0 +1,418 @@
+"""Experiences under drift over any source, and how a configuration becomes such a stream."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from distcl import registry
+from distcl.config import DataConfig, StreamConfig
+from distcl.data.drift import Drift, Mask, require_classes
+from distcl.data.ids import BLOCK, blocks, in_runs
+from distcl.data.loader import as_source
+from distcl.data.sources.npy import open_file
+from distcl.errors import ConfigError, DataError
+from distcl.types import (
+    Batch,
+    DataSpec,
+    Experience,
+    Ids,
+    PyTree,
+    Source,
+    frozen,
+    pack_ids,
+    unpack_ids,
+)
+
+_ORDER = 4  # tells the stream's own draws from those of the drifts
+_CHUNK = 1024
+
+
+def create_stream(config: StreamConfig, seed: int, data: DataConfig | None = None) -> DriftStream:
+    """Return the stream that ``[stream]`` describes. Local. Raises ConfigError or DataError."""
+    return DriftStream(*create_sources(config, data or DataConfig()), config, seed)
+
+
+def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Source]:
+    """Return the sources, (train, test), that ``[stream]`` names, without any drift. Local.
+
+    The source's factory, built in or the user's own, takes the StreamConfig and, as keywords,
+    ``stream.options`` and, if it has a parameter ``data``, the DataConfig; see
+    :class:`distcl.types.Source` for what it returns. Files in ``stream.sha256`` are checked first.
+    Raises ConfigError or DataError.
+    """
+    check_files(config)
+    options = dict(config.options)
+    if "data" in inspect.signature(registry.resolve("source", config.source)).parameters:
+        options["data"] = data
+    made = registry.create("source", config.source, config, options=options)
+    if not isinstance(made, tuple) or len(made) != 2:
+        raise ConfigError(
+            f"stream.source = '{config.source}' must return two sources, (train, test)"
+        )
+    return as_source(made[0]), as_source(made[1])
+
+
+class DriftStream:
+    """A stream (:class:`distcl.types.Stream`): ``config.experiences`` views of (train, test).
+
+    An id packs the experience and the row of the base source, and alone determines its sample:
+    ``read`` gives the same bits for it in whatever batch it comes. Ids of an experience's training
+    samples are unique and in stream order (a shuffle by seed); held-out ids are in row order.
+
+    Experience e has concept e, or e mod K under ``recurring = K``: the drift is that of an earlier
+    experience, the ids are not.
+
+    ``transition = "gradual"``: along the first ``transition_fraction`` of the stream order, samples
+    still come from the concept before, with a probability that falls from 1 to 0 linearly: rows
+    that the older concept has and the experience does not use yet, under the older drift.
+
+    Sources may have ``labels``, int64 [N], or tell the number of their ``classes``, which is enough
+    unless the schedule chooses samples by class; of others every sample is read once to learn the
+    labels. With floating-point y the stream is one for regression (``spec.classes`` is 0), and
+    schedules that choose samples by class do not fit.
+
+    Two more attributes that sources may have say which samples an experience takes: ``usable``,
+    bool [N], leaves bad ones out, and ``groups``, int64 [N], is each sample's concept (None: no
+    restriction). A source whose ``replaces`` is true may read another sample in the place of a bad
+    one, and says so by its id; ``replaced`` remembers the ids asked for. One that is ``sequential``
+    keeps its own order as the stream order, and tells by ``shards_of`` which parts can be read side
+    by side; ids of its training samples are kept in runs (:class:`data.ids.IdRuns`) if these are
+    long. One with ``live_seconds`` may be given more samples as time goes by.
+
+    Raises ConfigError naming the key that does not fit the data, DataError on bad data.
+    """
+
+    def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
+        self._train, self._test = as_source(train), as_source(test)
+        labels = [_labels_of(self._train, "train"), _labels_of(self._test, "test")]
+        self.spec = _spec_of(self._train, self._test, labels)
+        self._config = config
+        self._concepts = min(config.recurring or config.experiences, config.experiences)
+        self._seed = seed
+        drifts = [
+            _create_drift(name, config, seed, self.spec, self._concepts, self._train)
+            for name in config.drifts
+        ]
+        self._members = [d.members for d in drifts if type(d).members is not Drift.members]
+        self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
+        if self._members:
+            both = (self._train, "train"), (self._test, "test")
+            labels = [
+                _labels_of(*of, read=True) if isinstance(part, int) else part
+                for of, part in zip(both, labels, strict=True)
+            ]
+        gradual = config.transition == "gradual"
+        self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
+        """Whether a row of an experience still comes from the concept before."""
+        self.replaces = any(getattr(s, "replaces", False) for s in (self._train, self._test))
+        self.replaced: set[int] = set()
+        """Ids that were asked for and turned out bad, in this process."""
+        self.sequential = bool(getattr(self._train, "sequential", False))
+        self.live_seconds = float(getattr(self._train, "live_seconds", 0.0))
+        """How long to wait for more samples at the end of the stream; 0: there are no more."""
+        known_bad = (getattr(s, "usable", None) for s in (self._train, self._test))
+        self.unusable = sum(int((~u).sum()) for u in known_bad if u is not None)
+        """How many samples are left out of all experiences, known to be bad from the start."""
+        known = [part if isinstance(part, np.ndarray) else None for part in labels]
+        self.experiences = [self._experience(e, *known) for e in range(config.experiences)]
+
+    def __len__(self) -> int:
+        return sum(len(e.train) for e in self.experiences)
+
+    def read(self, ids: Ids) -> Batch:
+        """Read samples by id, in the order asked. Local. Raises DataError naming a bad id."""
+        ids = np.array(ids, dtype=np.int64)
+        rows, concept, test = self._locate(ids)
+        group = concept * 2 + test if self._apply else test.astype(np.int64)
+        if len(ids) == 0 or (group == group[0]).all():
+            x, y = self._read_group(ids, rows, slice(None), int(group[0]) if len(ids) else 0)
+            return Batch(torch.from_numpy(ids), x, y, len(ids))
+        places = [np.flatnonzero(group == g) for g in np.unique(group)]
+        parts = [self._read_group(ids, rows, p, int(group[p[0]])) for p in places]
+        back = torch.from_numpy(np.argsort(np.concatenate(places)))
+        x, y = tree_map(lambda *some: torch.cat(some).index_select(0, back), *parts)
+        return Batch(torch.from_numpy(ids), x, y, len(ids))
+
+    def arrived(self) -> int:
+        """Return how many training samples have come since the last look. Local; live streams."""
+        return int(self._train.arrived())  # type: ignore[attr-defined]
+
+    def grow(self, more: int) -> Ids:
+        """Take in ``more`` training samples that have come; return their ids. Local.
+
+        Raises DataError naming a sample of a class that the stream had not at its start.
+        """
+        before = self._train.grow(more)  # type: ignore[attr-defined]
+        rows = np.arange(before, len(self._train))
+        labels = getattr(self._train, "labels", None)
+        if labels is not None and labels[rows].max() >= self.spec.classes:
+            row = int(rows[labels[rows].argmax()])
+            raise DataError(
+                f"sample {row}, new in the stream, has label {labels[row]}; the stream began with "
+                f"labels below {self.spec.classes}"
+            )
+        elif labels is None and getattr(self._train, "classes", 0) > self.spec.classes > 0:
+            raise DataError(
+                f"among samples {before} to {len(self._train) - 1}, new in the stream, is a label "
+                f"above {self.spec.classes - 1}; the stream began with labels below "
+                f"{self.spec.classes}"
+            )
+        usable = getattr(self._train, "usable", None)
+        if usable is not None:
+            self.unusable += int((~usable[rows]).sum())
+            rows = rows[usable[rows]]
+        return pack_ids(0, rows)
+
+    def lanes_of(self, ids: Ids, lanes: int) -> Ids:
+        """Return which of ``lanes`` equal runs of shards each training sample is in, [N]. Local.
+
+        For sequential sources only.
+        """
+        shard, shards = self._train.shards_of(unpack_ids(ids)[1])  # type: ignore[attr-defined]
+        lane: Ids = shard * lanes // shards
+        return lane
+
+    def _locate(self, ids: Ids) -> tuple[Ids, Ids, Mask]:
+        """Return (base row [B], concept [B], is_test [B]) of ids that are in the stream."""
+        experience, rows, test = unpack_ids(ids)
+        sizes = np.where(test, len(self._test), len(self._train))
+        bad = (ids < 0) | (experience >= self._config.experiences) | (rows >= sizes)
+        if bad.any():
+            i = int(bad.argmax())
+            raise DataError(
+                f"sample {ids[i]} is not in the stream: experience {experience[i]} of "
+                f"{self._config.experiences}, {'test' if test[i] else 'train'} row {rows[i]} of "
+                f"{sizes[i]}"
+            )
+        if len(self._older):
+            experience = experience - (self._older[experience, np.where(test, 0, rows)] & ~test)
+        return rows, experience % self._concepts, test
+
+    def _read_group(
+        self, ids: Ids, rows: Ids, places: Ids | slice, group: int
+    ) -> tuple[PyTree, PyTree]:
+        """Read the samples at ``places``, of one split and concept, and let them drift.
+
+        Where another sample was read in the place of a bad one, its id is put into ``ids``.
+        """
+        concept, test = divmod(group, 2)
+        source = self._test if test else self._train
+        base = source.read(rows[places])
+        if getattr(source, "replaces", False):
+            other = base.ids.numpy() - rows[places]
+            self.replaced.update(ids[places][other != 0].tolist())
+            ids[places] += other
+        ids = ids[places]
+        if not self._apply or len(ids) == 0:
+            return base.x, base.y
+        (x,), tree = tree_flatten(base.x)
+        shape = x.shape
+        for apply in self._apply:
+            x = apply(x, concept, ids)
+            if x.shape != shape:
+                raise ConfigError(
+                    f"stream.drift = {self._config.drift!r} turned x {list(shape)} into "
+                    f"{list(x.shape)}"
+                )
+        return tree_unflatten([x], tree), base.y
+
+    def _experience(self, e: int, train_labels: Ids | None, test_labels: Ids | None) -> Experience:
+        chosen = self._members or len(self._older) or self._config.samples_per_experience
+        if self.sequential and not chosen:
+            train = in_runs(self._pieces(e))
+        else:
+            train = self._shuffled(e, train_labels)
+        held_out = np.flatnonzero(self._members_of(self._test, test_labels, e))
+        if len(train) == 0 or len(held_out) == 0:
+            part = "training" if len(train) == 0 else "test"
+            raise DataError(f"experience {e} has no {part} samples")
+        name = f"{'+'.join(self._config.drifts)} {e}"
+        return Experience(e, train, frozen(pack_ids(e, held_out, test=True)), name)
+
+    def _pieces(self, e: int) -> Iterator[Ids]:
+        """Yield the ids of an experience in the source's own order, never all at once."""
+        for at in range(0, len(self._train), BLOCK):
+            block = slice(at, min(at + BLOCK, len(self._train)))
+            yield pack_ids(e, at + np.flatnonzero(self._members_of(self._train, None, e, block)))
+
+    def _shuffled(self, e: int, labels: Ids | None) -> Ids:
+        """Return the ids of an experience in stream order."""
+        rng = np.random.default_rng([self._seed, _ORDER, e])
+        rows = np.flatnonzero(self._members_of(self._train, labels, e))
+        rng.shuffle(rows)
+        wanted = self._config.samples_per_experience
+        if wanted > len(rows):
+            raise ConfigError(
+                f"stream.samples_per_experience = {wanted}, but experience {e} has {len(rows)}"
+            )
+        rows = rows[:wanted].copy() if wanted else rows
+        if self.sequential or self.live_seconds:
+            rows.sort()
+        if e > 0 and len(self._older) and self._concepts > 1:
+            self._blend(e, rows, self._members_of(self._train, labels, e - 1), rng)
+        rows |= pack_ids(e, 0)  # in place: there may be very many
+        return in_runs(blocks(rows)) if self.sequential else frozen(rows)
+
+    def _members_of(
+        self, source: Source, labels: Ids | None, e: int, rows: slice | None = None
+    ) -> Mask:
+        """Return which rows, of all or of a slice, the concept of experience e has.
+
+        ``labels`` [N], of all rows, are there if the schedule chooses by class.
+        """
+        usable, groups = (getattr(source, name, None) for name in ("usable", "groups"))
+        rows = slice(0, len(source)) if rows is None else rows
+        mask = np.ones(rows.stop - rows.start, dtype=np.bool_)
+        if usable is not None:
+            mask &= usable[rows]
+        if groups is not None:
+            mask &= groups[rows] == e % self._concepts
+        for members in self._members:
+            assert labels is not None  # a schedule that chooses by class is refused without any
+            mask &= members(labels, e % self._concepts)[rows]
+        return mask
+
+    def _blend(self, e: int, rows: Ids, before: Mask, rng: np.random.Generator) -> None:
+        """Let early places of the stream order ``rows`` come from the concept before, in place."""
+        n = int(np.ceil(self._config.transition_fraction * len(rows)))
+        older = np.zeros(len(rows), dtype=np.bool_)
+        older[:n] = rng.random(n) < 1 - np.arange(n) / n
+        unused = before.copy()
+        unused[rows[~older]] = False
+        pool = rng.permutation(np.flatnonzero(unused))[: older.sum()]
+        if len(pool) < older.sum():
+            raise ConfigError(
+                f"stream.transition_fraction = {self._config.transition_fraction} asks for "
+                f"{older.sum()} samples of experience {e - 1} in experience {e}, but there are "
+                f"{len(pool)}"
+            )
+        rows[older] = pool
+        self._older[e, pool] = True
+
+
+def _create_drift(
+    name: str, config: StreamConfig, seed: int, spec: DataSpec, concepts: int, source: Source
+) -> Drift:
+    options = config.drift_options.get(name, {})
+    drift = registry.create("drift", name, config.severity, seed, spec, concepts, options=options)
+    if not isinstance(drift, Drift):
+        raise ConfigError(f"stream.drift = '{name}' is not a distcl.data.drift.Drift")
+    if type(drift).members is not Drift.members:
+        require_classes(name, spec)
+    if type(drift).apply is not Drift.apply:
+        leaves = tree_leaves(source.read(np.empty(0, dtype=np.int64)).x)
+        if len(leaves) != 1:
+            raise ConfigError(
+                f"stream.drift = '{name}' changes one tensor, but samples have {len(leaves)}"
+            )
+        if not leaves[0].is_floating_point():
+            raise ConfigError(
+                f"stream.drift = '{name}' needs floating-point samples, not {leaves[0].dtype}"
+            )
+    return drift
+
+
+def _spec_of(train: Source, test: Source, labels: Sequence[Ids | int | None]) -> DataSpec:
+    """Return the spec of samples; ``x_shape`` is () where a sample is several tensors.
+
+    ``labels``: see :func:`_labels_of`.
+    """
+    shapes, targets = [], []
+    for source in (train, test):
+        nothing = source.read(np.empty(0, dtype=np.int64))
+        leaves, tree = tree_flatten(nothing.x)
+        shapes.append((tree, [tuple(leaf.shape[1:]) for leaf in leaves]))
+        targets.append(tuple(nothing.y.shape[1:]) if isinstance(nothing.y, torch.Tensor) else ())
+    if shapes[0] != shapes[1]:
+        raise DataError(
+            f"training samples have shape {shapes[0][1]} but test samples {shapes[1][1]}"
+        )
+    x_shape = shapes[0][1][0] if len(shapes[0][1]) == 1 else ()
+    known = [part for part in labels if part is not None]
+    if len(known) == 2:
+        classes = (p if isinstance(p, int) else int(p.max()) + 1 for p in known)
+        return DataSpec(x_shape, max(classes))
+    if known:
+        raise DataError("one of training and test samples has class labels, the other targets")
+    if targets[0] != targets[1]:
+        raise DataError(f"training targets have shape {targets[0]} but test targets {targets[1]}")
+    return DataSpec(x_shape, 0, targets[0])
+
+
+def _labels_of(source: Source, split: str, read: bool = False) -> Ids | int | None:
+    """Return the class labels, int64 [N], or None if y is floating point.
+
+    Of a source that has no labels but says how many classes there are, that; ``read``: read them.
+    """
+    if len(source) == 0:
+        raise DataError(f"the {split} source has no samples")
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        y = source.read(np.empty(0, dtype=np.int64)).y
+        if isinstance(y, torch.Tensor) and y.is_floating_point():
+            return None
+        classes = getattr(source, "classes", 0)
+        if classes and not read:
+            return int(classes)
+        labels = _read_labels(source, split)
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.shape != (len(source),):
+        raise DataError(
+            f"labels of the {split} source have type {labels.dtype} and shape {labels.shape}; "
+            f"integers of shape ({len(source)},) are needed"
+        )
+    if labels.min() < 0:
+        raise DataError(
+            f"label {labels.min()} of the {split} source, row {labels.argmin()}, is negative"
+        )
+    return labels.astype(np.int64, copy=False)
+
+
+def _read_labels(source: Source, split: str) -> npt.NDArray[Any]:
+    """Return y of every sample, [N], read one after another."""
+    number, found = len(source), np.empty(0, dtype=np.int64)
+    for start in range(0, number, _CHUNK):
+        ids = np.arange(start, min(start + _CHUNK, number))
+        y = source.read(ids).y
+        if not isinstance(y, torch.Tensor):
+            raise DataError(f"labels of the {split} source are a {type(y).__name__}")
+        if y.shape != ids.shape:
+            raise DataError(
+                f"labels of the {split} source, {len(ids)} from sample {start} on, have shape "
+                f"{tuple(y.shape)}; one integer a sample is needed"
+            )
+        if not start:  # one array from the start: pieces would leave holes in memory
+            found = np.empty(number, dtype=y.numpy().dtype)
+        found[start : start + len(y)] = y
+    return found
+
+
+# SHA-256 of data files, where the user says what it must be.
+
+
+def check_files(config: StreamConfig) -> None:
+    """Check every file that ``stream.sha256`` names. Local; reads each file once.
+
+    Names are relative to ``stream.path``, or to its folder if it is a file; without a path, to the
+    working folder. Raises DataError naming a file that is absent or has another digest.
+    """
+    base = Path(config.path).expanduser()
+    base = base.parent if base.is_file() else base
+    for name, expected in config.sha256.items():
+        path = base / name
+        with open_file(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected.lower():
+            raise DataError(
+                f"'{path}' has SHA-256 {found}, but stream.sha256 says {expected.lower()}: it is "
+                "damaged, or another file"
+            )

@@ -1,0 +1,1 @@
+"""Processes: who they are, how they meet, and how one failure ends all."""

@@ -1,0 +1,335 @@
+"""Who I am among the processes, what I run on, how ranks talk and fail together."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distcl.config import ParallelConfig, RunConfig, TrainingConfig
+from distcl.distributed.environment import adopt, check_launcher
+from distcl.distributed.failure import Cause, FailureRelay
+from distcl.distributed.memory import keep_freed_memory
+from distcl.distributed.rendezvous import first_line, introduce
+from distcl.distributed.watchdog import Watchdog
+from distcl.errors import DistclError, Preempted, UsageError
+from distcl.parallel import MakeOptimizer, create_strategy
+from distcl.parallel.activation_checkpointing import checkpoint_blocks
+
+T = TypeVar("T")
+
+_GATHERED = 1 << 16  # rows of a rank that are gathered together
+
+_AGREE_SECONDS = 5.0
+_left: list[Any] = []
+"""Process groups that were left. A model wrapped by DDP holds its group too; were that the last
+reference, freeing the model could wait for ever for the group's threads (torch 2.13, gloo)."""
+
+
+def was_in_a_group() -> bool:
+    """Tell whether this process is, or was, one of several. Local."""
+    return bool(_left) or dist.is_initialized()
+
+
+def check_launch(environ: Mapping[str, str], processes: int = 0) -> int:
+    """Return how many processes the launcher started; raise UsageError if they cannot be real.
+
+    ``processes``: how many there must be (0: as many as were started). Launchers that were asked
+    for several processes and silently started one are found by what they leave in ``environ``.
+    """
+    world = int(environ.get("WORLD_SIZE", "1"))
+    if "WORLD_SIZE" in environ and "RANK" not in environ:
+        raise UsageError(
+            "WORLD_SIZE is set but RANK is not; start with "
+            f"'torchrun --nproc-per-node {world} -m distcl …', or unset WORLD_SIZE"
+        )
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_ADDR" in environ
+    if by_accelerate and "WORLD_SIZE" not in environ:
+        count = processes or "N"
+        raise UsageError(
+            "accelerate launch was asked for several processes but started one (it does so with "
+            f"--cpu); type: torchrun --nproc-per-node {count} -m distcl …"
+        )
+    if processes and world != processes:
+        raise UsageError(
+            f"parallel.processes asks for {processes} processes but {world} "
+            f"{'was' if world == 1 else 'were'} started; "
+            f"type: torchrun --nproc-per-node {processes} -m distcl …"
+        )
+    return world
+
+
+def _tell_stderr(cause: Cause) -> None:
+    print(f"distcl: rank {cause.rank}: {cause.message}", file=sys.stderr, flush=True)
+
+
+class Runtime:
+    """This process among its peers. Making one is collective: every rank makes exactly one.
+
+    Attributes: ``rank``, ``world_size``, ``device``, ``dtype`` (of the model's weights: float64
+    under ``fp64``, else float32), ``peers`` (every process, in rank order), ``about`` (one line:
+    what started the run, which rank is where).
+
+    Raises UsageError if fewer processes exist than were asked for, if they cannot work together
+    (see ``distributed.rendezvous``), or on a strategy or precision that this machine cannot run.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig | None = None,
+        parallel: ParallelConfig | None = None,
+        training: TrainingConfig | None = None,
+    ) -> None:
+        run, parallel = run or RunConfig(), parallel or ParallelConfig()
+        launch = adopt(os.environ)
+        started = check_launch(os.environ, parallel.processes)
+        training = training or TrainingConfig()
+        check_launcher(run, parallel, training)
+        if run.precision == "fp16" and not torch.cuda.is_available():
+            raise UsageError("run.precision = 'fp16' needs a GPU; on a CPU use 'bf16' or 'fp32'")
+        self.precision, self.strategy = run.precision, parallel.strategy
+        self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
+        self._strategy = create_strategy(run, parallel, training)
+        self.accelerator = self._strategy.accelerator
+        self.rank = self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+        self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        if self.world_size != started:
+            raise UsageError(
+                f"{started} processes were started but they see {self.world_size}; "
+                f"type: torchrun --nproc-per-node {started} -m distcl …"
+            )
+        self._raised = 0
+        store = None
+        if self.world_size > 1:
+            store = dist.distributed_c10d._get_default_store()
+        self.peers = introduce(store, self.device, launch)
+        self.about = first_line(launch, self.peers)
+        self.watchdog = Watchdog(self.rank, self.world_size, run.timeout_seconds, store)
+        self.relay: FailureRelay | None = None
+        if store is not None:
+            self.relay = FailureRelay(store, self.rank, _tell_stderr)
+            atexit.register(self.relay.close)  # a thread in the store would abort the exit
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the only one that prints and writes shared files."""
+        return bool(self.rank == 0)
+
+    # -- the model ---------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Move a model to the device and wrap it; its optimizer is yours (ddp, fsdp2). Collective.
+
+        Raises UsageError where the strategy needs the optimizer too (zero1, zero2, zero3).
+        """
+        return self._strategy.prepare(model, None)[0]
+
+    def prepare_training(
+        self, model: nn.Module, make_optimizer: MakeOptimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return a model, wrapped for training, and its optimizer. Collective.
+
+        ``make_optimizer`` is called with the parameters that take gradients, once they are where
+        the strategy wants them.
+        """
+        if self._strategy.parallel.activation_checkpointing:
+            checkpoint_blocks(model)
+        prepared, optimizer = self._strategy.prepare(model, make_optimizer)
+        assert optimizer is not None
+        return prepared, optimizer
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the loss scale (fp16) out of the gradients, once, before they are changed. Local."""
+        self._strategy.unscale(optimizer)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Return the module inside the wrapper. Local.
+
+        Forwards of it do not communicate, unless the partition is sharded.
+        """
+        return self._strategy.unwrap(model)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which forwards run outside the wrapper (scoring, evaluation)."""
+        return self._strategy.autocast()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of a loss; gradients are averaged over ranks. Collective."""
+        self._strategy.backward(loss)
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of one forward and backward out of several that make a step. Local.
+
+        Gradients add up; before the ``last`` one they need not be averaged yet.
+        """
+        return self._strategy.accumulating(model, last)
+
+    # -- collectives -------------------------------------------------------------------------
+
+    def share(self, n: int) -> tuple[int, int]:
+        """Return this rank's contiguous part [start, stop) of n items: ceil(n/W) each. Local."""
+        each = -(-n // self.world_size)
+        return min(self.rank * each, n), min((self.rank + 1) * each, n)
+
+    def all_gather(self, mine: torch.Tensor, n: int, each: int = 0) -> torch.Tensor:
+        """Gather contiguous slices into [n, ...] on every rank. Collective.
+
+        ``each`` rows lie on every rank but the last ones, which may hold fewer or none; by default
+        ceil(n/W), as :meth:`share` cuts them.
+        """
+        self.watchdog.beat()
+        if self.world_size == 1:
+            return mine
+        each = each or -(-n // self.world_size)
+        if each <= _GATHERED:
+            return self._gathered(mine, each)[:n]
+        out = mine.new_empty((n, *mine.shape[1:]))
+        for start in range(0, each, _GATHERED):  # only the result is to be large
+            size = min(_GATHERED, each - start)
+            every = self._gathered(mine[start : start + size], size)
+            for rank in range(self.world_size):
+                begin, end = (min(rank * each + at, n) for at in (start, start + size))
+                out[begin:end] = every[rank * size : rank * size + end - begin]
+        return out
+
+    def _gathered(self, mine: torch.Tensor, each: int) -> torch.Tensor:
+        """Return [each · W, ...]: every rank's rows, zeros after those that it has not."""
+        padded = mine.new_zeros((each, *mine.shape[1:]))
+        padded[: len(mine)] = mine
+        out = mine.new_empty((each * self.world_size, *mine.shape[1:]))
+        dist.all_gather_single(out, padded)
+        return out
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+        """Reduce in place over ranks, ``op`` = sum, max or min; return the tensor. Collective."""
+        self.watchdog.beat()
+        if self.world_size > 1:
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, op.upper()))
+        return tensor
+
+    def reduce(self, tensor: torch.Tensor, to: int) -> torch.Tensor:
+        """Sum over ranks into the tensor of rank ``to``; other ranks' are spoilt. Collective."""
+        if self.world_size > 1:
+            dist.reduce(tensor, to)
+        return tensor
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's value (any picklable object) on every rank. Collective."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return every rank's value (any picklable object) on every rank. Collective."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank. Collective."""
+        self.watchdog.beat()
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_raised(self) -> bool:
+        """Tell whether all ranks are handling an exception, within seconds; never blocks for good.
+
+        Call it once while handling one. Afterwards ranks may talk only if the answer was yes.
+        """
+        if self.world_size == 1:
+            return True
+        self._raised += 1
+        store, key = dist.distributed_c10d._get_default_store(), f"distcl/raised/{self._raised}"
+        count, deadline = store.add(key, 1), time.monotonic() + _AGREE_SECONDS
+        while count < self.world_size and time.monotonic() < deadline:
+            time.sleep(0.05)
+            count = store.add(key, 0)
+        return bool(count >= self.world_size)
+
+    # -- the end -----------------------------------------------------------------------------
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Run the body such that an exception on any rank ends all ranks with its cause.
+
+        On rank 0 the exception that leaves this is the first cause, even if rank 0 itself only saw
+        a broken connection. The process group is gone afterwards. Inside, a watchdog names ranks
+        that hang. Collective.
+        """
+        try:
+            with self.watchdog:
+                yield
+        except Preempted:  # raised on all ranks together
+            self.close()
+            raise
+        except BaseException as error:
+            if self.relay is not None:
+                own = describe(error, self.rank)
+                if is_connection_loss(error) and (verdict := self.watchdog.verdict()):
+                    told = f"{own.message}; {verdict}; log.txt has its stack"
+                    own = Cause(self.rank, 1, told)
+                first = self.relay.report(own)
+                if first.message != own.message or is_connection_loss(error):
+                    raise PeerFailure(first) from error
+            raise
+        self.close()
+
+    def close(self) -> None:
+        """Leave the process group; call it once, at the end. Collective."""
+        if self.relay is not None:
+            self.barrier()
+            self.relay.close()
+            self.relay = None
+            self.barrier()
+        if dist.is_initialized():
+            _left.append(dist.group.WORLD)
+            dist.destroy_process_group()
+
+
+class PeerFailure(DistclError):
+    """Another rank failed first, or is gone; message and exit code are the first cause's."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(f"rank {cause.rank}: {cause.message}")
+        self.exit_code = cause.exit_code
+
+
+def describe(error: BaseException, rank: int) -> Cause:
+    """Return what to tell of an exception: our own errors as they are, others with their type."""
+    if isinstance(error, DistclError):
+        return Cause(rank, error.exit_code, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return Cause(rank, 130, "interrupted from the keyboard")
+    text = str(error).strip().splitlines()
+    first = text[0] if text else ""
+    if is_connection_loss(error):
+        return Cause(rank, 1, f"lost contact with another rank, which is gone or hangs ({first})")
+    return Cause(rank, 1, f"{type(error).__name__}: {first}")
+
+
+def is_connection_loss(error: BaseException) -> bool:
+    """Tell whether an exception is a backend's word for a peer that is gone or hangs."""
+    signs = ("closed by peer", "onnection reset", "imed out", "Broken pipe", "NCCL", "refused")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return a rank's part [start, stop) of a global batch: sizes within one, larger ones first."""
+    each, extra = divmod(size, world_size)
+    start = rank * each + min(rank, extra)
+    return start, start + each + (rank < extra)

@@ -1,0 +1,1 @@
+"""Watching the stream: metrics of it, detectors, and what follows a detection."""

@@ -1,0 +1,353 @@
+"""Drift detectors: river's ADWIN, KSWIN and Page-Hinkley, and a vote among several.
+
+Each watches one number per sample (a loss, an error), on rank 0 only; nothing here communicates.
+A detector starts anew after each detection, as river's do. Its state is JSON and of bounded size
+(ADWIN's grows with the logarithm of the samples seen), and a restored detector goes on exactly like
+one that was never interrupted. river is imported when a detector is made, since that takes most of
+a second.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import fmean
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from distcl import registry
+from distcl.errors import CheckpointError, ConfigError, DivergenceError
+from distcl.registry import Count, Share, checked
+from distcl.types import Detector
+
+Direction = Literal["up", "both"]
+"""Which changes count: rises of the metric (the model got worse), or rises and falls."""
+
+
+class RiverDetector(ABC):
+    """One of river's detectors, with a direction and a state that can be saved.
+
+    make: returns a fresh river detector; options: what it is made with, saved with the state.
+    """
+
+    name: str
+
+    def __init__(self, make: Callable[[], Any], options: dict[str, Any]) -> None:
+        self._make = make
+        self._options = options
+        self._river = make()
+
+    def update(self, value: float) -> bool:
+        """Take the next value; True on drift. Raises DivergenceError if it is not finite."""
+        if not math.isfinite(value):
+            raise DivergenceError(f"the metric fed to detector '{self.name}' is {value}")
+        verdict = self._detect(float(value))
+        if self._river.drift_detected:
+            self.reset()
+        return verdict
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self._river = self._make()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, JSON-serializable, to be loaded under the same version of river."""
+        return {
+            "detector": self.name,
+            "options": dict(self._options),
+            "river": importlib.metadata.version("river"),
+            "state": self._save(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned.
+
+        Raises CheckpointError if it is damaged, or comes from another detector, other options or
+        another version of river.
+        """
+        mine = self.state_dict()
+        fresh = self._make()
+        try:
+            for key in ("detector", "options", "river"):
+                if state[key] != mine[key]:
+                    raise CheckpointError(
+                        f"the saved state of detector '{self.name}' has {key} = {state[key]!r}, "
+                        f"this run has {mine[key]!r}"
+                    )
+            self._load(fresh, state["state"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CheckpointError(
+                f"the saved state of detector '{self.name}' is damaged: {error!r}"
+            ) from error
+        self._river = fresh
+
+    @abstractmethod
+    def _detect(self, value: float) -> bool:
+        """Feed river one value; whether it found a drift in a direction that counts."""
+
+    @abstractmethod
+    def _save(self) -> dict[str, Any]:
+        """State of the river detector."""
+
+    @abstractmethod
+    def _load(self, fresh: Any, state: dict[str, Any]) -> None:
+        """Put a saved state into a fresh river detector."""
+
+
+class _Adwin(RiverDetector):
+    name = "adwin"
+
+    def _detect(self, value: float) -> bool:
+        before = (self._river.total + value) / (self._river.width + 1)
+        self._river.update(value)
+        if not self._river.drift_detected:
+            return False
+        # The older part of the window is cut by now: what is left is the time after the change.
+        return self._options["direction"] == "both" or bool(self._river.estimation > before)
+
+    def _save(self) -> dict[str, Any]:
+        window: bytes = self._river._helper.__getstate__()  # a plain binary record, not a pickle
+        return {"window": base64.b64encode(window).decode(), "crc32": zlib.crc32(window)}
+
+    def _load(self, fresh: Any, state: dict[str, Any]) -> None:
+        window = base64.b64decode(state["window"], validate=True)
+        if zlib.crc32(window) != state["crc32"]:  # river would panic
+            raise ValueError("its checksum is wrong")
+        fresh._helper.__setstate__(window)
+
+
+class _Kswin(RiverDetector):
+    name = "kswin"
+
+    def _detect(self, value: float) -> bool:
+        before = [*self._river.window, value][-self._river.window_size :]
+        self._river.update(value)
+        if not self._river.drift_detected:
+            return False
+        # river has reduced the window to the newest values, those that differ.
+        return self._options["direction"] == "both" or fmean(self._river.window) > fmean(before)
+
+    def _save(self) -> dict[str, Any]:
+        version, words, gauss = self._river._rng.getstate()
+        window = list(self._river.window)
+        return {"n": self._river.n, "window": window, "rng": [version, list(words), gauss]}
+
+    def _load(self, fresh: Any, state: dict[str, Any]) -> None:
+        version, words, gauss = state["rng"]
+        fresh._rng.setstate((version, tuple(words), gauss))
+        fresh.window.extend(_finite(value) for value in state["window"])
+        fresh.n = int(state["n"])
+
+
+class _PageHinkley(RiverDetector):
+    name = "page_hinkley"
+    _SUMS = ("_sum_increase", "_sum_decrease", "_min_increase", "_max_decrease")
+
+    def _detect(self, value: float) -> bool:
+        self._river.update(value)
+        return bool(self._river.drift_detected)  # the direction is an option of river's own
+
+    def _save(self) -> dict[str, Any]:
+        mean = self._river._x_mean
+        if mean.n == 0:  # nothing seen; the minimum is infinite, which JSON does not know
+            return {"n": 0}
+        sums = {name: float(getattr(self._river, name)) for name in self._SUMS}
+        return {"n": mean.n, "mean": mean.get(), **sums}
+
+    def _load(self, fresh: Any, state: dict[str, Any]) -> None:
+        if state["n"] == 0:
+            return
+        fresh._x_mean.n, fresh._x_mean._mean = _finite(state["n"]), _finite(state["mean"])
+        for name in self._SUMS:
+            setattr(fresh, name, _finite(state[name]))
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {value}")
+    return float(value)
+
+
+@checked("detector")
+def adwin(
+    *,
+    delta: Share = 0.002,
+    clock: Count = 32,
+    max_buckets: Count = 5,
+    min_window_length: Count = 5,
+    grace_period: Count = 10,
+    direction: Direction = "up",
+) -> Detector:
+    """Adaptive windowing (Bifet and Gavalda, SDM 2007): a window that is cut where its mean moved.
+
+    delta: confidence, in (0, 1), smaller fires less; clock: values between two checks; max_buckets:
+    buckets of each size in the compressed window; min_window_length: shortest part compared;
+    grace_period: values before the first check. Unbounded metrics work; the bound on false alarms
+    holds for values in [0, 1]. Raises ConfigError on an option out of range.
+    """
+    from river.drift import ADWIN
+
+    options: dict[str, Any] = {
+        "delta": delta,
+        "clock": clock,
+        "max_buckets": max_buckets,
+        "min_window_length": min_window_length,
+        "grace_period": grace_period,
+    }
+    return _Adwin(partial(ADWIN, **options), {**options, "direction": direction})
+
+
+@checked("detector")
+def kswin(
+    *,
+    alpha: Share = 0.005,
+    window_size: Count = 100,
+    stat_size: Count = 30,
+    seed: Annotated[int, Field(ge=0)] = 0,
+    direction: Direction = "up",
+) -> Detector:
+    """Kolmogorov-Smirnov windowing (Raab, Heusinger and Schleif, Neurocomputing 2020).
+
+    The newest ``stat_size`` of ``window_size`` values against as many drawn from the rest (seed: of
+    those draws), tested at level ``alpha``, in (0, 1), after every value. For continuous metrics:
+    on a steady exponential loss the defaults fire about 7 times in 10,000 values, alpha = 0.0001
+    once; ties make the test blunt on errors of 0 or 1. ``direction = "up"`` takes a drift only if
+    the newest values have the larger mean, so a change of shape alone needs ``"both"``. Raises
+    ConfigError on an option out of range.
+    """
+    if window_size < 2 * stat_size:
+        raise ConfigError(
+            f"detector.options.window_size: must be at least twice stat_size ({stat_size}), "
+            f"not {window_size}"
+        )
+    from river.drift import KSWIN
+
+    options: dict[str, Any] = {
+        "alpha": alpha,
+        "window_size": window_size,
+        "stat_size": stat_size,
+        "seed": seed,
+    }
+    return _Kswin(partial(KSWIN, **options), {**options, "direction": direction})
+
+
+@checked("detector")
+def page_hinkley(
+    *,
+    min_instances: Count = 30,
+    delta: Annotated[float, Field(ge=0)] = 0.005,
+    threshold: Annotated[float, Field(gt=0)] = 50.0,
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.9999,
+    direction: Direction = "up",
+) -> Detector:
+    """Page-Hinkley test (Page, Biometrika 1954): the summed excess over the running mean.
+
+    min_instances: values before it may fire; delta: excess that is tolerated, at least 0;
+    threshold: sum at which it fires, above 0, in units of the metric; alpha: forgetting factor, in
+    (0, 1]. Raises ConfigError on an option out of range.
+    """
+    from river.drift import PageHinkley
+
+    options: dict[str, Any] = {
+        "min_instances": min_instances,
+        "delta": delta,
+        "threshold": threshold,
+        "alpha": alpha,
+    }
+    return _PageHinkley(
+        partial(PageHinkley, **options, mode=direction), {**options, "direction": direction}
+    )
+
+
+class Ensemble:
+    """A vote among detectors that see the same values.
+
+    Detectors notice the same drift at slightly different times, so a member's vote stands for the
+    ``window`` values from the one at which it fired. A drift that the vote finds resets all
+    members, so that it is found once. needed: votes that make a drift.
+    """
+
+    def __init__(self, members: Sequence[Detector], needed: int, window: int) -> None:
+        self._members = list(members)
+        self._needed = needed
+        self._window = window
+        self._votes = [0] * len(self._members)  # values for which each member's vote still stands
+
+    def update(self, value: float) -> bool:
+        """Take the next value; True when enough members have fired within the window."""
+        for index, member in enumerate(self._members):
+            fired = member.update(value)
+            self._votes[index] = self._window if fired else max(0, self._votes[index] - 1)
+        if sum(vote > 0 for vote in self._votes) < self._needed:
+            return False
+        self.reset()
+        return True
+
+    def reset(self) -> None:
+        """Reset every member and forget all votes."""
+        for member in self._members:
+            member.reset()
+        self._votes = [0] * len(self._members)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return votes and members' states, JSON-serializable."""
+        members = [member.state_dict() for member in self._members]
+        return {"votes": list(self._votes), "members": members}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, all of it or, with a CheckpointError, nothing."""
+        votes, members = state.get("votes"), state.get("members")
+        count = len(self._members)
+        if not (isinstance(votes, list) and isinstance(members, list)) or not (
+            len(votes) == len(members) == count and all(isinstance(vote, int) for vote in votes)
+        ):
+            raise CheckpointError(
+                f"the saved state is not that of an ensemble of {count} detectors"
+            )
+        before = [member.state_dict() for member in self._members]
+        try:
+            for member, saved in zip(self._members, members, strict=True):
+                member.load_state_dict(saved)
+        except CheckpointError:
+            for member, saved in zip(self._members, before, strict=True):
+                member.load_state_dict(saved)
+            raise
+        self._votes = list(votes)
+
+
+@checked("detector")
+def ensemble(
+    *,
+    members: Annotated[tuple[str | dict[str, Any], ...], Field(min_length=1)] = (
+        "adwin",
+        "kswin",
+        "page_hinkley",
+    ),
+    vote: Literal["any", "majority", "unanimous"] = "majority",
+    window: Count = 200,
+) -> Detector:
+    """Several detectors that vote: any of them, more than half, or all.
+
+    members: names of detectors, or tables of a name and that detector's options, as in
+    ``members = [{name = "adwin", delta = 0.01}, "page_hinkley"]``; window: values for which a
+    member's vote stands. Raises ConfigError naming the member at fault.
+    """
+    made: list[Detector] = []
+    for index, member in enumerate(members):
+        options = {"name": member} if isinstance(member, str) else dict(member)
+        name = options.pop("name", None)
+        where = f"detector.options.members[{index}]"
+        if not isinstance(name, str):
+            raise ConfigError(f'{where}: has no name; write {{name = "adwin", …}}')
+        try:
+            made.append(registry.create("detector", name, options=options))
+        except ConfigError as error:
+            raise ConfigError(f"{where} ('{name}'): {error}") from error
+    needed = {"any": 1, "majority": len(made) // 2 + 1, "unanimous": len(made)}[vote]
+    return Ensemble(made, needed, window)

@@ -1,0 +1,47 @@
+"""The end of a stream to which a producer adds samples while it is watched."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from distcl.distributed.runtime import Runtime
+from distcl.types import Ids, Stream
+
+_POLLS = 20  # looks for something new in the time that is waited
+
+
+class LiveEnd:
+    """Waits for more samples of a stream with ``live_seconds``; any other stream just ends.
+
+    Rank 0 looks; its word is every rank's, so that all take in the same samples.
+    """
+
+    def __init__(self, stream: Stream, runtime: Runtime) -> None:
+        self._stream: Any = stream
+        self._runtime = runtime
+        self._seconds = float(getattr(stream, "live_seconds", 0.0))
+        self.open = self._seconds > 0
+        """Whether there may be more."""
+
+    def wait(self) -> Ids:
+        """Return the ids of new training samples [M]; none when the stream has ended. Collective.
+
+        Returns as soon as something has come, or after ``live_seconds`` in which nothing came.
+        """
+        until = time.monotonic() + self._seconds
+        while self.open:
+            more, late = self._runtime.broadcast(
+                (self._stream.arrived(), time.monotonic() > until)
+                if self._runtime.is_main
+                else (0, False)
+            )
+            if more:
+                new: Ids = self._stream.grow(more)
+                return new
+            self.open = not late
+            if self.open:
+                time.sleep(self._seconds / _POLLS)
+        return np.empty(0, dtype=np.int64)

@@ -1,0 +1,284 @@
+"""The stream loop around the rounds: watch a metric, detect drift, start a round."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from distcl.config import MonitorConfig
+from distcl.data.ids import joined
+from distcl.errors import ConfigError
+from distcl.monitoring.live import LiveEnd
+from distcl.monitoring.metrics import StreamMetric, create_metric
+from distcl.sampling.draws import generator
+from distcl.training.step_loop import pack_experience, unpack_experience
+from distcl.training.trainer import ContinuousTrainer
+from distcl.types import WATCHING, Batch, Detector, Experience, Ids
+
+log = logging.getLogger("distcl")
+
+_SPLIT = 0x5E1D
+_PLACES = ("watched", "measured", "_pretrained_on", "_last_round", "_quiet_until")
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """A drift that waits for its round: the sample that gave it away, and how many must be there.
+
+    ``ready``: samples, from the start of the stream, that have come (with labels, if a round is to
+    learn from them) before the drift is dealt with.
+    """
+
+    sample: int
+    ready: int
+
+
+class Monitor:
+    """Watches the stream with the model in use. Every method is collective.
+
+    The first part of the first experience pretrains the model (if asked); what follows is watched,
+    sample by sample in stream order. The metric is computed by all ranks together; rank 0 feeds
+    the detector, and its verdict is every rank's.
+
+    Labels of a sample come ``label_delay`` samples after it, or never. A metric that needs them is
+    computed when they come, with the model of that time; one that does not, at once. A round learns
+    from labelled samples only, and waits for ``collect`` of them after the drift. Where labels
+    never come, drifts are reported and no round starts.
+    """
+
+    def __init__(
+        self, trainer: ContinuousTrainer, detector: Detector, config: MonitorConfig, seed: int
+    ) -> None:
+        self.trainer = trainer
+        self.detector = detector
+        self.config = config
+        self.seed = seed
+        self.metric = create_metric(config, trainer.parts.stream.spec, trainer.loss_name)
+        self.metric_name = config.metric.rpartition(":")[2]
+        self.experiences: list[Experience] = []
+        self.drifts: list[int] = []
+        self.watched = 0
+        """Samples of the stream that have come."""
+        self.measured = 0
+        """Samples of the stream whose metric the detector has been fed, or that it skips."""
+        self._order = joined([e.train for e in trainer.parts.stream.experiences])
+        self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime)
+        self._pretrained_on = 0  # samples of the stream, all labelled, before watching begins
+        self._last_round = 0  # samples of the stream that rounds have learned from, or let pass
+        self._quiet_until = 0  # the sample from which on the detector may fire
+        self._reference = self._order[:0]  # what the metric compares samples with
+        self._due: _Due | None = None
+        self._begun = False
+
+    def run(self) -> None:
+        """Watch the whole stream; a round on every drift, unless labels never come."""
+        if self.config.label_delay < 0:
+            self._say("labels never come (monitor.label_delay = -1): drifts start no rounds")
+        self._pretrain()
+        self._watch(rounds=self.config.label_delay >= 0)
+
+    def detect(self) -> None:
+        """Watch the whole stream and only note drifts."""
+        self._pretrain()
+        self._watch(rounds=False)
+
+    # -- parts of the loop ---------------------------------------------------------------------
+
+    def _pretrain(self) -> None:
+        if self._begun:
+            return
+        first = self.trainer.parts.stream.experiences[0]
+        known, warmup = 0, self.config.warmup
+        if self.trainer.training.pretrain_epochs and not self.trainer.pretrained:
+            known = max(2, int(self.config.pretrain_fraction * len(first.train)))
+            known = min(known, len(first.train))
+            if self.trainer.stage is None:
+                self._form(self._order[:known])
+            self.trainer.pretrain(self.experiences[0])
+            self.trainer.evaluate(self.experiences, seen=1)
+        elif type(self.metric).begin is not StreamMetric.begin:
+            known, warmup = warmup, 0
+            if not 2 <= known <= len(self._order):
+                raise ConfigError(
+                    f"monitor.metric = '{self.config.metric}' compares samples with those trained "
+                    "on; without pretraining it takes the first monitor.warmup samples for these, "
+                    f"which is {known} of {len(self._order)}"
+                )
+        self.watched = self.measured = self._pretrained_on = self._last_round = known
+        self._quiet_until = known + warmup
+        self._compare_with(self._order[:known])
+        self._begun = True
+        self.trainer.loop.keeper.round_ended()
+
+    def _compare_with(self, ids: Ids) -> None:
+        self._reference = ids
+        if len(ids):
+            self.metric.begin(self.trainer.parts.stream, ids)
+
+    def _watch(self, rounds: bool) -> None:
+        """Go through the stream. ``rounds``: drifts start rounds; else they are only noted."""
+        total = 0 if self._live.open else len(self._order)
+        progress = self.trainer.parts.progress
+        if self.trainer.stage is not None:  # a resumed run goes on with its round
+            self._deal_with_drift(rounds)
+        progress.round_begins(WATCHING, total, self.metric_name)
+        while self.watched < len(self._order) and not self._enough:
+            self.watched = min(self.watched + self.config.batch_size, len(self._order))
+            fired = self._measure(self._labelled if self.metric.needs_labels else self.watched)
+            if fired is not None and self._due is None:
+                self._note(fired)
+                self._due = _Due(fired, fired + self.config.collect + 1)
+            if self.watched == len(self._order):
+                self._order = joined([self._order, self._live.wait()])
+            if self._due is not None and self._ready(self._due, rounds):
+                self._due = None
+                self._deal_with_drift(rounds)
+                progress.round_begins(WATCHING, total, self.metric_name)
+            else:
+                self.trainer.loop.keeper.poll()
+        if self._due is not None and rounds:
+            self._say("the stream ended before labels followed its last drift: no round for it")
+
+    @property
+    def _enough(self) -> bool:
+        """Whether there were as many rounds as may be."""
+        return 0 < self.config.max_rounds <= len(self.trainer.rounds)
+
+    def _deal_with_drift(self, rounds: bool) -> None:
+        if rounds:
+            self._round()
+        if self.config.reset_detector or not rounds:
+            self.detector.reset()
+        self._quiet_until = self.measured + self.config.cooldown
+        self.trainer.loop.keeper.round_ended()
+
+    @property
+    def _labelled(self) -> int:
+        """Samples, from the start of the stream, whose labels have come."""
+        if self.config.label_delay < 0:
+            return self._pretrained_on
+        return max(self._pretrained_on, self.watched - self.config.label_delay)
+
+    def _ready(self, due: _Due, rounds: bool) -> bool:
+        """Tell whether a drift can be dealt with: enough samples are there, or no more will be."""
+        have = self._labelled if rounds else self.measured
+        if self.watched == len(self._order):
+            return have > due.sample and have >= self._last_round + 2
+        return have >= max(due.ready, self._last_round + 2)
+
+    def _measure(self, until: int) -> int | None:
+        """Feed the detector up to stream position ``until``; return where it fired, or None."""
+        ids = self._order[self.measured : until]
+        if len(ids) == 0:
+            return None
+        values = self._values(ids)
+        fired = self._verdict(values, self._quiet_until - self.measured)
+        sample = None if fired is None else self.measured + fired
+        self.measured = until
+        mean = float(values.mean())
+        self.trainer.parts.tracker.log(
+            {
+                "round": len(self.trainer.rounds),
+                "position": self.watched,
+                f"monitor/{self.metric_name}": mean,
+            },
+            self.trainer.loop.steps,
+        )
+        self.trainer.parts.progress.step(self.watched, mean, 0.0)
+        return sample
+
+    def _note(self, sample: int) -> None:
+        """Note a drift, at the stream position at which it could be known."""
+        late = self.config.label_delay if self.metric.needs_labels else 0
+        self.drifts.append(sample + late)
+        self._say(f"[drift] at stream position {sample + late}")
+
+    def _round(self) -> None:
+        labelled = self._labelled
+        begin = max(self._last_round, labelled - self.config.window)
+        if self.trainer.stage is None:
+            experience = self._form(self._order[begin:labelled])
+            self.trainer.matrix.fill_last(self.trainer.accuracy(experience))
+        self.trainer.run_round(
+            self.experiences[-1], f"drift at {self.drifts[-1]}", held_out=self.experiences
+        )
+        self.trainer.evaluate(self.experiences, seen=len(self.experiences))
+        self._last_round = labelled
+        self._compare_with(self._order[begin:labelled])
+
+    def _form(self, ids: Ids) -> Experience:
+        """Make an experience of stream samples, a random share of them held out."""
+        index = len(self.experiences)
+        order = generator(self.seed, index, _SPLIT).permutation(len(ids))
+        held = max(1, int(self.config.holdout_fraction * len(ids)))
+        experience = Experience(
+            index=index,
+            train=ids[np.sort(order[held:])],
+            test=ids[np.sort(order[:held])],
+            name=f"stream[{len(ids)}]",
+        )
+        self.experiences.append(experience)
+        return experience
+
+    def _values(self, ids: Ids) -> torch.Tensor:
+        """Return the metric of each sample, [B], on the CPU of every rank."""
+        forward, metric = self.trainer.parts.forward, self.metric
+
+        def measure(batch: Batch) -> torch.Tensor:
+            with forward.runtime.autocast():
+                logits = forward.module(batch.x) if metric.needs_model else None
+                values = metric.measure(batch, logits)
+            if values.shape != (len(batch),):
+                raise ConfigError(
+                    f"monitor.metric = '{self.config.metric}' must return one number per sample, "
+                    f"shape [{len(batch)}], but returned {list(values.shape)}"
+                )
+            return values.to(forward.runtime.dtype)
+
+        size = self.trainer.training.eval_batch_size
+        return forward.per_batch(self.trainer.parts.stream, ids, size, measure).cpu()
+
+    def _verdict(self, values: torch.Tensor, quiet: int) -> int | None:
+        """Return where in the block the detector fired, after ``quiet`` samples, or None."""
+        runtime = self.trainer.parts.runtime
+        fired = -1
+        if runtime.is_main:
+            sign = 1 if self.metric.good == "low" else -1
+            for k, value in enumerate(values.tolist()):
+                if self.detector.update(sign * value) and k >= quiet:
+                    fired = k
+                    break
+        answer = int(runtime.all_reduce(torch.tensor(fired, device=runtime.device), "max"))
+        return answer if answer >= 0 else None
+
+    def _say(self, text: str) -> None:
+        if self.trainer.parts.runtime.is_main:
+            log.info(text)
+            self.trainer.parts.progress.message(text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what all ranks share, and rank 0's detector: tensors and plain values."""
+        return {
+            "experiences": [pack_experience(e) for e in self.experiences],
+            "drifts": self.drifts,
+            "places": {name: getattr(self, name) for name in _PLACES},
+            "reference": torch.from_numpy(self._reference.copy()),
+            "due": None if self._due is None else [self._due.sample, self._due.ready],
+            "begun": self._begun,
+            "detector": self.detector.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.experiences[:] = [unpack_experience(e) for e in state["experiences"]]
+        self.drifts[:] = state["drifts"]
+        for name, value in state["places"].items():
+            setattr(self, name, value)
+        self._compare_with(state["reference"].numpy())
+        self._due = None if state["due"] is None else _Due(*state["due"])
+        self._begun = state["begun"]
+        self.detector.load_state_dict(state["detector"])

@@ -1,0 +1,93 @@
+"""theta_star: the weights at the start of the round before, held as owned slices, 1/W per rank."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.partition import Partition, create_partition
+
+
+class Anchor:
+    """theta_star over parameters and buffers. A new anchor equals the weights as they are.
+
+    ``theta_star``: name -> 1-D tensor, the slices that this rank owns (``Partition.owned``).
+    They stay where the weights are, or on ``device`` (pinned, where that is the host of a GPU).
+    ``older``: what theta_star was in earlier rounds, newest first, at most ``keep`` - 1; 1/W each.
+    """
+
+    def __init__(
+        self, partition: Partition, keep: int = 1, device: torch.device | None = None
+    ) -> None:
+        self._partition = partition
+        self._keep = keep
+        self.theta_star = {
+            name: _copy(view, device or view.device) for name, view in partition.owned().items()
+        }
+        self.older: list[dict[str, torch.Tensor]] = []
+        self._begun = False  # whether theta_star is the start of a round
+
+    @classmethod
+    def of(cls, runtime: Runtime, model: nn.Module) -> Anchor:
+        """Return the anchor of a model that ``runtime.prepare`` returned. Local."""
+        return cls(create_partition(runtime, model))
+
+    def refresh(self) -> None:
+        """theta_star <- the current weights. Local.
+
+        Call it after the round's priorities are computed and before its first step; see
+        ``Updater.cl_preprocessing``.
+        """
+        if self._keep > 1 and self._begun:
+            self.older.insert(0, {n: _copy(v, v.device) for n, v in self.theta_star.items()})
+            del self.older[self._keep - 1 :]
+        self._begun = True
+        self._take()
+
+    def restart(self) -> None:
+        """theta_star <- the current weights, and forget what it was before. Local."""
+        self.older.clear()
+        self._begun = False
+        self._take()
+
+    def _take(self) -> None:
+        with torch.no_grad():
+            for name, view in self._partition.owned().items():
+                self.theta_star[name].copy_(view)
+
+    def swapped_in(self, back: int = 0) -> AbstractContextManager[None]:
+        """Return a context in which the model computes with theta_star, in place. Collective.
+
+        ``back`` > 0 takes ``older[back - 1]`` instead. The weights are put back exactly, also when
+        the body raises. Enter ``torch.inference_mode`` inside it, not outside.
+        """
+        return self._partition.swapped(self.older[back - 1] if back else self.theta_star)
+
+    def put_back(self) -> None:
+        """The current weights <- theta_star. Collective."""
+        with self.swapped_in():
+            self._take()  # so that what is swapped out again is theta_star too
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's slices (not copies): theta_star, and the older ones."""
+        return {
+            "theta_star": dict(self.theta_star),
+            "older": [dict(old) for old in self.older],
+            "begun": self._begun,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the slices of the same rank of the same number of ranks."""
+        for name, value in self.theta_star.items():
+            value.copy_(state["theta_star"][name])
+        self.older = [{n: v.clone() for n, v in old.items()} for old in state["older"]]
+        self._begun = state["begun"]
+
+
+def _copy(view: torch.Tensor, device: torch.device) -> torch.Tensor:
+    pinned = device.type == "cpu" and view.device.type == "cuda"
+    return torch.empty_like(view, device=device, pin_memory=pinned).copy_(view)

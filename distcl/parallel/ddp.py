@@ -1,0 +1,252 @@
+"""Whole weights, gradients and optimizer state on every rank (DDP), or one process alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distcl.config import ParallelConfig, RunConfig
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.flat_shards import (
+    Whole,
+    average_buffers,
+    cut_by_dtype,
+    deliver,
+    flat,
+    restoring,
+)
+from distcl.parallel.partition import Fetch, OptimizerState
+from distcl.parallel.strategy import MakeOptimizer, Strategy, trainable
+
+_MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class DDP(Strategy):
+    """``ddp``: under bf16 and fp16, float32 weights and torch's autocast."""
+
+    def __init__(self, run: RunConfig, parallel: ParallelConfig) -> None:
+        super().__init__(run, parallel)
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=_MIXED[run.precision],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=self.timeout),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+
+    def prepare(
+        self, model: nn.Module, make_optimizer: MakeOptimizer | None
+    ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+        """See the base class."""
+        dtype = torch.float64 if self.precision == "fp64" else torch.float32
+        model = model.to(self.accelerator.device, dtype)
+        with warnings.catch_warnings():  # accelerate has no word for DDP's newer option yet
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+            model = self.accelerator.prepare(model)
+        if make_optimizer is None:
+            return model, None
+        optimizer = make_optimizer(trainable(model))
+        if self.precision == "fp16":  # otherwise a wrapper only costs time at each step
+            optimizer = self.accelerator.prepare(optimizer)
+        return model, optimizer
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """See the base class."""
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """See the base class."""
+        if self.precision in ("bf16", "fp16"):
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+            return torch.autocast(self.accelerator.device.type, dtype=dtype)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See the base class."""
+        if self.precision == "fp16":
+            self.accelerator.backward(loss)
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """See the base class."""
+        if isinstance(model, DistributedDataParallel) and not last:
+            return model.no_sync()
+        return nullcontext()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """See the base class."""
+        if self.precision == "fp16":
+            self.accelerator.unscale_gradients(optimizer)
+
+
+# Replicated weights (plain process, DDP): every rank computes with all, owns 1/W of them.
+
+
+class Replicated:
+    """The partition of a model whose weights are whole on every rank. See ``base.Partition``."""
+
+    sharded = False
+
+    def __init__(self, runtime: Runtime, model: nn.Module) -> None:
+        module = runtime.unwrap(model)
+        self._runtime = runtime
+        self._parameters = dict(module.named_parameters())
+        self._buffers = dict(module.named_buffers())
+        self._whole = Whole(self._parameters, cut_by_dtype(runtime, self._parameters))
+        self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
+
+    def owned(self) -> dict[str, torch.Tensor]:
+        """My slices, live views."""
+        return {**self._whole.owned(), **self._rest.owned()}
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Where in each tensor my slice lies."""
+        return {**self._whole.ranges(), **self._rest.ranges()}
+
+    def load(self, fetch: Fetch) -> None:
+        """Replace every weight and buffer. Local."""
+        self._whole.load(fetch)
+        self._rest.load(fetch)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
+        """My slices of what has a parameter's shape, copies not taken. Local."""
+        mine = self.ranges()
+        found = OptimizerState({}, {})
+        for name, parameter in self._parameters.items():
+            if parameter not in optimizer.state:
+                continue
+            plain = found.plain.setdefault(name, {})
+            for key, value in optimizer.state[parameter].items():
+                if value is None:
+                    continue
+                value = torch.as_tensor(value)
+                if value.shape != parameter.shape or value.dim() == 0:
+                    plain[key] = value
+                elif name in mine:
+                    part = flat(name, value)[slice(*mine[name])]
+                    found.slices.setdefault(key, {})[name] = part
+        return found
+
+    def load_optimizer_state(
+        self,
+        optimizer: torch.optim.Optimizer,
+        fetch: Mapping[str, Fetch],
+        plain: Mapping[str, Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Restore whole states on every rank. Local."""
+        for name, parameter in self._parameters.items():
+            if name not in plain:
+                continue
+            state = {key: value.clone() for key, value in plain[name].items()}
+            for key, read in fetch.items():
+                whole = torch.empty_like(parameter)
+                flat(name, whole).copy_(read(name, 0, parameter.numel()))
+                state[key] = whole
+            optimizer.state[parameter] = state
+
+    def trainable(self) -> dict[str, torch.Tensor]:
+        """My slices of the parameters that take gradients, live views."""
+        grads = {n for n, p in self._parameters.items() if p.requires_grad}
+        return {name: view for name, view in self._whole.owned().items() if name in grads}
+
+    def grads(self) -> dict[str, torch.Tensor]:
+        """My slices of the gradients, live views."""
+        mine = self.ranges()
+        return {
+            name: self._flat_grad(name, parameter)[slice(*mine[name])]
+            for name, parameter in self._parameters.items()
+            if name in mine and parameter.grad is not None
+        }
+
+    def add_grad_(self, slices: Mapping[str, torch.Tensor]) -> None:
+        """Add my slices, gathered from all ranks, to the gradients. Collective."""
+        grads: dict[str, torch.Tensor] = {}
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                grads[name] = self._flat_grad(name, parameter)
+        if self._runtime.world_size == 1:  # slices are whole
+            for name in slices:
+                if name in grads:
+                    grads[name] += slices[name]
+            return
+
+        def add(name: str, a: int, b: int, values: torch.Tensor) -> None:
+            if name in grads:
+                grads[name][a:b] += values
+
+        def take(name: str, a: int, b: int) -> torch.Tensor | None:
+            return slices[name][a:b] if name in slices else None
+
+        for cut in self._whole.cuts:
+            if cut.dtype.is_floating_point:
+                cut.spread(take, add)
+
+    def add_full_grads_(self, grads: Mapping[str, torch.Tensor], owners: Mapping[str, int]) -> None:
+        """Broadcast each rank's tensors, a bucket at a time, and add them. Collective."""
+
+        def add(name: str, values: torch.Tensor) -> None:
+            parameter = self._parameters[name]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad += values.view(parameter.shape)
+
+        dtypes = {name: p.dtype for name, p in self._parameters.items()}
+        sizes = {name: p.numel() for name, p in self._parameters.items()}
+        deliver(self._runtime, dtypes, sizes, grads, owners, add)
+
+    def scale_grads_(self, factor: torch.Tensor) -> None:
+        """Multiply every gradient. Local."""
+        for parameter in self._parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Sum over ranks, bucket by bucket; keep my slices. Collective."""
+        return {**self._whole.reduce(full), **self._rest.reduce(full)}
+
+    @contextmanager
+    def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Exchange the weights with ``slices``, and back. Collective."""
+        buffers = self._rest.copies()  # each rank's own: they differ where it saw other samples
+
+        def restore(raised: bool) -> None:
+            self._whole.exchange(slices)
+            self._rest.put_back(buffers)
+
+        self._whole.exchange(slices)
+        self._rest.put(slices)
+        with restoring(self._runtime, restore):
+            yield
+
+    def inference(self) -> AbstractContextManager[None]:
+        """``torch.inference_mode``: forwards change nothing that lasts. Local."""
+        return torch.inference_mode()
+
+    def gather(self, name: str) -> torch.Tensor:
+        """Weights are whole here: a copy. Local."""
+        held = self._buffers if name in self._buffers else self._parameters
+        return held[name].detach().clone()
+
+    def sync_buffers(self) -> None:
+        """Average floating-point buffers; others (counters) take the largest. Collective."""
+        average_buffers(self._runtime, self._buffers)
+
+    @staticmethod
+    def _flat_grad(name: str, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the gradient as a live 1-D view in the order of the parameter's memory."""
+        assert parameter.grad is not None
+        if parameter.grad.stride() != parameter.stride():
+            parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+        return flat(name, parameter.grad)

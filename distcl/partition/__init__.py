@@ -1,1 +1,0 @@
-"""Who owns which slice of the weights, one module per layout."""

@@ -1,0 +1,101 @@
+"""What a run leaves behind when it is done: ``summary.json`` and the final weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from distcl.checkpoint.state import weights
+from distcl.config import Config
+from distcl.distributed.memory import peak_memory
+from distcl.errors import CheckpointError
+from distcl.reporting.status import finite
+from distcl.training.accuracy_matrix import AccuracyMatrix
+from distcl.training.trainer import ContinuousTrainer, Parts
+
+
+def chance(trainer: ContinuousTrainer) -> float | None:
+    """Return what a model that knows nothing would score, or None where that is unknown."""
+    classes = trainer.parts.stream.spec.classes
+    if classes:
+        return 1.0 / classes
+    return 0.0 if trainer.metric == "r2" else None
+
+
+def summarize(
+    trainer: ContinuousTrainer,
+    baseline: Sequence[float | None],
+    drifts: list[int],
+    config: Config,
+    seconds: float,
+    setup_seconds: float,
+) -> dict[str, Any]:
+    """Return the contents of ``summary.json``. Collective.
+
+    ``seconds`` are of the whole run, ``setup_seconds`` of its last start, until it could train.
+    """
+    matrix: AccuracyMatrix = trainer.matrix
+    runtime = trainer.parts.runtime
+    stages = [*([trainer.pretraining] if trainer.pretraining else []), *trainer.rounds]
+    trained = sum(float(r["train_seconds"]) for r in trainer.rounds)
+    if trainer.pretraining:
+        trained += float(trainer.pretraining["train_seconds"])
+    summary = {
+        "status": "done",
+        "world_size": runtime.world_size,
+        "strategy": config.parallel.strategy,
+        "seconds": seconds,
+        "setup_seconds": setup_seconds,
+        "samples_per_second": trainer.loop.samples / trained if trained else None,
+        "seed": config.run.seed,
+        "metric": trainer.metric,
+        "accuracy": matrix.rows(),
+        "average_accuracy": matrix.average_accuracy(),
+        "average_forgetting": matrix.average_forgetting(),
+        "backward_transfer": matrix.backward_transfer(),
+        "forward_transfer": matrix.forward_transfer(baseline),
+        "average_anytime_accuracy": matrix.average_anytime_accuracy(),
+        "worst_experience_accuracy": matrix.worst_experience_accuracy(),
+        "drifts": drifts,
+        "bad_samples": trainer.bad.count,
+        "pretrain": trainer.pretraining,
+        "evaluate_seconds": trainer.evaluate_seconds,
+        "compute": _sum_of(stage["compute"] for stage in stages),
+        "flops": _flops_of(stages),
+        "peak_memory": runtime.gather_objects(peak_memory(runtime.device)),
+        "rounds": trainer.rounds,
+    }
+    cleaned: dict[str, Any] = finite(summary)
+    return cleaned
+
+
+def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total = {"scored": 0, "trained": 0, "units": 0}
+    for one in counts:
+        total = {key: total[key] + one[key] for key in total}
+    return total
+
+
+def _flops_of(stages: Iterable[dict[str, Any]]) -> int | None:
+    counts = [stage.get("flops") for stage in stages]  # a run resumed may know stages without
+    return None if None in counts else sum(counts)  # type: ignore[arg-type]
+
+
+def save_final(parts: Parts, path: Path) -> None:
+    """Write parameters and buffers to a safetensors file, by rank 0. Collective.
+
+    The file is there as a whole or not at all; raises CheckpointError if it cannot be written.
+    """
+    state = weights(parts)
+    if parts.runtime.is_main:
+        part = path.with_name(f".{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(state, str(part))
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"'{path}' cannot be written: {error}") from error

@@ -1,0 +1,96 @@
+"""How a round mixes current data and history: how many draws of each, in groups to draw from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distcl.config import ContinualLearningConfig, TrainingConfig
+from distcl.priority.round_weights import RoundWeights, joined
+from distcl.priority.weighting import Sums, Weights
+from distcl.sampling.sampler import Part
+from distcl.types import Ids, frozen
+
+MAIN, HISTORY = 0, 1
+"""The plan of the training batches, and that of history batches for updaters that take them."""
+
+
+class Mix:
+    """The sizes of rounds, by ``training.*`` and ``continual_learning.*``. All is local.
+
+    ``union``: current data and history are drawn by common weights, as one group.
+    """
+
+    def __init__(
+        self, training: TrainingConfig, continual: ContinualLearningConfig, union: bool
+    ) -> None:
+        self._training = training
+        self._ratio = continual.current_ratio
+        self._mixed = continual.mix_historic_data
+        self._union = union
+        self.sizes = {
+            MAIN: training.batch_size,
+            HISTORY: continual.replay_batch_size or training.batch_size,
+        }
+        """The global batch size of each plan."""
+
+    def draws(self, current: int, history: int) -> tuple[int, int]:
+        """Return how many current and history samples a pass draws into training batches."""
+        history = history if self._mixed else 0
+        if self._ratio == 1.0:
+            return current, history
+        return max(1, int(self._ratio * current)), int((1 - self._ratio) * history)
+
+    def steps(self, current: int, history: int, epochs: int | None = None) -> int:
+        """Return the number of steps of a round, or of ``epochs`` passes."""
+        of_a_pass = -(-sum(self.draws(current, history)) // self.sizes[MAIN])
+        if epochs is not None:
+            return epochs * of_a_pass
+        steps = self._training.steps_per_round or self._training.epochs * of_a_pass
+        return max(1, round(self._training.step_factor * steps))
+
+    def replays(self, current: int, history: int, history_batch: bool) -> float:
+        """Return how often a round draws a stored sample, on average."""
+        if not history:
+            return 0.0
+        drawn = self.draws(current, history)
+        mixed = self.sizes[MAIN] * drawn[1] / sum(drawn)
+        steps = self.steps(current, history)
+        return steps * (mixed + history_batch * self.sizes[HISTORY]) / history
+
+    def groups(
+        self, weights: RoundWeights, current: Ids, history: Ids, replayed: bool
+    ) -> dict[int, list[Part]]:
+        """Return what each plan draws from; ``replayed``: there are history batches.
+
+        Ids and weights are read-only, so that plans share them: nothing may change them later.
+        """
+        mine, stored = weights.held(current, history)
+        drawn = self.draws(len(current), len(history))
+        main = [_part(mine, weights.current, drawn[0], weights.over[0])]
+        if drawn[1]:
+            main.append(_part(stored, weights.history, drawn[1], weights.over[1]))
+            if self._union and weights.history is not None:
+                main = [_union(main[0], main[1], stands_for=len(history))]
+        groups = {MAIN: main}
+        if replayed:
+            groups[HISTORY] = [_part(stored, weights.history, len(history), weights.over[1])]
+        return groups
+
+
+def _part(ids: Ids, weights: Weights | None, draws: int, over: Sums) -> Part:
+    return Part(frozen(ids), None if weights is None else frozen(weights), draws, over)
+
+
+def _union(current: Part, stored: Part, stands_for: int) -> Part:
+    """Return one group that draws from both by their common weights.
+
+    ``stored`` stands for so many samples: each one of a pool counts for several.
+    """
+    assert current.weights is not None and stored.weights is not None
+    each = stands_for / stored.over.number(stored.ids)
+    return _part(
+        np.concatenate([current.ids, stored.ids]),
+        np.concatenate([current.weights, stored.weights * each]),
+        current.draws + stored.draws,
+        joined(current.over, stored.over),
+    )

@@ -1,0 +1,255 @@
+"""What a round has drawn so far: its digest, and how often each sample came."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distcl.distributed.runtime import Runtime
+from distcl.priority.population import Dealer
+from distcl.priority.weighting import WHOLE, Sums, Weights
+from distcl.types import Ids
+
+Drawn = Ids | list[tuple[int, Ids]]
+"""The ids of a global batch, or of this rank's part of it as (lane, ids)."""
+Told = tuple[dict[str, Any], Ids, Ids]
+"""Statistics of the draws; the ids drawn most and how often, most first."""
+
+
+class Account(Protocol):
+    """Takes in one batch after another."""
+
+    def add(self, drawn: Drawn) -> None:
+        """Take in a batch. Local."""
+        ...
+
+    def digest(self) -> str:
+        """Return the digest of the global batches so far, the same on every rank. Collective."""
+        ...
+
+    def told(self, candidates: int, top: int) -> Told:
+        """Return what the report shows, the same on every rank. Collective."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state: tensors and plain values."""
+        ...
+
+
+class WholeAccount:
+    """Of batches that every rank knows; rank 0 counts. The digest is a chain.
+
+    Of the digest before a batch and the batch's ids, little-endian int64.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._digest = b""
+        self._tally = DrawTally()
+
+    def add(self, drawn: Drawn) -> None:
+        """See :class:`Account`."""
+        assert isinstance(drawn, np.ndarray)
+        self._digest = hashlib.sha256(self._digest + drawn.astype("<i8").tobytes()).digest()
+        if self._runtime.is_main:
+            self._tally.add(drawn)
+
+    def digest(self) -> str:
+        """See :class:`Account`. Local."""
+        return self._digest.hex()
+
+    def told(self, candidates: int, top: int) -> Told:
+        """See :class:`Account`."""
+        return self._runtime.broadcast((self._tally.statistics(candidates), *self._tally.top(top)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`Account`; rank 0's is the one to save."""
+        return {"digest": self._digest.hex(), "tally": self._tally.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self._digest = bytes.fromhex(state["digest"])
+        self._tally.load_state_dict(state["tally"])
+
+
+class LaneAccount:
+    """Of batches of which every rank knows its lanes' part; each counts its own."""
+
+    def __init__(self, runtime: Runtime, dealer: Dealer) -> None:
+        self._runtime = runtime
+        self._dealer = dealer
+        self._digest = LaneDigest(dealer.mine)
+        self._tally = DrawTally()
+
+    def add(self, drawn: Drawn) -> None:
+        """See :class:`Account`."""
+        assert isinstance(drawn, list)
+        self._digest.add(drawn)
+        for _, ids in drawn:
+            self._tally.add(ids)
+
+    def digest(self) -> str:
+        """See :class:`Account`."""
+        return digest_of(self._runtime.gather_objects(self._digest.chains))
+
+    def told(self, candidates: int, top: int) -> Told:
+        """See :class:`Account`."""
+        mine = self._tally.statistics(candidates), *self._tally.top(top)
+        every = self._runtime.gather_objects(mine)
+        statistics = {
+            name: (max if name == "most" else sum)(part[0][name] for part in every)
+            for name in mine[0]
+        }
+        ids, counts = (np.concatenate([part[k] for part in every]) for k in (1, 2))
+        order = np.lexsort((ids, -counts))[:top]
+        return statistics, ids[order], counts[order]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`Account`."""
+        chains = {lane: chain.hex() for lane, chain in self._digest.chains.items()}
+        return {"chains": chains, "tally": self._tally.state_dict()}
+
+    def load_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states of all ranks that there were. Local."""
+        for state in states:
+            for lane, chain in state["chains"].items():
+                if lane in self._digest.chains:
+                    self._digest.chains[lane] = bytes.fromhex(chain)
+            ids, counts = (state["tally"][name].numpy() for name in ("ids", "counts"))
+            own = self._dealer.own(ids)
+            self._tally.put(ids[own], counts[own])
+
+
+class LaneDigest:
+    """SHA-256 of the global batches drawn: a chain in each lane, then over the lanes.
+
+    A chain: of the digest before a batch and the lane's ids in it, little-endian int64. So no rank
+    need know another's draws, and the digest is the same at every world size.
+    """
+
+    def __init__(self, lanes: Sequence[int]) -> None:
+        self.chains = dict.fromkeys(lanes, b"")
+
+    def add(self, parts: Sequence[tuple[int, Ids]]) -> None:
+        """Add this rank's part of a batch, (lane, ids) in order of runs. Local."""
+        for lane, chain in self.chains.items():
+            drawn = b"".join(ids.astype("<i8").tobytes() for at, ids in parts if at == lane)
+            self.chains[lane] = hashlib.sha256(chain + drawn).digest()
+
+
+def digest_of(chains: Sequence[dict[int, bytes]]) -> str:
+    """Return the digest, in hex, of the chains of all ranks' lanes; '' if nothing was drawn."""
+    every = {lane: chain for part in chains for lane, chain in part.items()}
+    joined = b"".join(every[lane] for lane in sorted(every))
+    return hashlib.sha256(joined).hexdigest() if joined else ""
+
+
+# How often each sample was drawn in a round, and how its weights were spread.
+
+
+BINS = 64
+EDGES: npt.NDArray[np.float64] = np.logspace(-4, 4, BINS + 1)
+"""Bins of a weight histogram, in means: 1 is a sample that is drawn as often as the average one.
+
+They are the same in every round, so that rounds can be compared; what lies outside counts in the
+first or the last bin.
+"""
+
+_BLOCK = 1 << 16  # weights looked at together
+_PENDING = 1 << 20  # draws that are kept before they are merged
+
+
+class DrawTally:
+    """Counts draws by id. Memory: 16 bytes a distinct id, and 8 MiB. Local."""
+
+    def __init__(self) -> None:
+        self._ids: Ids = np.empty(0, dtype=np.int64)
+        self._counts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._pending: list[Ids] = []
+        self._number = 0
+
+    def add(self, ids: Ids) -> None:
+        """Count one draw of each of ``ids``, int64 [b]; an id may be there several times."""
+        self._pending.append(ids)
+        self._number += len(ids)
+        if self._number >= _PENDING:
+            self._merge()
+
+    def counts(self) -> tuple[Ids, npt.NDArray[np.int64]]:
+        """Return (ids, counts), int64 [n] each, of all ids drawn at least once, sorted by id."""
+        self._merge()
+        return self._ids, self._counts
+
+    def top(self, n: int) -> tuple[Ids, npt.NDArray[np.int64]]:
+        """Return (ids, counts) of the ``n`` ids drawn most, most first, equals by id."""
+        ids, counts = self.counts()
+        order = np.argsort(-counts, kind="stable")[:n]
+        return ids[order], counts[order]
+
+    def statistics(self, candidates: int) -> dict[str, Any]:
+        """Return ``draws``, ``distinct`` ids, ``coverage`` (share of candidates) and ``most``."""
+        _, counts = self.counts()
+        return {
+            "draws": int(counts.sum()),
+            "distinct": len(counts),
+            "coverage": len(counts) / candidates if candidates else 0.0,
+            "most": int(counts.max(initial=0)),
+        }
+
+    def put(self, ids: Ids, counts: npt.NDArray[np.int64]) -> None:
+        """Add counts [n] of different ``ids`` [n], none of which has been drawn yet."""
+        self._merge()
+        both = np.concatenate([self._ids, ids])
+        order = np.argsort(both, kind="stable")
+        self._ids, self._counts = both[order], np.concatenate([self._counts, counts])[order]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the counts so far as tensors."""
+        ids, counts = self.counts()
+        return {"ids": torch.from_numpy(ids), "counts": torch.from_numpy(counts)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what ``state_dict`` returned."""
+        self._ids, self._counts = state["ids"].numpy().copy(), state["counts"].numpy().copy()
+        self._pending, self._number = [], 0
+
+    def _merge(self) -> None:
+        if not self._pending:
+            return
+        fresh, counts = np.unique(np.concatenate(self._pending), return_counts=True)
+        both = np.concatenate([self._ids, fresh])
+        self._ids, inverse = np.unique(both, return_inverse=True)
+        merged = np.zeros(len(self._ids), dtype=np.int64)
+        np.add.at(merged, inverse, np.concatenate([self._counts, counts]))
+        self._counts = merged
+        self._pending, self._number = [], 0
+
+
+def weight_histogram(
+    weights: Weights, runtime: Runtime, over: Sums = WHOLE
+) -> npt.NDArray[np.int64]:
+    """Return how many weights [N], in means, lie between ``EDGES``, int64 [BINS]. Collective.
+
+    Every rank counts its part of them: where ``over`` sums slices, those it holds. A weight of 0
+    counts in the first bin.
+    """
+    each = over.number(weights) / over.total(weights)
+    begin, end = runtime.share(len(weights)) if over is WHOLE else (0, len(weights))
+    mine = torch.from_numpy(binned(weights[begin:end], each)).to(runtime.device)
+    counts: npt.NDArray[np.int64] = runtime.all_reduce(mine).cpu().numpy()
+    return counts
+
+
+def binned(weights: Weights, each: float) -> npt.NDArray[np.int64]:
+    """Return how many of ``weights`` [n] times ``each`` lie between ``EDGES``, int64 [BINS]."""
+    counts = np.zeros(BINS, dtype=np.int64)
+    for start in range(0, len(weights), _BLOCK):
+        relative = weights[start : start + _BLOCK] * each
+        places = np.searchsorted(EDGES, relative, side="right")
+        counts += np.bincount(np.clip(places - 1, 0, BINS - 1), minlength=BINS)
+    return counts

@@ -1,0 +1,1 @@
+"""Rounds: the trainer, its steps, evaluation, and what is recorded."""

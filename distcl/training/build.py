@@ -1,0 +1,174 @@
+"""From a configuration to the parts of a trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from distcl.config import Config
+from distcl.data.replay_buffer import CopyingStream
+from distcl.distributed.runtime import Runtime
+from distcl.errors import ConfigError
+from distcl.losses import create_loss
+from distcl.models import create_model
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.inference import ShardedForward
+from distcl.parallel.partition import create_partition
+from distcl.priority.online import Ledger
+from distcl.priority.scoring import Scorer
+from distcl.priority.signals import create_signal
+from distcl.sampling.round_loader import Feed
+from distcl.tracking import create_tracker
+from distcl.training.optimizer import create_optimizer
+from distcl.training.round_report import RoundRecorder
+from distcl.training.trainer import Parts
+from distcl.types import PrioritySignal, Progress, Stream
+from distcl.updaters import UpdaterSetup, create_updater
+
+
+class Quiet:
+    """A progress display that shows nothing."""
+
+    def round_begins(self, title: str, steps: int, metric: str = "loss") -> None:
+        """Ignore it."""
+
+    def step(self, done: int, value: float, samples_per_second: float) -> None:
+        """Ignore it."""
+
+    def message(self, text: str) -> None:
+        """Ignore it."""
+
+
+def assemble(
+    config: Config,
+    runtime: Runtime,
+    stream: Stream,
+    out: Path,
+    progress: Progress | None = None,
+    resume: bool = False,
+) -> Parts:
+    """Build every part of a trainer. Collective. ``resume``: keep what trackers have written."""
+    seed = config.run.seed
+    if config.continual_learning.history_store == "copy":
+        stream = CopyingStream(stream)
+    criterion = create_loss(config.model.loss)
+    model, optimizer = runtime.prepare_training(
+        create_model(config.model, stream.spec, seed),
+        lambda params: create_optimizer(config.optimizer, params),
+    )
+    partition = create_partition(runtime, model)
+    forward = ShardedForward(runtime, model, partition, criterion)
+    signal = create_signal(
+        config.priority.signal,
+        config.priority.options,
+        criterion=criterion,
+        loss=config.model.loss,
+        classes=stream.spec.classes,
+    )
+    importance = config.continual_learning.importance_weighting
+    keep = getattr(signal, "anchors", 1) if importance else 1
+    host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
+    anchor = Anchor(partition, keep, host)
+    scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
+    ledger = None
+    if importance and config.priority.source == "online":
+        ledger = Ledger(runtime, signal, stream.spec.classes)
+    updater = create_updater(
+        config.continual_learning.update_mode,
+        UpdaterSetup(
+            config=config.continual_learning,
+            runtime=runtime,
+            model=model,
+            optimizer=optimizer,
+            partition=partition,
+            anchor=anchor,
+            criterion=criterion,
+            scorer=scorer,
+            seed=seed,
+            pretrained=bool(config.model.pretrained),
+            accumulate=config.training.accumulate,
+            ledger=ledger,
+        ),
+    )
+    if importance:
+        check_priority(config, signal, updater.uses_hist_batch)
+    feed = Feed(
+        runtime,
+        stream,
+        config.training,
+        config.continual_learning,
+        config.priority,
+        config.data,
+        seed,
+        scorer,
+        ledger,
+    )
+    shown = progress if progress is not None and runtime.is_main else Quiet()
+    tracker = create_tracker(config.tracking, out, runtime.rank, resume, shown.message)
+    return Parts(
+        runtime=runtime,
+        stream=stream,
+        model=model,
+        optimizer=optimizer,
+        anchor=anchor,
+        forward=forward,
+        scorer=scorer,
+        updater=updater,
+        feed=feed,
+        tracker=tracker,
+        recorder=RoundRecorder(runtime, out, tracker),
+        progress=shown,
+    )
+
+
+def check_priority(config: Config, signal: PrioritySignal, takes_history: bool) -> None:
+    """Raise ConfigError, naming both, for keys that cannot be combined."""
+    p, mode = config.priority, config.continual_learning.update_mode
+    replays = takes_history or config.continual_learning.mix_historic_data
+
+    def refuse(key: str, why: str) -> None:
+        raise ConfigError(f"{key} does not work with priority.{why}")
+
+    if p.source != "score" and p.target == "history" and not replays:
+        raise ConfigError(
+            f"priority.target = 'history' has nothing to weigh: update_mode = '{mode}' takes no "
+            "history batches, and continual_learning.mix_historic_data is false"
+        )
+    if p.source == "online":
+        if signal.needs_anchor:
+            refuse(
+                f"priority.signal = '{p.signal}', which needs a forward under theta_star,",
+                "source = 'online', which makes none: use entropy, loss, grad_norm or fisher",
+            )
+        if p.draw == "without_replacement":
+            refuse(
+                "priority.draw = 'without_replacement'",
+                "source = 'online', whose weights change while it draws: use systematic",
+            )
+        if p.refresh_steps < 2 * config.data.workers:
+            refuse(
+                f"data.workers = {config.data.workers}",
+                f"refresh_steps = {p.refresh_steps}: they read {2 * config.data.workers} batches "
+                "ahead, which must be less than the steps between two refreshes",
+            )
+    elif p.pool:
+        refuse(
+            f"priority.source = '{p.source}'", f"pool = {p.pool}, which is for source = 'online'"
+        )
+    if p.source == "candidates" and p.guard == "auto":
+        refuse(
+            "priority.guard = 'auto'", "source = 'candidates', which has no weights to judge before"
+        )
+    if p.source == "candidates" and not takes_history and p.target == "history":
+        refuse(
+            "priority.source = 'candidates'",
+            "target = 'history' and mixed batches: use target = 'union', or an update_mode that "
+            "takes history batches",
+        )
+    if p.correction and (p.source == "candidates" or p.draw == "without_replacement"):
+        other = "source = 'candidates'" if p.source == "candidates" else f"draw = '{p.draw}'"
+        refuse(
+            f"priority.correction = {p.correction}",
+            f"{other}, whose draws have no probabilities of their own",
+        )

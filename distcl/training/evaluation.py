@@ -1,0 +1,52 @@
+"""How good the model is on held-out data."""
+
+from __future__ import annotations
+
+import math
+
+from distcl.errors import DivergenceError
+from distcl.losses import per_sample_error, per_sample_squares, r_squared
+from distcl.parallel.inference import ShardedForward
+from distcl.types import Experience, Source
+
+
+class Evaluator:
+    """Scores held-out data by ``metric``: accuracy, or R² in regression."""
+
+    def __init__(
+        self, forward: ShardedForward, source: Source, metric: str, loss_name: str, size: int
+    ) -> None:
+        self._forward = forward
+        self._source = source
+        self._metric = metric
+        self._loss_name = loss_name
+        self._size = size
+
+    def score(self, experience: Experience, when: str) -> float:
+        """Return 1 - mean error of the held-out samples, or R². Collective.
+
+        Raises DivergenceError, saying ``when``, if it is not finite.
+        """
+        if self._metric == "r2":
+            value = r_squared(
+                self._forward.per_sample(
+                    self._source,
+                    experience.test,
+                    self._size,
+                    lambda out, y: per_sample_squares(out.logits, y),
+                )
+            )
+        else:
+            errors = self._forward.per_sample(
+                self._source,
+                experience.test,
+                self._size,
+                lambda out, y: per_sample_error(out.logits, y, self._loss_name),
+            )
+            value = 1.0 - float(errors.double().mean())
+        if not math.isfinite(value):
+            raise DivergenceError(
+                f"{self._metric} on experience {experience.index} is {value} {when}: the model's "
+                "outputs are NaN or infinite"
+            )
+        return value

@@ -1,0 +1,197 @@
+"""What is told of a round in ``summary.json``: its steps, cost, draws, priorities and guard."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.inference import ShardedForward
+from distcl.priority.guard import Judgement, doubts
+from distcl.sampling.draw_log import EDGES
+from distcl.sampling.round_loader import Feed
+from distcl.tracking.tracker import Histogram, Tracker, flat
+from distcl.training.step_loop import Stage
+from distcl.types import Source
+from distcl.updaters import Updater
+
+
+class Reporter:
+    """Makes the reports, the same on every rank."""
+
+    def __init__(
+        self, runtime: Runtime, feed: Feed, forward: ShardedForward, updater: Updater
+    ) -> None:
+        self._runtime = runtime
+        self._feed = feed
+        self._forward = forward
+        self._updater = updater
+
+    def counts(self) -> list[int]:
+        """Return the samples that went through the model so far: forward only, and trained on."""
+        return [self._forward.forwards, self._updater.trained]
+
+    def of_pretraining(self, stage: Stage, seconds: float) -> dict[str, Any]:
+        """Return the report of pretraining that took so long. Collective."""
+        return {"steps": stage.steps, "train_seconds": seconds, **self._common(stage)}
+
+    def of_round(self, stage: Stage, accepted: bool) -> tuple[dict[str, Any], str]:
+        """Return the report of a round, and what the log should say of it, or ''. Collective."""
+        feed = self._feed
+        scored = stage.report["scored"] + feed.forwards
+        candidates = sum(int(r["n"]) for r in feed.weights.report.values())
+        guard, words = self._guard(stage)
+        report = {
+            "round": stage.number,
+            "trigger": stage.trigger,
+            "steps": stage.steps,
+            "train_seconds": stage.seconds - feed.priority_seconds,
+            "priority_seconds": stage.report["priority_seconds"] + feed.priority_seconds,
+            "forward_passes_per_sample": scored / candidates if candidates else 0.0,
+            **self._common(stage),
+            "accepted": accepted,
+            "priority": feed.weights.report,
+            **guard,
+        }
+        return report, words
+
+    def _common(self, stage: Stage) -> dict[str, Any]:
+        of_step = stage.report.get("flops", 0)  # of the first; None where they cannot be counted
+        return {
+            "compute": self._compute(*stage.report["before"]),
+            "flops": None if of_step is None else stage.steps * of_step,
+            "draws_sha256": self._feed.account.digest(),
+            "final_loss": stage.loss,
+        }
+
+    def _compute(self, forwards: int, trained: int) -> dict[str, int]:
+        """Return the samples that went through the model since these counts, over all ranks.
+
+        A forward of a sample is one unit, forward and backward three; evaluation does not count,
+        but what ``training.accept`` looks at does.
+        """
+        now = self.counts()
+        scored, samples = now[0] - forwards, now[1] - trained
+        return {"scored": scored, "trained": samples, "units": scored + 3 * samples}
+
+    def _guard(self, stage: Stage) -> tuple[dict[str, Any], str]:
+        """Return what the guard has to report of a round by priority, and a warning or ''."""
+        judged = Judgement(**stage.report["judged"])
+        if not (stage.report["weighted"] or judged.uniform):
+            return {}, ""
+        staleness = self._feed.staleness
+        found = doubts(self._feed.weights.report, judged.aim, staleness)
+        words = ""
+        if found and not judged.uniform:
+            words = (
+                f"[guard] round {stage.number}: sampling by priority is likely to hurt: "
+                + "; ".join(found)
+            )
+        told = {"uniform": judged.uniform, "aim": judged.aim, "staleness": staleness}
+        return {"guard": told}, words
+
+
+# What a round leaves in ``OUT/draws/`` for the report, and tells the trackers, when it is over.
+
+
+log = logging.getLogger("distcl")
+
+FOLDER = "draws"
+TOP = 24
+"""Samples drawn most that a round's file holds."""
+
+_LARGEST = 64  # pixels of a thumbnail's longer side
+_CHANNELS = (1, 3)
+_UNTOLD = ("trigger", "steps", "draws_sha256", "train_seconds", "priority_seconds")
+"""Of a round's report: no numbers to plot, or other ones each time that the run is repeated."""
+
+
+class RoundRecorder:
+    """Writes ``OUT/draws/round-NNNN.npz`` and logs a round's figures.
+
+    Arrays: ``ids``, ``counts`` int64 [n ≤ TOP] of the samples drawn most, ``labels`` int64 [n] of
+    classes (else [0]), ``thumbnails`` uint8 [n, h, w, channels] of images (else [0]), and of each
+    weighted part, ``cur`` and ``hist``, ``{part}_counts`` int64 [64] and ``{part}_edges``: a
+    histogram of the draw weights that the round began with, or of its candidates, in means.
+    """
+
+    def __init__(self, runtime: Runtime, out: Path, tracker: Tracker) -> None:
+        self._runtime = runtime
+        self._folder = out / FOLDER
+        self._tracker = tracker
+
+    def write(
+        self,
+        report: dict[str, Any],
+        feed: Feed,
+        source: Source,
+        step: int,
+    ) -> None:
+        """Add ``draws`` to a round's report, write its file and log its figures. Collective.
+
+        Afterwards the report is the same on every rank, as it was before.
+        """
+        histograms = {name: Histogram(h, EDGES) for name, h in feed.histograms().items()}
+        report["draws"], ids, counts = feed.account.told(feed.candidates, TOP)
+        if self._runtime.is_main:
+            try:
+                self._save(int(report["round"]), ids, counts, histograms, source)
+            except OSError as error:  # a full disk: the report will show less
+                log.warning(f"[report] draws of round {report['round']} are not kept: {error}")
+        values = {name: value for name, value in report.items() if name not in _UNTOLD}
+        told = {f"priority/{name}/weights": histogram for name, histogram in histograms.items()}
+        self._tracker.log(flat(values) | told, step)
+
+    def _save(
+        self,
+        number: int,
+        ids: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+        histograms: dict[str, Histogram],
+        source: Source,
+    ) -> None:
+        arrays: dict[str, npt.NDArray[Any]] = {"ids": ids, "counts": counts}
+        arrays |= _seen(source, ids)
+        for name, histogram in histograms.items():
+            arrays[f"{name}_counts"] = histogram.counts
+            arrays[f"{name}_edges"] = histogram.edges
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"round-{number:04d}.npz"
+        temporary = path.with_name(f".{path.name}")
+        with temporary.open("wb") as stream:
+            np.savez_compressed(stream, allow_pickle=False, **arrays)
+        temporary.replace(path)
+
+
+def _seen(source: Source, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
+    """Return labels and thumbnails of samples, empty where they have none."""
+    nothing = np.empty(0, dtype=np.uint8)
+    if not len(ids) or getattr(source, "sequential", False):
+        return {"labels": nothing, "thumbnails": nothing}
+    batch = source.read(ids)
+    labels = nothing
+    if isinstance(batch.y, torch.Tensor) and batch.y.dtype == torch.int64 and batch.y.ndim == 1:
+        labels = batch.y.numpy()
+    x = batch.x
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] not in _CHANNELS:
+        return {"labels": labels, "thumbnails": nothing}
+    return {"labels": labels, "thumbnails": thumbnails(x)}
+
+
+def thumbnails(x: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Return images [n, 1 or 3, h, w] as uint8 [n, h', w', 1 or 3], each scaled to its own range.
+
+    Larger ones are thinned out to at most 64 pixels a side.
+    """
+    every = -(-max(x.shape[2:]) // _LARGEST)
+    small = x[:, :, ::every, ::every].float()
+    low = small.amin(dim=(1, 2, 3), keepdim=True)
+    span = (small.amax(dim=(1, 2, 3), keepdim=True) - low).clamp_min(1e-12)
+    scaled = ((small - low) / span * 255).round().to(torch.uint8)
+    pixels: npt.NDArray[np.uint8] = scaled.permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels

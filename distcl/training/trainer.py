@@ -1,0 +1,307 @@
+"""One continual-learning round, top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from distcl.config import Config
+from distcl.data.bad_samples import BadSamples
+from distcl.data.replay_buffer import CopyingStream, History
+from distcl.distributed.memory import give_back
+from distcl.distributed.runtime import Runtime
+from distcl.errors import DivergenceError
+from distcl.losses import judged_by
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.inference import ShardedForward
+from distcl.priority.guard import Judgement, judge
+from distcl.priority.round_weights import RoundWeights
+from distcl.priority.scoring import Scorer
+from distcl.sampling.round_loader import EMPTY, Feed
+from distcl.tracking.tracker import Tracker
+from distcl.training.accuracy_matrix import AccuracyMatrix
+from distcl.training.evaluation import Evaluator
+from distcl.training.optimizer import reset
+from distcl.training.round_report import Reporter, RoundRecorder
+from distcl.training.step_loop import Stage, StepLoop
+from distcl.types import Experience, Progress, Stream
+from distcl.updaters import Round, Updater
+
+log = logging.getLogger("distcl")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a trainer works with, built by ``training.build.assemble`` from a configuration."""
+
+    runtime: Runtime
+    stream: Stream
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    anchor: Anchor
+    forward: ShardedForward
+    scorer: Scorer
+    updater: Updater
+    feed: Feed
+    tracker: Tracker
+    recorder: RoundRecorder
+    progress: Progress
+
+
+class ContinuousTrainer:
+    """Runs rounds. Every method is collective: all ranks call it with the same arguments.
+
+    ``stage`` is the round in progress, if there is one. After a resume it is the one that was
+    interrupted: ``run_round`` or ``pretrain`` on the same experience goes on with it.
+    """
+
+    def __init__(self, parts: Parts, config: Config) -> None:
+        self.parts = parts
+        self.training = config.training
+        self.continual = config.continual_learning
+        self.optimizer_config = config.optimizer
+        self.guarded = config.priority.guard == "auto"
+        self.loss_name = config.model.loss
+        self.metric = judged_by(config.model.loss, parts.stream.spec)
+        self._evaluator = Evaluator(
+            parts.forward, parts.stream, self.metric, self.loss_name, self.training.eval_batch_size
+        )
+        self._reporter = Reporter(parts.runtime, parts.feed, parts.forward, parts.updater)
+        self.pretrained = bool(config.model.pretrained)
+        copies = parts.stream if isinstance(parts.stream, CopyingStream) else None
+        self.history = History(self.continual.buffer_size, config.run.seed, copies)
+        self.bad = BadSamples(parts.stream, parts.runtime)
+        self.matrix = AccuracyMatrix()
+        self.rounds: list[dict[str, Any]] = []
+        self.pretraining: dict[str, Any] | None = None
+        self.evaluate_seconds = 0.0
+        self.stage: Stage | None = None
+        self.loop = StepLoop(
+            parts.runtime,
+            parts.model,
+            parts.optimizer,
+            parts.updater,
+            parts.feed,
+            parts.tracker,
+            parts.progress,
+            config.optimizer,
+            config.training.clip_norm,
+            config.run.poll_steps,
+        )
+
+    def run_round(
+        self, experience: Experience, trigger: str, held_out: Sequence[Experience] = ()
+    ) -> dict[str, Any]:
+        """Train one round on an experience and return its report, as in ``summary.json``.
+
+        ``held_out``: the experiences, old and new, by whose held-out data ``training.accept``
+        judges the round. One that is not accepted is taken back: weights as before, no commit, and
+        its samples stay out of the history.
+        """
+        updater = self.parts.updater
+        stage = self.stage or self._begin_round(experience, trigger, held_out)
+
+        self.loop.run(stage, f"round {stage.number}")  # 4. steps
+
+        clock = time.perf_counter()
+        accepted = self._accepts(stage, held_out)
+        if accepted:
+            if updater.trains:
+                updater.cl_postprocessing(self.parts.stream, stage.experience.train)  # 5. commit
+            self.history.add(stage.experience.train)
+        stage.seconds += time.perf_counter() - clock
+        report = self._report(stage, accepted)
+        self.parts.recorder.write(report, self.parts.feed, self.parts.stream, self.loop.steps)
+        self.rounds.append(report)
+        self.stage = None
+        return report
+
+    def _begin_round(
+        self, experience: Experience, trigger: str, held_out: Sequence[Experience]
+    ) -> Stage:
+        number = len(self.rounds) + 1
+        experience = self.bad.clear(self.history, experience)
+        updater, feed = self.parts.updater, self.parts.feed
+        if self.optimizer_config.between_rounds == "reset":
+            reset(self.parts.optimizer)
+
+        clock = time.perf_counter()
+        before = self._reporter.counts()
+        try:
+            weights, judged = self._compute_priorities(experience, held_out)  # 1. priorities
+        except DivergenceError as error:
+            raise DivergenceError(f"before step 1 of round {number}: {error}") from error
+        scored = self.parts.forward.forwards - before[0]
+        give_back()  # arrays of all samples came and went
+        priority_seconds = time.perf_counter() - clock
+
+        self.announce(experience)
+        updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
+
+        feed.rebuild(  # 3. sampler
+            number, experience.train, self.history.ids(), weights, updater.uses_hist_batch
+        )
+        self.stage = Stage(number, trigger, experience, feed.steps() if updater.trains else 0)
+        self.stage.report = {
+            "priority_seconds": priority_seconds,
+            "scored": scored,
+            "before": before,
+            "weighted": bool(weights.parts) or any(weights.chosen),
+            "judged": asdict(judged),
+        }
+        if self.training.accept == "improves":
+            self.stage.report["held_out"] = self._mean_accuracy(held_out)
+        return self.stage
+
+    def _accepts(self, stage: Stage, held_out: Sequence[Experience]) -> bool:
+        """Tell whether the round may stay; take it back if not. Collective."""
+        before = stage.report.get("held_out")
+        if before is None:
+            return True
+        after = self._mean_accuracy(held_out)
+        if after >= before:
+            return True
+        self._say(
+            f"[accept] round {stage.number} is taken back: mean {self.metric} on held-out data "
+            f"fell from {before:.4f} to {after:.4f}"
+        )
+        self.parts.anchor.put_back()
+        self.parts.updater.taken_back()
+        reset(self.parts.optimizer)
+        return False
+
+    def _mean_accuracy(self, experiences: Sequence[Experience]) -> float:
+        return sum(self.accuracy(e) for e in experiences) / max(1, len(experiences))
+
+    def _report(self, stage: Stage, accepted: bool) -> dict[str, Any]:
+        feed = self.parts.feed
+        for line in feed.weights.lines() if feed.forwards else ():
+            self._say(line)
+        report, words = self._reporter.of_round(stage, accepted)
+        if words:
+            self._say(words)
+        return report
+
+    def pretrain(self, experience: Experience) -> None:
+        """Train plainly on the first experience; afterwards theta_star equals the weights."""
+        updater, feed = self.parts.updater, self.parts.feed
+        if self.stage is None:
+            before = self._reporter.counts()
+            self.announce(experience)
+            feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
+            steps = feed.steps(self.training.pretrain_epochs)
+            self.stage = Stage(0, "pretraining", experience, steps, report={"before": before})
+        stage = self.stage
+        self.loop.run(stage, "pretraining")
+        clock = time.perf_counter()
+        if updater.trains:
+            updater.cl_postprocessing(self.parts.stream, stage.experience.train)
+        self.parts.anchor.restart()
+        self.history.add(stage.experience.train)
+        seconds = stage.seconds + time.perf_counter() - clock
+        self.pretraining = self._reporter.of_pretraining(stage, seconds)
+        self.stage = None
+
+    def evaluate(self, experiences: list[Experience], seen: int) -> list[float]:
+        """Append a row to the accuracy matrix: accuracy, or R², on each one's held-out data.
+
+        6. evaluate. ``seen``: how many of the columns have been trained on.
+        """
+        clock = time.perf_counter()
+        row = [self.accuracy(e) for e in experiences]
+        self.matrix.append(row, seen)
+        seconds = time.perf_counter() - clock
+        self.evaluate_seconds += seconds
+        if self.rounds:
+            self.rounds[-1]["evaluate_seconds"] = seconds
+        values = {f"{self.metric}/{e.index}": a for e, a in zip(experiences, row, strict=True)}
+        self.parts.tracker.log({"round": len(self.rounds), **values}, self.loop.steps)
+        shown = " ".join(f"{a:.3f}" for a in row)
+        self._say(f"[{self.metric}] after round {len(self.rounds)}: {shown}")
+        return row
+
+    def accuracy(self, experience: Experience) -> float:
+        """Return the share of held-out samples that the model gets right; in regression, R²."""
+        test = self.bad.without(experience.test)
+        return self._evaluator.score(
+            replace(experience, test=test), f"after round {len(self.rounds)}"
+        )
+
+    def announce(self, experience: Experience) -> None:
+        """Tell the updater what the round trains on."""
+        ids, history = experience.train, self.history
+        self.parts.updater.begin_round(Round(self.parts.stream, ids, history.ids(), history.after))
+
+    def _compute_priorities(
+        self, experience: Experience, held_out: Sequence[Experience]
+    ) -> tuple[RoundWeights, Judgement]:
+        if not (self.continual.importance_weighting and self.parts.updater.trains):
+            return RoundWeights(), Judgement()
+        history = self.history.ids()
+        weights = self.parts.feed.weigh(
+            len(self.rounds) + 1,
+            experience.train,
+            history,
+            self.parts.updater.uses_hist_batch,
+        )
+        current, stored = weights.held(experience.train, history)
+        self.bad.silence((current, weights.current), (stored, weights.history))
+        judged = judge(
+            self.parts.runtime,
+            self.guarded,
+            weights,
+            history,
+            [(e.train, self._held_out_error(e)) for e in held_out],
+        )
+        if judged.uniform:
+            note = f"[guard] uniform draws in this round: {'; '.join(judged.doubts)}"
+            weights = self.parts.feed.stand_down(weights, note)
+        for line in weights.lines():
+            self._say(line)
+        return weights, judged
+
+    def _held_out_error(self, experience: Experience) -> float | None:
+        """Return 1 - the last measured accuracy (or R²) on an experience, if there is one."""
+        row = (self.matrix.rows() or [[]])[-1]
+        known = row[experience.index] if experience.index < len(row) else None
+        return None if known is None else 1.0 - known
+
+    def _say(self, text: str) -> None:
+        if self.parts.runtime.is_main:
+            log.info(text)
+            self.parts.progress.message(text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what all ranks share: tensors and plain values."""
+        return {
+            "rounds": self.rounds,
+            "pretraining": self.pretraining,
+            "matrix": self.matrix.state_dict(),
+            "history": self.history.state_dict(),
+            "bad": self.bad.state_dict(),
+            "evaluate_seconds": self.evaluate_seconds,
+            "steps": self.loop.steps,
+            "samples": self.loop.samples,
+            "trained": self.parts.updater.trained,
+            "stage": None if self.stage is None else self.stage.state_dict(),
+            "feed": None if self.stage is None else self.parts.feed.state_dict(self.stage.done),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.rounds, self.pretraining = state["rounds"], state["pretraining"]
+        self.matrix.load_state_dict(state["matrix"])
+        self.history.load_state_dict(state["history"])
+        self.bad.load_state_dict(state["bad"])
+        self.evaluate_seconds = state["evaluate_seconds"]
+        self.loop.steps, self.loop.samples = state["steps"], state["samples"]
+        self.parts.updater.trained = state["trained"]
+        if state["stage"] is not None:
+            self.stage = Stage.from_state(state["stage"])
+            self.parts.feed.load_state_dict(state["feed"])

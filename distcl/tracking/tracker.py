@@ -257,6 +257,7 @@ class MlflowTracker(AccelerateTracker):
         if self._files:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else it refuses files
             mlflow.set_tracking_uri((out / "mlruns").absolute().as_uri())
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # which that sets: not for the next run
         super().__init__(kind, config, out, run_id)
         self._held = int(self._service.tracker.data.metrics.get("call", -1)) + 1
 

@@ -236,7 +236,7 @@ class AccelerateTracker(ServiceTracker):
 
     def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
         """Log the final numbers."""
-        self.send({"final": summary}, self._step, self._calls)
+        AccelerateTracker.send(self, {"final": summary}, self._step, self._calls)
 
     def finish(self, ending: Ending = "done") -> None:
         """Close the run, or this process's part of it."""

@@ -42,6 +42,7 @@ def test_a_run_that_is_requeued_is_one_run_with_each_step_once(tmp_path):
     history = client.get_metric_history(run.info.run_id, "loss")
     assert sorted((m.step, m.value) for m in history) == [(n, 1.0 / (n + 1)) for n in range(4)]
     assert run.data.metrics["final/average_accuracy"] == 0.75
+    assert run.data.metrics["call"] == 3  # of four; a run that is extended goes on with the fifth
     assert run.data.params["training.epochs"] == "3"
     assert (run.info.run_name, run.info.status) == ("n", "FINISHED")
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -242,7 +243,7 @@ class Job:
         summary = summarize(trainer, baseline, drifts, config, seconds, setup)
         if runtime.is_main:
             folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
-        self.tracker.summarize(summary)
+        self.tracker.summarize(summary, partial(_draw_matrix, summary))
         self.tracker.finish()
         folder.status("done", 0, "")
         if runtime.is_main and config.run.report:
@@ -267,6 +268,14 @@ class Job:
             log.info(text)
             if self._progress is not None:
                 self._progress.message(text)
+
+
+def _draw_matrix(summary: dict[str, Any], path: Path) -> None:
+    from distcl.reporting import plots
+
+    matrix, metric = summary["accuracy"], str(summary.get("metric", "accuracy"))
+    names = [str(i + 1) for i in range(len(matrix))]
+    plots.save_png(plots.matrix(matrix, names, metric), path)
 
 
 def train(trainer: ContinuousTrainer, state: JobState | None = None) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
+import pkgutil
 import reprlib
 import sys
 from collections.abc import Callable, Iterable
@@ -180,15 +180,12 @@ def resolve(kind: str, name: str) -> Factory:
     target = _parts[kind, name].target if (kind, name) in _parts else name
     if not isinstance(target, str):
         return target
-    module_name, _, attribute = target.partition(":")
     if "" not in sys.path:  # a console script does not have the user's folder on its path
         here = str(Path.cwd())
         sys.path.insert(0, here) if here not in sys.path else None
     try:
-        found: Any = importlib.import_module(module_name)
-        for piece in attribute.split("."):
-            found = getattr(found, piece)
-    except (ImportError, AttributeError) as error:
+        found: Any = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{kind} '{name}' cannot be imported: {error}") from error
     if not callable(found):
         raise ConfigError(f"{kind} '{name}' is not callable")

@@ -8,7 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from distcl.config.base import Section
 
-TrackerKind = Literal["jsonl", "wandb", "mlflow", "none"]
+TrackerKind = Literal[
+    "jsonl", "wandb", "mlflow", "tensorboard", "comet_ml", "aim", "clearml", "dvclive", "none"
+]
 
 
 class ParallelConfig(Section):
@@ -95,7 +97,7 @@ class TrackingConfig(Section):
     """Where metrics go. ``OUT/metrics.jsonl`` is written unless kind is none."""
 
     kind: TrackerKind | list[TrackerKind] = Field(
-        "jsonl", description="jsonl, wandb, mlflow or none; or a list of them"
+        "jsonl", description="jsonl, a service, or none; or a list of them"
     )
     project: str = Field("distcl", min_length=1, description="project, or experiment, of the run")
     name: str = Field("", description="name of the run; empty: that of the run folder")
@@ -108,7 +110,7 @@ class TrackingConfig(Section):
     @classmethod
     def _kind(cls, value: TrackerKind | list[TrackerKind]) -> TrackerKind | list[TrackerKind]:
         if isinstance(value, list) and ("none" in value or not value or _repeats(value)):
-            raise ValueError("a list holds one or more of jsonl, wandb, mlflow, each once")
+            raise ValueError("a list holds jsonl and services, one or more, each once")
         return value
 
     @property

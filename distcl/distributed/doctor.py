@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Literal
 
 import psutil
 import torch
+from packaging.requirements import Requirement
 
 from distcl.config import RunConfig
 from distcl.config.load import load_config
@@ -28,7 +28,6 @@ from distcl.errors import UsageError
 Level = Literal["ok", "note", "warning", "broken"]
 
 _GIB = 2**30
-_REQUIREMENT = re.compile(r"([\w.-]+)[^;]*(?:;.*extra == [\"']([\w-]+)[\"'])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +78,13 @@ def _packages() -> Iterator[Finding]:
         yield Finding("note", "distcl", "is not installed, but runs from its source folder")
         return
     missing: dict[str, list[str]] = {}
-    for requirement in importlib.metadata.requires("distcl") or []:
-        found = _REQUIREMENT.match(requirement)
-        if found is None:
-            continue
-        name, extra = found[1], found[2] or ""
+    extras = about.get_all("Provides-Extra") or []
+    for text in importlib.metadata.requires("distcl") or []:
+        requirement = Requirement(text)
+        name, marker = requirement.name, requirement.marker
+        wanted = (e for e in ("", *extras) if not marker or marker.evaluate({"extra": e}))
+        if (extra := next(wanted, None)) is None:
+            continue  # not on this platform
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -93,7 +94,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding("ok", name, version)
     for name in missing.pop("", []):
         yield Finding("broken", name, f"not installed; type: pip install {name}")
-    for extra in about.get_all("Provides-Extra") or []:
+    for extra in extras:
         lacks = missing.get(extra)
         text = f"lacks {', '.join(lacks)}; pip install 'distcl[{extra}]'" if lacks else "installed"
         yield Finding("note" if lacks else "ok", f"extra {extra}", text)

@@ -11,14 +11,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from distcl.errors import UsageError
 from distcl.reporting.comparison import MEASURES, TOLERANCE, Arm, Outcome, Plan
 from distcl.reporting.status import finite
-
-# Statistics of runs in pairs: the same seeds under two variants. Plain numpy and scipy.
-
 
 LEVEL = 0.95
 """Of the confidence intervals."""
@@ -48,12 +44,13 @@ def paired(theirs: Sequence[float], ours: Sequence[float]) -> Paired:
     mean = float(differences.mean()) if n else math.nan
     if n < 2:
         return Paired(n, mean, math.nan, math.nan, math.nan)
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
-    if error <= 1e-12 * max(1.0, abs(mean)):
+    if np.ptp(differences) <= 1e-12 * max(1.0, abs(mean)):
         return Paired(n, mean, mean, mean, 1.0 if abs(mean) <= 1e-12 else 0.0)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
-    return Paired(n, mean, mean - half, mean + half, p)
+    from scipy import stats
+
+    test = stats.ttest_rel(theirs, ours)
+    low, high = test.confidence_interval(LEVEL)
+    return Paired(n, mean, float(low), float(high), float(test.pvalue))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import uuid
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from distcl.config import TrackingConfig
 from distcl.errors import ConfigError
-from distcl.tracking.tracker import JsonlTracker, Tracker, Trackers, _failed, log
+from distcl.tracking.tracker import (
+    AccelerateTracker,
+    JsonlTracker,
+    MlflowTracker,
+    ServiceTracker,
+    Tracker,
+    Trackers,
+    failure,
+    log,
+)
 
 _IDS = "tracking.json"
-_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+_INSTALL = {
+    "wandb": "distcl[wandb]",
+    "mlflow": "distcl[mlflow]",
+    "tensorboard": "distcl[tensorboard]",
+    "aim": "aim<4",
+}
+"""What to install for a service's package, where it is not that package itself."""
 
 
 def create_tracker(
@@ -31,38 +46,40 @@ def create_tracker(
     """
     if rank != 0 or config.kinds == ["none"]:
         return Trackers()
-    for kind in config.kinds:
-        package = _PACKAGES.get(kind, "json").partition("-")[0]
-        if importlib.util.find_spec(package) is None:
+    services = [kind for kind in config.kinds if kind != "jsonl"]
+    for kind in services:
+        if importlib.util.find_spec(kind) is None:
             raise ConfigError(
-                f"tracking.kind = '{kind}' needs the package {_PACKAGES[kind]}: "
-                f"pip install 'distcl[{kind}]'"
+                f"tracking.kind = '{kind}' needs the package {kind}: "
+                f"pip install '{_INSTALL.get(kind, kind)}'"
             )
+    path = out / _IDS
+    ids: dict[str, str] = {}
+    if resume and path.exists():
+        ids = json.loads(path.read_text(encoding="utf-8"))
     trackers: list[Tracker] = [JsonlTracker(out / "metrics.jsonl", resume)]
-    for kind in config.kinds:
+    for kind in services:
         try:
-            if kind == "wandb":
-                from distcl.tracking.wandb import WandbTracker
-
-                trackers.append(WandbTracker(config, out, _id(out, kind, resume), tell))
-            elif kind == "mlflow":
-                from distcl.tracking.mlflow import MlflowTracker
-
-                trackers.append(MlflowTracker(config, out, _id(out, kind, resume), tell))
+            trackers.append(tracker := _service(kind, config, out, ids.get(kind, ""), tell))
+            ids[kind] = tracker.id
         except Exception as error:  # whatever a service or its client raises
-            tell(f"[tracking] {_failed(kind, error)}")
+            tell(f"[tracking] {failure(kind, error)}")
+    if ids:
+        temporary = path.with_name(f".{_IDS}")
+        temporary.write_text(json.dumps(ids) + "\n", encoding="utf-8")
+        temporary.replace(path)
     return Trackers(trackers, tell)
 
 
-def _id(out: Path, kind: str, resume: bool) -> str:
-    """Return the id of the run at a service: of ``out/tracking.json`` if it goes on, else new."""
-    path = out / _IDS
-    known: dict[str, str] = {}
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-    if not resume or kind not in known:
-        known[kind] = uuid.uuid4().hex[:12]
-        temporary = path.with_name(f".{_IDS}")
-        temporary.write_text(json.dumps(known) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    return known[kind]
+def _service(
+    kind: str, config: TrackingConfig, out: Path, run_id: str, tell: Callable[[str], None]
+) -> ServiceTracker:
+    if kind == "wandb":
+        from distcl.tracking.wandb import WandbTracker
+
+        return WandbTracker(config, out, run_id, tell)
+    if kind != "mlflow":
+        return AccelerateTracker(kind, config, out, run_id)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        tell("[tracking] MLflow has no server (MLFLOW_TRACKING_URI), so it writes OUT/mlruns")
+    return MlflowTracker(kind, config, out, run_id)

@@ -6,8 +6,11 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterable
+import tomllib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +18,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from distcl import __version__
+from distcl.config import TrackingConfig
 from distcl.errors import UsageError
 
 _RESERVED = ("step", "time", "nonfinite")
@@ -36,8 +41,11 @@ class Tracker(Protocol):
         """
         ...
 
-    def summarize(self, summary: dict[str, Any]) -> None:
-        """Record the contents of ``summary.json`` when the run is over."""
+    def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
+        """Record the contents of ``summary.json`` when the run is over.
+
+        ``draw`` writes the accuracy matrix as a PNG file, for a tracker that takes images.
+        """
         ...
 
     def checkpoint(self, path: Path) -> None:
@@ -73,9 +81,9 @@ class Trackers:
         """Pass values on to every tracker."""
         self._each(lambda tracker: tracker.log(values, step))
 
-    def summarize(self, summary: dict[str, Any]) -> None:
+    def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
         """Pass the summary on to every tracker."""
-        self._each(lambda tracker: tracker.summarize(summary))
+        self._each(lambda tracker: tracker.summarize(summary, draw))
 
     def checkpoint(self, path: Path) -> None:
         """Pass it on to every tracker."""
@@ -88,11 +96,11 @@ class Trackers:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every tracker, by its kind."""
-        return {type(tracker).__name__: tracker.state_dict() for tracker in self._trackers}
+        return {_kind(tracker): tracker.state_dict() for tracker in self._trackers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, also for a tracker that was not there."""
-        self._each(lambda t: t.load_state_dict(state.get(type(t).__name__, {})))
+        self._each(lambda t: t.load_state_dict(state.get(_kind(t), {})))
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
@@ -100,8 +108,7 @@ class Trackers:
                 act(tracker)
             except Exception as error:  # whatever a service or its client raises
                 self._trackers.remove(tracker)
-                kind = type(tracker).__name__.removesuffix("Tracker").lower()
-                self._warn(f"[tracking] {_failed(kind, error)}")
+                self._warn(f"[tracking] {failure(_kind(tracker), error)}")
 
 
 class JsonlTracker:
@@ -131,7 +138,7 @@ class JsonlTracker:
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
 
-    def summarize(self, summary: dict[str, Any]) -> None:
+    def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
         """Do nothing: ``summary.json`` is beside the file."""
 
     def checkpoint(self, path: Path) -> None:
@@ -152,7 +159,194 @@ class JsonlTracker:
             self._file.seek(0, os.SEEK_END)
 
 
-def _failed(kind: str, error: Exception) -> str:
+class ServiceTracker(Tracker):
+    """Sends what the service lacks. ``id``: of the run at the service, to go on in it.
+
+    Calls are numbered, so that the run there has each of them once. ``held``: calls that it has
+    from earlier processes of the run. ``metrics.jsonl`` has every call; a run that goes on from a
+    checkpoint first sends from there what was lost on the way to the service, then leaves out what
+    it had got beyond the checkpoint.
+    """
+
+    def __init__(self, out: Path, run_id: str, held: int = 0) -> None:
+        self.id = run_id
+        self._out = out
+        self._held = held
+        self._calls = 0
+
+    @abstractmethod
+    def send(self, values: dict[str, Any], step: int, call: int) -> None:
+        """Send the values of one call of ``log``, the call-th of the run from 0 on."""
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        """Send values, unless the run has them."""
+        if self._calls >= self._held:
+            self.send(values, step, self._calls)
+        self._calls += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many calls of ``log`` there were, and the run's id."""
+        return {"calls": self._calls, "id": self.id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the calls in ``metrics.jsonl``, which has been cut to the checkpoint."""
+        self._calls = 0
+        for values, step in recorded(self._out / "metrics.jsonl"):
+            self.log(values, step)
+
+
+class AccelerateTracker(ServiceTracker):
+    """The numbers of each call, at a service that ``accelerate.tracking`` knows by name.
+
+    What earlier processes sent is counted in ``metrics.jsonl``, where they wrote it first.
+    """
+
+    def __init__(self, kind: str, config: TrackingConfig, out: Path, run_id: str) -> None:
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        held = (out / "metrics.jsonl").read_bytes().count(b"\n") if run_id else 0
+        super().__init__(out, run_id or kind, held)
+        self.kind = kind
+        self._step = 0
+        PartialState()  # which its logging asks for; there is one, where there is a Runtime
+        arguments, options = _arguments(kind, config, out, run_id)
+        self._service = LOGGER_TYPE_TO_CLASS[kind](*arguments, **options)
+        self._service.main_process_only = False  # this is rank 0
+        self._service.start()
+        if kind in _ID_OF:
+            self.id = str(_ID_OF[kind](self._service.tracker))
+        if not run_id:
+            told = {**flat(config_of(out)), "distcl_version": __version__}  # MLflow takes 500
+            short = {key.replace("/", "."): str(value)[:500] for key, value in told.items()}
+            self._service.store_init_configuration(short)
+
+    def send(self, values: dict[str, Any], step: int, call: int) -> None:
+        """Log the numbers among the values."""
+        self._step = step
+        numbers = {
+            name: value
+            for name, value in flat(values).items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        self._service.log(numbers, step=step)
+
+    def checkpoint(self, path: Path) -> None:
+        """Do nothing."""
+
+    def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
+        """Log the final numbers."""
+        AccelerateTracker.send(self, {"final": summary}, self._step, self._calls)
+
+    def finish(self, ending: Ending = "done") -> None:
+        """Close the run, or this process's part of it."""
+        self._service.finish()
+
+
+class MlflowTracker(AccelerateTracker):
+    """MLflow: the metric ``call`` is the number of the call, and tells what the run has.
+
+    The server is MLFLOW_TRACKING_URI; without it, files in ``OUT/mlruns``.
+    """
+
+    def __init__(self, kind: str, config: TrackingConfig, out: Path, run_id: str) -> None:
+        import mlflow
+
+        self._mlflow: Any = mlflow
+        self._files = not os.environ.get("MLFLOW_TRACKING_URI")
+        if self._files:
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else it refuses files
+            mlflow.set_tracking_uri((out / "mlruns").absolute().as_uri())
+            os.environ.pop("MLFLOW_TRACKING_URI", None)  # which that sets: not for the next run
+        super().__init__(kind, config, out, run_id)
+        self._held = int(self._service.tracker.data.metrics.get("call", -1)) + 1
+
+    def send(self, values: dict[str, Any], step: int, call: int) -> None:
+        """Log the numbers among the values, and that of the call."""
+        super().send({**values, "call": call}, step, call)
+
+    def checkpoint(self, path: Path) -> None:
+        """Tell where the newest checkpoint is, by the tag ``distcl.checkpoint``."""
+        uri = path.absolute().as_uri()
+        self._mlflow.MlflowClient().set_tag(self.id, "distcl.checkpoint", uri)
+
+    def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
+        """Log the final numbers, and the summary as a file."""
+        super().summarize(summary)
+        self._mlflow.log_dict(summary, "summary.json")
+
+    def finish(self, ending: Ending = "done") -> None:
+        """Close the run, or this process's part of it."""
+        self._mlflow.end_run(_STATUS[ending])
+        if self._files:
+            self._mlflow.set_tracking_uri(None)
+
+
+_ID_OF: dict[str, Callable[[Any], Any]] = {
+    "mlflow": lambda run: run.info.run_id,
+    "comet_ml": lambda experiment: experiment.get_key(),
+    "aim": lambda run: run.hash,
+    "clearml": lambda task: task.id,
+}
+
+
+def _arguments(
+    kind: str, config: TrackingConfig, out: Path, run_id: str
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return what makes accelerate's tracker of a new run, or of the one of that id."""
+    project, name = config.project, config.name or out.resolve().name
+    match kind:
+        case "tensorboard":
+            if not run_id:
+                shutil.rmtree(out / kind, ignore_errors=True)
+            return [kind, out], {}
+        case "dvclive":
+            return [], {"dir": str(out / kind), "resume": bool(run_id), "save_dvc_exp": False}
+        case "aim":
+            return [name, str(out)], {"run_hash": run_id or None, "experiment": project}
+        case "clearml":
+            goes_on = {"reuse_last_task_id": run_id, "continue_last_task": 0}  # 0: keeps our steps
+            return [project], {"task_name": name, **(goes_on if run_id else {})}
+        case "comet_ml":
+            from comet_ml import ExperimentConfig
+
+            named = ExperimentConfig(name=name)
+            return [project], {"experiment_key": run_id or None, "experiment_config": named}
+    tags = {"distcl.version": __version__}
+    return [project], {"run_id": run_id or None, "run_name": name, "tags": tags, "nested_run": True}
+
+
+def recorded(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield (values, step) of every call that a ``metrics.jsonl`` has, as they were logged."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            values = json.loads(line)
+            step = values.pop("step")
+            del values["time"]
+            nonfinite = values.pop("nonfinite", {})
+            values |= {name: float(text) for name, text in nonfinite.items() if name in values}
+            yield {name: _logged(value) for name, value in values.items()}, step
+
+
+def _logged(value: Any) -> Any:
+    if isinstance(value, dict) and value.keys() == {"counts", "edges"}:
+        return Histogram(np.array(value["counts"]), np.array(value["edges"]))
+    return value
+
+
+def config_of(out: Path) -> dict[str, Any]:
+    """Return the configuration that a run folder holds; nothing where there is none."""
+    path = out / "config.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _kind(tracker: Tracker) -> str:
+    return getattr(tracker, "kind", "") or type(tracker).__name__
+
+
+def failure(kind: str, error: Exception) -> str:
+    """Return one line on a tracker that is dropped."""
+    kind = kind.removesuffix("Tracker").lower()
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return f"{kind} failed, so the run goes on without it: {reason}"
 
@@ -174,16 +368,15 @@ def _plain(value: Any, name: str, nonfinite: dict[str, str]) -> Any:
     return value
 
 
+Draw = Callable[[Path], None]
 Ending = Literal["done", "preempted", "failed"]
 """How a process ends: the run is over; it will go on in another process; an error."""
-
-
-# Values that trackers take, besides numbers, strings, lists and dicts.
+_STATUS: dict[Ending, str] = {"done": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts int64 [b ≤ 64] of values between edges float64 [b + 1]."""
+    """A value that trackers take: counts int64 [b ≤ 64] between edges float64 [b + 1]."""
 
     counts: npt.NDArray[np.int64]
     edges: npt.NDArray[np.float64]

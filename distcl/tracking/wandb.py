@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
-import tomllib
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from distcl import __version__
 from distcl.config import TrackingConfig
-from distcl.tracking.service import ServiceTracker
-from distcl.tracking.tracker import Ending, Histogram, flat
+from distcl.tracking.tracker import Draw, Ending, Histogram, ServiceTracker, config_of, flat
 
 _BASE_URL = "https://api.wandb.ai"
 _INIT_SECONDS, _FINISH_SECONDS = 60.0, 60.0
@@ -41,7 +40,8 @@ class WandbTracker(ServiceTracker):
         mode = self._mode(config, tell)
         for name in ("CACHE", "DATA", "ARTIFACT"):  # everything that it writes is in the run folder
             os.environ.setdefault(f"WANDB_{name}_DIR", str((out / "wandb").absolute()))
-        super().__init__(out, rows(out, run_id))
+        run_id = run_id or uuid.uuid4().hex[:12]
+        super().__init__(out, run_id, rows(out, run_id))
         (out / "wandb").mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=config.project,
@@ -51,7 +51,7 @@ class WandbTracker(ServiceTracker):
             resume="allow",
             dir=out,
             mode=mode,
-            config={**_config(out), "distcl_version": __version__},
+            config={**config_of(out), "distcl_version": __version__},
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -76,13 +76,13 @@ class WandbTracker(ServiceTracker):
         artifact.add_reference(path.absolute().as_uri(), checksum=False)
         self._run.log_artifact(artifact, aliases=["latest", path.stem])
 
-    def summarize(self, summary: dict[str, Any]) -> None:
+    def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
         """Record final numbers, and the accuracy matrix as table and heat map."""
         plain = {k: v for k, v in flat(summary).items() if isinstance(v, int | float | str | bool)}
         self._run.summary.update(plain)
         matrix = summary.get("accuracy") or []
         if matrix and matrix[0]:
-            self._log_matrix(matrix, str(summary.get("metric", "accuracy")))
+            self._log_matrix(matrix, draw)
 
     def finish(self, ending: Ending = "done") -> None:
         """Write what is pending and close the run, or this process's part of it."""
@@ -91,22 +91,15 @@ class WandbTracker(ServiceTracker):
         self._run.finish(exit_code=int(ending != "done"))
         wandb.teardown()  # returns when the files are whole, which finish() does not wait for
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many calls of ``log`` there were, and the run's id."""
-        return {**super().state_dict(), "id": self._run.id}
-
-    def _log_matrix(self, matrix: list[list[float | None]], metric: str) -> None:
-        from distcl.reporting import plots
-
+    def _log_matrix(self, matrix: list[list[float | None]], draw: Draw | None) -> None:
         columns: list[str | int] = ["evaluation"]
         columns += [f"experience {j + 1}" for j in range(len(matrix[0]))]
         rows = [[i + 1, *row] for i, row in enumerate(matrix)]
-        path = self._out / "wandb" / "accuracy.png"
-        plots.save_png(plots.matrix(matrix, [str(row[0]) for row in rows], metric), path)
-        values = {
-            "accuracy_matrix": wandb.Table(columns=columns, data=rows),
-            "accuracy_heat_map": wandb.Image(str(path)),
-        }
+        values: dict[str, Any] = {"accuracy_matrix": wandb.Table(columns=columns, data=rows)}
+        if draw is not None:
+            path = self._out / "wandb" / "accuracy.png"
+            draw(path)
+            values["accuracy_heat_map"] = wandb.Image(str(path))
         self._run.log(values, step=self._calls)
         self._calls += 1
 
@@ -132,11 +125,6 @@ def _in_netrc() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _config(out: Path) -> dict[str, Any]:
-    path = out / "config.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _wandb(value: Any) -> Any:

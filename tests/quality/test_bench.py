@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +15,15 @@ import pytest
 import torch
 from torch.utils.data import WeightedRandomSampler
 
-from distcl.bench import peers
-from distcl.bench.anchor import OF_MODELS
-from distcl.bench.cost import FAR, GPU, ROUND, job_of
-from distcl.bench.measure import CPU, on_ranks, seconds_of
-from distcl.bench.overhead import FISHER, METHODS
-from distcl.bench.priorities import PASSES
-from distcl.bench.recipe import MODELS, ONCE, STEPS, round_of
-from distcl.bench.rows import Row
-from distcl.bench.setting import config_of, stream_of, trainer_of
+from benchmarks.micro import peers
+from benchmarks.micro.anchor import OF_MODELS
+from benchmarks.micro.cost import FAR, GPU, ROUND, job_of
+from benchmarks.micro.measure import CPU, on_ranks, seconds_of
+from benchmarks.micro.overhead import FISHER, METHODS
+from benchmarks.micro.priorities import PASSES
+from benchmarks.micro.recipe import MODELS, ONCE, STEPS, round_of
+from benchmarks.micro.rows import Row
+from benchmarks.micro.setting import config_of, stream_of, trainer_of
 from distcl.config.reference import RECOMMENDED
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
@@ -126,6 +131,21 @@ def test_unknown_benchmarks_and_folders_are_named(tmp_path: Path) -> None:
     done = distcl("bench", "anchor", "--json", str(tmp_path / "no" / "b.json"))
     assert done.returncode == 2
     assert "does not exist" in done.stderr
+
+
+def test_benchmarks_are_found_from_any_folder_and_missed_without_a_checkout(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distcl", "bench"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = partial(subprocess.run, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    done = run([*command, "scaling", "--quick"])
+    assert done.returncode == 0, done.stderr
+    assert "training step at 2 ranks" in done.stdout
+    assert "not measured" not in done.stdout
+    shutil.copytree(ROOT / "distcl", tmp_path / "distcl")
+    environ["PYTHONPATH"] = str(tmp_path)
+    done = run(command)
+    assert done.returncode == 2
+    assert done.stderr.startswith("distcl: distcl bench needs a checkout of the repository: beside")
 
 
 @pytest.mark.timeout(300)

@@ -15,6 +15,9 @@ def test_interval_and_p_are_those_of_scipy():
     low, high = test.confidence_interval(0.95)
     assert found.n == 9 and found.mean == pytest.approx(np.mean(b - a))
     assert (found.p, found.low, found.high) == pytest.approx((test.pvalue, low, high))
+    error = (b - a).std(ddof=1) / 3  # written out, by Student's t with 8 degrees of freedom
+    assert found.high - found.mean == pytest.approx(stats.t.ppf(0.975, 8) * error)
+    assert found.p == pytest.approx(2 * stats.t.sf(abs(found.mean) / error, 8))
 
 
 def test_one_pair_has_a_mean_and_nothing_else():

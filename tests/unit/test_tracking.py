@@ -140,7 +140,20 @@ def test_kinds_that_make_no_sense_are_refused(kind):
         load_config(None, [f"tracking.kind={kind}"])
 
 
-def test_a_package_that_is_missing_is_named_with_what_to_install(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "install"),
+    [
+        *((name, f"distcl[{name}]") for name in ("wandb", "mlflow", "tensorboard")),
+        *((name, name) for name in ("comet_ml", "clearml", "dvclive")),
+        ("aim", "aim<4"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_what_to_install(
+    tmp_path, monkeypatch, kind, install
+):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the package wandb: pip install 'distcl\[wandb\]"):
-        create_tracker(TrackingConfig(kind="wandb"), tmp_path, 0)
+    with pytest.raises(ConfigError) as caught:
+        create_tracker(TrackingConfig(kind=kind), tmp_path, 0)
+    assert caught.value.exit_code == 2
+    assert str(caught.value).endswith(f"needs the package {kind}: pip install '{install}'")
+    assert os.listdir(tmp_path) == []

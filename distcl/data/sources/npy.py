@@ -1,9 +1,7 @@
-"""Opens .npy and .npz files without pickle, memory-mapped wherever the data lie uncompressed.
+"""Opens .npy and .npz files without pickle: an .npy is mapped, arrays of an .npz are read whole.
 
-numpy's own ``mmap_mode`` does not reach into an .npz. Here a stored (uncompressed) member is mapped
-at its offset in the archive; a deflated one is read into memory. Headers are matched against the
-plain numeric form only, nothing in a file is evaluated, and memory stays bounded by the data that
-the file really holds. Mapped data are not checked against the archive's CRC.
+Memory stays bounded by the data that a file really holds, whatever its header claims. What is read
+from an .npz is checked against its CRC; mapped data are not checked.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import re
 import struct
 import zipfile
 import zlib
@@ -24,19 +21,13 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib import format as npy
 
 from distcl.errors import DataError
 
 Array = npt.NDArray[Any]
 
-_MAGIC = b"\x93NUMPY"
-_LONGEST_HEADER = 1 << 16
 _MOST_DIMENSIONS = 16
-_NUMERIC = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
-_DESCR = re.compile(rb"['\"]descr['\"]\s*:\s*(?:['\"]([^'\"]*)['\"]|\[)")
-_ORDER = re.compile(rb"['\"]fortran_order['\"]\s*:\s*(True|False)")
-_SHAPE = re.compile(rb"['\"]shape['\"]\s*:\s*\(\s*((?:\d{1,18}\s*,\s*)*(?:\d{1,18}\s*)?)\)")
-_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, lengths of name and extra
 _DAMAGED = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
     *(NotImplementedError, OverflowError, ValueError),  # what zipfile raises on odd directories
@@ -55,6 +46,10 @@ class _Header:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def array(self, data: bytes, where: str, start: int = 0) -> Array:
+        _require(len(data) - start, self.nbytes, where)
+        return np.ndarray(self.shape, self.dtype, data, start, order=self.order)
+
 
 def open_npy(path: Path) -> Array:
     """Return the array of an .npy file, memory-mapped, read-only. Local.
@@ -64,11 +59,12 @@ def open_npy(path: Path) -> Array:
     where = f"'{path}'"
     with open_file(path) as file:
         header = _read_header(file, where)
-    return _map(path, header, 0, path.stat().st_size, where)
+    _require(path.stat().st_size - header.length, header.nbytes, where)
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def open_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Array]:
-    """Return the named arrays of an .npz file: mapped if stored, in memory if deflated. Local.
+    """Return the named arrays of an .npz file, read into memory. Local.
 
     Raises DataError naming the file, and the key where one is at fault, if the file is absent,
     truncated or not an .npz, if a required key is missing, or if an array is not numeric.
@@ -79,7 +75,7 @@ def open_npz(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -
                 has = ", ".join(f"'{name}'" for name in list(members)[:8]) or "nothing"
                 raise DataError(f"'{path}' has no array '{key}'; it has {has}")
         wanted = [key for key in (*required, *optional) if key in members]
-        return {key: _member(path, archive, members[key], f"'{path}', '{key}'") for key in wanted}
+        return {key: _member(archive, members[key], f"'{path}', '{key}'") for key in wanted}
 
 
 def npz_keys(path: Path) -> list[str]:
@@ -93,10 +89,9 @@ def parse_npy(data: bytes) -> Array:
 
     Raises DataError if they are truncated, not an .npy, or not numeric.
     """
-    width = 2 if data[6:7] == b"\x01" else 4
+    width = 2 if data[6:7] == b"\x01" else 4  # version 1 counts the header in 2 bytes
     header = _header_of(data[: 8 + width + int.from_bytes(data[8 : 8 + width], "little")])
-    _require(len(data) - header.length, header.nbytes, "it")
-    return np.ndarray(header.shape, header.dtype, data, header.length, order=header.order)
+    return header.array(data, "it", header.length)
 
 
 @functools.lru_cache(64)
@@ -116,7 +111,7 @@ def _archive(path: Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.Zi
         yield archive, {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
 
 
-def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Array:
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: str) -> Array:
     if info.flag_bits & 1:
         raise DataError(f"{where} is encrypted")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -124,26 +119,9 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, where: 
     try:
         with archive.open(info) as member:
             header = _read_header(member, where)
-            if info.compress_type == zipfile.ZIP_DEFLATED:
-                data = member.read(header.nbytes)
-                _require(len(data), header.nbytes, where)
-                return np.ndarray(header.shape, header.dtype, data, order=header.order)
+            return header.array(member.read(header.nbytes), where)
     except _DAMAGED as error:
         raise DataError(f"{where} is truncated or damaged ({error})") from error
-    with open_file(path) as file:
-        file.seek(info.header_offset)
-        _, name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-    start = info.header_offset + _LOCAL_HEADER.size + name + extra
-    size = min(info.file_size, path.stat().st_size - start)
-    return _map(path, header, start, size, where)
-
-
-def _map(path: Path, header: _Header, start: int, size: int, where: str) -> Array:
-    """Map an array whose .npy form takes ``size`` bytes of the file from ``start``."""
-    _require(size - header.length, header.nbytes, where)
-    return np.asarray(
-        np.memmap(path, header.dtype, "r", start + header.length, header.shape, header.order)
-    )
 
 
 def _require(found: int, needed: int, where: str) -> None:
@@ -154,30 +132,28 @@ def _require(found: int, needed: int, where: str) -> None:
 
 
 def _read_header(file: IO[bytes], where: str) -> _Header:
-    start = file.read(8)
-    if not start.startswith(_MAGIC):
-        raise DataError(f"{where} is not an .npy file")
-    width = 2 if start[6:7] == b"\x01" else 4  # version 1 counts the header in 2 bytes
-    text_length = int.from_bytes(file.read(width), "little")
-    text = file.read(min(text_length, _LONGEST_HEADER))
-    if len(text) < text_length:
-        raise DataError(f"{where} is truncated: its header is incomplete")
-    descr, order, shape = (p.search(text) for p in (_DESCR, _ORDER, _SHAPE))
-    sizes = tuple(int(n) for n in shape[1].split(b",") if n.strip()) if shape else ()
-    if descr is None or order is None or shape is None or len(sizes) > _MOST_DIMENSIONS:
-        raise DataError(f"{where} has a damaged .npy header")
-    kind = (descr[1] or b"structured").decode("latin-1")
-    if "O" in kind:
+    """Read and check what stands before the data, by numpy's own parser."""
+    try:
+        version = npy.read_magic(file)
+    except ValueError:
+        raise DataError(f"{where} is not an .npy file") from None
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    try:
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # whatever its parser of literals meets
+        raise DataError(f"{where} has a damaged .npy header ({error})") from None
+    if len(shape) > _MOST_DIMENSIONS or not all(0 <= n < 1 << 60 for n in shape):
+        raise DataError(f"{where} has a damaged .npy header (shape {shape})")
+    if dtype.hasobject and not dtype.names:
         raise DataError(
             f"{where} has object dtype; it would have to be unpickled, which is refused"
         )
-    if not _NUMERIC.fullmatch(kind):
+    if dtype.kind not in "biuf" or dtype.itemsize > 8:
+        kind = "structured" if dtype.names else dtype.str
         raise DataError(f"{where} has type '{kind}'; numbers are needed")
-    if 0 in sizes:
-        raise DataError(f"{where} has shape {sizes}, no data")
-    return _Header(
-        np.dtype(kind), sizes, "F" if order[1] == b"True" else "C", 8 + width + text_length
-    )
+    if 0 in shape:
+        raise DataError(f"{where} has shape {shape}, no data")
+    return _Header(dtype, shape, "F" if fortran else "C", file.tell())
 
 
 def open_file(path: Path) -> BufferedReader:

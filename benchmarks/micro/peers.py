@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import tomlkit
 
-from distcl.bench.rows import Row, compared, times_faster
+from benchmarks.micro import ROOT
+from benchmarks.micro.rows import Row, compared, times_faster
 from distcl.config import StreamConfig
 from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream
@@ -30,7 +31,7 @@ from distcl.errors import UsageError
 
 MNIST = "DISTCL_MNIST"
 """The environment variable that names mnist.npz: x_train, y_train, x_test, y_test."""
-LOOP = Path(__file__).parents[2] / "benchmarks" / "reference_loop.py"
+LOOP = ROOT / "benchmarks" / "reference_loop.py"
 TASKS, EPOCHS = 5, 1
 WHOLE, FISHER = 10_000, 256
 """Images of a task as published, and how many of them EWC's Fisher is of."""
@@ -63,8 +64,6 @@ def measure(quick: bool) -> list[Row]:
         raise UsageError(f"set {MNIST} to the path of mnist.npz")
     if not Path(given).is_file():
         raise UsageError(f"{MNIST}: there is no file '{given}'")
-    if not LOOP.is_file():
-        raise UsageError("benchmarks/reference_loop.py is in the repository only")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

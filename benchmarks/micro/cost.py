@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from distcl.bench.measure import CPU, Work, on_ranks, peak_of, seconds_of
-from distcl.bench.model import Job, Machine
-from distcl.bench.rows import Row
-from distcl.bench.setting import config_of, stream_of, trainer_of
+from benchmarks.micro.measure import CPU, Work, on_ranks, peak_of, seconds_of
+from benchmarks.micro.model import Job, Machine
+from benchmarks.micro.rows import Row
+from benchmarks.micro.setting import config_of, stream_of, trainer_of
 from distcl.distributed.memory import FlopCount
 from distcl.distributed.runtime import Runtime
 from distcl.priority.population import Dealer
@@ -29,7 +29,7 @@ from distcl.types import Ids
 
 BATCH = 256
 MODEL: dict[str, Any] = {"name": "mlp", "options": {"hidden": [512] * 4}}
-ROUND = "distcl.bench.cost:a_round"
+ROUND = "benchmarks.micro.cost:a_round"
 CLOSE = "<= 1.25"
 FAR = Job(
     samples=10**10,

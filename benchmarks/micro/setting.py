@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distcl.bench.measure import Work
+from benchmarks.micro.measure import Work
 from distcl.config import Config
 from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream

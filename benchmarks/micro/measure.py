@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.micro import ROOT
 from distcl.distributed.memory import give_back
 from distcl.errors import UsageError
 
@@ -78,9 +79,10 @@ def on_ranks(world: int, work: str, *args: Any) -> Any:
         if world > 1:
             command += ["torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(world), "-m"]
-        command += ["distcl.bench.measure", work, json.dumps(args)]
+        command += ["benchmarks.micro.measure", work, json.dumps(args)]
         done = subprocess.run(
             [*command, str(out)],
+            cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

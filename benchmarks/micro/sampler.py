@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, WeightedRandomSampler
 
-from distcl.bench.measure import CPU, on_ranks, peak_of, seconds_of
-from distcl.bench.rows import Row, compared, times_faster
+from benchmarks.micro.measure import CPU, on_ranks, peak_of, seconds_of
+from benchmarks.micro.rows import Row, compared, times_faster
 from distcl.distributed.runtime import Runtime
 from distcl.priority.weighting import Weights
 from distcl.sampling import draws
@@ -22,7 +22,7 @@ from distcl.sampling.sampler import DistributedWeightedSampler
 
 BATCH = 256
 FASTER = {"systematic": ">= 9", "multinomial": ">= 5"}
-COUNTS = "distcl.bench.sampler:counts"
+COUNTS = "benchmarks.micro.sampler:counts"
 
 
 def measure(quick: bool) -> list[Row]:

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from distcl.bench.measure import Work, on_ranks, peak_of, resident, seconds_of
-from distcl.bench.rows import Row, compared, skipped
+from benchmarks.micro.measure import Work, on_ranks, peak_of, resident, seconds_of
+from benchmarks.micro.rows import Row, compared, skipped
 from distcl.config import ParallelConfig, RunConfig
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.partition import create_partition
 
 REPEATS = 5
-OF_MODELS = "distcl.bench.anchor:of_models"
+OF_MODELS = "benchmarks.micro.anchor:of_models"
 """What ranks run; see :func:`on_ranks`."""
 
 

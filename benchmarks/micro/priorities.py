@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from distcl.bench.measure import CPU, on_ranks, seconds_of
-from distcl.bench.rows import Row, compared, times_faster
-from distcl.bench.setting import config_of, stream_of, trainer_of
+from benchmarks.micro.measure import CPU, on_ranks, seconds_of
+from benchmarks.micro.rows import Row, compared, times_faster
+from benchmarks.micro.setting import config_of, stream_of, trainer_of
 from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
 from distcl.priority.scoring import fingerprint
 from distcl.types import Ids
 
 CHUNK = 512
-PASSES = "distcl.bench.priorities:passes"
+PASSES = "benchmarks.micro.priorities:passes"
 
 
 def measure(quick: bool) -> list[Row]:

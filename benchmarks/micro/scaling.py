@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from distcl.bench.measure import on_ranks, seconds_of
-from distcl.bench.rows import Row, times_faster
-from distcl.bench.setting import bare_of, config_of, steps_of, stream_of, trainer_of
+from benchmarks.micro.measure import on_ranks, seconds_of
+from benchmarks.micro.rows import Row, times_faster
+from benchmarks.micro.setting import bare_of, config_of, steps_of, stream_of, trainer_of
 from distcl.distributed.runtime import Runtime
 
 BATCH = 256
-STEP = "distcl.bench.scaling:step"
+STEP = "benchmarks.micro.scaling:step"
 
 
 def measure(quick: bool) -> list[Row]:

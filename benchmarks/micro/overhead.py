@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distcl.bench.measure import CPU, WALL, Work, on_ranks, seconds_of
-from distcl.bench.rows import Row, compared
-from distcl.bench.setting import BATCH, bare_of, config_of, steps_of, stream_of, trainer_of
+from benchmarks.micro import ROOT
+from benchmarks.micro.measure import CPU, WALL, Work, on_ranks, seconds_of
+from benchmarks.micro.rows import Row, compared
+from benchmarks.micro.setting import BATCH, bare_of, config_of, steps_of, stream_of, trainer_of
 from distcl.config import ModelConfig, OptimizerConfig
 from distcl.distributed.runtime import Runtime
 from distcl.models import create_model
@@ -26,15 +27,15 @@ from distcl.updaters.fisher import Squares
 from distcl.updaters.kfac import KFACOnline
 from distcl.updaters.kronecker import Layer, Sums
 
-METHODS = "distcl.bench.overhead:methods"
-ROUNDS = "distcl.bench.overhead:rounds"
-OPTIMIZERS = "distcl.bench.overhead:optimizers"
-FISHER = "distcl.bench.overhead:fisher"
+METHODS = "benchmarks.micro.overhead:methods"
+ROUNDS = "benchmarks.micro.overhead:rounds"
+OPTIMIZERS = "benchmarks.micro.overhead:optimizers"
+FISHER = "benchmarks.micro.overhead:fisher"
 KFAC_EVERY = 20
 SHAPES = (1000, 784), (1000, 1000), (10, 1000)
 TINY = {"name": "mlp", "options": {"hidden": [32]}}
 """A model whose step takes no time, so that what is left is what a step costs besides."""
-CONFIG = Path(__file__).parents[2] / "configs" / "digits.toml"
+CONFIG = ROOT / "configs" / "digits.toml"
 
 
 def measure(quick: bool) -> list[Row]:
@@ -227,7 +228,7 @@ def _start_up() -> Row:
     train.append(f"continual_learning.update_mode={__name__}:{StopsAtOnce.__name__}")
     with tempfile.TemporaryDirectory() as out:
         ours, theirs = seconds_of(
-            lambda: subprocess.run([*train, "--out", out], check=True),
+            lambda: subprocess.run([*train, "--out", out], check=True, cwd=ROOT),
             lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True),
             repeats=3,
         )

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
-from distcl.bench.rows import Row, skipped
+from benchmarks.micro.rows import Row, skipped
 from distcl.errors import UsageError
 from distcl.registry import nearest
 
+ROOT = Path(__file__).parents[2]
+"""The checkout. Processes that import benchmarks start there."""
 BENCHMARKS = {
     "priorities": "the scoring pass against plain inference, on one rank and two",
     "sampler": "drawing an epoch by weights against torch's WeightedRandomSampler",
@@ -45,7 +48,7 @@ def measure(name: str, quick: bool) -> list[Row]:
     Where a library or data that it needs are not there, the row says so.
     """
     try:
-        rows: list[Row] = import_module(f"distcl.bench.{name}").measure(quick)
+        rows: list[Row] = import_module(f"benchmarks.micro.{name}").measure(quick)
     except UsageError as error:
         return [skipped(name, str(error))]
     return rows

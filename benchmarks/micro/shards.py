@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distcl.bench.measure import seconds_of
-from distcl.bench.rows import Row, compared
+from benchmarks.micro.measure import seconds_of
+from benchmarks.micro.rows import Row, compared
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.loader import BatchLoader
 from distcl.data.shards.decode import decode

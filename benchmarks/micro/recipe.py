@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from distcl.bench.measure import CPU, WALL, Work, on_ranks, seconds_of
-from distcl.bench.rows import Row, compared
-from distcl.bench.setting import CNN, config_of, stream_of, trainer_of
+from benchmarks.micro.measure import CPU, WALL, Work, on_ranks, seconds_of
+from benchmarks.micro.rows import Row, compared
+from benchmarks.micro.setting import CNN, config_of, stream_of, trainer_of
 from distcl.config.reference import RECOMMENDED
 from distcl.distributed.runtime import Runtime
 from distcl.priority.round_weights import RoundWeights
@@ -17,7 +17,7 @@ from distcl.training.step_loop import Stage
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Experience, Ids
 
-STEPS = "distcl.bench.recipe:steps"
+STEPS = "benchmarks.micro.recipe:steps"
 MODELS: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "perceptron": ({"name": "mlp", "options": {"hidden": [100, 100]}}, 10_000, 10, "<= 1.03"),
     "small convolutional net": (CNN, 1_500, 4, "<= 1.01"),

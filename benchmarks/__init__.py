@@ -1,0 +1,1 @@
+"""Measurements that are no part of the package: found in a checkout only."""

@@ -107,8 +107,10 @@ class Batch:
             (other.ids, other.x, other.y),
         )
         weights = None
-        if self.weights is not None and other.weights is not None:
-            weights = torch.cat([self.weights, other.weights])
+        like = other.weights if self.weights is None else self.weights
+        if like is not None:
+            ones = (like.new_ones(len(b)) if b.weights is None else b.weights for b in (self, other))
+            weights = torch.cat([*ones])
         return Batch(ids, x, y, self.total + other.total, weights)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:

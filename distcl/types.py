@@ -109,8 +109,8 @@ class Batch:
         weights = None
         like = other.weights if self.weights is None else self.weights
         if like is not None:
-            ones = (like.new_ones(len(b)) if b.weights is None else b.weights for b in (self, other))
-            weights = torch.cat([*ones])
+            both = ((b.weights, len(b)) for b in (self, other))
+            weights = torch.cat([like.new_ones(n) if w is None else w for w, n in both])
         return Batch(ids, x, y, self.total + other.total, weights)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:

@@ -155,7 +155,7 @@ class KFACOnline(Updater):
         return output.clone()  # a view that is changed in place, by a ReLU say, loses its hooks
 
     def _see_scale(self, g: torch.Tensor) -> None:
-        """Learn d(what is differentiated)/d(loss of each sample): W / B_global · its loss weight."""
+        """Learn d(what is differentiated)/d(loss of a sample): W / B_global · its loss weight."""
         self._scale = g.detach()
 
     def _unscaled(self, layer: Layer, g: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,7 @@ KEYS = (
     "training.epochs=4",
     "continual_learning.kfac_every=2",
     "continual_learning.fisher_samples=64",
+    "priority.signal=loss",  # which tells samples apart in the first round too
     "priority.correction=1",
 )
 CUTS = ((1, 1), (3, 1), (3, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +32,15 @@ def pack_ids(experience: int, rows: npt.ArrayLike, *, test: bool = False) -> Ids
     """
     base = (experience << ROW_BITS) | (int(test) << _TEST_BIT)
     return np.asarray(rows, dtype=np.int64) | np.int64(base)
+
+
+def exact(share: float) -> Fraction:
+    """Return the decimal number that was written: 57/100 for 0.57, which as a float is less.
+
+    Every count that is a share of something is made from it: floor(exact(0.57) * 100) is 57, while
+    int(0.57 * 100) is 56.
+    """
+    return Fraction(repr(float(share)))
 
 
 def frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

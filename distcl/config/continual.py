@@ -21,7 +21,8 @@ class ContinualLearningConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="r: a pass draws r·N current and (1-r)·N history samples; 1.0: both in full",
+        description="r: a pass draws r·N current and (1-r)·N history samples, rounded down (0.57 "
+        "of 100 is 57), of current ones at least 1; 1.0: both in full",
     )
     mix_historic_data: bool = Field(
         False, description="train on earlier experiences along with the current one"

@@ -28,7 +28,7 @@ from distcl.sampling.draw_log import Account, Drawn, LaneAccount, WholeAccount, 
 from distcl.sampling.sampler import DistributedWeightedSampler, Part, Permutations, WindowPlan
 from distcl.sampling.sequential import LaneSampler, Streamed
 from distcl.sampling.staleness import Freshness
-from distcl.types import Batch, Ids, Source
+from distcl.types import Batch, Ids, Source, exact
 
 EMPTY: Ids = np.empty(0, dtype=np.int64)
 _POOL = 2  # a stream of draws beside those of the plans
@@ -102,11 +102,11 @@ class Feed:
         note = ""
         limit = self._priority.max_replay
         replays = self._mix.replays(len(current), len(history), history_batch)
-        if on_history and limit and replays > limit:
+        if on_history and limit and replays > exact(limit):
             on_history, on_current = False, target != "union" and on_current
             note = (
-                f"[priority/hist] uniform: {replays:.3g} replays of a stored sample in this round, "
-                f"more than priority.max_replay = {limit:g}"
+                f"[priority/hist] uniform: {float(replays):.3g} replays of a stored sample in this "
+                f"round, more than priority.max_replay = {limit:g}"
             )
         self._weighted = (current if on_current else None, history if on_history else None)
         if source == "candidates":

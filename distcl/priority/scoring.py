@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from distcl.distributed.runtime import Runtime, part_of
 from distcl.errors import ConfigError, DistclError, DivergenceError
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
-from distcl.parallel.partition import create_partition
+from distcl.parallel.partition import Partition, create_partition
 from distcl.priority.population import Slices
 from distcl.priority.signals import create_signal
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedLoss, as_tensor
@@ -123,8 +125,9 @@ class Scorer:
         losses = next(columns)
         require_sound(losses, ids, "the loss", rank_of)
         if keep and self.signal.needs_anchor and not self.signal.needs_logits:
-            owned = self.forward.partition.owned()
-            self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses)
+            partition = self.forward.partition
+            owned = partition.owned()
+            self.cache.put(fingerprint(owned, partition, self.forward.runtime), ids, losses)
         del losses
         scores = next(columns)
         require_sound(scores, ids, f"the score of signal '{self._name}'", rank_of)
@@ -185,7 +188,7 @@ class Scorer:
         Collective.
         """
         run = self.forward.runtime
-        weights = fingerprint(self.anchor.theta_star, run)
+        weights = fingerprint(self.anchor.theta_star, self.forward.partition, run)
         with large_arrays():
             known, losses = self.cache.get(weights, mine)
         if self.signal.needs_logits:  # those are not cached
@@ -286,18 +289,41 @@ def compute_sample_priorities(
 _BLOCK = 1 << 16
 
 
-def fingerprint(slices: Mapping[str, torch.Tensor], runtime: Runtime) -> int:
-    """Return a 64-bit checksum of weights from the slices of all ranks, exact in every bit.
+def fingerprint(slices: Mapping[str, torch.Tensor], partition: Partition, runtime: Runtime) -> int:
+    """Return a 64-bit checksum of weights, from all ranks' slices of them. Collective.
 
-    A sum of the words of each tensor, each under an odd factor of its own. Collective.
+    A sum of the words of all tensors, each under a factor of its tensor's name and its place in it:
+    so it is exact in every bit, and the same however the tensors are cut into slices.
     """
+    ranges = partition.ranges()
     total = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    for k, value in enumerate(slices.values()):
-        words = value.detach().contiguous()
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        bits = words.view(width[words.element_size()])
-        total += (bits.sum(dtype=torch.int64) * (2 * k + 3)).to(runtime.device)
+    for name, value in slices.items():
+        size = value.element_size()
+        words = value.detach().contiguous().view(_WORDS[min(size, 8)])
+        start = ranges[name][0] * (len(words) // max(1, len(value)))
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), signed=True)
+        total += (_checksum(words, start) * (key | 1)).to(runtime.device)
     return int(runtime.all_reduce(total))
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PERIOD = 1021  # a prime: rows of equal length do not repeat it
+
+
+@lru_cache(maxsize=8)
+def _factors(device: torch.device) -> torch.Tensor:
+    """Return the factors of the places in a period, odd, int64 [P]."""
+    raw = np.random.PCG64(0).random_raw(_PERIOD) | np.uint64(1)
+    return torch.from_numpy(raw.view(np.int64)).to(device)
+
+
+def _checksum(words: torch.Tensor, start: int) -> torch.Tensor:
+    """Return the sum of words [n] that begin at place ``start``, under the places' factors."""
+    factors = _factors(words.device).roll(-start % _PERIOD)
+    even = len(words) // _PERIOD * _PERIOD
+    columns = words[:even].view(-1, _PERIOD).sum(dim=0, dtype=torch.int64)
+    columns[: len(words) - even] += words[even:]
+    return (columns * factors).sum()
 
 
 class LossCache:

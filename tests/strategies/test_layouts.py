@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from distcl.config import RunConfig
+from distcl.distributed.runtime import Runtime
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.partition import Partition, create_partition
+from distcl.priority.scoring import fingerprint
 from tests.layouts import (
     DEEPSPEED,
     LAYOUTS,
@@ -47,7 +50,8 @@ def _session(
     )
     module, partition = runtime.unwrap(model), create_partition(runtime, model)
     result: dict[str, Any] = {
-        "owned": {n: v.float().cpu().numpy().copy() for n, v in partition.owned().items()}
+        "owned": {n: v.float().cpu().numpy().copy() for n, v in partition.owned().items()},
+        "fingerprint": fingerprint(partition.owned(), partition, runtime),
     }
     anchor = Anchor(partition)
     for name, value in cut(partition, runtime, tensors(other)).items():
@@ -156,6 +160,14 @@ def assert_taken_back(moments: list[dict[str, np.ndarray]]) -> None:
     assert not np.array_equal(start["outputs"], trained["outputs"])
     for name, value in start.items():
         np.testing.assert_array_equal(back[name], value)
+
+
+@every_layout
+def test_the_fingerprint_is_that_of_whole_weights(layout: str, ranks: list[Any]) -> None:
+    runtime = Runtime(RunConfig())
+    partition = create_partition(runtime, tangled(0))
+    whole = fingerprint(partition.owned(), partition, runtime)
+    assert {rank[layout]["swaps"]["fingerprint"] for rank in ranks} == {whole}
 
 
 @every_layout

@@ -134,7 +134,7 @@ class PriorityConfig(Section):
     min_ess: float = Field(
         0.0, ge=0, le=1, description="smallest effective sample size, as a share of N; 0: none"
     )
-    min_score: float = Field(1e-8, gt=0, description="smaller scores count as this")
+    min_score: float = Field(1e-8, gt=0, description="smaller scores count as this one")
     correction: float = Field(
         0.0,
         ge=0,

@@ -245,10 +245,10 @@ def checked(signal: PrioritySignal, score: Any, number: int) -> torch.Tensor:
     return score
 
 
-def priorities(scores: torch.Tensor, alpha: float) -> Weights:
-    """Return clamp(score, min=1e-8) ** alpha, float64 [N]. Local."""
+def priorities(scores: torch.Tensor, alpha: float, min_score: float = 1e-8) -> Weights:
+    """Return max(score, min_score) ** alpha, float64 [N]. Local."""
     scores64 = scores.detach().cpu().numpy().astype(np.float64)
-    return np.power(np.maximum(scores64, 1e-8), alpha)
+    return np.power(np.maximum(scores64, min_score), alpha)
 
 
 def compute_sample_priorities(
@@ -261,11 +261,15 @@ def compute_sample_priorities(
     ids: Ids | None = None,
     alpha: float = 1.0,
     signal: str = "loss_delta",
+    options: dict[str, Any] | None = None,
+    min_score: float = 1e-8,
     batch_size: int = 512,
 ) -> tuple[Ids, Weights]:
     """Return (ids int64 [N], priorities float64 [N]) of a dataset's samples. Collective.
 
-    priority_i = clamp(L(w_now, x_i) - L(theta_star, x_i), min=1e-8) ** alpha
+    priority_i = max(L(w_now, x_i) - L(theta_star, x_i), min_score) ** alpha, or another signal,
+    made with ``options``, in the place of the difference. What ``[priority]`` does to weights
+    (cap, min_ess, floor) is :func:`distcl.priority.weighting.shape_weights`.
 
     Every rank scores its own contiguous slice; all ranks get the whole result. ``source`` is a
     Source, or any map-style dataset of (x, y) pairs, whose ids are its positions. ``criterion``
@@ -275,8 +279,9 @@ def compute_sample_priorities(
     source = as_source(source)
     ids = np.arange(len(source), dtype=np.int64) if ids is None else ids
     forward = ShardedForward(runtime, model, create_partition(runtime, model), criterion)
-    scorer = Scorer(forward, anchor, create_signal(signal, criterion=criterion), batch_size)
-    return ids, priorities(scorer.score(source, ids), alpha)
+    made = create_signal(signal, options, criterion=criterion)
+    scorer = Scorer(forward, anchor, made, batch_size)
+    return ids, priorities(scorer.score(source, ids), alpha, min_score)
 
 
 # The loss cache: exact losses by id, so that a sample scored last round costs one forward now.

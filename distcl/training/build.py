@@ -89,6 +89,7 @@ def assemble(
             pretrained=bool(config.model.pretrained),
             accumulate=config.training.accumulate,
             ledger=ledger,
+            min_score=config.priority.min_score,
         ),
     )
     if importance:

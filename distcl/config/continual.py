@@ -82,12 +82,6 @@ class ContinualLearningConfig(Section):
     jvp_data_sign: bool = Field(
         False, description="jvp_reg: move inputs by the gradient's sign, not its L2 direction"
     )
-    jvp_lambda: float = Field(
-        0.1, ge=0, description="jvp_penalty: strength of the penalty on squared slopes"
-    )
-    jvp_deltax_norm: float = Field(
-        1.0, gt=0, description="jvp_penalty: length of the step towards a history sample (L2)"
-    )
 
     @field_validator("update_mode")
     @classmethod

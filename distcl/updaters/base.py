@@ -8,9 +8,9 @@ A round calls them in this order: ``begin_round``, ``cl_preprocessing``; for eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -88,8 +88,6 @@ class Updater:
     """Whether ``fwd_bwd`` wants a batch of history too."""
     trains = True
     """Whether rounds take steps."""
-    unsupported: ClassVar[Mapping[str, str]] = {}
-    """``parallel.strategy`` -> why the method cannot run under it."""
     sliced: tuple[str, ...] = ()
     """Entries of ``state_dict`` that are owned slices, name -> 1-D tensor."""
     dealt: tuple[str, ...] = ()

@@ -97,9 +97,10 @@ def look_at_lanes(lanes: int) -> tuple[float | None, float | None]:
     for parts in (whole, groups):
         fresh = Freshness(runtime)
         fresh.begin(8, parts)
-        for part in parts if parts is groups or runtime.is_main else ():
-            losses = torch.tensor([loss[i] for i in part.ids])
-            fresh.take(torch.from_numpy(part.ids), losses, parts)  # a rank looks as it likes
+        for part in parts:
+            mine = part.ids if parts is groups else part.ids[runtime.rank :: runtime.world_size]
+            losses = torch.tensor([loss[i] for i in mine])
+            fresh.take(torch.from_numpy(mine), losses, parts)
         again = Freshness(runtime)
         again.load_state_dict(fresh.state_dict())
         assert again.correlation == fresh.correlation

@@ -54,12 +54,6 @@ _TABLE = (
     ("updater", "er", "distcl.updaters.er:ExperienceReplay", "replay of a history batch"),
     ("updater", "der", "distcl.updaters.der:DarkExperienceReplay", "DER++: replay of logits"),
     ("updater", "jvp_reg", "distcl.updaters.jvp_reg:JVPReg", "steps robust to weights and inputs"),
-    (
-        "updater",
-        "jvp_penalty",
-        "distcl.updaters.jvp_penalty:JVPPenalty",
-        "penalty on the loss's slope towards the history",
-    ),
     ("updater", "agem", "distcl.updaters.agem:AGEM", "averaged gradient episodic memory (A-GEM)"),
     ("signal", "loss_delta", "distcl.priority.signals:LossDelta", "loss gained since theta_star"),
     ("signal", "loss", "distcl.priority.signals:Loss", "the loss"),

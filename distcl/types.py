@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +32,15 @@ def pack_ids(experience: int, rows: npt.ArrayLike, *, test: bool = False) -> Ids
     """
     base = (experience << ROW_BITS) | (int(test) << _TEST_BIT)
     return np.asarray(rows, dtype=np.int64) | np.int64(base)
+
+
+def exact(share: float) -> Fraction:
+    """Return the decimal number that was written: 57/100 for 0.57, which as a float is less.
+
+    Every count that is a share of something is made from it: floor(exact(0.57) * 100) is 57, while
+    int(0.57 * 100) is 56.
+    """
+    return Fraction(repr(float(share)))
 
 
 def frozen(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -107,8 +117,10 @@ class Batch:
             (other.ids, other.x, other.y),
         )
         weights = None
-        if self.weights is not None and other.weights is not None:
-            weights = torch.cat([self.weights, other.weights])
+        like = other.weights if self.weights is None else self.weights
+        if like is not None:
+            both = ((b.weights, len(b)) for b in (self, other))
+            weights = torch.cat([like.new_ones(n) if w is None else w for w, n in both])
         return Batch(ids, x, y, self.total + other.total, weights)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:

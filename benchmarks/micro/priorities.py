@@ -93,7 +93,11 @@ def passes(samples: int, repeats: int) -> dict[str, float]:
         scorer.cache.clear()
         seen()
 
-    scorer.cache.put(fingerprint(parts.anchor.theta_star, runtime), ids, torch.zeros(len(ids)))
+    scorer.cache.put(
+        fingerprint(parts.anchor.theta_star, parts.forward.partition, runtime),
+        ids,
+        torch.zeros(len(ids)),
+    )
     found: dict[str, float] = {}
     if runtime.world_size == 1:
         pair = seconds_of(once, seen, repeats=repeats, clock=CPU)  # before the cache is cleared

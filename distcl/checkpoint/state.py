@@ -15,6 +15,7 @@ from distcl.checkpoint.store import verify
 from distcl.config import Config
 from distcl.errors import CheckpointError, ConfigError
 from distcl.monitoring.monitor import Monitor
+from distcl.parallel.partition import Partition
 from distcl.training.optimizer import place_steps
 from distcl.training.trainer import ContinuousTrainer, Parts
 
@@ -54,11 +55,13 @@ def collect(
     parts = trainer.parts
     partition, updater, feed = parts.forward.partition, parts.updater, parts.feed
     optimizer = partition.optimizer_state(parts.optimizer)
+    undo = trainer.undo.optimizer_state()
     mine = {
         "ranges": {name: list(span) for name, span in partition.ranges().items()},
         "anchor": parts.anchor.state_dict(),
         "optimizer": optimizer.slices,
         "optimizer_plain": optimizer.plain,
+        "undo": undo and {"optimizer": undo.slices, "optimizer_plain": undo.plain},
         "updater": updater.state_dict(),
         "random": random_state(parts.runtime),
         "lanes": feed.lane_state(trainer.stage is not None),
@@ -70,6 +73,7 @@ def collect(
         "cache": None if mine["lanes"] else parts.scorer.cache.state_dict(),
         "forwards": parts.forward.forwards,
         "ledger": feed.ledger_state(),
+        "undo": trainer.undo.ledger_state(),
         "lrs": trainer.loop.base_lrs,
         "tracker": parts.tracker.state_dict(),
     }
@@ -118,22 +122,12 @@ def restore(
     same = len(reader.ranks) == runtime.world_size
     own = reader.ranks[runtime.rank] if same else reader.ranks[0]
 
-    parts.anchor.load_state_dict(
-        {
-            "theta_star": reader.cut(partition, "anchor", "theta_star"),
-            "older": [
-                reader.cut(partition, "anchor", "older", k)
-                for k in range(len(own["anchor"]["older"]))
-            ],
-            "begun": own["anchor"]["begun"],
-        }
-    )
-    keys = {key for state in reader.ranks for key in state["optimizer"]}
-    plain = {n: p for state in reader.ranks for n, p in state["optimizer_plain"].items()}
-    partition.load_optimizer_state(
-        parts.optimizer, {key: reader.slices("optimizer", key) for key in keys}, plain
-    )
-    place_steps(parts.optimizer)
+    parts.anchor.load_state_dict(_anchor(reader, partition, own["anchor"], "anchor"))
+    if own["undo"] is None:
+        trainer.undo.forget()
+    else:
+        trainer.undo.load(lambda: _load_optimizer(reader, parts, "undo"), shared["undo"])
+    _load_optimizer(reader, parts)
     if shared["cache"] is not None:
         parts.scorer.cache.load_state_dict(shared["cache"])
     parts.feed.load_lane_states([state["lanes"] for state in reader.ranks])
@@ -154,6 +148,28 @@ def restore(
     parts.tracker.load_state_dict(shared["tracker"])
     if same:
         set_random_state(own["random"], runtime)
+
+
+def _anchor(
+    reader: Reader, partition: Partition, saved: dict[str, Any], *keys: str
+) -> dict[str, Any]:
+    """Return my slices of an anchor's state, which lies under ``keys``. Local."""
+    replaced = saved.get("replaced")
+    return {
+        "theta_star": reader.cut(partition, *keys, "theta_star"),
+        "older": [reader.cut(partition, *keys, "older", k) for k in range(len(saved["older"]))],
+        "begun": saved["begun"],
+        "replaced": replaced and _anchor(reader, partition, replaced, *keys, "replaced"),
+    }
+
+
+def _load_optimizer(reader: Reader, parts: Parts, *where: str) -> None:
+    """Put the optimizer into the state that lies under ``where`` in ranks' files. Collective."""
+    saved = [state["undo"] if where else state for state in reader.ranks]
+    fetch = {key: reader.slices(*where, "optimizer", key) for s in saved for key in s["optimizer"]}
+    plain = {name: values for s in saved for name, values in s["optimizer_plain"].items()}
+    parts.forward.partition.load_optimizer_state(parts.optimizer, fetch, plain)
+    place_steps(parts.optimizer)
 
 
 def _same_layout(state: dict[str, Any], ranges: dict[str, tuple[int, int]]) -> bool:

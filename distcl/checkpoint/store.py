@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 SHARED = "shared.pt"

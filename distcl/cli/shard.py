@@ -11,6 +11,7 @@ from distcl import registry
 from distcl.cli.common import Overrides, Quiet, complain, launch_rank, say
 from distcl.config.load import load_with_origins
 from distcl.errors import DataError, UsageError
+from distcl.types import exact
 
 _SOURCE_HELP = (
     "An .npz, a folder of class folders of images, archives, a Hugging Face dataset on disk, a "
@@ -77,7 +78,7 @@ def shard(
             stream = load_with_origins(None, named)[0].stream
         made = inputs.open_samples(source, label, stream)
         with counting("writing", quiet, sum(made.sizes.values())) as tell:
-            size = int(max_mb * 1e6)
+            size = int(exact(max_mb) * 1_000_000)
             if append:
                 manifest = writer.append_shards(made, folder, per_shard, size, tell)
             else:

@@ -21,7 +21,8 @@ class ContinualLearningConfig(Section):
         1.0,
         gt=0,
         le=1,
-        description="r: a pass draws r·N current and (1-r)·N history samples; 1.0: both in full",
+        description="r: a pass draws r·N current and (1-r)·N history samples, rounded down (0.57 "
+        "of 100 is 57), of current ones at least 1; 1.0: both in full",
     )
     mix_historic_data: bool = Field(
         False, description="train on earlier experiences along with the current one"
@@ -81,12 +82,6 @@ class ContinualLearningConfig(Section):
     jvp_data_sign: bool = Field(
         False, description="jvp_reg: move inputs by the gradient's sign, not its L2 direction"
     )
-    jvp_lambda: float = Field(
-        0.1, ge=0, description="jvp_penalty: strength of the penalty on squared slopes"
-    )
-    jvp_deltax_norm: float = Field(
-        1.0, gt=0, description="jvp_penalty: length of the step towards a history sample (L2)"
-    )
 
     @field_validator("update_mode")
     @classmethod
@@ -133,7 +128,7 @@ class PriorityConfig(Section):
     min_ess: float = Field(
         0.0, ge=0, le=1, description="smallest effective sample size, as a share of N; 0: none"
     )
-    min_score: float = Field(1e-8, gt=0, description="smaller scores count as this")
+    min_score: float = Field(1e-8, gt=0, description="smaller scores count as this one")
     correction: float = Field(
         0.0,
         ge=0,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from distcl.errors import ConfigError
-from distcl.types import DataSpec, Ids
+from distcl.types import DataSpec, Ids, exact
 
 Mask = npt.NDArray[np.bool_]
 
@@ -161,7 +161,7 @@ class Permute(Drift):
     def _order(self, concept: int) -> torch.Tensor:
         rng = np.random.default_rng([self.seed, _PERMUTE, concept])
         features = math.prod(self.spec.x_shape)
-        moved = rng.permutation(features)[: round(min(self.severity, 1.0) * features)]
+        moved = rng.permutation(features)[: round(exact(min(self.severity, 1.0)) * features)]
         order = np.arange(features)
         order[np.sort(moved)] = moved
         return torch.from_numpy(order)
@@ -205,7 +205,7 @@ class Blur(Drift):
         sigma = _BLUR_PIXELS * self.severity * concept
         if sigma == 0:
             return x
-        radius = math.ceil(3 * sigma)
+        radius = math.ceil(3 * exact(_BLUR_PIXELS) * exact(self.severity) * concept)
         kernel = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(radius + 1)]
         total = kernel[0] + 2 * sum(kernel[1:])
         for dim in (-1, -2):  # a sum of shifted images is faster than conv2d on a CPU, and exact

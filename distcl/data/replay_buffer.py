@@ -177,24 +177,33 @@ class CopyingStream:
         self.sequential = bool(getattr(stream, "sequential", False))
         self.live_seconds = float(getattr(stream, "live_seconds", 0.0))
         self._ids: Ids = np.empty(0, dtype=np.int64)  # sorted
+        self._read: Ids = self._ids  # what was read for each: another one in a bad one's place
         self._copies: tuple[PyTree, PyTree] = (None, None)  # x and y, leaves [H, ...]
 
     def __len__(self) -> int:
         return len(self._stream)
 
     def read(self, ids: Ids) -> Batch:
-        """Read samples, in the order asked: kept ones from the copies, others from the stream."""
+        """Read samples, in the order asked: kept ones from the copies, others from the stream.
+
+        The ids returned are those of the samples, as :meth:`distcl.types.Source.read` has it.
+        """
         ids = np.asarray(ids, dtype=np.int64)
-        held = np.isin(ids, self._ids)
+        at = np.searchsorted(self._ids, ids).clip(max=max(0, len(self._ids) - 1))
+        held = self._ids[at] == ids if len(self._ids) else np.zeros(len(ids), dtype=np.bool_)
         if not held.any():
             return self._stream.read(ids)
-        rows = torch.from_numpy(np.searchsorted(self._ids, ids[held]))
+        rows = torch.from_numpy(at[held])
+        read = torch.from_numpy(self._read[at[held]])
+        self.replaced.update(ids[held][self._read[at[held]] != ids[held]].tolist())
         x, y = tree_map(lambda t: t[rows], self._copies)
         if not held.all():
             other = self._stream.read(ids[~held])
             back = torch.from_numpy(np.argsort(np.argsort(~held, kind="stable")))
-            x, y = tree_map(lambda a, b: torch.cat([a, b])[back], (x, y), (other.x, other.y))
-        return Batch(torch.from_numpy(ids.copy()), x, y, len(ids))
+            read, x, y = tree_map(
+                lambda a, b: torch.cat([a, b])[back], (read, x, y), (other.ids, other.x, other.y)
+            )
+        return Batch(read, x, y, len(ids))
 
     def arrived(self) -> int:
         """See :meth:`distcl.data.stream.DriftStream.arrived`."""
@@ -211,15 +220,19 @@ class CopyingStream:
     def keep(self, ids: Ids) -> None:
         """Hold copies of these samples [H] and no others; those not yet held are read now."""
         ids = np.unique(ids)
-        parts = [(b.x, b.y) for b in iterate_chunks(self, ids, _CHUNK)]
-        self._copies = tree_map(lambda *some: torch.cat(some), *parts) if parts else (None, None)
-        self._ids = ids
+        parts = [(b.ids, b.x, b.y) for b in iterate_chunks(self, ids, _CHUNK)]
+        self._copies = (None, None)
+        self._ids = self._read = ids
+        if parts:
+            read, x, y = tree_map(lambda *some: torch.cat(some), *parts)
+            self._read, self._copies = read.numpy(), (x, y)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ids int64 [H] and the samples."""
-        return {"ids": torch.from_numpy(self._ids), "x": self._copies[0], "y": self._copies[1]}
+        """Return ids int64 [H], the samples, and their own ids int64 [H]."""
+        ids, read = torch.from_numpy(self._ids), torch.from_numpy(self._read)
+        return {"ids": ids, "read": read, "x": self._copies[0], "y": self._copies[1]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self._ids = state["ids"].numpy()
+        self._ids, self._read = state["ids"].numpy(), state["read"].numpy()
         self._copies = (state["x"], state["y"])

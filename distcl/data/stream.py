@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from distcl.types import (
     Ids,
     PyTree,
     Source,
+    exact,
     frozen,
     pack_ids,
     unpack_ids,
@@ -283,9 +285,8 @@ class DriftStream:
 
     def _blend(self, e: int, rows: Ids, before: Mask, rng: np.random.Generator) -> None:
         """Let early places of the stream order ``rows`` come from the concept before, in place."""
-        n = int(np.ceil(self._config.transition_fraction * len(rows)))
-        older = np.zeros(len(rows), dtype=np.bool_)
-        older[:n] = rng.random(n) < 1 - np.arange(n) / n
+        n = math.ceil(exact(self._config.transition_fraction) * len(rows))
+        older = np.pad(rng.random(n) < 1 - np.arange(n) / n, (0, len(rows) - n))
         unused = before.copy()
         unused[rows[~older]] = False
         pool = rng.permutation(np.flatnonzero(unused))[: older.sum()]

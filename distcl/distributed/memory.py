@@ -21,7 +21,7 @@ class FlopCount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     By the formulas of torch's FlopCounterMode: matrix products, convolutions and attention, a
     multiplication and an addition as two; all else is nothing beside them. Results do not change.
     FlopCounterMode itself also follows modules by hooks, which end ``torch.autograd.grad`` with an
-    error, and so ``jvp_penalty``.
+    error.
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from math import floor
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from distcl.monitoring.metrics import StreamMetric, create_metric
 from distcl.sampling.draws import generator
 from distcl.training.step_loop import pack_experience, unpack_experience
 from distcl.training.trainer import ContinuousTrainer
-from distcl.types import WATCHING, Batch, Detector, Experience, Ids
+from distcl.types import WATCHING, Batch, Detector, Experience, Ids, exact
 
 log = logging.getLogger("distcl")
 
@@ -94,7 +95,7 @@ class Monitor:
         first = self.trainer.parts.stream.experiences[0]
         known, warmup = 0, self.config.warmup
         if self.trainer.training.pretrain_epochs and not self.trainer.pretrained:
-            known = max(2, int(self.config.pretrain_fraction * len(first.train)))
+            known = max(2, floor(exact(self.config.pretrain_fraction) * len(first.train)))
             known = min(known, len(first.train))
             if self.trainer.stage is None:
                 self._form(self._order[:known])
@@ -214,7 +215,7 @@ class Monitor:
         """Make an experience of stream samples, a random share of them held out."""
         index = len(self.experiences)
         order = generator(self.seed, index, _SPLIT).permutation(len(ids))
-        held = max(1, int(self.config.holdout_fraction * len(ids)))
+        held = max(1, floor(exact(self.config.holdout_fraction) * len(ids)))
         experience = Experience(
             index=index,
             train=ids[np.sort(order[held:])],

@@ -153,8 +153,10 @@ class Ledger:
         lo, hi = self._runtime.share(len(unseen))
         mine = torch.full((hi - lo,), _UNKNOWN, dtype=torch.int64)
         for k, batch in enumerate(iterate_chunks(source, unseen[lo:hi], _CHUNK)):
-            if _is_label(batch.y):
-                mine[k * _CHUNK : k * _CHUNK + len(batch)] = batch.y
+            if _is_label(batch.y):  # of those asked for, should others have been read for them
+                asked = torch.from_numpy(unseen[lo:hi][k * _CHUNK :][: len(batch)])
+                right = torch.where(batch.ids == asked, batch.y, _UNKNOWN)
+                mine[k * _CHUNK : k * _CHUNK + len(batch)] = right
         labels = self._runtime.all_gather(mine.to(self._runtime.device), len(unseen))
         self.table.label(unseen, labels.cpu().numpy())
 

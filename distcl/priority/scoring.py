@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from distcl.distributed.runtime import Runtime, part_of
 from distcl.errors import ConfigError, DistclError, DivergenceError
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
-from distcl.parallel.partition import create_partition
+from distcl.parallel.partition import Partition, create_partition
 from distcl.priority.population import Slices
 from distcl.priority.signals import create_signal
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedLoss, as_tensor
@@ -123,8 +125,9 @@ class Scorer:
         losses = next(columns)
         require_sound(losses, ids, "the loss", rank_of)
         if keep and self.signal.needs_anchor and not self.signal.needs_logits:
-            owned = self.forward.partition.owned()
-            self.cache.put(fingerprint(owned, self.forward.runtime), ids, losses)
+            partition = self.forward.partition
+            owned = partition.owned()
+            self.cache.put(fingerprint(owned, partition, self.forward.runtime), ids, losses)
         del losses
         scores = next(columns)
         require_sound(scores, ids, f"the score of signal '{self._name}'", rank_of)
@@ -185,7 +188,7 @@ class Scorer:
         Collective.
         """
         run = self.forward.runtime
-        weights = fingerprint(self.anchor.theta_star, run)
+        weights = fingerprint(self.anchor.theta_star, self.forward.partition, run)
         with large_arrays():
             known, losses = self.cache.get(weights, mine)
         if self.signal.needs_logits:  # those are not cached
@@ -242,10 +245,10 @@ def checked(signal: PrioritySignal, score: Any, number: int) -> torch.Tensor:
     return score
 
 
-def priorities(scores: torch.Tensor, alpha: float) -> Weights:
-    """Return clamp(score, min=1e-8) ** alpha, float64 [N]. Local."""
+def priorities(scores: torch.Tensor, alpha: float, min_score: float = 1e-8) -> Weights:
+    """Return max(score, min_score) ** alpha, float64 [N]. Local."""
     scores64 = scores.detach().cpu().numpy().astype(np.float64)
-    return np.power(np.maximum(scores64, 1e-8), alpha)
+    return np.power(np.maximum(scores64, min_score), alpha)
 
 
 def compute_sample_priorities(
@@ -258,11 +261,15 @@ def compute_sample_priorities(
     ids: Ids | None = None,
     alpha: float = 1.0,
     signal: str = "loss_delta",
+    options: dict[str, Any] | None = None,
+    min_score: float = 1e-8,
     batch_size: int = 512,
 ) -> tuple[Ids, Weights]:
     """Return (ids int64 [N], priorities float64 [N]) of a dataset's samples. Collective.
 
-    priority_i = clamp(L(w_now, x_i) - L(theta_star, x_i), min=1e-8) ** alpha
+    priority_i = max(L(w_now, x_i) - L(theta_star, x_i), min_score) ** alpha, or another signal,
+    made with ``options``, in the place of the difference. What ``[priority]`` does to weights
+    (cap, min_ess, floor) is :func:`distcl.priority.weighting.shape_weights`.
 
     Every rank scores its own contiguous slice; all ranks get the whole result. ``source`` is a
     Source, or any map-style dataset of (x, y) pairs, whose ids are its positions. ``criterion``
@@ -272,8 +279,9 @@ def compute_sample_priorities(
     source = as_source(source)
     ids = np.arange(len(source), dtype=np.int64) if ids is None else ids
     forward = ShardedForward(runtime, model, create_partition(runtime, model), criterion)
-    scorer = Scorer(forward, anchor, create_signal(signal, criterion=criterion), batch_size)
-    return ids, priorities(scorer.score(source, ids), alpha)
+    made = create_signal(signal, options, criterion=criterion)
+    scorer = Scorer(forward, anchor, made, batch_size)
+    return ids, priorities(scorer.score(source, ids), alpha, min_score)
 
 
 # The loss cache: exact losses by id, so that a sample scored last round costs one forward now.
@@ -286,18 +294,41 @@ def compute_sample_priorities(
 _BLOCK = 1 << 16
 
 
-def fingerprint(slices: Mapping[str, torch.Tensor], runtime: Runtime) -> int:
-    """Return a 64-bit checksum of weights from the slices of all ranks, exact in every bit.
+def fingerprint(slices: Mapping[str, torch.Tensor], partition: Partition, runtime: Runtime) -> int:
+    """Return a 64-bit checksum of weights, from all ranks' slices of them. Collective.
 
-    A sum of the words of each tensor, each under an odd factor of its own. Collective.
+    A sum of the words of all tensors, each under a factor of its tensor's name and its place in it:
+    so it is exact in every bit, and the same however the tensors are cut into slices.
     """
+    ranges = partition.ranges()
     total = torch.zeros((), dtype=torch.int64, device=runtime.device)
-    for k, value in enumerate(slices.values()):
-        words = value.detach().contiguous()
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        bits = words.view(width[words.element_size()])
-        total += (bits.sum(dtype=torch.int64) * (2 * k + 3)).to(runtime.device)
+    for name, value in slices.items():
+        size = value.element_size()
+        words = value.detach().contiguous().view(_WORDS[min(size, 8)])
+        start = ranges[name][0] * (len(words) // max(1, len(value)))
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), signed=True)
+        total += (_checksum(words, start) * (key | 1)).to(runtime.device)
     return int(runtime.all_reduce(total))
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PERIOD = 1021  # a prime: rows of equal length do not repeat it
+
+
+@lru_cache(maxsize=8)
+def _factors(device: torch.device) -> torch.Tensor:
+    """Return the factors of the places in a period, odd, int64 [P]."""
+    raw = np.random.PCG64(0).random_raw(_PERIOD) | np.uint64(1)
+    return torch.from_numpy(raw.view(np.int64)).to(device)
+
+
+def _checksum(words: torch.Tensor, start: int) -> torch.Tensor:
+    """Return the sum of words [n] that begin at place ``start``, under the places' factors."""
+    factors = _factors(words.device).roll(-start % _PERIOD)
+    even = len(words) // _PERIOD * _PERIOD
+    columns = words[:even].view(-1, _PERIOD).sum(dim=0, dtype=torch.int64)
+    columns[: len(words) - even] += words[even:]
+    return (columns * factors).sum()
 
 
 class LossCache:

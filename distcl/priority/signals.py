@@ -25,7 +25,8 @@ from distcl.types import Batch, Outputs, PrioritySignal, PyTree, UnreducedLoss
 class LossDelta:
     """The published signal: how much a sample's loss rose since theta_star.
 
-    score_i = clamp(L(w_now, x_i) - L(theta_star, x_i), min=1e-8)
+    score_i = max(L(w_now, x_i) - L(theta_star, x_i), 0); weights take ``priority.min_score`` (1e-8)
+    for smaller ones.
     """
 
     needs_anchor = True
@@ -36,7 +37,7 @@ class LossDelta:
         """Return scores [B]; ``anchor`` holds theta_star's losses."""
         if anchor is None:
             raise ValueError("loss_delta needs the losses of theta_star")
-        return (now.loss - anchor.loss).clamp(min=1e-8)
+        return (now.loss - anchor.loss).clamp(min=0)
 
 
 class Loss:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from distcl.types import exact
+
 Weights = npt.NDArray[np.float64]
 Of = Callable[[Weights], Weights]
 """A function of values [b], one by one: [b]."""
@@ -159,7 +161,7 @@ def top_share(weights: npt.ArrayLike, share: float = 0.01, over: Sums = WHOLE) -
     """
     array = check_weights(weights, over=over)
     number, largest = over.number(array), over.largest(array)
-    most = max(1, round(share * number))
+    most = max(1, round(exact(share) * number))
     low, high = 0.0, 1.0  # of the largest: ``most`` weights or fewer exceed high, more exceed low
     for _ in range(60):
         middle = (low + high) / 2

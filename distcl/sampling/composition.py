@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import floor
+
 import numpy as np
 
 from distcl.config import ContinualLearningConfig, TrainingConfig
 from distcl.priority.round_weights import RoundWeights, joined
 from distcl.priority.weighting import Sums, Weights
 from distcl.sampling.sampler import Part
-from distcl.types import Ids, frozen
+from distcl.types import Ids, exact, frozen
 
 MAIN, HISTORY = 0, 1
 """The plan of the training batches, and that of history batches for updaters that take them."""
@@ -24,7 +27,7 @@ class Mix:
         self, training: TrainingConfig, continual: ContinualLearningConfig, union: bool
     ) -> None:
         self._training = training
-        self._ratio = continual.current_ratio
+        self._ratio = exact(continual.current_ratio)
         self._mixed = continual.mix_historic_data
         self._union = union
         self.sizes = {
@@ -34,11 +37,14 @@ class Mix:
         """The global batch size of each plan."""
 
     def draws(self, current: int, history: int) -> tuple[int, int]:
-        """Return how many current and history samples a pass draws into training batches."""
+        """Return how many current and history samples a pass draws into training batches.
+
+        r·N and (1-r)·N rounded down, of current data at least one; all of both where r is 1.
+        """
         history = history if self._mixed else 0
-        if self._ratio == 1.0:
+        if self._ratio == 1:
             return current, history
-        return max(1, int(self._ratio * current)), int((1 - self._ratio) * history)
+        return max(1, floor(self._ratio * current)), floor((1 - self._ratio) * history)
 
     def steps(self, current: int, history: int, epochs: int | None = None) -> int:
         """Return the number of steps of a round, or of ``epochs`` passes."""
@@ -46,14 +52,14 @@ class Mix:
         if epochs is not None:
             return epochs * of_a_pass
         steps = self._training.steps_per_round or self._training.epochs * of_a_pass
-        return max(1, round(self._training.step_factor * steps))
+        return max(1, round(exact(self._training.step_factor) * steps))
 
-    def replays(self, current: int, history: int, history_batch: bool) -> float:
+    def replays(self, current: int, history: int, history_batch: bool) -> Fraction:
         """Return how often a round draws a stored sample, on average."""
         if not history:
-            return 0.0
+            return Fraction(0)
         drawn = self.draws(current, history)
-        mixed = self.sizes[MAIN] * drawn[1] / sum(drawn)
+        mixed = Fraction(self.sizes[MAIN] * drawn[1], sum(drawn))
         steps = self.steps(current, history)
         return steps * (mixed + history_batch * self.sizes[HISTORY]) / history
 

@@ -28,7 +28,7 @@ from distcl.sampling.draw_log import Account, Drawn, LaneAccount, WholeAccount, 
 from distcl.sampling.sampler import DistributedWeightedSampler, Part, Permutations, WindowPlan
 from distcl.sampling.sequential import LaneSampler, Streamed
 from distcl.sampling.staleness import Freshness
-from distcl.types import Batch, Ids, Source
+from distcl.types import Batch, Ids, Source, exact
 
 EMPTY: Ids = np.empty(0, dtype=np.int64)
 _POOL = 2  # a stream of draws beside those of the plans
@@ -102,11 +102,11 @@ class Feed:
         note = ""
         limit = self._priority.max_replay
         replays = self._mix.replays(len(current), len(history), history_batch)
-        if on_history and limit and replays > limit:
+        if on_history and limit and replays > exact(limit):
             on_history, on_current = False, target != "union" and on_current
             note = (
-                f"[priority/hist] uniform: {replays:.3g} replays of a stored sample in this round, "
-                f"more than priority.max_replay = {limit:g}"
+                f"[priority/hist] uniform: {float(replays):.3g} replays of a stored sample in this "
+                f"round, more than priority.max_replay = {limit:g}"
             )
         self._weighted = (current if on_current else None, history if on_history else None)
         if source == "candidates":
@@ -175,8 +175,9 @@ class Feed:
         self._choosers: dict[int, Chooser] = {}
         groups = self._groups(self._weights)
         self._plans = {which: self._plan(which, g) for which, g in groups.items()}
-        weighted = any(part.weights is not None for g in groups.values() for part in g)
-        self._freshness.begin(self.steps() if weighted else 0)
+        parts = [part for g in groups.values() for part in g]
+        weighted = any(part.weights is not None for part in parts)
+        self._freshness.begin(self.steps() if weighted else 0, parts)
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""

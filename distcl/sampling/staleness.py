@@ -47,12 +47,18 @@ class Freshness:
         self._runtime = runtime
         self.begin(0)
 
-    def begin(self, steps: int) -> None:
-        """Start a round of so many steps by weights; 0: without any. Local."""
+    def begin(self, steps: int, groups: Sequence[Part] = ()) -> None:
+        """Start a round of so many steps by weights; 0: without any.
+
+        ``groups``: what all its looks will show, where their weights lie in slices: these have the
+        mean of all ranks' weights, which a look cannot ask for. Collective then, else local.
+        """
         self._every = max(1, steps // _LOOKS) if steps else 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, list[Part]]] = []
         self._mine: list[npt.NDArray[np.float64]] = []  # looked up, not gathered yet
         self._pairs: npt.NDArray[np.float64] = np.empty((0, 2))
+        in_slices = [group for group in groups if group.over is not WHOLE]
+        self._means = _means([group for group in in_slices if group.weights is not None])
 
     def wants(self, step: int) -> bool:
         """Whether to look at the round's ``step``-th step, from 1. Local; equal on all ranks."""
@@ -71,7 +77,7 @@ class Freshness:
 
     def _look_up(self) -> None:
         """Look up the weights of this rank's samples that wait. Local."""
-        self._mine += [self._pairs_of(*looked) for looked in self._waiting]
+        self._mine += [self._pairs_of(*looked, self._means) for looked in self._waiting]
         self._waiting = []
 
     def _settle(self) -> None:
@@ -86,14 +92,20 @@ class Freshness:
 
     @staticmethod
     def _pairs_of(
-        drawn: torch.Tensor, losses: torch.Tensor, groups: list[Part]
+        drawn: torch.Tensor,
+        losses: torch.Tensor,
+        groups: list[Part],
+        means: Sequence[float] = (),
     ) -> npt.NDArray[np.float64]:
-        """Return the samples' weights, in means, and losses, float64 [n, 2], where both are."""
+        """Return the samples' weights, in means, and losses, float64 [n, 2], where both are.
+
+        ``means``: those of the groups, or else they are worked out: collective if these are slices.
+        """
         wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
         found = np.full(len(wanted), np.nan)
-        for group in groups if len(wanted) else []:
+        means = means or _means(groups)
+        for group, mean in zip(groups, means, strict=True) if len(wanted) else ():
             assert group.weights is not None
-            mean = group.weights.mean() if group.over is WHOLE else 1.0
             for start in range(0, len(group.ids), _BLOCK):
                 ids = group.ids[start : start + _BLOCK]
                 at = np.searchsorted(wanted, ids).clip(max=len(wanted) - 1)
@@ -121,9 +133,17 @@ class Freshness:
     def state_dict(self) -> dict[str, Any]:
         """Return what the round has shown so far, the same on every rank. Collective."""
         self._settle()
-        return {"every": self._every, "pairs": torch.from_numpy(self._pairs)}
+        pairs = torch.from_numpy(self._pairs)
+        return {"every": self._every, "pairs": pairs, "means": self._means}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.begin(0)
         self._every, self._pairs = state["every"], state["pairs"].numpy()
+        self._means = state["means"]
+
+
+def _means(groups: Sequence[Part]) -> list[float]:
+    """Return the mean weight of each group. Collective if one lies in slices."""
+    weighted = ((group.over, group.weights) for group in groups if group.weights is not None)
+    return [over.total(weights) / over.number(weights) for over, weights in weighted]

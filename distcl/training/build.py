@@ -69,7 +69,7 @@ def assemble(
     importance = config.continual_learning.importance_weighting
     keep = getattr(signal, "anchors", 1) if importance else 1
     host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
-    anchor = Anchor(partition, keep, host)
+    anchor = Anchor(partition, keep, host, undo=config.training.accept == "improves")
     scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
     ledger = None
     if importance and config.priority.source == "online":
@@ -89,6 +89,7 @@ def assemble(
             pretrained=bool(config.model.pretrained),
             accumulate=config.training.accumulate,
             ledger=ledger,
+            min_score=config.priority.min_score,
         ),
     )
     if importance:

@@ -30,6 +30,7 @@ from distcl.training.evaluation import Evaluator
 from distcl.training.optimizer import reset
 from distcl.training.round_report import Reporter, RoundRecorder
 from distcl.training.step_loop import Stage, StepLoop
+from distcl.training.undo import Undo
 from distcl.types import Experience, Progress, Stream
 from distcl.updaters import Round, Updater
 
@@ -82,6 +83,14 @@ class ContinuousTrainer:
         self.pretraining: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0
         self.stage: Stage | None = None
+        self.undo = Undo(
+            parts.runtime.unwrap(parts.model),
+            parts.optimizer,
+            parts.forward.partition,
+            parts.anchor,
+            parts.updater,
+            parts.feed,
+        )
         self.loop = StepLoop(
             parts.runtime,
             parts.model,
@@ -101,8 +110,8 @@ class ContinuousTrainer:
         """Train one round on an experience and return its report, as in ``summary.json``.
 
         ``held_out``: the experiences, old and new, by whose held-out data ``training.accept``
-        judges the round. One that is not accepted is taken back: weights as before, no commit, and
-        its samples stay out of the history.
+        judges the round. One that is not accepted is taken back: everything is as before but for
+        random generators and counters, there is no commit, and its samples stay out of the history.
         """
         updater = self.parts.updater
         stage = self.stage or self._begin_round(experience, trigger, held_out)
@@ -142,6 +151,7 @@ class ContinuousTrainer:
         priority_seconds = time.perf_counter() - clock
 
         self.announce(experience)
+        before_it = self._mean_accuracy(held_out) if self.training.accept == "improves" else None
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
 
         feed.rebuild(  # 3. sampler
@@ -155,8 +165,9 @@ class ContinuousTrainer:
             "weighted": bool(weights.parts) or any(weights.chosen),
             "judged": asdict(judged),
         }
-        if self.training.accept == "improves":
-            self.stage.report["held_out"] = self._mean_accuracy(held_out)
+        if before_it is not None:
+            self.stage.report["held_out"] = before_it
+            self.undo.take()
         return self.stage
 
     def _accepts(self, stage: Stage, held_out: Sequence[Experience]) -> bool:
@@ -166,14 +177,13 @@ class ContinuousTrainer:
             return True
         after = self._mean_accuracy(held_out)
         if after >= before:
+            self.undo.forget()
             return True
         self._say(
             f"[accept] round {stage.number} is taken back: mean {self.metric} on held-out data "
             f"fell from {before:.4f} to {after:.4f}"
         )
-        self.parts.anchor.put_back()
-        self.parts.updater.taken_back()
-        reset(self.parts.optimizer)
+        self.undo.put_back()
         return False
 
     def _mean_accuracy(self, experiences: Sequence[Experience]) -> float:

@@ -8,9 +8,9 @@ A round calls them in this order: ``begin_round``, ``cl_preprocessing``; for eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class UpdaterSetup:
     ``pretrained``: the model started from trained weights (``model.pretrained``). ``ledger``: takes
     the scores of training batches, under ``priority.source = "online"``.
     ``accumulate``: in how many parts a step's batches are computed (``training.accumulate``).
+    ``min_score``: the least score that priorities are made of (``priority.min_score``).
     """
 
     config: ContinualLearningConfig
@@ -46,6 +47,7 @@ class UpdaterSetup:
     pretrained: bool = False
     ledger: Ledger | None = None
     accumulate: int = 1
+    min_score: float = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,6 @@ class Updater:
     """Whether ``fwd_bwd`` wants a batch of history too."""
     trains = True
     """Whether rounds take steps."""
-    unsupported: ClassVar[Mapping[str, str]] = {}
-    """``parallel.strategy`` -> why the method cannot run under it."""
     sliced: tuple[str, ...] = ()
     """Entries of ``state_dict`` that are owned slices, name -> 1-D tensor."""
     dealt: tuple[str, ...] = ()
@@ -113,11 +113,11 @@ class Updater:
     def compute_sample_priorities(self, source: Source, ids: Ids) -> tuple[Ids, Weights]:
         """Return (ids [N], priorities float64 [N]). Collective.
 
-        priority_i = clamp(L(w_now, x_i) - L(theta_star, x_i), min=1e-8) ** importance_alpha,
-        or another signal in the place of the difference.
+        priority_i = max(L(w_now, x_i) - L(theta_star, x_i), min_score) ** importance_alpha, or
+        another signal in the place of the difference: before cap, min_ess and floor.
         """
         scores = self.setup.scorer.score(source, ids)
-        return ids, priorities(scores, self.config.importance_alpha)
+        return ids, priorities(scores, self.config.importance_alpha, self.setup.min_score)
 
     def begin_round(self, round_: Round) -> None:
         """Learn what the round (or the pretraining) trains on; comes first. Local."""

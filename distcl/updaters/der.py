@@ -70,6 +70,10 @@ class DarkExperienceReplay(Updater):
             self.stored.put(self.last.ids[noted.numpy()], logits[noted.to(logits.device)])
         if len(unseen):
             self.stored.put(unseen, compute_logits(self.setup.scorer, source, unseen, "der"))
+        self.taken_back()
+
+    def taken_back(self) -> None:
+        """Forget the logits that the round has noted. Local."""
         self.last = LastLogits(self.last.ids[:0], self.runtime)
 
     def state_dict(self) -> dict[str, Any]:

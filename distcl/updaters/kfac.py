@@ -61,7 +61,7 @@ class KFACOnline(Updater):
         self.samples = 0
         self._recording = False
         self._seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._scale = torch.ones(())
+        self._scale = torch.ones(())  # d(what is differentiated)/d(loss of each sample), [B]
 
     def _is_mine(self, layer: Layer) -> bool:
         return self.owners[layer.name] == int(self.runtime.rank)
@@ -98,8 +98,10 @@ class KFACOnline(Updater):
             )
             sums = Sums.view(layer, flat)
             for a, g in self._seen.pop(layer.name, ()):
-                layer.add_moments_(sums, a, g)
-            sums.g.div_(self._scale**2)
+                weighted = batch.weights is not None
+                layer.add_moments_(sums, a, self._unscaled(layer, g) if weighted else g)
+            if batch.weights is None and len(batch):
+                sums.g.div_(self._scale[0] ** 2)
             self.runtime.reduce(flat, self.owners[layer.name])
             if self._is_mine(layer):
                 held = self.sums.get(layer.name)
@@ -153,8 +155,30 @@ class KFACOnline(Updater):
         return output.clone()  # a view that is changed in place, by a ReLU say, loses its hooks
 
     def _see_scale(self, g: torch.Tensor) -> None:
-        """Learn d(what is differentiated)/d(loss of a sample), the same for each: W / B_global."""
-        self._scale = g.detach()[0]
+        """Learn d(what is differentiated)/d(loss of a sample): W / B_global · its loss weight."""
+        self._scale = g.detach()
+
+    def _unscaled(self, layer: Layer, g: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of samples' own losses, from those of what was differentiated.
+
+        A sample lies along the first dimension that has as many entries as there are samples; or
+        where none has, as equally many neighbours in the first one. Local.
+        """
+        scale = self._scale.to(g)
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)  # of no weight: no gradient
+        shape = g.shape[:-1] if isinstance(layer.module, nn.Linear) else g.shape[:-3]
+        if len(scale) in shape:
+            k = shape.index(len(scale))
+        elif shape and shape[0] % len(scale) == 0:
+            k, inverse = 0, inverse.repeat_interleave(shape[0] // len(scale))
+        elif len(scale) > 1:
+            raise ConfigError(
+                f"kfac_online: layer '{layer.name}' has outputs of shape {list(g.shape)} for "
+                f"{len(scale)} samples; priority.correction needs to know whose each row is"
+            )
+        else:
+            return g * inverse
+        return g * inverse.view(-1, *[1] * (g.ndim - 1 - k))
 
     # -- penalty -------------------------------------------------------------------------------
 

@@ -68,8 +68,12 @@ class LwF(Updater):
 
     def cl_postprocessing(self, source: Source, ids: Ids) -> None:
         """Forget the teacher's answers. Local."""
-        self.teacher = LogitTable()
+        self.taken_back()
         self.commits += 1
+
+    def taken_back(self) -> None:
+        """Forget the teacher's answers. Local."""
+        self.teacher = LogitTable()
 
     def _distillation(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
         """Return T² KL(softmax(teacher/T) ‖ softmax(student/T)), [B]."""

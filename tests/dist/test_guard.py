@@ -11,6 +11,7 @@ import torch
 from scipy.stats import spearmanr
 
 from distcl import Runtime
+from distcl.priority.population import Dealer
 from distcl.sampling.staleness import Freshness
 from distcl.sampling.sampler import Part
 from distcl.types import frozen, pack_ids
@@ -77,3 +78,39 @@ def test_looks_at_parts_of_unlike_size_do_not_wait_for_each_other() -> None:
     (ours, mine), (theirs, others) = run_ranks(2, look_at_uneven_parts)
     expected = spearmanr(*np.array(mine + others).T).statistic
     assert ours == theirs == pytest.approx(expected, abs=1e-12)
+
+
+def look_at_lanes(lanes: int) -> tuple[float | None, float | None]:
+    """Look at two groups of unlike scale, whole and by lanes; return both correlations."""
+    runtime = Runtime()
+    rng = np.random.default_rng(0)
+    current, history = pack_ids(1, np.arange(901)), pack_ids(0, np.arange(57))
+    weights = 1000 * rng.random(901), rng.random(57)
+    dealer = Dealer.over(runtime, lanes, lambda ids, n: (ids & 0xFFFF) ** 2 % 7 * n // 7)
+    groups = []
+    for ids, some in zip((current, history), weights, strict=True):
+        mine = dealer.deal(ids)
+        groups.append(Part(mine.ids, mine.pick(ids, some), len(ids), mine))
+    whole = [Part(ids, w, len(ids)) for ids, w in zip((current, history), weights, strict=True)]
+    loss = {i: w / m.mean() for p, m in zip(whole, weights, strict=True) for i, w in zip(p.ids, m)}
+    found = []
+    for parts in (whole, groups):
+        fresh = Freshness(runtime)
+        fresh.begin(8, parts)
+        for part in parts:
+            mine = part.ids if parts is groups else part.ids[runtime.rank :: runtime.world_size]
+            losses = torch.tensor([loss[i] for i in mine])
+            fresh.take(torch.from_numpy(mine), losses, parts)
+        again = Freshness(runtime)
+        again.load_state_dict(fresh.state_dict())
+        assert again.correlation == fresh.correlation
+        found.append(fresh.correlation)
+    runtime.close()
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_staleness_over_lanes_is_that_of_whole_data(world: int) -> None:
+    for whole, lanes in run_ranks(world, look_at_lanes, 5):
+        assert whole == pytest.approx(1.0, abs=1e-12)
+        assert lanes == pytest.approx(1.0, abs=1e-12)

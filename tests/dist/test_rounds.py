@@ -172,7 +172,23 @@ def test_the_cache_is_not_used_when_the_weights_changed_after_scoring(tmp_path: 
     before = trainer.parts.forward.forwards
     scores = scorer.score(stream, ids)
     assert trainer.parts.forward.forwards - before == 2 * len(ids)
-    assert float(scores.max()) == pytest.approx(1e-8)
+    assert float(scores.max()) == 0
+
+
+@pytest.mark.parametrize("min_score", [1e-12, 0.03])
+def test_min_score_counts_for_an_updaters_priorities_too(min_score: float, tmp_path: Path) -> None:
+    keys = (f"priority.min_score={min_score}", "continual_learning.importance_alpha=0.5")
+    trainer = _trainer(small("run.precision=fp64", *keys), tmp_path)
+    stream, updater = trainer.parts.stream, trainer.parts.updater
+    first, second = stream.experiences[:2]
+    trainer.run_round(first, "scheduled")
+    ids, found = updater.compute_sample_priorities(stream, second.train)
+    scores = trainer.parts.scorer.score(stream, second.train).numpy()
+    assert (scores < 0.03).any() and (scores > 0.03).any()
+    np.testing.assert_array_equal(ids, second.train)
+    np.testing.assert_allclose(found, np.maximum(scores, min_score) ** 0.5, rtol=1e-15)
+    weights = trainer.parts.feed.weigh(2, second.train, first.train[:0], False)
+    np.testing.assert_allclose(weights.current, found, rtol=1e-15)
 
 
 def test_base_updater_takes_no_history_batch_and_none_never_trains(tmp_path: Path) -> None:

@@ -78,7 +78,15 @@ def _score(tree: bool) -> dict[str, Any]:
         ids = (ids - 1000) // 3
     model.train()
     ids, priorities = compute_sample_priorities(
-        model, anchor, source, criterion, runtime=runtime, ids=ids, alpha=0.7, batch_size=8
+        model,
+        anchor,
+        source,
+        criterion,
+        runtime=runtime,
+        ids=ids,
+        alpha=0.7,
+        min_score=0.05,
+        batch_size=8,
     )
     sampler = DistributedWeightedSampler(
         16, rank=runtime.rank, world_size=runtime.world_size, seed=3
@@ -94,11 +102,11 @@ def _score(tree: bool) -> dict[str, Any]:
 
 
 def _dense(tree: bool) -> np.ndarray:
-    """clamp(L(w) - L(theta_star), 1e-8) ** 0.7 in eval mode, by position."""
+    """clamp(L(w) - L(theta_star), 0.05) ** 0.7 in eval mode, by position."""
     x, y = _data()
     with torch.no_grad():
         losses = [criterion(awkward(seed).eval()(x), y) for seed in (0, 1)]
-    return ((losses[0] - losses[1]).clamp(min=1e-8) ** 0.7).numpy()
+    return ((losses[0] - losses[1]).clamp(min=0.05) ** 0.7).numpy()
 
 
 @pytest.mark.parametrize("tree", [False, True])

@@ -227,7 +227,7 @@ def test_online_takes_the_scores_of_every_updaters_forward(mode: str, tmp_path: 
     watched = Watched(trainer)
     _train(trainer)
     watched.check(trainer.parts.stream.experiences[2].train)
-    if trainer.parts.updater.uses_hist_batch and mode != "jvp_penalty":
+    if trainer.parts.updater.uses_hist_batch:
         watched.check(trainer.parts.stream.experiences[0].train)
 
 

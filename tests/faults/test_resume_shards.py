@@ -89,11 +89,16 @@ def test_a_killed_run_over_shards_goes_on_as_if_nothing_had_happened(
     assert resumed == whole and len(whole["digests"]) == 2
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3)])
 def test_a_streamed_run_goes_on_with_another_number_of_ranks(
     before: int, after: int, folder: Path, tmp_path: Path
 ) -> None:
-    keys = (*keys_of("stream", folder), "run.precision=fp64", "priority.correction=0.5")
+    keys = (
+        *keys_of("stream", folder),
+        "run.precision=fp64",
+        "priority.correction=0.5",
+        "model.options.hidden=[4, 40]",
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_ranks(1, go, keys, whole, 0, "never")
     killed(keys, parts, before, 14, "never")

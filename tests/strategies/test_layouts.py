@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from distcl.config import RunConfig
+from distcl.distributed.runtime import Runtime
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.partition import Partition, create_partition
+from distcl.priority.scoring import fingerprint
 from tests.layouts import (
     DEEPSPEED,
     LAYOUTS,
@@ -47,7 +50,8 @@ def _session(
     )
     module, partition = runtime.unwrap(model), create_partition(runtime, model)
     result: dict[str, Any] = {
-        "owned": {n: v.float().cpu().numpy().copy() for n, v in partition.owned().items()}
+        "owned": {n: v.float().cpu().numpy().copy() for n, v in partition.owned().items()},
+        "fingerprint": fingerprint(partition.owned(), partition, runtime),
     }
     anchor = Anchor(partition)
     for name, value in cut(partition, runtime, tensors(other)).items():
@@ -58,12 +62,8 @@ def _session(
     g = torch.Generator().manual_seed(3)
     x = torch.randn(7, 6, 7, generator=g)  # a step, a sample, a feature
     inside, losses = [], []
-    for step in range(7):
-        module.eval()
-        if swaps and step >= 3:
-            inside += _swap(
-                0 if sabotage else step - 3, anchor, partition, module, x[0].to(runtime.device)
-            )
+
+    def train(step: int) -> None:
         module.train()
         mine = x[step].to(runtime.device) + runtime.rank
         loss = model(mine).square().mean()
@@ -71,13 +71,30 @@ def _session(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
+
+    for step in range(7):
+        module.eval()
+        if swaps and step >= 3:
+            inside += _swap(
+                0 if sabotage else step - 3, anchor, partition, module, x[0].to(runtime.device)
+            )
+        train(step)
     kept = all(torch.equal(stored[n], v) for n, v in anchor.theta_star.items())
-    return result | {
-        "inside": inside,
-        "losses": losses,
-        "weights": gathered(partition, names),
-        "anchor kept": kept,
-    }
+    result |= {"inside": inside, "losses": [*losses], "weights": gathered(partition, names)}
+    partition.sync_buffers()
+    anchor = Anchor(partition, undo=True)
+    moments = []
+    for moment in ("start", "trained", "back"):
+        if moment == "trained":
+            anchor.refresh()
+            train(5)
+            train(6)
+        if moment == "back":
+            anchor.put_back(module.buffers())
+        with partition.inference():
+            outputs = module.eval()(x[0].to(runtime.device)).float().cpu().numpy()
+        moments.append({**gathered(partition, names), "outputs": outputs})
+    return result | {"anchor kept": kept, "moments": moments}
 
 
 def _swap(
@@ -137,6 +154,28 @@ def test_a_run_that_swaps_equals_one_that_never_did_bit_for_bit(
             np.testing.assert_array_equal(swaps["weights"][name], value)
 
 
+def assert_taken_back(moments: list[dict[str, np.ndarray]]) -> None:
+    start, trained, back = moments
+    assert not any(np.array_equal(start[n], v) for n, v in trained.items() if "running" in n)
+    assert not np.array_equal(start["outputs"], trained["outputs"])
+    for name, value in start.items():
+        np.testing.assert_array_equal(back[name], value)
+
+
+@every_layout
+def test_the_fingerprint_is_that_of_whole_weights(layout: str, ranks: list[Any]) -> None:
+    runtime = Runtime(RunConfig())
+    partition = create_partition(runtime, tangled(0))
+    whole = fingerprint(partition.owned(), partition, runtime)
+    assert {rank[layout]["swaps"]["fingerprint"] for rank in ranks} == {whole}
+
+
+@every_layout
+def test_weights_and_buffers_are_put_back_bit_for_bit(layout: str, ranks: list[Any]) -> None:
+    for rank in ranks:
+        assert_taken_back(rank[layout]["never"]["moments"])
+
+
 @every_layout
 def test_layouts_train_alike(layout: str, ranks: list[Any]) -> None:
     for rank in ranks:
@@ -184,6 +223,7 @@ def test_in_bf16_swapping_leaves_no_trace_in_weights_or_masters(
             np.testing.assert_allclose(outputs, expected, rtol=0, atol=0.03)
         assert swaps["losses"] == never["losses"]
         assert swaps["anchor kept"]
+        assert_taken_back(never["moments"])
         for name, value in never["weights"].items():
             np.testing.assert_array_equal(swaps["weights"][name], value)
         rounded = torch.from_numpy(swaps["weights"]["left.weight"])

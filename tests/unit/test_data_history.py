@@ -173,3 +173,37 @@ def test_the_loss_cache_is_a_dictionary_of_two_sets_of_weights():
             known, losses = cache.get(weights, asked)
             assert known.tolist() == [i in table for i in asked.tolist()]
             assert losses.tolist() == [table.get(i, 0.0) for i in asked.tolist()]
+
+
+class Skipping:
+    """Ten samples, of which 7 is bad: the next one is read in its place."""
+
+    spec, experiences, replaces = DataSpec((1,), 2), [], True
+
+    def __init__(self):
+        self.replaced = set()
+
+    def __len__(self):
+        return 10
+
+    def read(self, ids):
+        ids = np.array(ids, dtype=np.int64)
+        self.replaced.update(ids[ids == 7].tolist())
+        ids[ids == 7] = 8
+        x = torch.from_numpy(ids)
+        return Batch(x, x.float()[:, None], x, len(ids))
+
+
+@pytest.mark.parametrize("kept", [[], [1, 2], [1, 7], [1, 7, 8]])
+def test_a_copy_says_which_sample_it_is_of(kept):
+    stream = CopyingStream(Skipping())
+    stream.keep(np.array(kept, dtype=np.int64))
+    again = CopyingStream(Skipping())
+    again.load_state_dict(stream.state_dict())
+    for source in (stream, again):
+        for asked in ([7], [1, 7], [7, 3, 1, 7, 2, 9], [8, 7], []):
+            batch = source.read(np.array(asked, dtype=np.int64))
+            read = [8 if i == 7 else i for i in asked]
+            assert batch.ids.tolist() == batch.y.tolist() == read
+            assert batch.x[:, 0].tolist() == read
+        assert source.replaced == {7}  # also where it was kept in another process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,13 +144,19 @@ class Twice(nn.Module):
 
 
 class Tokens(nn.Module):
-    def __init__(self) -> None:
+    """Samples first, positions first, or both in one dimension."""
+
+    def __init__(self, order: str = "samples") -> None:
         super().__init__()
+        self.order = order
         self.layer = nn.Linear(4, 5)
         self.head = nn.Linear(5, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu_(self.layer(x)).mean(1))
+        if self.order == "positions":
+            return self.head(torch.relu_(self.layer(x.transpose(0, 1))).mean(0))
+        flat = x.flatten(0, 1) if self.order == "flat" else x
+        return self.head(torch.relu_(self.layer(flat)).view(*x.shape[:2], 5).mean(1))
 
 
 def convolution(**keys: Any) -> nn.Module:
@@ -164,6 +171,8 @@ CASES = {
         (4,),
     ),
     "linear on tokens": (Tokens, (7, 4)),
+    "linear on tokens, positions first": (lambda: Tokens("positions"), (7, 4)),
+    "linear on tokens, flat": (lambda: Tokens("flat"), (7, 4)),
     "linear used twice": (Twice, (4,)),
     "conv": (lambda: convolution(kernel_size=2), (2, 4, 4)),
     "conv without bias": (lambda: convolution(kernel_size=2, bias=False), (2, 4, 4)),
@@ -178,7 +187,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("mode", ["explicit", "damped"])
+@pytest.mark.parametrize("mode", ["explicit", "damped", "explicit, losses weighted"])
 @pytest.mark.parametrize("case", CASES)
 def test_penalty_equals_the_dense_fisher_matrix(case: str, mode: str, runtime: Runtime) -> None:
     build, shape = CASES[case]
@@ -187,7 +196,9 @@ def test_penalty_equals_the_dense_fisher_matrix(case: str, mode: str, runtime: R
     batch = data(*shape)
     model(batch.x)  # lazy layers learn their shape
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    updater = make(runtime, model, kfac_step=mode)
+    if "weighted" in mode:  # by priority.correction; the Fisher matrix is that of the plain losses
+        batch = replace(batch, weights=torch.linspace(0.2, 3.0, len(batch)).double())
+    updater = make(runtime, model, kfac_step=mode.partition(",")[0])
     fishers = {name: dense_fisher(model, layer, batch) for name, layer in layers.items()}
     step(updater, batch)
     updater.cl_postprocessing(updater.setup, NO_IDS)

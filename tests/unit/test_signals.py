@@ -56,7 +56,7 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 def test_loss_is_the_loss_and_loss_delta_what_it_gained() -> None:
     batch, now = _batch("classes")
     _, anchor = _batch("classes", seed=1)
-    gained = np.maximum(now.loss.numpy() - anchor.loss.numpy(), 1e-8)
+    gained = np.maximum(now.loss.numpy() - anchor.loss.numpy(), 0)
     assert (_score("loss", batch, now) == now.loss.numpy()).all()
     np.testing.assert_allclose(_score("loss_delta", batch, now, anchor), gained, rtol=0, atol=1e-8)
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from distcl.config import StreamConfig
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
 from distcl.errors import ConfigError, DataError
-from distcl.types import Batch, Ids, PyTree
+from distcl.types import Batch, Ids, PyTree, exact
 
 MAX_CLASSES = 1 << 20
 """Labels are below this: a larger one is a mistake, not a class."""
@@ -248,7 +248,8 @@ def stratified(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
     """Return the rows (train, test), each ascending, with ``fraction`` of every class in test."""
     order = np.lexsort((np.random.default_rng(0).random(len(labels)), labels))
     counts = np.bincount(labels)
-    held = np.minimum(np.maximum(np.rint(fraction * counts), 1), np.maximum(counts - 1, 0))
+    share = np.array([round(exact(fraction) * n) for n in counts.tolist()])
+    held = np.minimum(np.maximum(share, 1), np.maximum(counts - 1, 0))
     place = np.arange(len(labels)) - (counts.cumsum() - counts)[labels[order]]  # within its class
     test = place < held[labels[order]]
     return np.sort(order[~test]), np.sort(order[test])

@@ -16,7 +16,7 @@ from distcl import registry
 from distcl.checkpoint.preemption import Preemption
 from distcl.checkpoint.saver import Contents, Keeper
 from distcl.checkpoint.state import JobState, check_config, collect, restore
-from distcl.checkpoint.store import CheckpointStore, read_manifest
+from distcl.checkpoint.store import CheckpointStore, read_manifest, verify
 from distcl.config import Config
 from distcl.config.load import to_toml
 from distcl.data.stream import create_stream
@@ -168,6 +168,7 @@ class Job:
         path = Path(resume)
         if not path.is_dir():
             raise CheckpointError(f"checkpoint '{resume}' does not exist")
+        verify(path, self._runtime)
         return path
 
     def _rolled_back(self, error: DivergenceError) -> Path:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from distcl.checkpoint.reader import Reader
+from distcl.checkpoint.reader import Reader, load_weights
 from distcl.checkpoint.saver import Contents, random_state, set_random_state
-from distcl.checkpoint.store import verify
+from distcl.checkpoint.store import MODEL, copied, read_manifest
 from distcl.config import Config
 from distcl.errors import CheckpointError, ConfigError
 from distcl.monitoring.monitor import Monitor
@@ -65,6 +65,7 @@ def collect(
     }
     shared = {
         "job": vars(job),
+        "specs": partition.specs(),
         "trainer": trainer.state_dict(),
         "monitor": None if monitor is None else monitor.state_dict(),
         "cache": None if mine["lanes"] else parts.scorer.cache.state_dict(),
@@ -80,12 +81,10 @@ def collect(
 
 def weights(parts: Parts) -> dict[str, torch.Tensor]:
     """Return every parameter and persistent buffer whole, on rank 0's CPU. Collective."""
-    module, partition = parts.runtime.unwrap(parts.model), parts.forward.partition
+    partition = parts.forward.partition
     partition.sync_buffers()
-    saved = module.state_dict().keys()  # leaves out non-persistent buffers
-    names = [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n in saved]
     state: dict[str, torch.Tensor] = {}
-    for name in names:
+    for name in partition.specs():
         whole = partition.gather(name)
         if parts.runtime.is_main:
             state[name] = whole.cpu().contiguous()
@@ -99,14 +98,13 @@ def restore(
     trainer: ContinuousTrainer,
     monitor: Monitor | None,
 ) -> None:
-    """Put a run into the state of a checkpoint that verifies. Collective.
+    """Put a run into the state of a checkpoint that was verified. Collective.
 
-    Raises CheckpointError if it is of another command or model.
+    Raises CheckpointError if it is of another command or model. Nothing of its files stays mapped.
     """
     parts = trainer.parts
     runtime, partition = parts.runtime, parts.forward.partition
-    manifest = verify(path)
-    reader = Reader(path, manifest)
+    reader = Reader(path, read_manifest(path))
     shared = reader.shared
     if shared["job"]["command"] != job.command:
         raise CheckpointError(
@@ -114,7 +112,8 @@ def restore(
             f"not 'distcl {job.command}'"
         )
     vars(job).update(shared["job"])
-    partition.load(reader.weights)
+    reader.check(partition)
+    load_weights(partition, path / MODEL)
     same = len(reader.ranks) == runtime.world_size
     own = reader.ranks[runtime.rank] if same else reader.ranks[0]
 
@@ -148,6 +147,7 @@ def restore(
         if same and _same_layout(own, partition.ranges())
         else parts.updater.merged(states, lambda key: reader.cut(partition, "updater", key))
     )
+    parts.updater.load_state_dict(copied(parts.updater.state_dict()))
     trainer.loop.base_lrs[:] = shared["lrs"]
     if monitor is not None:
         monitor.load_state_dict(shared["monitor"])

@@ -122,6 +122,9 @@ class ModelConfig(Section):
         "cross_entropy", description="cross_entropy, mse, bce, or package.module:attribute"
     )
     pretrained: str = Field("", description="a .safetensors file to start from")
+    pretrained_skip: list[str] = Field(
+        [], description="names in it, or of the model, to leave as they are: `head.*`"
+    )
 
     @field_validator("name")
     @classmethod

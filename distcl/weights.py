@@ -37,7 +37,7 @@ def spec_of(tensor: torch.Tensor, shape: Iterable[int] | None = None) -> Spec:
         return Spec(tuple(shape), kind)
     order: tuple[int, ...] = ()
     if not tensor.is_contiguous():
-        order = tuple(sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), d)))
+        order = tuple(sorted(range(tensor.dim()), key=lambda d: -tensor.stride()[d]))
     return Spec(tuple(tensor.shape), kind, order)
 
 
@@ -51,7 +51,8 @@ class WeightsFile:
         self.path = path
         try:
             with path.open("rb"):  # the reader's own errors name neither file nor reason
-                self._file: Any = safe_open(path, framework="pt")
+                opened: Any = safe_open
+                self._file = opened(path, framework="pt")
             parts = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise CheckpointError(f"'{path}' is not a valid safetensors file: {error}") from error

@@ -13,6 +13,8 @@ from distcl.checkpoint.reader import Reader, load_weights
 from distcl.checkpoint.saver import Contents, random_state, set_random_state
 from distcl.checkpoint.store import MODEL, copied, read_manifest
 from distcl.config import Config
+from distcl.data.fingerprint import check_ids
+from distcl.data.stream import DriftStream
 from distcl.errors import CheckpointError, ConfigError
 from distcl.monitoring.monitor import Monitor
 from distcl.training.optimizer import place_steps
@@ -48,9 +50,13 @@ class JobState:
 
 
 def collect(
-    job: JobState, config: Config, trainer: ContinuousTrainer, monitor: Monitor | None
+    job: JobState,
+    config: Config,
+    trainer: ContinuousTrainer,
+    monitor: Monitor | None,
+    data: dict[str, Any],
 ) -> Contents:
-    """Return what a checkpoint of the run holds. Collective."""
+    """Return what a checkpoint of the run holds; ``data``: their fingerprint. Collective."""
     parts = trainer.parts
     partition, updater, feed = parts.forward.partition, parts.updater, parts.feed
     optimizer = partition.optimizer_state(parts.optimizer)
@@ -75,7 +81,12 @@ def collect(
         "tracker": parts.tracker.state_dict(),
     }
     score = trainer.matrix.average_accuracy()
-    meta = {"round": len(trainer.rounds), "score": score, "config": config.model_dump(mode="json")}
+    meta = {
+        "round": len(trainer.rounds),
+        "score": score,
+        "config": config.model_dump(mode="json"),
+        "data": data,
+    }
     return mine, shared, weights(parts), meta
 
 
@@ -100,7 +111,8 @@ def restore(
 ) -> None:
     """Put a run into the state of a checkpoint that was verified. Collective.
 
-    Raises CheckpointError if it is of another command or model. Nothing of its files stays mapped.
+    Raises CheckpointError if it is of another command or model, DataError if its history is of
+    samples that are no longer there. Nothing of its files stays mapped.
     """
     parts = trainer.parts
     runtime, partition = parts.runtime, parts.forward.partition
@@ -139,6 +151,8 @@ def restore(
     parts.forward.forwards = shared["forwards"]
     parts.feed.load_ledger(shared["ledger"])
     trainer.load_state_dict(shared["trainer"])
+    if isinstance(parts.stream, DriftStream):  # not copies of what it was
+        check_ids(parts.stream, trainer.history.ids(), f"the history of checkpoint '{path}'")
     if trainer.stage is not None:  # what the round trains on; what it found out comes next
         trainer.announce(trainer.stage.experience)
     states = [state["updater"] for state in reader.ranks]

@@ -114,9 +114,15 @@ def load_pretrained(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> N
     specs = {name: spec_of(tensor) for name, tensor in wanted.items()}
     check_fit(path, saved, specs, lambda name: wanted[name].data_ptr() not in present)
     loaded = {name: file.read(name).view(spec.shape) for name, spec in saved.items()}
+    first: dict[int, str] = {}
     for name, tensor in loaded.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"'{path}': '{name}' holds NaN or infinite weights")
+        tied = first.setdefault(own[name].data_ptr(), name)
+        if own[tied].shape == tensor.shape and not torch.equal(tensor, loaded[tied]):
+            raise CheckpointError(
+                f"'{path}': '{tied}' and '{name}' differ, but the model ties them"
+            )
     model.load_state_dict(loaded, strict=False)  # names were checked above
     if left:
         log.info(

@@ -136,6 +136,12 @@ class ModelConfig(Section):
     def _loss(cls, value: str) -> str:
         return known("loss", value)
 
+    @model_validator(mode="after")
+    def _skip(self) -> ModelConfig:
+        if self.pretrained_skip and not self.pretrained:
+            raise ValueError("model.pretrained_skip needs model.pretrained")
+        return self
+
 
 class OptimizerConfig(Section):
     """The optimizer."""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.fingerprint import changes, check_ids, fingerprint
-from distcl.data.shards.writer import write_shards
+from distcl.data.shards.index import index_folder
 from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import DataError
 from distcl.types import Batch, Ids, pack_ids
+from tests.unit.test_streaming import folder_of
 
 RNG = np.random.default_rng(0)
 X = RNG.random((600, 1, 6, 6), dtype=np.float32)
@@ -100,3 +101,48 @@ def test_ids_that_are_gone_are_named() -> None:
     check_ids(of(), gone, "history")
     with pytest.raises(DataError, match=rf"history: sample {gone[1]} is not in the stream"):
         check_ids(of(x=X[:590], y=Y[:590]), gone, "history")
+
+
+def _shards(folder: Path, access: str, live: float = 0) -> DriftStream:
+    options = {"live_seconds": live} if live else {}
+    config = StreamConfig(
+        source="shards", path=str(folder), drift="none", experiences=1, options=options
+    )
+    return create_stream(config, 0, DataConfig(access=access))
+
+
+def _remade(folder: Path, sizes: list[int], bad: tuple[int, ...] = ()) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder_of(folder, sizes, bad)
+    shutil.copyfile(folder / "s0.tar", folder / "test-0.tar")
+    index_folder(folder)
+    return folder
+
+
+@pytest.mark.parametrize("access", ["indexed", "stream"])
+def test_shards_are_known_by_what_their_list_says(access: str, tmp_path: Path) -> None:
+    folder = _remade(tmp_path / "sh", [4, 5, 3])
+    before = fingerprint(_shards(folder, access))
+    assert list(changes(before, fingerprint(_shards(folder, access)))) == []
+    data = bytearray((folder / "s1.tar").read_bytes())
+    at = data.index(b"\x93NUMPY", 512)
+    data[at + 130] ^= 1  # a value of a sample
+    (folder / "s1.tar").write_bytes(data)
+    index_folder(folder)
+    told = list(changes(before, fingerprint(_shards(folder, access))))
+    assert "training shards ('s1.tar' first)" in told
+    told = list(changes(before, fingerprint(_shards(_remade(folder, [4, 5, 2]), access))))
+    assert "training samples: 12 -> 11" in told
+    assert "training shards ('s2.tar' first)" in told
+
+
+@pytest.mark.parametrize("access", ["indexed", "stream"])
+def test_a_folder_that_only_got_more_is_the_same(access: str, tmp_path: Path) -> None:
+    folder = _remade(tmp_path / "sh", [4, 5])
+    before = fingerprint(_shards(folder, access, live=1))
+    more = _shards(_remade(folder, [4, 5, 3]), access, live=1)
+    assert list(changes(before, fingerprint(more, before))) == []
+    assert "training samples: 9 -> 12" in changes(before, fingerprint(more))
+    other = _shards(_remade(folder, [4, 6, 3]), access, live=1)
+    told = list(changes(before, fingerprint(other, before)))
+    assert "training shards ('s1.tar' first)" in told

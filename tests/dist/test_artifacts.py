@@ -51,6 +51,7 @@ def test_eval_reads_the_data_as_the_run_did(tmp_path: Path) -> None:
         "stream.experiences=1",
         "stream.samples_per_experience=0",
         "training.pretrain_epochs=0",
+        "training.epochs=20",
         f"data.transforms=[{{name='{__name__}:by_label'}}]",
         "data.on_bad_sample=skip",
         "data.workers=1",
@@ -62,7 +63,8 @@ def test_eval_reads_the_data_as_the_run_did(tmp_path: Path) -> None:
 
 def by_label(sample: dict[str, Any]) -> dict[str, Any]:
     """Samples that only a transform makes easy to tell apart."""
-    return sample | {"npy": np.full(2, sample["npy"][0] % 3 - 1, np.float32)}
+    turn = sample["npy"][0] % 3 * 2 * np.pi / 3
+    return sample | {"npy": 3 * np.array([np.cos(turn), np.sin(turn)], np.float32)}
 
 
 def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:

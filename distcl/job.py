@@ -15,16 +15,24 @@ import torch
 
 from distcl import registry
 from distcl.checkpoint.preemption import Preemption
-from distcl.checkpoint.saver import Contents, Keeper
+from distcl.checkpoint.saver import Contents, Keeper, random_state, set_random_state
 from distcl.checkpoint.state import JobState, check_config, collect, restore
-from distcl.checkpoint.store import CheckpointStore, read_manifest
+from distcl.checkpoint.store import CheckpointStore, read_manifest, verify
 from distcl.config import Config
 from distcl.config.load import to_toml
-from distcl.data.stream import create_stream
+from distcl.data.fingerprint import changes, fingerprint
+from distcl.data.stream import DriftStream, create_stream
 from distcl.distributed.failure import Cause
 from distcl.distributed.memory import give_back
 from distcl.distributed.runtime import Runtime, describe
-from distcl.errors import CheckpointError, ConfigError, DivergenceError, Preempted, UsageError
+from distcl.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergenceError,
+    Preempted,
+    UsageError,
+)
 from distcl.monitoring.monitor import Monitor
 from distcl.reporting.progress import FolderProgress
 from distcl.reporting.run_folder import RunFolder
@@ -52,8 +60,8 @@ def execute(
 
     ``resume``: never begins anew and replaces what the folder holds; auto goes on from the newest
     checkpoint that verifies, if there is one; else the path of a checkpoint. ``allow_changed``:
-    keys of the configuration that may differ from the checkpoint's. ``tell`` shows the user one
-    message, on rank 0, if another rank fails; then the process exits.
+    keys of the configuration that may differ from the checkpoint's, and "data", if those may.
+    ``tell`` shows the user one message, on rank 0, if another rank fails; then the process exits.
 
     Raises the errors of ``distcl.errors``; ``OUT/status.json`` says how it ended.
     """
@@ -135,6 +143,7 @@ class Job:
         self._store.published = lambda path: self.tracker.checkpoint(path)
         self._preemption = Preemption(config.run.max_minutes)
         self._rollbacks = 0
+        self._data: dict[str, Any] = {}  # on rank 0
 
     def run(self, resume: str, allowed: frozenset[str]) -> dict[str, Any]:
         """Run to the end and return the summary."""
@@ -147,7 +156,7 @@ class Job:
                 self._say(f"[resume] from {path}")
             while True:
                 try:
-                    return self._attempt(path)
+                    return self._attempt(path, allowed)
                 except DivergenceError as error:
                     path = self._rolled_back(error)
                     self.tracker.finish("preempted")
@@ -169,6 +178,7 @@ class Job:
         path = Path(resume)
         if not path.is_dir():
             raise CheckpointError(f"checkpoint '{resume}' does not exist")
+        verify(path, self._runtime)
         return path
 
     def _rolled_back(self, error: DivergenceError) -> Path:
@@ -186,11 +196,12 @@ class Job:
         self._say(f"[rollback] {error}; back to {path.name} with half the learning rate")
         return path
 
-    def _attempt(self, path: Path | None) -> dict[str, Any]:
+    def _attempt(self, path: Path | None, allowed: frozenset[str]) -> dict[str, Any]:
         config, runtime, folder = self._config, self._runtime, self._folder
         begun = time.perf_counter()
         torch.manual_seed(config.run.seed + runtime.rank)
         stream = create_stream(config.stream, config.run.seed, config.data)
+        self._same_data(stream, path, allowed)
         give_back()  # labels of all samples were needed to make it
         progress = None
         if runtime.is_main:
@@ -215,7 +226,9 @@ class Job:
 
         def contents() -> Contents:
             state.seconds = before + time.perf_counter() - begun
-            return collect(state, config, trainer, monitor)
+            if runtime.is_main and stream.live_seconds:  # it may have got more
+                self._data = fingerprint(stream)
+            return collect(state, config, trainer, monitor, self._data)
 
         keeper = Keeper(
             runtime,
@@ -249,6 +262,32 @@ class Job:
         if runtime.is_main and config.run.report:
             self._report(folder.path)
         return summary
+
+    def _same_data(self, stream: DriftStream, path: Path | None, allowed: frozenset[str]) -> None:
+        """Take the fingerprint of the data; refuse others than the checkpoint's, if there is one.
+
+        Rank 0 looks. In ``run`` and ``detect``, which watch a stream, there may be more by now.
+        """
+        fault = ""
+        if self._runtime.is_main:
+            before = random_state(self._runtime)
+            self._data = fingerprint(stream)
+            if path is not None:
+                saved = read_manifest(path)["data"]
+                more = self._command != "train" and (stream.sequential or stream.live_seconds)
+                now = fingerprint(stream, saved) if more else self._data
+                changed = "; ".join(changes(saved, now))
+                if changed and "data" in allowed:
+                    self._say(f"[resume] the data changed since the checkpoint: {changed}")
+                elif changed:
+                    fault = (
+                        f"the data differ from those of '{path}': {changed}\n"
+                        "go on all the same with: --allow-changed data"
+                    )
+            set_random_state(before, self._runtime)
+        fault = self._runtime.broadcast(fault)
+        if fault:
+            raise DataError(fault)
 
     def _report(self, path: Path) -> None:
         from distcl.reporting.page import write_report

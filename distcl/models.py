@@ -8,14 +8,15 @@ with ``norm = "batch"`` both hold in eval mode only. Nothing here communicates.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from distcl import registry
@@ -23,6 +24,9 @@ from distcl.config import ModelConfig
 from distcl.errors import CheckpointError, ConfigError
 from distcl.registry import Count, checked, nearest
 from distcl.types import DataSpec
+from distcl.weights import WeightsFile, check_fit, spec_of
+
+log = logging.getLogger("distcl")
 
 Norm = Literal["group", "batch"]
 
@@ -50,7 +54,7 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
             f"model '{config.name}' must return a torch.nn.Module, not {type(model).__name__}"
         )
     if config.pretrained:
-        load_pretrained(model, Path(config.pretrained))
+        load_pretrained(model, Path(config.pretrained), config.pretrained_skip)
     return model
 
 
@@ -77,43 +81,53 @@ def _timm(name: str, spec: DataSpec, options: dict[str, Any]) -> Any:
         raise ConfigError(f"model 'timm:{name}' with {options}: {error}") from error
 
 
-def load_pretrained(model: nn.Module, path: Path) -> None:
+def load_pretrained(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> None:
     """Fill parameters and buffers from a safetensors file, all of them or none. Local.
 
-    Tied weights may be there under one of their names. Raises ConfigError if there is no such
-    file or it is of another kind (pickled files are never read); CheckpointError naming file and
-    key if it is damaged, lacks or adds a tensor, or one has another shape, kind or is not finite.
+    Tied weights may be there under one of their names. Tensors whose name matches a pattern of
+    ``skip`` (as of files: ``head.*``) are left as they are, and named in the log. Raises
+    ConfigError if there is no such file, if it is of another kind (pickled files are never read),
+    or a pattern matches nothing; CheckpointError naming file and key if it is damaged, lacks or
+    adds a tensor, or one has another shape, kind or is not finite.
     """
     if path.suffix != ".safetensors":
         raise ConfigError(f"model.pretrained must be a .safetensors file, not '{path}'")
     try:
-        loaded = load_file(path)
+        file = WeightsFile(path)
     except FileNotFoundError as error:
         raise ConfigError(f"model.pretrained: there is no file '{path}'") from error
     except OSError as error:
         raise ConfigError(f"model.pretrained: cannot read '{path}': {error.strerror}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"'{path}' is not a valid safetensors file: {error}") from error
     own = model.state_dict()
-    present = {own[name].data_ptr() for name in own.keys() & loaded.keys()}
-    for name, tensor in own.items():
-        if name not in loaded and tensor.data_ptr() not in present:
-            raise CheckpointError(f"'{path}' lacks '{name}' of the model")
+    names = own.keys() | file.specs.keys()
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(
+                f"model.pretrained_skip: '{pattern}' matches nothing in the model or '{path}'"
+            )
+    left = {name for name in names if any(fnmatchcase(name, pattern) for pattern in skip)}
+    saved = {name: spec for name, spec in file.specs.items() if name not in left}
+    wanted = {name: tensor for name, tensor in own.items() if name not in left}
+    if not saved:
+        raise ConfigError(f"model.pretrained_skip leaves nothing of '{path}' to load")
+    present = {own[name].data_ptr() for name in own.keys() & saved.keys()}
+    specs = {name: spec_of(tensor) for name, tensor in wanted.items()}
+    check_fit(path, saved, specs, lambda name: wanted[name].data_ptr() not in present)
+    loaded = {name: file.read(name).view(spec.shape) for name, spec in saved.items()}
+    first: dict[int, str] = {}
     for name, tensor in loaded.items():
-        if name not in own:
-            raise CheckpointError(f"'{path}' has '{name}', which the model has not")
-        if tensor.shape != own[name].shape:
-            raise CheckpointError(
-                f"'{path}': '{name}' has shape {list(tensor.shape)}, "
-                f"the model's has {list(own[name].shape)}"
-            )
-        if tensor.is_floating_point() != own[name].is_floating_point():
-            raise CheckpointError(
-                f"'{path}': '{name}' is {tensor.dtype}, the model's is {own[name].dtype}"
-            )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"'{path}': '{name}' holds NaN or infinite weights")
-    model.load_state_dict(loaded, strict=False)  # tied names were checked above
+        tied = first.setdefault(own[name].data_ptr(), name)
+        if own[tied].shape == tensor.shape and not torch.equal(tensor, loaded[tied]):
+            raise CheckpointError(
+                f"'{path}': '{tied}' and '{name}' differ, but the model ties them"
+            )
+    model.load_state_dict(loaded, strict=False)  # names were checked above
+    if left:
+        log.info(
+            "[model] of '%s', model.pretrained_skip leaves out %s", path, ", ".join(sorted(left))
+        )
 
 
 @checked("model")

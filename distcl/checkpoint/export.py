@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from distcl.checkpoint.store import MODEL, SHARED, load, verify
+from distcl.checkpoint.reader import load_weights
+from distcl.checkpoint.store import MODEL, SHARED, load, newest_good, read_manifest, verify
 from distcl.config import Config
 from distcl.config.load import load_config, to_toml
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
-from distcl.parallel.partition import Fetch
 from distcl.training.build import assemble
 from distcl.training.trainer import ContinuousTrainer
+from distcl.weights import WeightsFile
+
+log = logging.getLogger("distcl")
 
 FINAL = "final.safetensors"
 
@@ -35,40 +38,60 @@ def checkpoints(path: Path) -> list[Path]:
     return sorted((path / "checkpoints").glob("step-*"))
 
 
-def find(path: Path) -> tuple[Path, Config]:
-    """Return the weights file and the configuration of a run folder or a checkpoint. Local.
+def configuration(path: Path) -> Config:
+    """Return the configuration of a run folder or a checkpoint. Local. Raises CheckpointError."""
+    if checkpoints(path) == [path]:
+        return Config.model_validate(read_manifest(path)["config"])
+    return load_config(path / "config.toml", environ={})
 
-    Of a run: the final weights, else those of its newest checkpoint. Raises CheckpointError.
+
+def find(path: Path, warn: Callable[[str], None], runtime: Runtime | None = None) -> Path:
+    """Return the weights file of a run folder or a checkpoint.
+
+    Of a run: the final weights, else those of its newest checkpoint; ``warn`` tells of what is
+    damaged, and was passed over. Collective with a ``runtime``. Raises CheckpointError.
     """
     found = checkpoints(path)
-    if found == [path]:
-        manifest = verify(path)
-        return path / MODEL, Config.model_validate(manifest["config"])
-    config = load_config(path / "config.toml", environ={})
     final = path / "checkpoints" / FINAL
-    if final.is_file():
-        return final, config
+    whole, fault = False, ""
+    if found != [path] and final.exists():
+        try:
+            whole = bool(WeightsFile(final).specs)
+        except (CheckpointError, OSError) as error:
+            fault = str(error)
+    if runtime is not None:
+        found, whole, fault = runtime.broadcast((found, whole, fault))
+    if whole:
+        return final
+    if found == [path]:
+        verify(path, runtime)
+        return path / MODEL
     if not found:
-        raise CheckpointError(f"run folder '{path}' has no weights yet")
-    verify(found[-1])
-    return found[-1] / MODEL, config
+        raise CheckpointError(fault or f"run folder '{path}' has no weights yet")
+    if fault:
+        warn(f"{fault}; falling back to the newest checkpoint")
+    return newest_good(found, warn, runtime)[0] / MODEL
 
 
-def evaluate(path: Path) -> dict[str, Any]:
+def evaluate(path: Path, warn: Callable[[str], None] = log.warning) -> dict[str, Any]:
     """Return how good a run's weights are on every experience of its stream. Collective.
 
     The result has ``weights``, ``metric``, ``accuracy`` (a list, one value an experience) and
-    ``average_accuracy``.
+    ``average_accuracy``. ``warn``: see :func:`find`; called on every rank.
     """
-    weights, config = find(path)
+    config = configuration(path)
     runtime = Runtime(config.run, config.parallel, config.training)
     with runtime.guard():
-        stream = create_stream(config.stream, config.run.seed)
+        weights = find(path, warn, runtime)
+        stream = create_stream(config.stream, config.run.seed, config.data)
         quiet = config.model_copy(
-            update={"tracking": config.tracking.model_copy(update={"kind": "none"})}
+            update={
+                "tracking": config.tracking.model_copy(update={"kind": "none"}),
+                "model": config.model.model_copy(update={"pretrained": ""}),
+            }
         )
         parts = assemble(quiet, runtime, stream, path)
-        parts.forward.partition.load(reader(weights))
+        load_weights(parts.forward.partition, weights)
         trainer = ContinuousTrainer(parts, quiet)
         row = [trainer.accuracy(e) for e in stream.experiences]
     return {
@@ -77,19 +100,6 @@ def evaluate(path: Path) -> dict[str, Any]:
         "accuracy": row,
         "average_accuracy": sum(row) / len(row),
     }
-
-
-def reader(path: Path) -> Fetch:
-    """Return the reader of a safetensors file. Raises CheckpointError naming what is missing."""
-
-    def fetch(name: str, start: int, stop: int) -> Any:
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name).reshape(-1)[start:stop]
-        except Exception as error:  # the reader's own type is no public one
-            raise CheckpointError(f"'{path}': '{name}' cannot be read: {error}") from error
-
-    return fetch
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -128,12 +138,13 @@ def _some(path: Path) -> list[Path]:
     return found
 
 
-def export(path: Path, destination: Path) -> list[Path]:
+def export(path: Path, destination: Path, warn: Callable[[str], None] = log.warning) -> list[Path]:
     """Write the weights as one safetensors file, and config.toml beside it. Local.
 
-    Neither needs distcl to be read. Raises CheckpointError if a file is in the way.
+    Neither needs distcl to be read. ``warn``: see :func:`find`. Raises CheckpointError if a file
+    is in the way.
     """
-    weights, config = find(path)
+    config, weights = configuration(path), find(path, warn)
     files = [destination / MODEL, destination / "config.toml"]
     for file in files:
         if file.exists():

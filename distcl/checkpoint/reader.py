@@ -12,36 +12,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from distcl.checkpoint.store import MODEL, SHARED, load, rank_file
+from distcl.checkpoint.store import SHARED, copied, load, rank_file
 from distcl.errors import CheckpointError
 from distcl.parallel.partition import Fetch, Partition
+from distcl.weights import Spec, WeightsFile, check_fit
+
+
+def load_weights(partition: Partition, path: Path) -> None:
+    """Put the weights of a safetensors file into a model, each rank what it needs. Collective.
+
+    Raises CheckpointError on every rank unless names, shapes and kinds are the model's.
+    """
+    try:
+        file = WeightsFile(path)
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}") from error
+    check_fit(path, file.specs, partition.specs())
+    partition.load(file.read)
 
 
 class Reader:
-    """A verified checkpoint. Local; tensors are memory-mapped."""
+    """A verified checkpoint. Local. What the ranks hold is memory-mapped, and read where used."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
-        self.shared: dict[str, Any] = load(path / SHARED)
+        self.shared: dict[str, Any] = copied(load(path / SHARED))
         self.ranks: list[dict[str, Any]] = [
             load(path / rank_file(rank)) for rank in range(int(manifest["world_size"]))
         ]
 
-    def weights(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return elements of a parameter or buffer, 1-D."""
-        path = self.path / MODEL
-        with safe_open(path, framework="pt") as file:
-            if name not in file.keys():  # noqa: SIM118  (it is no mapping)
-                raise CheckpointError(f"checkpoint '{path}' has no '{name}'")
-            whole: torch.Tensor = file.get_tensor(name)
-        if whole.numel() < stop:
+    def check(self, partition: Partition) -> None:
+        """Compare the saved tensors with the model's. Raises CheckpointError. Local."""
+        saved = {
+            name: Spec(tuple(shape), kind, tuple(order))
+            for name, (shape, kind, order) in self.shared["specs"].items()
+        }
+        own = partition.specs()
+        check_fit(self.path, saved, own)
+        turned = [name for name, spec in own.items() if spec.order != saved[name].order]
+        if turned:
             raise CheckpointError(
-                f"checkpoint '{path}' has {whole.numel()} elements of '{name}', but {stop} are "
-                "needed: it is of another model"
+                f"checkpoint '{self.path}' was written with another memory format of "
+                f"'{turned[0]}' ({len(turned)} in all)"
             )
-        return whole.reshape(-1)[start:stop]
 
     def slices(self, *keys: str | int) -> Fetch:
         """Return the reader of the sliced state under ``keys`` in the ranks' files."""

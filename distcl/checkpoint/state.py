@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from distcl.checkpoint.reader import Reader
+from distcl.checkpoint.reader import Reader, load_weights
 from distcl.checkpoint.saver import Contents, random_state, set_random_state
-from distcl.checkpoint.store import verify
+from distcl.checkpoint.store import MODEL, copied, read_manifest
 from distcl.config import Config
+from distcl.data.fingerprint import check_ids
+from distcl.data.stream import DriftStream
 from distcl.errors import CheckpointError, ConfigError
 from distcl.monitoring.monitor import Monitor
 from distcl.parallel.partition import Partition
@@ -49,9 +51,13 @@ class JobState:
 
 
 def collect(
-    job: JobState, config: Config, trainer: ContinuousTrainer, monitor: Monitor | None
+    job: JobState,
+    config: Config,
+    trainer: ContinuousTrainer,
+    monitor: Monitor | None,
+    data: dict[str, Any],
 ) -> Contents:
-    """Return what a checkpoint of the run holds. Collective."""
+    """Return what a checkpoint of the run holds; ``data``: their fingerprint. Collective."""
     parts = trainer.parts
     partition, updater, feed = parts.forward.partition, parts.updater, parts.feed
     optimizer = partition.optimizer_state(parts.optimizer)
@@ -68,6 +74,7 @@ def collect(
     }
     shared = {
         "job": vars(job),
+        "specs": partition.specs(),
         "trainer": trainer.state_dict(),
         "monitor": None if monitor is None else monitor.state_dict(),
         "cache": None if mine["lanes"] else parts.scorer.cache.state_dict(),
@@ -78,18 +85,21 @@ def collect(
         "tracker": parts.tracker.state_dict(),
     }
     score = trainer.matrix.average_accuracy()
-    meta = {"round": len(trainer.rounds), "score": score, "config": config.model_dump(mode="json")}
+    meta = {
+        "round": len(trainer.rounds),
+        "score": score,
+        "config": config.model_dump(mode="json"),
+        "data": data,
+    }
     return mine, shared, weights(parts), meta
 
 
 def weights(parts: Parts) -> dict[str, torch.Tensor]:
     """Return every parameter and persistent buffer whole, on rank 0's CPU. Collective."""
-    module, partition = parts.runtime.unwrap(parts.model), parts.forward.partition
+    partition = parts.forward.partition
     partition.sync_buffers()
-    saved = module.state_dict().keys()  # leaves out non-persistent buffers
-    names = [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n in saved]
     state: dict[str, torch.Tensor] = {}
-    for name in names:
+    for name in partition.specs():
         whole = partition.gather(name)
         if parts.runtime.is_main:
             state[name] = whole.cpu().contiguous()
@@ -103,14 +113,14 @@ def restore(
     trainer: ContinuousTrainer,
     monitor: Monitor | None,
 ) -> None:
-    """Put a run into the state of a checkpoint that verifies. Collective.
+    """Put a run into the state of a checkpoint that was verified. Collective.
 
-    Raises CheckpointError if it is of another command or model.
+    Raises CheckpointError if it is of another command or model, DataError if its history is of
+    samples that are no longer there. Nothing of its files stays mapped.
     """
     parts = trainer.parts
     runtime, partition = parts.runtime, parts.forward.partition
-    manifest = verify(path)
-    reader = Reader(path, manifest)
+    reader = Reader(path, read_manifest(path))
     shared = reader.shared
     if shared["job"]["command"] != job.command:
         raise CheckpointError(
@@ -118,7 +128,8 @@ def restore(
             f"not 'distcl {job.command}'"
         )
     vars(job).update(shared["job"])
-    partition.load(reader.weights)
+    reader.check(partition)
+    load_weights(partition, path / MODEL)
     same = len(reader.ranks) == runtime.world_size
     own = reader.ranks[runtime.rank] if same else reader.ranks[0]
 
@@ -134,6 +145,8 @@ def restore(
     parts.forward.forwards = shared["forwards"]
     parts.feed.load_ledger(shared["ledger"])
     trainer.load_state_dict(shared["trainer"])
+    if isinstance(parts.stream, DriftStream):  # not copies of what it was
+        check_ids(parts.stream, trainer.history.ids(), f"the history of checkpoint '{path}'")
     if trainer.stage is not None:  # what the round trains on; what it found out comes next
         trainer.announce(trainer.stage.experience)
     states = [state["updater"] for state in reader.ranks]
@@ -142,6 +155,7 @@ def restore(
         if same and _same_layout(own, partition.ranges())
         else parts.updater.merged(states, lambda key: reader.cut(partition, "updater", key))
     )
+    parts.updater.load_state_dict(copied(parts.updater.state_dict()))
     trainer.loop.base_lrs[:] = shared["lrs"]
     if monitor is not None:
         monitor.load_state_dict(shared["monitor"])

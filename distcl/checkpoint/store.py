@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,11 @@ class CheckpointStore:
         self.finish()
         partial = self.folder / f"{_PARTIAL}{step:08d}"
         writing = _Writing(step, partial, dict(meta))
-        files: dict[str, Any] = {rank_file(self._runtime.rank): _to_cpu(mine)}
+        files: dict[str, Any] = {rank_file(self._runtime.rank): copied(mine)}
         if self._runtime.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            files[SHARED] = _to_cpu(shared)
-            files[MODEL] = _to_cpu(model)
+            files[SHARED] = copied(shared)
+            files[MODEL] = copied(model)
         self._runtime.barrier()
         writing.thread = threading.Thread(target=_write, args=(writing, files), daemon=True)
         writing.thread.start()
@@ -196,26 +196,11 @@ class CheckpointStore:
         ``warn`` tells of those that do not verify. Raises CheckpointError if no one does, on every
         rank: to begin anew then is the user's decision.
         """
-        found: Path | None = None
-        faults: list[str] = []
-        if self._runtime.is_main:
-            for path in reversed(self.all()):
-                try:
-                    verify(path)
-                except CheckpointError as error:
-                    faults.append(str(error))
-                else:
-                    found = path
-                    break
-            for fault in faults if found is not None else ():
-                self._warn(f"{fault}; falling back to the one before")
-        found, faults = self._runtime.broadcast((found, faults))
-        if faults and found is None:
-            raise CheckpointError(
-                f"no checkpoint in '{self.folder}' can be used: {faults[0]}; "
-                "restore one from a copy, or begin anew with --resume never"
-            )
-        return found
+        found = self._runtime.broadcast(self.all())
+        try:
+            return newest_good(found, self._warn, self._runtime)[0] if found else None
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}, or begin anew with --resume never") from error
 
     def go_on_from(self, step: int) -> None:
         """Set aside every checkpoint later than ``step``. Local to rank 0.
@@ -257,6 +242,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not (type(world) is int and type(step) is int and world > 0 <= step):
         raise CheckpointError(f"checkpoint '{manifest_path}' has no step or no world_size")
     files = manifest["files"]
+    for name in files:
+        if Path(name).name != name or "\0" in name or (path / name).is_symlink():
+            raise CheckpointError(f"checkpoint '{path}' names a file outside itself: '{name}'")
     ranks = (rank_file(rank) for rank in range(min(world, len(files))))
     if missing := sorted({MODEL, SHARED, *ranks} - files.keys()):
         raise CheckpointError(f"checkpoint '{manifest_path}' does not list '{missing[0]}'")
@@ -265,36 +253,91 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest, and return that. Local.
+def verify(path: Path, runtime: Runtime | None = None) -> dict[str, Any]:
+    """Check every file of a checkpoint against its manifest, and return that.
 
-    Raises CheckpointError naming the first file that is missing, of the wrong size, or changed.
+    Collective with a ``runtime``: each file is read by one rank, a fault is told on all. Raises
+    CheckpointError naming the first file that is missing, of the wrong size, or changed.
     """
-    manifest = read_manifest(path)
-    for name, entry in manifest["files"].items():
-        file = path / name
-        if Path(name).name != name or "\0" in name or file.is_symlink():
-            raise CheckpointError(f"checkpoint '{path}' names a file outside itself: '{name}'")
-        if not isinstance(entry, dict):
-            raise CheckpointError(f"checkpoint '{path}' has no size of '{name}'")
-        if not file.is_file():
-            raise CheckpointError(f"checkpoint file '{file}' is missing")
-        if file.stat().st_size != entry.get("bytes"):
-            raise CheckpointError(
-                f"checkpoint file '{file}' has {file.stat().st_size} bytes, "
-                f"not {entry.get('bytes')}"
-            )
-        if _sha256(file) != entry.get("sha256"):
-            raise CheckpointError(f"checkpoint file '{file}' is damaged: its SHA-256 differs")
+    manifest: dict[str, Any] = {}
+    fault = ""
+    try:
+        manifest = read_manifest(path)
+        for name, entry in _share(manifest["files"], runtime):
+            _check_file(path / name, entry)
+    except CheckpointError as error:
+        fault = str(error)
+    faults = [fault] if runtime is None else runtime.gather_objects(fault)
+    if fault := next(filter(None, faults), ""):
+        raise CheckpointError(fault)
     return manifest
 
 
+def newest_good(
+    found: Sequence[Path], warn: Callable[[str], None], runtime: Runtime | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Return the last checkpoint of ``found`` that verifies, and its manifest.
+
+    Collective with a ``runtime``, all ranks giving the same ``found``. ``warn`` tells of those
+    after it. Raises CheckpointError if none verifies.
+    """
+    faults: list[str] = []
+    for path in reversed(found):
+        try:
+            manifest = verify(path, runtime)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            warn(f"{fault}; falling back to the one before")
+        return path, manifest
+    raise CheckpointError(
+        f"no checkpoint in '{found[-1].parent}' can be used: {faults[0]}; restore one from a copy"
+    )
+
+
+def _share(files: dict[str, Any], runtime: Runtime | None) -> list[tuple[str, Any]]:
+    """Return the files that this rank reads: the largest go first, each to who has least."""
+
+    def size(name: str) -> int:
+        entry = files[name]
+        found = entry.get("bytes") if isinstance(entry, dict) else 0
+        return found if type(found) is int else 0
+
+    loads = [0] * (1 if runtime is None else runtime.world_size)
+    mine: list[tuple[str, Any]] = []
+    for name in sorted(files, key=lambda name: (-size(name), name)):
+        rank = loads.index(min(loads))
+        loads[rank] += size(name)
+        if runtime is None or rank == runtime.rank:
+            mine.append((name, files[name]))
+    return mine
+
+
+def _check_file(file: Path, entry: Any) -> None:
+    name = file.name
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"checkpoint '{file.parent}' has no size of '{name}'")
+    if not file.is_file():
+        raise CheckpointError(f"checkpoint file '{file}' is missing")
+    if file.stat().st_size != entry.get("bytes"):
+        raise CheckpointError(
+            f"checkpoint file '{file}' has {file.stat().st_size} bytes, not {entry.get('bytes')}"
+        )
+    if _sha256(file) != entry.get("sha256"):
+        raise CheckpointError(f"checkpoint file '{file}' is damaged: its SHA-256 differs")
+
+
 def load(path: Path) -> Any:
-    """Read one file of a checkpoint: tensors and plain values only. Local."""
+    """Read one file of a checkpoint: tensors and plain values only. Local.
+
+    Tensors lie in the file, memory-mapped: of those that are not looked at nothing is read, and
+    :func:`copied` takes out what must outlive it.
+    """
     try:
         if path.name == MODEL:
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever the readers raise on a damaged file
         raise CheckpointError(f"checkpoint file '{path}' cannot be read: {error}") from error
 
@@ -316,14 +359,14 @@ def _write(writing: _Writing, files: Mapping[str, Any]) -> None:
         writing.error = reason.splitlines()[0]
 
 
-def _to_cpu(value: Any) -> Any:
-    """Copy tensors to CPU memory, so that training may go on changing them."""
+def copied(value: Any) -> Any:
+    """Copy tensors to CPU memory, out of what training changes or a file that may go. Local."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True).contiguous()
     if isinstance(value, Mapping):
-        return {k: _to_cpu(v) for k, v in value.items()}
+        return {k: copied(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_cpu(v) for v in value]
+        return [copied(v) for v in value]
     return value
 
 

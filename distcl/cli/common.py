@@ -46,7 +46,7 @@ AllowChanged = Annotated[
     typer.Option(
         "--allow-changed",
         metavar="SECTION.KEY",
-        help="Resume although this key differs from the checkpoint's. Repeatable.",
+        help="Resume although this key, or data, differs from the checkpoint's. Repeatable.",
         show_default=False,
     ),
 ]

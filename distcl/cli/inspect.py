@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from distcl.cli.common import Json, launch_rank, say
+from distcl.cli.common import Json, complain, launch_rank, say
 
 
 def evaluate(
@@ -19,7 +19,7 @@ def evaluate(
     """Evaluate a run's weights, or a checkpoint's, on every experience of its stream."""
     from distcl.checkpoint.export import evaluate as evaluate_weights
 
-    result = evaluate_weights(path)
+    result = evaluate_weights(path, complain if launch_rank() == 0 else lambda text: None)
     if as_json:
         say(json.dumps(result, indent=2))
         return
@@ -67,7 +67,7 @@ def export_checkpoint(
     """Write the weights as one safetensors file and config.toml, readable without distcl."""
     from distcl.checkpoint.export import export
 
-    for file in export(path, to):
+    for file in export(path, to, complain):
         say(f"wrote {file}")
 
 

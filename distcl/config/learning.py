@@ -122,6 +122,9 @@ class ModelConfig(Section):
         "cross_entropy", description="cross_entropy, mse, bce, or package.module:attribute"
     )
     pretrained: str = Field("", description="a .safetensors file to start from")
+    pretrained_skip: list[str] = Field(
+        [], description="names in it, or of the model, to leave as they are: `head.*`"
+    )
 
     @field_validator("name")
     @classmethod
@@ -132,6 +135,12 @@ class ModelConfig(Section):
     @classmethod
     def _loss(cls, value: str) -> str:
         return known("loss", value)
+
+    @model_validator(mode="after")
+    def _skip(self) -> ModelConfig:
+        if self.pretrained_skip and not self.pretrained:
+            raise ValueError("model.pretrained_skip needs model.pretrained")
+        return self
 
 
 class OptimizerConfig(Section):

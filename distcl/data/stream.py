@@ -94,7 +94,7 @@ class DriftStream:
     """
 
     def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
-        self._train, self._test = as_source(train), as_source(test)
+        self._train, self._test = self.sources = as_source(train), as_source(test)
         labels = [_labels_of(self._train, "train"), _labels_of(self._test, "test")]
         self.spec = _spec_of(self._train, self._test, labels)
         self._config = config
@@ -133,7 +133,7 @@ class DriftStream:
     def read(self, ids: Ids) -> Batch:
         """Read samples by id, in the order asked. Local. Raises DataError naming a bad id."""
         ids = np.array(ids, dtype=np.int64)
-        rows, concept, test = self._locate(ids)
+        rows, concept, test = self.locate(ids)
         group = concept * 2 + test if self._apply else test.astype(np.int64)
         if len(ids) == 0 or (group == group[0]).all():
             x, y = self._read_group(ids, rows, slice(None), int(group[0]) if len(ids) else 0)
@@ -183,8 +183,8 @@ class DriftStream:
         lane: Ids = shard * lanes // shards
         return lane
 
-    def _locate(self, ids: Ids) -> tuple[Ids, Ids, Mask]:
-        """Return (base row [B], concept [B], is_test [B]) of ids that are in the stream."""
+    def locate(self, ids: Ids) -> tuple[Ids, Ids, Mask]:
+        """Return (base row [B], concept [B], is_test [B]) of ids; DataError if one is unknown."""
         experience, rows, test = unpack_ids(ids)
         sizes = np.where(test, len(self._test), len(self._train))
         bad = (ids < 0) | (experience >= self._config.experiences) | (rows >= sizes)

@@ -21,10 +21,12 @@ from distcl.parallel.flat_shards import (
     cut_by_dtype,
     deliver,
     flat,
+    persistent_buffers,
     restoring,
 )
 from distcl.parallel.partition import Fetch, OptimizerState
 from distcl.parallel.strategy import MakeOptimizer, Strategy, trainable
+from distcl.weights import Spec, spec_of
 
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -101,7 +103,7 @@ class Replicated:
         module = runtime.unwrap(model)
         self._runtime = runtime
         self._parameters = dict(module.named_parameters())
-        self._buffers = dict(module.named_buffers())
+        self._buffers = persistent_buffers(module)
         self._whole = Whole(self._parameters, cut_by_dtype(runtime, self._parameters))
         self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
 
@@ -112,6 +114,10 @@ class Replicated:
     def ranges(self) -> dict[str, tuple[int, int]]:
         """Where in each tensor my slice lies."""
         return {**self._whole.ranges(), **self._rest.ranges()}
+
+    def specs(self) -> dict[str, Spec]:
+        """What each tensor is as a whole."""
+        return {n: spec_of(t) for n, t in (*self._parameters.items(), *self._buffers.items())}
 
     def load(self, fetch: Fetch) -> None:
         """Replace every weight and buffer. Local."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
@@ -154,7 +155,7 @@ class Whole:
         """Fill the tensors from saved ones; see ``Partition.load``. Local."""
         with torch.no_grad():
             for name, tensor in self.tensors.items():
-                flat(name, tensor).copy_(fetch(name, 0, tensor.numel()))
+                tensor.copy_(fetch(name, 0, tensor.numel()).view(tensor.shape))
 
     def exchange(self, slices: dict[str, torch.Tensor]) -> None:
         """Exchange the tensors with ``slices``, which then hold what was there. Collective."""
@@ -203,6 +204,19 @@ class Whole:
     def write(self, name: str, a: int, b: int, values: torch.Tensor) -> None:
         """Set elements [a, b) of a tensor. Local."""
         flat(name, self.tensors[name])[a:b] = values
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that belong to a model's state, each under its first name. Local."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for prefix, part in module.named_modules():
+        for name, buffer in part.named_buffers(prefix, recurse=False):
+            lasts = name.rpartition(".")[2] not in part._non_persistent_buffers_set
+            if lasts and id(buffer) not in seen:
+                found[name] = buffer
+                seen.add(id(buffer))
+    return found
 
 
 def average_buffers(runtime: Runtime, buffers: Mapping[str, torch.Tensor]) -> None:

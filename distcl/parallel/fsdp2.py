@@ -25,7 +25,14 @@ from torch.distributed.tensor import DTensor
 from distcl.config import ParallelConfig, RunConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
-from distcl.parallel.flat_shards import Whole, average_buffers, cut_by_dtype, deliver, restoring
+from distcl.parallel.flat_shards import (
+    Whole,
+    average_buffers,
+    cut_by_dtype,
+    deliver,
+    persistent_buffers,
+    restoring,
+)
 from distcl.parallel.partition import Fetch, OptimizerState
 from distcl.parallel.strategy import (
     MakeOptimizer,
@@ -34,6 +41,7 @@ from distcl.parallel.strategy import (
     refuse_batchnorm,
     trainable,
 )
+from distcl.weights import Spec, spec_of
 
 
 class FSDP2(Strategy):
@@ -145,7 +153,7 @@ class FullySharded:
         self._model = model
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._names = [name for name, _ in model.named_parameters()]
-        self._buffers = dict(model.named_buffers())
+        self._buffers = persistent_buffers(model)
         self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
         self._reshard()
         self._shapes = {n: p.shape for n, p in self._sharded().items()}
@@ -178,6 +186,12 @@ class FullySharded:
         """Where in each tensor my slice lies."""
         mine = {n: (self._start(n), self._start(n) + len(v)) for n, v in self._shards().items()}
         return {**mine, **self._rest.ranges()}
+
+    def specs(self) -> dict[str, Spec]:
+        """What each tensor is as a whole."""
+        self._reshard()
+        whole = {n: spec_of(p, p.shape) for n, p in self._sharded().items()}
+        return whole | {n: spec_of(b) for n, b in self._buffers.items()}
 
     def load(self, fetch: Fetch) -> None:
         """Replace shards and buffers. Local."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from distcl.distributed.runtime import Runtime
+from distcl.weights import Spec
 
 Slices = Mapping[str, torch.Tensor]
 """Name -> 1-D tensor: the part of each parameter or buffer that this rank owns."""
@@ -33,7 +34,11 @@ class OptimizerState:
 
 
 class Partition(Protocol):
-    """Who owns which slice of the weights. Every element of the model is owned by one rank."""
+    """Who owns which slice of the weights. Every element of the model is owned by one rank.
+
+    "Buffers" are the persistent ones, everywhere: others (``register_buffer(persistent=False)``)
+    are nobody's, and stay as the model's constructor made them.
+    """
 
     sharded: bool
     """Whether parameters are gathered for every forward: then forwards are collective, all ranks
@@ -53,6 +58,10 @@ class Partition(Protocol):
 
     def ranges(self) -> dict[str, tuple[int, int]]:
         """Return where in each tensor my slice lies, [start, stop) of its elements. Local."""
+        ...
+
+    def specs(self) -> dict[str, Spec]:
+        """Return what each parameter and buffer is as a whole, the same on every rank. Local."""
         ...
 
     def load(self, fetch: Fetch) -> None:

@@ -18,7 +18,14 @@ from distcl.distributed.runtime import Runtime
 from distcl.parallel import deepspeed_state
 from distcl.parallel.ddp import Replicated
 from distcl.parallel.deepspeed_state import Place, read_flat_state, write_flat_state
-from distcl.parallel.flat_shards import Cut, Whole, cut_by_dtype, deliver, restoring
+from distcl.parallel.flat_shards import (
+    Cut,
+    Whole,
+    cut_by_dtype,
+    deliver,
+    persistent_buffers,
+    restoring,
+)
 from distcl.parallel.partition import Fetch, OptimizerState
 
 if TYPE_CHECKING:
@@ -33,7 +40,7 @@ class Zero12(Replicated):
         self._runtime = runtime
         self._zero: Any = engine.optimizer
         self._parameters = dict(module.named_parameters())
-        self._buffers = dict(module.named_buffers())
+        self._buffers = persistent_buffers(module)
         names = {id(p): name for name, p in self._parameters.items()}
         self._place: dict[str, Place] = {}
         cuts: list[Cut] = []

@@ -24,9 +24,11 @@ from distcl.parallel.flat_shards import (
     average_buffers,
     cut_by_dtype,
     deliver,
+    persistent_buffers,
     restoring,
 )
 from distcl.parallel.partition import Fetch, OptimizerState
+from distcl.weights import Spec, spec_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -45,7 +47,7 @@ class Zero3:
         self._zero: Any = engine.optimizer
         module = runtime.unwrap(engine)
         self._parameters: dict[str, Any] = dict(module.named_parameters())
-        self._buffers = dict(module.named_buffers())
+        self._buffers = persistent_buffers(module)
         self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
         self._valid: dict[str, int] = {}
         for name, p in self._parameters.items():
@@ -79,6 +81,11 @@ class Zero3:
             if valid:
                 mine[name] = (start, start + valid)
         return {**mine, **self._rest.ranges()}
+
+    def specs(self) -> dict[str, Spec]:
+        """What each tensor is as a whole."""
+        whole = {n: spec_of(p, p.ds_shape) for n, p in self._parameters.items()}
+        return whole | {n: spec_of(b) for n, b in self._buffers.items()}
 
     def load(self, fetch: Fetch) -> None:
         """Replace shards, masters and buffers, then gather residents. Collective."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -14,6 +16,7 @@ from distcl.checkpoint.store import SCHEMA, sealed
 from distcl.errors import CheckpointError
 from tests.small import execute
 from tests.spawn import distcl
+from tests.unit.test_streaming import folder_of
 
 
 def test_a_run_and_its_checkpoints_are_evaluated_and_exported(tmp_path: Path) -> None:
@@ -37,6 +40,31 @@ def test_a_run_and_its_checkpoints_are_evaluated_and_exported(tmp_path: Path) ->
     assert tomllib.loads(config.read_text())["run"]["precision"] == "fp64"
     with pytest.raises(CheckpointError, match="exists"):
         export(newest, tmp_path / "export")
+
+
+def test_eval_reads_the_data_as_the_run_did(tmp_path: Path) -> None:
+    folder_of(tmp_path / "sh", [60, 40, 40])
+    keys = (
+        "stream.source=shards",
+        f"stream.path={tmp_path / 'sh'}",
+        "stream.drift=none",
+        "stream.experiences=1",
+        "stream.samples_per_experience=0",
+        "training.pretrain_epochs=0",
+        "training.epochs=20",
+        f"data.transforms=[{{name='{__name__}:by_label'}}]",
+        "data.on_bad_sample=skip",
+        "data.workers=1",
+    )
+    summary = execute("train", keys, tmp_path / "run")
+    assert summary["average_accuracy"] == 1.0
+    assert evaluate(tmp_path / "run")["accuracy"] == summary["accuracy"][-1]
+
+
+def by_label(sample: dict[str, Any]) -> dict[str, Any]:
+    """Samples that only a transform makes easy to tell apart."""
+    turn = sample["npy"][0] % 3 * 2 * np.pi / 3
+    return sample | {"npy": 3 * np.array([np.cos(turn), np.sin(turn)], np.float32)}
 
 
 def test_the_commands_say_what_is_wrong(tmp_path: Path) -> None:

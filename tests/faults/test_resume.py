@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from distcl import job
-from distcl.errors import CheckpointError, ConfigError, Preempted
+from distcl.errors import CheckpointError, ConfigError, DataError, Preempted
 from distcl.losses import cross_entropy
 from distcl.training.build import Quiet
 from tests.small import small
@@ -211,6 +211,38 @@ def test_changed_keys_are_told_and_refused_unless_allowed(tmp_path: Path) -> Non
         allow_changed=["optimizer.lr", "training.epochs"],
     )
     assert "data.workers: 0 -> 1" in (tmp_path / "log.txt").read_text()
+
+
+def _arrays(path: Path, rows: int, turned: bool = False) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.random((rows, 8), dtype=np.float32), np.arange(rows) % 4
+    np.savez(path, x=x, y=3 - y if turned else y)
+
+
+def test_other_data_are_refused_unless_allowed(tmp_path: Path) -> None:
+    path, out = tmp_path / "d.npz", tmp_path / "run"
+    _arrays(path, 500)
+    keys = (
+        "stream.source=arrays",
+        f"stream.path={path}",
+        "stream.drift=none",
+        "training.pretrain_epochs=0",
+        "continual_learning.update_mode=er",
+    )
+    assert run_ranks(1, go, "train", keys, out, 9, "never") == ["preempted"]
+    _arrays(path, 500, turned=True)
+    with pytest.raises(DataError) as caught:
+        go("train", keys, out, 0, "auto")
+    assert "the data differ" in str(caught.value)
+    assert "labels of training samples" in str(caught.value)
+    assert "--allow-changed data" in str(caught.value)
+    _arrays(path, 220)
+    config = small(*ALWAYS, *keys)
+    with pytest.raises(DataError, match=r"history of checkpoint .*: sample \d+ is not in the"):
+        job.execute("train", config, out, resume="auto", allow_changed=["data"])
+    _arrays(path, 500, turned=True)
+    job.execute("train", config, out, resume="auto", allow_changed=["data"])
+    assert "[resume] the data changed since the checkpoint: " in (out / "log.txt").read_text()
 
 
 def test_resume_names_what_it_cannot_use(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
+import logging
 import math
 import sys
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file, save_model
 from sklearn.datasets import load_digits
 from torch import nn
@@ -230,6 +232,9 @@ def test_tied_weights_may_be_saved_once(tmp_path, monkeypatch):
     model = create_model(config, DIGITS, 0)
     assert torch.equal(model["first"].weight, saved["first"].weight)
     assert model["second"].weight is model["first"].weight
+    save_file(saved.state_dict() | {"second.weight": torch.ones(3, 3)}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match=r"'first\.weight' and 'second\.weight' differ"):
+        create_model(config, DIGITS, 0)
     sys.modules.pop("their_tied")
 
 
@@ -245,11 +250,33 @@ def test_a_pretrained_file_that_does_not_fit_is_named_with_its_first_bad_key(tmp
     for changed, message in [
         ({"tail": bias.clone()}, "has 'tail', which the model has not"),
         ({"head.bias": bias[:3].clone()}, r"'head\.bias' has shape \[3\], the model's has \[10\]"),
-        ({"head.bias": bias.int()}, r"'head\.bias' is torch.int32, the model's is torch.float32"),
+        ({"head.bias": bias.int()}, r"'head\.bias' is int, the model's is float"),
         ({"head.bias": bias / 0}, r"'head\.bias' holds NaN or infinite"),
     ]:
         with pytest.raises(CheckpointError, match=rf"w\.safetensors'.*{message}"):
             create_model(save(model, path, **changed), DIGITS, 0)
+
+
+def test_a_head_is_left_out_by_name_and_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "distcl")
+    model, path = build("mlp", seed=9), tmp_path / "w.safetensors"
+    config = save(model, path, **{"head.weight": torch.zeros(3, 2), "head.extra": torch.zeros(1)})
+
+    def load(*skip):
+        return create_model(config.model_copy(update={"pretrained_skip": list(skip)}), DIGITS, 0)
+
+    loaded, fresh = load("head.*").state_dict(), build("mlp", seed=0).state_dict()
+    for name, value in loaded.items():
+        assert torch.equal(value, (fresh if "head" in name else model.state_dict())[name]), name
+    assert "leaves out head.bias, head.extra, head.weight" in caplog.text
+    with pytest.raises(CheckpointError, match=r"has 'head\.extra', .*; .*'head\.weight' has shape"):
+        load()
+    with pytest.raises(ConfigError, match=r"model\.pretrained_skip: 'haed\.\*' matches nothing"):
+        load("head.*", "haed.*")
+    with pytest.raises(ConfigError, match="leaves nothing"):
+        load("*")
+    with pytest.raises(ValidationError, match="pretrained_skip needs"):
+        ModelConfig(pretrained_skip=["head.*"])
 
 
 def test_a_pretrained_file_that_cannot_be_read_is_named(tmp_path):

@@ -109,7 +109,7 @@ def as_tensor(taken: Array, keep_integers: bool = False) -> torch.Tensor:
         taken = taken.astype(np.float64 if double else np.float32, copy=False)
     else:
         taken = taken.astype(taken.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(taken)
+    return torch.from_numpy(taken if taken.flags.writeable else taken.copy())
 
 
 def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:

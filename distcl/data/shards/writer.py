@@ -292,7 +292,7 @@ class _ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._part.replace(self._tar)
-        self._index.write(self._tar, self.size)
+        self._index.write(self._tar, self._tar.stat())
         name, digest, index = self._tar.name, self._digest.hexdigest(), self._index
         return Shard(name, self._split, len(index), self.size, digest, 0, index.classes)
 

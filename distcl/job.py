@@ -19,6 +19,7 @@ from distcl.checkpoint.state import JobState, check_config, collect, restore
 from distcl.checkpoint.store import CheckpointStore, read_manifest
 from distcl.config import Config
 from distcl.config.load import to_toml
+from distcl.config.paths import reachable
 from distcl.data.stream import create_stream
 from distcl.distributed.failure import Cause
 from distcl.distributed.memory import give_back
@@ -165,7 +166,7 @@ class Job:
             return None
         if resume == "auto":
             return self._store.newest()
-        path = Path(resume)
+        path = reachable(resume, CheckpointError)
         if not path.is_dir():
             raise CheckpointError(f"checkpoint '{resume}' does not exist")
         return path

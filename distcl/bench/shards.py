@@ -53,6 +53,9 @@ class Images:
         """Return what tells these samples from others."""
         return {"ext": self._ext, **self.sizes}
 
+    def stamp(self, split: str, begin: int, end: int) -> Any:
+        """Return nothing: there are no files."""
+
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """Yield the members of samples ``begin`` to ``end``."""
         from PIL import Image

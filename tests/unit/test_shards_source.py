@@ -328,9 +328,21 @@ def twice(folder: Path) -> None:
     ("damage", "message", "left"),
     [
         (twice, "id 2: member '0.npy': another sample has the key '0' too", 2),
-        (lambda f: cut(f / "a.tar", 5 * 2048 - 700), "'a.tar', in or after sample '0004': it is truncated", 3),
-        (lambda f: cut(f / "a.tar", 4 * 2048), "'a.tar', in or after sample '0003': it is truncated", 3),
-        (lambda f: edit(f / "a.tar", 2 * 2048, b"\xff" * 600), "after sample '0001': the header at byte 4096 is damaged", 1),
+        (
+            lambda f: cut(f / "a.tar", 5 * 2048 - 700),
+            "'a.tar', in or after sample '0004': it is truncated",
+            3,
+        ),
+        (
+            lambda f: cut(f / "a.tar", 4 * 2048),
+            "'a.tar', in or after sample '0003': it is truncated",
+            3,
+        ),
+        (
+            lambda f: edit(f / "a.tar", 2 * 2048, b"\xff" * 600),
+            "after sample '0001': the header at byte 4096 is damaged",
+            1,
+        ),
         (lambda f: (f / "a.tar").write_bytes(b"no tar at all" * 99), "no uncompressed tar", None),
         (lambda f: (f / "a.tar").write_bytes(bytes(1024)), "is empty", None),
         (lambda f: (f / "a.tar").write_bytes(b""), "'a.tar'", None),

@@ -53,6 +53,11 @@ _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|t(gz|bz2?|xz|zst|lz4?))", re.IGNORECASE)
 log = logging.getLogger("distcl")
 
 
+def is_archive(path: Path) -> bool:
+    """Tell by its name whether a file is a tar, compressed or not."""
+    return any(map(_ARCHIVE.fullmatch, (path.suffix, "".join(path.suffixes[-2:]))))
+
+
 def archives(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the archives of a folder by name, and what is wrong with others. Local.
 
@@ -69,7 +74,7 @@ def archives(folder: Path) -> tuple[list[Path], list[str]]:
     for path in found:
         if path.suffix.lower() == ".tar":
             (left if path.name.startswith(".") else tars).append(path)
-        elif any(map(_ARCHIVE.fullmatch, (path.suffix, "".join(path.suffixes[-2:])))):
+        elif is_archive(path):
             wrong.append(f"'{path}' is compressed; unpack it to a .tar, or put it elsewhere")
     if not tars:
         raise DataError(wrong[0] if wrong else f"there are no .tar files in '{folder}'")

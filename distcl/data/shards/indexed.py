@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import time
 import zlib
@@ -35,6 +36,9 @@ from distcl.errors import DataError
 from distcl.types import Batch, Ids, PyTree
 
 _MOST_OPEN = 64
+_MOST_TOLD = 20
+
+log = logging.getLogger("distcl")
 
 
 _Place = tuple[int, int, int, int, int, int]
@@ -80,6 +84,8 @@ class ShardSource:
         self._indexes: list[Array | None] = [self._open(folder, shard) for shard in shards]
         if len(self.problems) >= len(shards) and not any(i is not None for i in self._indexes):
             raise DataError(f"{name}: there are no samples; {self.problems[0]}")
+        if self.problems:
+            log.info("[bad samples] left out: %s", "; ".join(self.problems[:_MOST_TOLD]))
 
     def _open(self, folder: Path, shard: Shard) -> Array | None:
         """Return a shard's index, None if the shard cannot be used."""

@@ -229,7 +229,7 @@ def open_url(url: str, name: str) -> IO[bytes]:
     runs commands for it: that of ``pipe:COMMAND``, by a shell; curl or gsutil for http, gs and the
     like. Raises DataError naming it, ConfigError if the library is not installed.
     """
-    where = url.replace("{name}", name)
+    where = os.path.expanduser(url).replace("{name}", name)
     if os.path.lexists(where) or ":" not in where:
         return open_archive(Path(where))
     if shlex.quote(name) != name or name.startswith("-"):

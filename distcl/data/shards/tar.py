@@ -156,7 +156,7 @@ def _collect(name: str, data: bytes, fault: str, key: str, members: dict[str, by
     if fault:
         raise DataError(f"member '{name}': {fault}")
     if pieces[1].lower() in members:
-        raise DataError(f"member '{name}' occurs twice")
+        raise DataError(f"member '{name}': it occurs twice")
     members[check_ext(pieces[1])] = data
     return pieces[0]
 

@@ -70,16 +70,20 @@ def archives(folder: Path) -> tuple[list[Path], list[str]]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"the folder of shards '{folder}' cannot be read: {reason}") from None
-    tars, wrong, left = [], [], [f"{sub.name}/" for sub in below]
+    tars, wrong = list[Path](), list[str]()
+    left = [f"{sub.name}/" for sub in below]
     for path in found:
         if path.suffix.lower() == ".tar":
-            (left if path.name.startswith(".") else tars).append(path)
+            if path.name.startswith("."):
+                left.append(path.name)
+            else:
+                tars.append(path)
         elif is_archive(path):
             wrong.append(f"'{path}' is compressed; unpack it to a .tar, or put it elsewhere")
     if not tars:
         raise DataError(wrong[0] if wrong else f"there are no .tar files in '{folder}'")
     if left:
-        log.warning("archives in '%s' that are not read: %s", folder, ", ".join(map(str, left)))
+        log.warning("archives in '%s' that are not read: %s", folder, ", ".join(left))
     return tars, wrong
 
 

@@ -258,15 +258,12 @@ def stream_samples(open_: Callable[[], IO[bytes]], name: str) -> Generator[Exten
 
 def _members(open_: Callable[[], IO[bytes]]) -> Iterator[Member]:
     """Yield the members: as fast as can be, and from where that ends by the standard library."""
-    done = 0
     try:
         with _opened(open_) as file:
-            for member in _plain_members(file):
-                yield member
-                done += 1
+            yield from _plain_members(file)
             return
     except UnusualHeaderError as error:
-        start = error.header if done == 0 else b""
+        done, start = error.number, b"" if error.number else error.header
     packed = next((opener for magic, opener in _PACKED.items() if start.startswith(magic)), None)
     with _opened(open_) as file:
         archive = packed(file) if packed else file
@@ -289,7 +286,7 @@ def _opened(open_: Callable[[], IO[bytes]]) -> Iterator[IO[bytes]]:
 def _plain_members(file: IO[bytes]) -> Iterator[Member]:
     """Yield members with the usual headers; UnusualHeaderError at another one."""
     at = 0
-    while True:
+    for number in itertools.count():
         header = file.read(BLOCK)
         if at == 0 and header[257:262] != b"ustar":
             raise UnusualHeaderError(header)  # an old tar, or a compressed one
@@ -299,7 +296,11 @@ def _plain_members(file: IO[bytes]) -> Iterator[Member]:
             check_end(file, at + BLOCK)
             yield "", at, b"", ""
             return
-        name, size = parse_header(header)
+        try:
+            name, size = parse_header(header)
+        except UnusualHeaderError as error:
+            error.number = number
+            raise
         padded = -(-size // BLOCK) * BLOCK
         data = take(file, padded)
         if len(data) < size:

@@ -70,6 +70,8 @@ class UnusualHeaderError(ValueError):
     def __init__(self, header: bytes) -> None:
         super().__init__("not a plain file, or a long name")
         self.header = header
+        self.number = 0
+        """How many members came before it."""
 
 
 def parse_header(header: bytes) -> tuple[str, int]:
@@ -306,18 +308,19 @@ class Samples:
                 if not name:
                     continue  # to the end of ``members``: there a command may yet fail
                 self._key, begin, fault, found = key, at, "", {}
-                if hash(key) in self._seen:
+                digest = hash(key)
+                if digest in self._seen:
                     fault = f"member '{name}': another sample has the key '{key}' too"
-                self._seen.add(hash(key))
-            if ext.lower() in found:
+                self._seen.add(digest)
+            try:
+                ext = check_ext(ext)
+            except DataError as error:
+                wrong = wrong or str(error)
+            if ext in found:
                 wrong = "it occurs twice"
-            elif not wrong:
-                try:
-                    check_ext(ext)
-                except DataError as error:
-                    wrong = str(error)
-            fault = fault or (wrong and f"member '{name}': {wrong}")
-            found[ext.lower()] = data
+            if wrong and not fault:
+                fault = f"member '{name}': {wrong}"
+            found[ext] = data
         if not self._key:
             raise DataError("it is empty: there are no samples in it")
 

@@ -59,7 +59,9 @@ def _load(path: str, name: str | None, revision: str | None) -> dict[str, Any]:
             "stream.source = 'hf' needs the package 'datasets'; type: pip install 'distcl[data]' "
             f"({error})"
         ) from error
-    folder = reachable(path)
+    folder = reachable(path).absolute()  # it takes "data:x" for a URL
+    if folder.exists() and "::" in str(folder):
+        raise DataError(f"the package datasets cannot open '{folder}': '::' has a meaning to it")
     saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
     try:
         if saved:

@@ -1,5 +1,7 @@
 """Errors a user can cause, each with its exit code. The command line turns them into one line."""
 
+import os
+
 
 class DistclError(Exception):
     """Base of every error whose message is meant for a user; ``exit_code`` ends the process."""
@@ -39,3 +41,11 @@ class Preempted(DistclError):
     """The run was asked to stop and saved its state; raised by all ranks at the same step."""
 
     exit_code = 75
+
+
+def of_path(error: BaseException) -> BaseException:
+    """Return the system's word on a path as a DataError that names it; other errors as they are."""
+    if not isinstance(error, OSError) or not isinstance(error.filename, str | bytes):
+        return error
+    name = os.fsdecode(error.filename)
+    return DataError(f"'{name}' cannot be used: {error.strerror or type(error).__name__}")

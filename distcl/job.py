@@ -20,6 +20,7 @@ from distcl.checkpoint.state import JobState, check_config, collect, restore
 from distcl.checkpoint.store import CheckpointStore, read_manifest, verify
 from distcl.config import Config
 from distcl.config.load import to_toml
+from distcl.config.paths import reachable
 from distcl.data.fingerprint import changes, fingerprint
 from distcl.data.stream import DriftStream, create_stream
 from distcl.distributed.failure import Cause
@@ -175,7 +176,7 @@ class Job:
             return None
         if resume == "auto":
             return self._store.newest()
-        path = Path(resume)
+        path = reachable(resume, CheckpointError)
         if not path.is_dir():
             raise CheckpointError(f"checkpoint '{resume}' does not exist")
         verify(path, self._runtime)

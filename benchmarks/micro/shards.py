@@ -27,7 +27,8 @@ from distcl.data.loader import BatchLoader
 from distcl.data.shards.decode import decode
 from distcl.data.shards.manifest import read_manifest
 from distcl.data.shards.open import shards
-from distcl.data.shards.sequential import open_url, stream_samples
+from distcl.data.shards.sequential import stream_samples
+from distcl.data.shards.tar import open_archive
 from distcl.data.shards.writer import Members, write_shards
 from distcl.data.stream import create_stream
 from distcl.errors import UsageError
@@ -51,6 +52,9 @@ class Images:
     def describe(self) -> dict[str, Any]:
         """Return what tells these samples from others."""
         return {"ext": self._ext, **self.sizes}
+
+    def stamp(self, split: str, begin: int, end: int) -> Any:
+        """Return nothing: there are no files."""
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """Yield the members of samples ``begin`` to ``end``."""
@@ -149,7 +153,7 @@ def _raw(folder: Path, samples: int, repeats: int) -> list[Row]:
 
     def streamed() -> int:
         return sum(
-            sum(1 for _ in stream_samples(lambda p=path: open_url(str(p)), path.name))  # type: ignore[misc]
+            sum(1 for _ in stream_samples(lambda p=path: open_archive(p), path.name))  # type: ignore[misc]
             for path in tars
         )
 

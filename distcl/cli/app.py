@@ -15,7 +15,7 @@ import typer
 from distcl import __version__
 from distcl.cli import bench, compare, inspect, launch, setup, shard, training
 from distcl.cli.common import complain, launch_rank, say
-from distcl.errors import DistclError
+from distcl.errors import DistclError, of_path
 
 app = typer.Typer(
     help="Distributed continual learning with prioritized sampling.",
@@ -81,9 +81,9 @@ def fail(error: Exception) -> NoReturn:
 
     With DISTCL_DEBUG=1 every rank prints the traceback too.
     """
-    code = 1
-    if isinstance(error, DistclError):
-        code, text = error.exit_code, str(error)
+    code, told = 1, of_path(error)
+    if isinstance(told, DistclError):
+        code, text = told.exit_code, str(told)
     elif isinstance(error, _PARSER_ERROR):
         command = error.ctx.command_path if error.ctx else "distcl"
         code, text = 2, f"{error.format_message().rstrip('.')}; see '{command} --help'"

@@ -10,14 +10,17 @@ from typing import Annotated
 
 import typer
 
+from distcl.config.paths import expanded
 from distcl.distributed.environment import rank_of
 from distcl.errors import UsageError
 
 ConfigArgument = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG", help="A TOML file.", show_default=False)
+    Path | None,
+    typer.Argument(metavar="CONFIG", help="A TOML file.", show_default=False, parser=expanded),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE", help="The same as CONFIG.")
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="The same as CONFIG.", parser=expanded),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -30,7 +33,12 @@ Overrides = Annotated[
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="The run folder. Default: runs/NAME-OF-CONFIG."),
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="The run folder. Default: runs/NAME-OF-CONFIG.",
+        parser=expanded,
+    ),
 ]
 Resume = Annotated[
     str,

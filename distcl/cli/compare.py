@@ -11,6 +11,7 @@ import typer
 
 from distcl.cli.common import ConfigArgument, ConfigOption, Overrides, Quiet, one_config, say
 from distcl.config.load import load_config
+from distcl.config.paths import expanded
 from distcl.errors import UsageError
 
 AS_GIVEN = "as given"
@@ -47,7 +48,11 @@ def compare(
     sets: Overrides = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Its folder. Default: runs/NAME-OF-CONFIG-compare."),
+        typer.Option(
+            metavar="DIR",
+            help="Its folder. Default: runs/NAME-OF-CONFIG-compare.",
+            parser=expanded,
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Annotated[

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from distcl.cli.common import Json, complain, launch_rank, say
+from distcl.config.paths import expanded
 
 
 def evaluate(
-    path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", parser=expanded)],
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's weights, or a checkpoint's, on every experience of its stream."""
@@ -31,7 +32,7 @@ def evaluate(
 
 checkpoint = typer.Typer(help="Look at, verify and export checkpoints.")
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run folder.")
+    Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run folder.", parser=expanded)
 ]
 
 
@@ -60,9 +61,9 @@ def verify_checkpoint(path: CheckpointArgument) -> None:
 @checkpoint.command("export")
 def export_checkpoint(
     path: CheckpointArgument,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to write.")] = Path(
-        "export"
-    ),
+    to: Annotated[
+        Path, typer.Option("--to", metavar="DIR", help="Where to write.", parser=expanded)
+    ] = Path("export"),
 ) -> None:
     """Write the weights as one safetensors file and config.toml, readable without distcl."""
     from distcl.checkpoint.export import export
@@ -72,16 +73,23 @@ def export_checkpoint(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Run folders.", parser=expanded)
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FILE", help="Default: report.html, of one run in its folder."
+            "--out",
+            metavar="FILE",
+            help="Default: report.html, of one run in its folder.",
+            parser=expanded,
         ),
     ] = None,
     png: Annotated[
         Path | None,
-        typer.Option("--png", metavar="DIR", help="Write each plot as a PNG file, too."),
+        typer.Option(
+            "--png", metavar="DIR", help="Write each plot as a PNG file, too.", parser=expanded
+        ),
     ] = None,
 ) -> None:
     """Write report.html: what a run kept and forgot, or how several compare. No network."""
@@ -95,7 +103,7 @@ def report(
 
 
 def status(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", parser=expanded)],
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say how far a run is: its state, last round, rate and time left."""

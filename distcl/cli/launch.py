@@ -17,6 +17,7 @@ import typer
 
 from distcl.cli.common import ConfigArgument, ConfigOption, Out, Overrides, one_config, say
 from distcl.config.load import load_with_origins
+from distcl.config.paths import expanded
 from distcl.errors import UsageError
 
 
@@ -73,7 +74,7 @@ def launch(
         account=account,
         name=name,
         via=via,
-        setup=setup,
+        setup=setup and str(expanded(setup)),
         options=sbatch or (),
     )
     if dry_run:

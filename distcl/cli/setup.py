@@ -10,6 +10,7 @@ import typer
 from distcl import registry
 from distcl.cli.common import ConfigArgument, ConfigOption, Overrides, launch_rank, one_config, say
 from distcl.config.load import load_with_origins, to_toml
+from distcl.config.paths import expanded
 from distcl.errors import UsageError
 
 
@@ -35,7 +36,7 @@ def show_config(
 
 
 def init(
-    path: Annotated[Path, typer.Argument(metavar="PATH")] = Path("distcl.toml"),
+    path: Annotated[Path, typer.Argument(metavar="PATH", parser=expanded)] = Path("distcl.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write a configuration: every key described, what is recommended set."""

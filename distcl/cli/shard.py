@@ -9,7 +9,9 @@ import typer
 
 from distcl import registry
 from distcl.cli.common import Overrides, Quiet, complain, launch_rank, say
+from distcl.config import StreamConfig
 from distcl.config.load import load_with_origins
+from distcl.config.paths import expanded, reachable
 from distcl.errors import DataError, UsageError
 from distcl.types import exact
 
@@ -23,7 +25,10 @@ _MOST_PROBLEMS = 20
 def shard(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=_SOURCE_HELP)],
     dest: Annotated[
-        Path | None, typer.Argument(metavar="DEST", help="The folder to write.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="DEST", help="The folder to write.", show_default=False, parser=expanded
+        ),
     ] = None,
     per_shard: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 10_000,
     max_mb: Annotated[
@@ -41,7 +46,7 @@ def shard(
         bool, typer.Option("--index-only", help="SOURCE has shards: write index and shards.json.")
     ] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="With --index-only: mark bad samples, and go on.")
+        bool, typer.Option("--skip-bad", help="Leave bad samples out, name them, and go on.")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="SOURCE has shards: read and check everything.")
@@ -53,39 +58,51 @@ def shard(
         return
     if (dest is None) != (index_only or verify) or (index_only and verify):
         raise UsageError("give SOURCE and DEST, or one folder with --index-only or --verify")
-    if skip_bad and not index_only:
-        raise UsageError("--skip-bad goes with --index-only")
+    if skip_bad and verify:
+        raise UsageError("--skip-bad does not go with --verify, which names all that is bad")
     from distcl.cli.display import counting
     from distcl.data.shards import index, inputs, writer
 
     if dest is None:
-        folder = Path(source)
+        folder = reachable(source)
         with counting("checking" if verify else "indexing", quiet) as tell:
             if verify:
                 manifest, problems = index.verify_folder(folder, tell)
             else:
                 manifest, problems = index.index_folder(folder, label, skip_bad, tell)
-        for problem in problems[:_MOST_PROBLEMS]:
-            complain(problem)
-        if problems and verify:
-            raise DataError(f"{len(problems)} faults in '{folder}'")
     else:
-        folder, stream = dest, None
-        if source.endswith(".toml"):
-            stream = load_with_origins(Path(source), sets or [])[0].stream
-        elif ":" in source or source in {part.name for part in registry.parts("source")}:
-            named = [*(sets or []), f"stream.source={source}"]
-            stream = load_with_origins(None, named)[0].stream
-        made = inputs.open_samples(source, label, stream)
+        folder = dest
+        made = inputs.open_samples(source, label, _stream(source, sets or []), skip_bad)
+        problems = list(getattr(made, "problems", ()))
+        bad = problems if skip_bad else None
         with counting("writing", quiet, sum(made.sizes.values())) as tell:
             size = int(exact(max_mb) * 1_000_000)
             if append:
-                manifest = writer.append_shards(made, folder, per_shard, size, tell)
+                manifest = writer.append_shards(made, folder, per_shard, size, tell, bad)
             else:
-                manifest = writer.write_shards(made, folder, per_shard, size, workers, tell)
+                manifest = writer.write_shards(made, folder, per_shard, size, workers, tell, bad)
+    for problem in problems[:_MOST_PROBLEMS]:
+        complain(problem)
+    if len(problems) > _MOST_PROBLEMS:
+        complain(f"… and {len(problems) - _MOST_PROBLEMS} more")
+    if problems and verify:
+        raise DataError(f"{len(problems)} faults in '{folder}'")
     if not quiet:
         found = manifest.shards
         say(
             f"{folder}: {len(found)} shards, {sum(s.samples for s in found):,} samples, "
             f"{sum(s.bytes for s in found) / 1e6:,.1f} MB"
         )
+
+
+def _stream(source: str, sets: list[str]) -> StreamConfig | None:
+    """Return the stream that SOURCE names, if it is a configuration or a registered source."""
+    path = reachable(source)
+    if source.endswith(".toml") and not path.is_dir():
+        return load_with_origins(path, sets)[0].stream
+    named = source in {part.name for part in registry.parts("source")}
+    if named and path.exists():
+        raise UsageError(f"'{source}' is a source and also here as a file: ./{source} is the file")
+    if named or (":" in source and not path.exists()):
+        return load_with_origins(None, [*sets, f"stream.source={source}"])[0].stream
+    return None

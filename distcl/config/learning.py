@@ -8,13 +8,14 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distcl.config.base import Section, known
+from distcl.config.paths import PathText
 
 
 class RunConfig(Section):
     """The run as a whole."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random number of the run")
-    out: str = Field("", description="run folder; empty: runs/<name of the config file>")
+    out: PathText = Field("", description="run folder; empty: runs/<name of the config file>")
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="arithmetic of the model; fp64 under ddp only, for exactness"
     )
@@ -39,15 +40,15 @@ class StreamConfig(Section):
     source: str = Field(
         "digits", description="digits, arrays, mnist, cifar10, cifar100, hf, shards, or your own"
     )
-    path: str = Field(
+    path: PathText = Field(
         "",
         description="arrays, mnist: an .npz; mnist, cifar10, cifar100: the folder of the files; "
         "hf: a folder, or a name on the hub; shards: their folder",
     )
-    x: str = Field("", description="arrays: an .npy of inputs (with y), instead of path")
-    y: str = Field("", description="arrays: an .npy of integer labels, or of float targets")
-    x_test: str = Field("", description="arrays: an .npy of held-out inputs")
-    y_test: str = Field("", description="arrays: an .npy of held-out labels or targets")
+    x: PathText = Field("", description="arrays: an .npy of inputs (with y), instead of path")
+    y: PathText = Field("", description="arrays: an .npy of integer labels, or of float targets")
+    x_test: PathText = Field("", description="arrays: an .npy of held-out inputs")
+    y_test: PathText = Field("", description="arrays: an .npy of held-out labels or targets")
     options: dict[str, Any] = Field({}, description="keyword arguments of the source's factory")
     sha256: dict[str, str] = Field(
         {}, description="SHA-256 that files must have, by name, relative to path; hexadecimal"
@@ -121,7 +122,7 @@ class ModelConfig(Section):
     loss: str = Field(
         "cross_entropy", description="cross_entropy, mse, bce, or package.module:attribute"
     )
-    pretrained: str = Field("", description="a .safetensors file to start from")
+    pretrained: PathText = Field("", description="a .safetensors file to start from")
     pretrained_skip: list[str] = Field(
         [], description="names in it, or of the model, to leave as they are: `head.*`"
     )

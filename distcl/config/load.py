@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from tomlkit.items import Table
 
 from distcl.config import Config, Section
+from distcl.config.paths import expanded
 from distcl.errors import ConfigError
 from distcl.registry import nearest
 
@@ -91,7 +92,7 @@ def load_with_origins(
     raw: dict[str, dict[str, Any]] = {}
     origins: dict[str, Origin] = {}
     if path is not None:
-        _read_file(Path(path), raw, origins)
+        _read_file(expanded(path), raw, origins)
     for name in sorted(environ):
         if name.startswith(ENV_PREFIX) and name not in RESERVED_ENV:
             parts = name.removeprefix(ENV_PREFIX).lower().split("__")

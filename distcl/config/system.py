@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distcl.config.base import Section
+from distcl.config.paths import PathText
 
 TrackerKind = Literal[
     "jsonl", "wandb", "mlflow", "tensorboard", "comet_ml", "aim", "clearml", "dvclive", "none"
@@ -32,7 +33,7 @@ class ParallelConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="recompute the model's blocks in backward instead of keeping activations"
     )
-    deepspeed_config: str = Field(
+    deepspeed_config: PathText = Field(
         "", description="zero1, zero2, zero3: a DeepSpeed JSON of your own"
     )
     fsdp_unit: int = Field(

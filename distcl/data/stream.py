@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from distcl import registry
 from distcl.config import DataConfig, StreamConfig
+from distcl.config.paths import reachable
 from distcl.data.drift import Drift, Mask, require_classes
 from distcl.data.ids import BLOCK, blocks, in_runs
 from distcl.data.loader import as_source
@@ -406,7 +406,7 @@ def check_files(config: StreamConfig) -> None:
     Names are relative to ``stream.path``, or to its folder if it is a file; without a path, to the
     working folder. Raises DataError naming a file that is absent or has another digest.
     """
-    base = Path(config.path).expanduser()
+    base = reachable(config.path)
     base = base.parent if base.is_file() else base
     for name, expected in config.sha256.items():
         path = base / name

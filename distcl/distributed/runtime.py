@@ -20,7 +20,7 @@ from distcl.distributed.failure import Cause, FailureRelay
 from distcl.distributed.memory import keep_freed_memory
 from distcl.distributed.rendezvous import first_line, introduce
 from distcl.distributed.watchdog import Watchdog
-from distcl.errors import DistclError, Preempted, UsageError
+from distcl.errors import DistclError, Preempted, UsageError, of_path
 from distcl.parallel import MakeOptimizer, create_strategy
 from distcl.parallel.activation_checkpointing import checkpoint_blocks
 
@@ -311,6 +311,7 @@ class PeerFailure(DistclError):
 
 def describe(error: BaseException, rank: int) -> Cause:
     """Return what to tell of an exception: our own errors as they are, others with their type."""
+    error = of_path(error)
     if isinstance(error, DistclError):
         return Cause(rank, error.exit_code, str(error))
     if isinstance(error, KeyboardInterrupt):

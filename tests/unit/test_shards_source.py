@@ -271,9 +271,9 @@ PLACE = 3 * 512 * 2  # bytes of one sample of folder_of
             True,
             "sample '0003', id 3: its bytes",
         ),
-        (lambda f: edit(f / "s01.tar", 512, b"?"), False, "sample '0004', id 4: member 'npy'"),
-        (lambda f: edit(f / "s01.tar", 124, b"9"), False, "id 4: member '0004.npy' has a damaged"),
-        (lambda f: edit(f / "s01.tar", 0, b"9"), False, "id 4: member '0004.cls' is where '9004'"),
+        (lambda f: edit(f / "s01.tar", 512, b"?"), False, "sample '0004', id 4: its bytes"),
+        (lambda f: edit(f / "s01.tar", 124, b"9"), False, "sample '0004', id 4: its bytes"),
+        (lambda f: edit(f / "s01.tar", 0, b"9"), False, "sample '9004', id 4: its bytes"),
     ],
 )
 def test_damage_after_indexing_names_shard_and_id(tmp_path, damage, verify, message):
@@ -328,9 +328,21 @@ def twice(folder: Path) -> None:
     ("damage", "message", "left"),
     [
         (twice, "id 2: member '0.npy': another sample has the key '0' too", 2),
-        (lambda f: cut(f / "a.tar", 5 * 2048 - 700), "'a.tar' is truncated", 3),
-        (lambda f: cut(f / "a.tar", 4 * 2048), "'a.tar' is truncated in or after sample '0003'", 3),
-        (lambda f: edit(f / "a.tar", 2 * 2048, b"\xff" * 600), "header at byte 4096, after", 1),
+        (
+            lambda f: cut(f / "a.tar", 5 * 2048 - 700),
+            "'a.tar', in or after sample '0004': it is truncated",
+            3,
+        ),
+        (
+            lambda f: cut(f / "a.tar", 4 * 2048),
+            "'a.tar', in or after sample '0003': it is truncated",
+            3,
+        ),
+        (
+            lambda f: edit(f / "a.tar", 2 * 2048, b"\xff" * 600),
+            "after sample '0001': the header at byte 4096 is damaged",
+            1,
+        ),
         (lambda f: (f / "a.tar").write_bytes(b"no tar at all" * 99), "no uncompressed tar", None),
         (lambda f: (f / "a.tar").write_bytes(bytes(1024)), "is empty", None),
         (lambda f: (f / "a.tar").write_bytes(b""), "'a.tar'", None),

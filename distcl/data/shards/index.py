@@ -6,6 +6,8 @@ Beside ``NAME.tar`` lies ``NAME.index.npy``, int64 [2, n + 1], memory-mapped whe
 - row 1: label · 2**32 + CRC-32 of the extent (label -1: not to be used); last, the size of the
   archive.
 
+Its own time is the archive's: where they differ, the archive was changed or copied since.
+
 ``shards.json`` in the same folder lists the shards with samples, bytes, SHA-256, first id, classes.
 """
 
@@ -14,9 +16,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
+import os
+import re
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -31,14 +38,53 @@ from distcl.data.shards.manifest import (
     replace_file,
     write_manifest,
 )
-from distcl.data.shards.tar import read_members, scan
+from distcl.data.shards.tar import key_of, open_archive, read_members, scan
 from distcl.data.sources.arrays import MAX_CLASSES
 from distcl.data.sources.npy import Array, open_npy
 from distcl.errors import DataError
 from distcl.types import Ids
 
 CRC_MASK = (1 << 32) - 1
+CHANGED = "its bytes have changed since the index was made"
 _BLOCK = 1 << 16
+_CHECKED = 1 << 30
+_ARCHIVE = re.compile(r"\.(tar(\.\w+)?|t(gz|bz2?|xz|zst|lz4?))", re.IGNORECASE)
+
+log = logging.getLogger("distcl")
+
+
+def is_archive(path: Path) -> bool:
+    """Tell by its name whether a file is a tar, compressed or not."""
+    return any(map(_ARCHIVE.fullmatch, (path.suffix, "".join(path.suffixes[-2:]))))
+
+
+def archives(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the archives of a folder by name, and what is wrong with others. Local.
+
+    ``.tar`` counts in capitals too; compressed archives are wrong. A warning tells of those that
+    are hidden or in folders. Raises DataError if the folder cannot be read, or has no archive.
+    """
+    try:
+        found = sorted(folder.iterdir())
+        below = [sub for sub in found if sub.is_dir() and any(sub.glob("[!.]*.tar"))]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the folder of shards '{folder}' cannot be read: {reason}") from None
+    tars, wrong = list[Path](), list[str]()
+    left = [f"{sub.name}/" for sub in below]
+    for path in found:
+        if path.suffix.lower() == ".tar":
+            if path.name.startswith("."):
+                left.append(path.name)
+            else:
+                tars.append(path)
+        elif is_archive(path):
+            wrong.append(f"'{path}' is compressed; unpack it to a .tar, or put it elsewhere")
+    if not tars:
+        raise DataError(wrong[0] if wrong else f"there are no .tar files in '{folder}'")
+    if left:
+        log.warning("archives in '%s' that are not read: %s", folder, ", ".join(left))
+    return tars, wrong
 
 
 def index_path(tar: Path) -> Path:
@@ -68,12 +114,45 @@ class IndexBuilder:
         self._words.append((label << 32) | zlib.crc32(extent))
         self._end = begin + len(extent)
 
-    def write(self, tar: Path, size: int) -> None:
-        """Write the index of an archive of ``size`` bytes, whole or not at all."""
-        rows = [[*self._begins, self._end], [*self._words, size]]
+    def write(self, tar: Path, stat: os.stat_result) -> None:
+        """Write the index of an archive that had this size and time, whole or not at all."""
+        rows = [[*self._begins, self._end], [*self._words, stat.st_size]]
         out = io.BytesIO()
         np.save(out, np.array(rows, dtype="<i8"), allow_pickle=False)
         replace_file(index_path(tar), out.getvalue())
+        _stamp(tar, stat)
+
+
+def _stamp(tar: Path, stat: os.stat_result) -> None:
+    with suppress(OSError):  # then the archive is looked at
+        os.utime(index_path(tar), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def changed_rows(tar: Path, index: Array, share: int = 1) -> list[int]:
+    """Return the rows of samples whose bytes are not those that were indexed. Local.
+
+    An archive of the time it was indexed at is believed. Of another, a copy perhaps, samples of up
+    to 1 GiB / ``share`` are read, evenly spread: all of them, if it is not larger.
+    """
+    if tar.stat().st_mtime_ns == index_path(tar).stat().st_mtime_ns:
+        return []
+    samples, size = index.shape[1] - 1, int(index[1, -1])
+    step = min(-(-size // max(1, _CHECKED // share)), max(1, samples // 2))
+    rows = sorted({*range(0, samples, step), samples - 1})
+    log.info(
+        "[data] '%s' has another time than when it was indexed: %d of its %d samples are compared",
+        *(tar.name, len(rows), samples),
+    )
+    with open_archive(tar) as file:
+        return [row for row in rows if not _same(file, index, row)[1]]
+
+
+def _same(file: IO[bytes], index: Array, row: int) -> tuple[bytes, bool]:
+    """Return a sample's extent, and whether it has the checksum of the index."""
+    begin, end = int(index[0, row]), int(index[0, row + 1])
+    file.seek(begin)
+    extent = file.read(end - begin)
+    return extent, zlib.crc32(extent) == index[1, row] & CRC_MASK
 
 
 def label_of(members: dict[str, bytes], label: str) -> int:
@@ -110,6 +189,9 @@ def open_index(tar: Path, samples: int, size: int) -> Array:
         found = tar.stat().st_size
     except FileNotFoundError:
         raise DataError(f"{where} is missing from '{tar.parent}'") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{where} in '{tar.parent}' cannot be read: {reason}") from None
     if found != size:
         raise DataError(f"{where} has {found} bytes but {MANIFEST} says {size}")
     path = index_path(tar)
@@ -155,28 +237,32 @@ def index_folder(
 ) -> tuple[Manifest, list[str]]:
     """Write index and manifest for the archives of a folder, in order of their names. Local.
 
-    Raises DataError naming shard, member and id as :func:`data.shards.tar.scan` tells faults, and
-    for samples without a label. With ``skip`` those are marked as not to be used (what follows a
-    damaged place is not reached), and the second result says what they were.
-    ``tell(shard, samples)`` is called after each shard.
+    Raises DataError naming shard, member and id as :func:`data.shards.tar.scan` tells faults, for
+    samples without a label, and for archives that are compressed. With ``skip`` bad samples are
+    marked as not to be used (what follows a damaged place is not reached). The second result says
+    what was left out. ``tell(shard, samples)`` is called after each shard.
     """
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise DataError(f"there are no .tar files in '{folder}'")
+    tars, problems = archives(folder)
+    if problems and not skip:
+        raise DataError(problems[0])
     following = {"train": 0, "test": 0}
-    shards, problems = [], list[str]()
+    shards = []
     for tar in tars:
-        split = split_of(tar.name)
-        builder, found = _index(tar, label, following[split])
+        split, others = split_of(tar.name), list[str]()
+        with open_archive(tar) as file:
+            stat = os.fstat(file.fileno())
+        builder, found = _index(tar, label, following[split], others)
         if found and not skip:
             raise DataError(found[0])
         problems += found
-        size = tar.stat().st_size
+        if others:
+            said = "shard '%s' has %d members that are no part of a sample, such as '%s'"
+            log.warning(said, tar.name, len(others), others[0])
         if len(builder):
-            builder.write(tar, size)
+            builder.write(tar, stat)
             following[split] += len(builder)
-            digest = file_digest(tar)
-            shards.append(Shard(tar.name, split, len(builder), size, digest, 0, builder.classes))
+            classes, digest = builder.classes, file_digest(tar)
+            shards.append(Shard(tar.name, split, len(builder), stat.st_size, digest, 0, classes))
         if tell is not None:
             tell(tar.name, len(builder))
     manifest = numbered(label, shards)
@@ -184,12 +270,14 @@ def index_folder(
     return manifest, problems
 
 
-def _index(tar: Path, label: str, first_id: int) -> tuple[IndexBuilder, list[str]]:
+def _index(
+    tar: Path, label: str, first_id: int, others: list[str]
+) -> tuple[IndexBuilder, list[str]]:
     """Return the index of an archive, and what is wrong with it."""
     builder, problems = IndexBuilder(), list[str]()
     try:
-        with tar.open("rb") as file:
-            for extent in scan(tar):
+        with open_archive(tar) as file:
+            for extent in scan(tar, others=others):
                 fault, value = extent.fault, -1
                 try:
                     value = value if fault else label_of(extent.members, label)
@@ -202,8 +290,6 @@ def _index(tar: Path, label: str, first_id: int) -> tuple[IndexBuilder, list[str
                 builder.add(extent.begin, file.read(extent.end - extent.begin), value)
     except DataError as error:
         problems.append(str(error))
-    except FileNotFoundError:
-        raise DataError(f"shard '{tar.name}' is missing from '{tar.parent}'") from None
     return builder, problems
 
 
@@ -218,14 +304,20 @@ def verify_folder(
 ) -> tuple[Manifest, list[str]]:
     """Read and decode everything; return manifest and faults, naming shard, sample and id. Local.
 
-    Archives must have the bytes and SHA-256 of the manifest, samples the place and checksum of the
-    index, and every member must decode. ``tell(shard, samples)`` is called after each shard.
+    Archives must have the bytes and SHA-256 of the manifest and be such as indexing takes, samples
+    the place and checksum of the index, and every member must decode; all archives of the folder
+    must be listed. An archive that is sound is believed from then on, whatever its time.
+    ``tell(shard, samples)`` is called after each shard.
     """
-    manifest, problems = read_manifest(folder), list[str]()
+    manifest = read_manifest(folder)
+    tars, problems = archives(folder)
+    listed = {shard.name for shard in manifest.shards}
+    problems += [f"'{t.name}' is not in {MANIFEST}; {_HOW}" for t in tars if t.name not in listed]
     for shard in manifest.shards:
         tar = folder / shard.name
         try:
             index = open_index(tar, shard.samples, shard.bytes)
+            stat = tar.stat()
             found = _faults(tar, index, shard)
             if 0 < shard.classes <= labels_in(index).max():
                 most = f"{labels_in(index).max()} but {MANIFEST} says {shard.classes - 1}"
@@ -233,6 +325,8 @@ def verify_folder(
             if not found and file_digest(tar) != shard.sha256:
                 found = [f"shard '{tar.name}' has another SHA-256 than {MANIFEST} says"]
             problems += found
+            if not found:
+                _stamp(tar, stat)
         except DataError as error:
             problems.append(str(error))
         if tell is not None:
@@ -243,25 +337,32 @@ def verify_folder(
 def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
     """Return what is wrong with the samples of an archive."""
     problems = []
-    with tar.open("rb") as file:
+    with open_archive(tar) as file:
         for row in range(shard.samples):
-            begin, end, word = int(index[0, row]), int(index[0, row + 1]), int(index[1, row])
-            file.seek(begin)
-            extent = file.read(end - begin)
+            extent, same = _same(file, index, row)
             try:
-                if zlib.crc32(extent) != word & CRC_MASK:
-                    raise DataError("its bytes have changed since the index was made")
-                if word < 0:
+                if not same:
+                    raise DataError(CHANGED)
+                if index[1, row] < 0:
                     raise DataError("it has no label, or is marked as bad")
                 for ext, data in read_members(extent)[1].items():
                     decode(ext, data)
             except DataError as error:
-                at = f"shard '{tar.name}', sample '{key_of(extent)}', id {shard.first_id + row}"
-                problems.append(f"{at}: {error}")
+                problems.append(f"{place(shard, extent, row)}: {error}")
+    if problems:
+        return problems
+    row = -1
+    for row, found in enumerate(scan(tar, data=False)):
+        where = f"shard '{tar.name}', sample '{found.key}', id {shard.first_id + row}"
+        if found.fault:
+            problems.append(f"{where}: {found.fault}")
+        if row >= shard.samples or found.begin != index[0, row]:
+            return [*problems, f"{where} is not where the index has it"]
+    if row + 1 != shard.samples:
+        problems.append(f"shard '{tar.name}' has {row + 1} samples, the index {shard.samples}")
     return problems
 
 
-def key_of(extent: bytes) -> str:
-    """Return the key in the first header of an extent, for messages; '?' if it cannot be read."""
-    name = extent[:100].partition(b"\0")[0].decode("utf-8", "replace")
-    return name.partition(".")[0] or "?"
+def place(shard: Shard, extent: bytes, row: int) -> str:
+    """Say where a sample is, for messages."""
+    return f"shard '{shard.name}', sample '{key_of(extent)}', id {shard.first_id + row}"

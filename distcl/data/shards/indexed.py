@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import time
 import zlib
@@ -18,7 +19,14 @@ from torch.utils._pytree import tree_map
 from distcl.config import DataConfig
 from distcl.data.shards.decode import Decoder
 from distcl.data.shards.experiences import Groups
-from distcl.data.shards.index import CRC_MASK, key_of, labels_in, open_index
+from distcl.data.shards.index import (
+    CHANGED,
+    CRC_MASK,
+    changed_rows,
+    labels_in,
+    open_index,
+    place,
+)
 from distcl.data.shards.manifest import MANIFEST, Shard, read_manifest
 from distcl.data.shards.tar import read_members
 from distcl.data.sources.arrays import as_tensor, stratified
@@ -28,6 +36,9 @@ from distcl.errors import DataError
 from distcl.types import Batch, Ids, PyTree
 
 _MOST_OPEN = 64
+_MOST_TOLD = 20
+
+log = logging.getLogger("distcl")
 
 
 _Place = tuple[int, int, int, int, int, int]
@@ -69,9 +80,12 @@ class ShardSource:
         self._empty: tuple[PyTree, PyTree] | None = None
         self.problems: list[str] = []
         """What is known to be bad, in words; filled by opening, with ``on_bad_sample = "skip"``."""
+        self._share = len(shards)
         self._indexes: list[Array | None] = [self._open(folder, shard) for shard in shards]
         if len(self.problems) >= len(shards) and not any(i is not None for i in self._indexes):
             raise DataError(f"{name}: there are no samples; {self.problems[0]}")
+        if self.problems:
+            log.info("[bad samples] left out: %s", "; ".join(self.problems[:_MOST_TOLD]))
 
     def _open(self, folder: Path, shard: Shard) -> Array | None:
         """Return a shard's index, None if the shard cannot be used."""
@@ -84,12 +98,18 @@ class ShardSource:
                 raise DataError(fault) from None
             self.problems.append(fault)
             return None
-        for row in np.flatnonzero(labels_in(index) < 0).tolist():
+        marked = np.flatnonzero(labels_in(index) < 0).tolist()
+        changed = changed_rows(folder / shard.name, index, self._share)
+        for row in sorted({*marked, *changed}):
             extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
-            fault = f"{_where(shard, extent, row)}: it has no label, or is marked as bad"
+            fault = CHANGED if row in changed else "it has no label, or is marked as bad"
+            fault = f"{place(shard, extent, row)}: {fault}"
             if self._data.on_bad_sample == "error":
                 raise DataError(fault)
             self.problems.append(fault)
+        if changed:
+            index = np.array(index)
+            index[1, changed] |= -1 << 32
         return index
 
     def __len__(self) -> int:
@@ -233,13 +253,13 @@ class ShardSource:
         extent = self._extent(id_, number, begin, end)
         try:
             if self._data.verify and zlib.crc32(extent) != word & CRC_MASK:
-                raise DataError("its bytes have changed since the index was made")
+                raise DataError(CHANGED)
             key, members = read_members(extent)
             if word < 0:
                 raise DataError("it has no label, or is marked as bad")
             return self._decode(key, id_, word >> 32, members)
         except DataError as error:
-            raise DataError(f"{_where(self.shards[number], extent, row)}: {error}") from error
+            raise DataError(f"{place(self.shards[number], extent, row)}: {error}") from error
 
     def _extent(self, id_: int, number: int, begin: int, end: int) -> bytes:
         name = self.shards[number].name
@@ -280,10 +300,6 @@ class ShardSource:
         }
         y = torch.from_numpy(np.array([s["cls"] for s in samples], dtype=np.int64))
         return next(iter(leaves.values())) if len(exts) == 1 else leaves, y
-
-
-def _where(shard: Shard, extent: bytes, row: int) -> str:
-    return f"shard '{shard.name}', sample '{key_of(extent)}', id {shard.first_id + row}"
 
 
 class _Files:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from distcl import registry
 from distcl.config import DataConfig, StreamConfig
+from distcl.config.paths import reachable
 from distcl.data.shards.decode import IMAGES, decode
-from distcl.data.shards.index import index_path, split_of
+from distcl.data.shards.index import archives, is_archive, label_of, split_of
 from distcl.data.shards.tar import scan
 from distcl.data.shards.writer import Members, Samples
 from distcl.data.sources.arrays import ArraySource
@@ -25,8 +27,10 @@ _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _CHUNK = 256
 
 
-def open_samples(source: str, label: str = "cls", stream: StreamConfig | None = None) -> Samples:
-    """Return the samples that SOURCE of ``distcl shard`` names.
+def open_samples(
+    source: str, label: str = "cls", stream: StreamConfig | None = None, skip: bool = False
+) -> Samples:
+    """Return the samples that SOURCE of ``distcl shard`` names. ``skip``: bad archives may be.
 
     An .npz file; a folder of archives, or one archive; a Hugging Face dataset on disk; a folder of
     class folders of images. With ``stream``, its source, undrifted. Raises UsageError if it is none
@@ -34,14 +38,17 @@ def open_samples(source: str, label: str = "cls", stream: StreamConfig | None = 
     """
     if stream is not None:
         return SourceSamples(stream)
-    path = Path(source).expanduser()
+    path = reachable(source)
     if path.suffix == ".npz":
         return ArraySamples(path)
-    if path.suffix == ".tar":
-        return TarSamples([path], label)
+    if path.suffix.lower() == ".tar" and not path.is_dir():
+        return TarSamples(path, [path], label, skip)
     if path.is_dir():
-        if tars := sorted(path.glob("*.tar")):
-            return TarSamples(tars, label)
+        if any(map(is_archive, path.iterdir())):
+            tars, wrong = archives(path)
+            if wrong and not skip:
+                raise DataError(wrong[0])
+            return TarSamples(path, tars, label, skip, wrong)
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return SourceSamples(StreamConfig(source="hf", path=str(path)))
         return ImageSamples(path)
@@ -75,7 +82,11 @@ class ArraySamples:
 
     def describe(self) -> dict[str, Any]:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        return _stamp(self._path)
+        return {"npz": str(self._path.resolve())}
+
+    def stamp(self, split: str, begin: int, end: int) -> Any:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        return [_stamp(self._path), split, begin, end]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`data.shards.writer.Samples`. [H, W] becomes [1, H, W], as in ``arrays``."""
@@ -91,45 +102,67 @@ class ArraySamples:
 class TarSamples:
     """The samples of archives, in order of their names, their members as they are."""
 
-    def __init__(self, tars: list[Path], label: str) -> None:
+    def __init__(
+        self,
+        source: Path,
+        tars: Sequence[Path],
+        label: str,
+        skip: bool = False,
+        problems: Sequence[str] = (),
+    ) -> None:
         self.label = label
+        self._source = source
+        self.problems = list(problems)
+        """What is wrong with archives, and passed over because of ``skip``."""
         self._places: dict[str, list[tuple[Path, int]]] = {}
-        self._tars = tars
         self.sizes: dict[str, int] = {}
         for tar in tars:
-            number = _count(tar)
+            number = self._count(tar, skip)
             split = split_of(tar.name)
             self._places.setdefault(split, []).append((tar, number))
             self.sizes[split] = self.sizes.get(split, 0) + number
         self.sizes = {s: self.sizes[s] for s in ("train", "test") if s in self.sizes}
 
+    def _count(self, tar: Path, skip: bool) -> int:
+        number = 0
+        try:
+            for _ in scan(tar, data=False):
+                number += 1
+        except DataError as error:
+            if not skip:
+                raise
+            self.problems.append(str(error))
+        return number
+
     def describe(self) -> dict[str, Any]:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        return {"label": self.label, "tars": [_stamp(tar) for tar in self._tars]}
+        return {"label": self.label, "archives": str(self._source.resolve())}
 
-    def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
+    def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
+        return [(_stamp(tar), first) for tar, first, _ in self._parts(split, begin, end)]
+
+    def _parts(self, split: str, begin: int, end: int) -> Iterator[tuple[Path, int, int]]:
+        """Yield (archive, its first sample, its number of samples) of those that have these."""
         first = 0
         for tar, number in self._places[split]:
             if first < end and begin < first + number:
-                for row, extent in enumerate(scan(tar), first):
-                    if row >= end:
-                        break
-                    if row >= begin:
-                        if extent.fault:
-                            raise DataError(f"shard '{tar.name}': {extent.fault}")
-                        yield extent.members
+                yield tar, first, number
             first += number
 
-
-def _count(tar: Path) -> int:
-    """Return the number of samples of an archive, from its index if it has a sound one."""
-    index = index_path(tar)
-    if index.exists():
-        found: Array = np.load(index, allow_pickle=False)
-        if found.ndim == 2 and found[1, -1] == tar.stat().st_size:
-            return int(found.shape[1]) - 1
-    return sum(1 for _ in scan(tar))
+    def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        for tar, first, number in self._parts(split, begin, end):
+            wanted = itertools.islice(scan(tar), max(begin - first, 0), min(end - first, number))
+            for extent in wanted:
+                try:
+                    if extent.fault:
+                        raise DataError(extent.fault)
+                    label_of(extent.members, self.label)
+                except DataError as error:
+                    where = f"shard '{tar.name}', sample '{extent.key}'"
+                    raise DataError(f"{where}: {error}") from error
+                yield extent.members
 
 
 class ImageSamples:
@@ -141,6 +174,7 @@ class ImageSamples:
     label = "cls"
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         inside = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir()}
         splits = {"train": folder}
         if "train" in inside:
@@ -167,7 +201,11 @@ class ImageSamples:
 
     def describe(self) -> dict[str, Any]:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        return {split: [str(f) for f, _ in files] for split, files in self._files.items()}
+        return {"folder": str(self._folder.resolve())}
+
+    def stamp(self, split: str, begin: int, end: int) -> Any:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        return [(_stamp(file), label) for file, label in self._files[split][begin:end]]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`data.shards.writer.Samples`. Every image is decoded once, to be sure."""
@@ -195,6 +233,11 @@ class SourceSamples:
     def describe(self) -> dict[str, Any]:
         """See :class:`distcl.data.shards.writer.Samples`."""
         return self._config.model_dump(mode="json")
+
+    def stamp(self, split: str, begin: int, end: int) -> Any:
+        """See :class:`distcl.data.shards.writer.Samples`."""
+        named = [Path(text) for text in self._config.model_dump().values() if isinstance(text, str)]
+        return [[_stamp(path) for path in named if path.is_file()], self.sizes, begin, end]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`distcl.data.shards.writer.Samples`."""

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from distcl.config import DataConfig, StreamConfig
+from distcl.config.paths import reachable
 from distcl.data.shards.experiences import assign_groups
 from distcl.data.shards.index import index_path
 from distcl.data.shards.indexed import ShardSource
@@ -42,7 +43,7 @@ def shards(
     """
     if not config.path:
         raise ConfigError("stream.source = 'shards' needs stream.path, a folder of shards")
-    folder = Path(config.path).expanduser()
+    folder = reachable(config.path)
     manifest = read_manifest(folder)
     if not manifest.split("train"):
         raise DataError(f"'{folder / MANIFEST}' lists no shards for training")

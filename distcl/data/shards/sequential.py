@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import itertools
+import lzma
 import os
-import tarfile
+import shlex
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,21 +17,40 @@ from typing import IO, Any
 import numpy as np
 
 from distcl.config import DataConfig
-from distcl.data.shards.index import label_of
+from distcl.data.shards.index import (
+    CHANGED,
+    changed_rows,
+    index_path,
+    label_of,
+    open_index,
+    place,
+)
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.manifest import MANIFEST, Shard
-from distcl.data.shards.tar import BLOCK, UnusualHeaderError, check_ext, parse_header, split_name
+from distcl.data.shards.tar import (
+    BLOCK,
+    NO_END,
+    Extent,
+    Member,
+    Samples,
+    UnusualHeaderError,
+    check_end,
+    cut_short,
+    open_archive,
+    parse_header,
+    take,
+    walk,
+)
 from distcl.data.transforms import Sample
 from distcl.errors import ConfigError, DataError
 from distcl.types import Ids
 
 _MOST_OPEN = 64
-
-Members = dict[str, bytes]
-Member = tuple[str, bytes]
-"""(name, data)."""
-Samples = Generator[tuple[str, Members], None, None]
-"""(key, members) of one after another."""
+_PACKED: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 
 
 class StreamedSource(ShardSource):
@@ -38,8 +60,7 @@ class StreamedSource(ShardSource):
     ``data.shuffle_buffer`` samples back: that many raw samples of each open shard are kept. Going
     further back opens the shard again. Samples that are passed over are not decoded.
 
-    ``url``: where a shard is, ``{name}`` being its name: anything that the webdataset library
-    opens, such as ``pipe:curl -s https://host/{name}``; empty: a file of ``folder``.
+    ``url``: where a shard is, see :func:`open_url`; empty: a file of ``folder``.
     """
 
     sequential = True
@@ -53,14 +74,23 @@ class StreamedSource(ShardSource):
         url: str,
         name: str,
     ) -> None:
-        super().__init__(folder, shards, data, name)
         self._label = label
-        self._url = url or str(folder / "{name}")
+        self._url = url
+        super().__init__(folder, shards, data, name)
         self._cursors: list[_Cursor] = []  # the last one used is last
         self._process = os.getpid()  # whose they are
 
     def _open(self, folder: Path, shard: Shard) -> None:
-        """No shard is opened before it is read, and none has an index."""
+        """Look at a local shard if it was indexed and has changed, where that ends the run."""
+        tar = folder / shard.name
+        if self._url or self._data.on_bad_sample == "skip" or not index_path(tar).exists():
+            return
+        if not tar.exists() or is_compressed(tar):
+            return
+        index = open_index(tar, shard.samples, shard.bytes)
+        for row in changed_rows(tar, index, self._share):
+            extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
+            raise DataError(f"{place(shard, extent, row)}: {CHANGED}")
 
     @property
     def labels(self) -> Any:
@@ -96,17 +126,17 @@ class StreamedSource(ShardSource):
 
     def _decoded(self, id_: int, number: int, row: int, *_: int) -> Sample:
         shard = self.shards[number]
-        key, members = self._cursor(number, row).get(row)
+        extent = self._cursor(number, row).get(row)
         try:
-            for ext in members:
-                check_ext(ext)
-            label = label_of(members, self._label)
+            if extent.fault:
+                raise DataError(extent.fault)
+            label = label_of(extent.members, self._label)
             if 0 < shard.classes <= label:
                 most = shard.classes - 1
                 raise DataError(f"its label is {label}, but {MANIFEST} says at most {most}")
-            return self._decode(key, id_, label, members)
+            return self._decode(extent.key, id_, label, extent.members)
         except DataError as error:
-            where = f"shard '{shard.name}', sample '{key}', id {id_}"
+            where = f"shard '{shard.name}', sample '{extent.key}', id {id_}"
             raise DataError(f"{where}: {error}") from error
 
     def _cursor(self, number: int, row: int) -> _Cursor:
@@ -122,9 +152,7 @@ class StreamedSource(ShardSource):
             if behind and (best is None or cursor.following > best.following):
                 best = cursor
         if best is None:
-            shard = self.shards[number]
-            url = self._url.format(name=shard.name)
-            best = _Cursor(number, shard, url, self._data.shuffle_buffer)
+            best = _Cursor(number, self.shards[number], self._opened, self._data.shuffle_buffer)
             if len(self._cursors) >= _MOST_OPEN:
                 self._cursors.pop(0).close()
         elif best is not self._cursors[-1]:
@@ -133,6 +161,9 @@ class StreamedSource(ShardSource):
             self._cursors.append(best)
         return best
 
+    def _opened(self, name: str) -> IO[bytes]:
+        return open_url(self._url, name) if self._url else open_archive(self._folder / name)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cursors": []}
 
@@ -140,15 +171,17 @@ class StreamedSource(ShardSource):
 class _Cursor:
     """A place in a shard that moves forwards, and the raw samples of the last ``keep`` rows."""
 
-    def __init__(self, number: int, shard: Shard, url: str, keep: int) -> None:
+    def __init__(
+        self, number: int, shard: Shard, open_: Callable[[str], IO[bytes]], keep: int
+    ) -> None:
         self.number = number
         self.following = 0
         """The row that is read next."""
         self._shard = shard
         self._keep = keep
         self._fault = ""  # why nothing can be read from ``following`` on
-        self._kept: OrderedDict[int, tuple[str, Members]] = OrderedDict()
-        self._samples = stream_samples(lambda: open_url(url), shard.name)
+        self._kept: OrderedDict[int, Extent] = OrderedDict()
+        self._samples = stream_samples(lambda: open_(shard.name), shard.name)
 
     def close(self) -> None:
         """Close the stream."""
@@ -158,21 +191,23 @@ class _Cursor:
         """Return whether a row's sample is kept, or known to be out of reach."""
         return row in self._kept or (bool(self._fault) and row >= self.following)
 
-    def get(self, row: int) -> tuple[str, Members]:
-        """Return (key, members) of a row that is kept or ahead. DataError names shard and id."""
+    def get(self, row: int) -> Extent:
+        """Return the sample of a row that is kept or ahead. DataError names shard and id."""
         while self.following <= row:
             self._advance()
         return self._kept[row]
 
     def _advance(self) -> None:
+        name, samples = self._shard.name, self._shard.samples
         try:
             found = None if self._fault else next(self._samples, None)
+            if self.following + 1 == samples and next(self._samples, None) is not None:
+                found, self._fault = None, f"shard '{name}' has more samples than {MANIFEST} says"
         except DataError as error:
             found, self._fault = None, str(error)
         if found is None:
             self._fault = self._fault or (
-                f"shard '{self._shard.name}' has {self.following} samples but shards.json says "
-                f"{self._shard.samples}"
+                f"shard '{name}' has {self.following} samples but {MANIFEST} says {samples}"
             )
             raise DataError(f"{self._fault} (id {self._shard.first_id + self.following})")
         self._kept[self.following] = found
@@ -181,42 +216,58 @@ class _Cursor:
             self._kept.popitem(last=False)
 
 
-def open_url(url: str) -> IO[bytes]:
-    """Open what the webdataset library can: a file, ``pipe:``, http, …. Raises DataError."""
+def is_compressed(tar: Path) -> bool:
+    """Tell whether a local archive is compressed in a way that can be streamed."""
+    with open_archive(tar) as file:
+        return file.read(8).startswith(tuple(_PACKED))
+
+
+def open_url(url: str, name: str) -> IO[bytes]:
+    """Open the shard ``name`` at ``url``, in which ``{name}`` stands for it. Local.
+
+    What exists as a local file is that file. Else it is what the webdataset library opens, which
+    runs commands for it: that of ``pipe:COMMAND``, by a shell; curl or gsutil for http, gs and the
+    like. Raises DataError naming it, ConfigError if the library is not installed.
+    """
+    where = os.path.expanduser(url).replace("{name}", name)
+    if os.path.lexists(where) or ":" not in where:
+        return open_archive(Path(where))
+    if shlex.quote(name) != name or name.startswith("-"):
+        raise DataError(f"the name of shard '{name}' is refused in a URL: a shell would read it")
     try:
         import webdataset
     except ImportError:
         raise ConfigError(
-            "data.access = 'stream' needs webdataset: pip install 'distcl[data]'"
+            "stream.options.url needs webdataset: pip install 'distcl[data]'"
         ) from None
     try:
-        file: IO[bytes] = webdataset.gopen(url)
+        file: IO[bytes] = webdataset.gopen(where)
     except (OSError, ValueError) as error:
-        raise DataError(f"'{url}' cannot be opened ({error})") from error
+        raise DataError(f"'{where}' cannot be opened ({error})") from error
     return file
 
 
-def stream_samples(
-    open_: Callable[[], IO[bytes]], name: str
-) -> Generator[tuple[str, Members], None, None]:
-    """Yield (key, members) of an archive that can only be read forwards. Local.
+def stream_samples(open_: Callable[[], IO[bytes]], name: str) -> Generator[Extent, None, None]:
+    """Yield the samples of an archive that can only be read forwards. Local.
 
-    Raises DataError naming the shard if it is truncated or fails midway.
+    It may be compressed by gzip, bzip2 or xz. Raises DataError naming the shard if it is truncated,
+    fails midway or goes on after its end mark.
     """
-    done = 0
+    yield from Samples(f"shard '{name}'")(_members(open_))
+
+
+def _members(open_: Callable[[], IO[bytes]]) -> Iterator[Member]:
+    """Yield the members: as fast as can be, and from where that ends by the standard library."""
     try:
-        try:
-            with _opened(open_) as file:
-                for sample in _grouped(_plain_members(file)):
-                    done += 1
-                    yield sample
-        except UnusualHeaderError:
-            with _opened(open_) as file:
-                for sample in itertools.islice(_grouped(_any_members(file)), done, None):
-                    done += 1
-                    yield sample
-    except (OSError, EOFError, tarfile.TarError, DataError) as error:
-        raise DataError(f"shard '{name}', after {done} samples: {error}") from error
+        with _opened(open_) as file:
+            yield from _plain_members(file)
+            return
+    except UnusualHeaderError as error:
+        done, start = error.number, b"" if error.number else error.header
+    packed = next((opener for magic, opener in _PACKED.items() if start.startswith(magic)), None)
+    with _opened(open_) as file:
+        archive = packed(file) if packed else file
+        yield from itertools.islice(walk(archive, skips=False), done, None)
 
 
 @contextmanager
@@ -233,41 +284,26 @@ def _opened(open_: Callable[[], IO[bytes]]) -> Iterator[IO[bytes]]:
 
 
 def _plain_members(file: IO[bytes]) -> Iterator[Member]:
-    """Yield (name, data) of members with the usual headers; UnusualHeaderError at another one."""
+    """Yield members with the usual headers; UnusualHeaderError at another one."""
+    at = 0
     for number in itertools.count():
         header = file.read(BLOCK)
-        if number == 0 and header[257:262] != b"ustar":
-            raise UnusualHeaderError("an old tar, or a compressed one")
-        if len(header) == BLOCK and not header.strip(b"\0"):
-            return
+        if at == 0 and header[257:262] != b"ustar":
+            raise UnusualHeaderError(header)  # an old tar, or a compressed one
         if len(header) < BLOCK:
-            raise EOFError("it is truncated: the end mark is missing")
-        name, size = parse_header(header)
-        data = file.read(-(-size // BLOCK) * BLOCK)
+            raise DataError(NO_END)
+        if not header.strip(b"\0"):
+            check_end(file, at + BLOCK)
+            yield "", at, b"", ""
+            return
+        try:
+            name, size = parse_header(header)
+        except UnusualHeaderError as error:
+            error.number = number
+            raise
+        padded = -(-size // BLOCK) * BLOCK
+        data = take(file, padded)
         if len(data) < size:
-            raise EOFError(f"member '{name}' is truncated: {len(data)} of {size} bytes are there")
-        yield name, data[:size]
-
-
-def _any_members(file: IO[bytes]) -> Iterator[Member]:
-    with tarfile.open(fileobj=file, mode="r|*") as archive:
-        for info in archive:
-            member = archive.extractfile(info) if info.isreg() else None
-            if member is not None:
-                yield info.name, member.read()
-
-
-def _grouped(members: Iterator[Member]) -> Iterator[tuple[str, Members]]:
-    """Yield (key, members) of neighbouring members of one key."""
-    key, sample = "", Members()
-    for name, data in members:
-        pieces = split_name(name)
-        if pieces is None:
-            continue
-        if pieces[0] != key:
-            if key:
-                yield key, sample
-            key, sample = pieces[0], Members()
-        sample[pieces[1].lower()] = data
-    if key:
-        yield key, sample
+            raise DataError(cut_short(name, len(data), size))
+        yield name, at, data[:size], ""
+        at += BLOCK + padded

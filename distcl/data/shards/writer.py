@@ -2,7 +2,8 @@
 
 The samples of a split are cut into ranges of ``per_shard``; each range is written on its own, as
 one shard, or as several where ``max_bytes`` cuts it. So shards do not depend on the number of
-processes, and a killed job goes on with the ranges it had not finished.
+processes, and a killed job goes on with the ranges it had not finished; so does one whose input was
+repaired meanwhile, with those that lie in changed files too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from distcl.data.shards.manifest import (
     write_manifest,
 )
 from distcl.data.shards.tar import END, member_bytes
-from distcl.errors import DataError, DistclError, UsageError
+from distcl.errors import DataError, UsageError
 
 Members = dict[str, bytes]
 
@@ -54,6 +55,10 @@ class Samples(Protocol):
         """Return what tells this from another input, as JSON."""
         ...
 
+    def stamp(self, split: str, begin: int, end: int) -> Any:
+        """Return what tells whether the files of samples ``begin`` … ``end`` change, as JSON."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Range:
@@ -61,6 +66,11 @@ class _Range:
     number: int
     begin: int
     end: int
+
+    @property
+    def stem(self) -> str:
+        """How the names of its shards begin."""
+        return f"{self.split}-{self.number:06d}"
 
 
 def write_shards(
@@ -70,51 +80,56 @@ def write_shards(
     max_bytes: int = 0,
     workers: int = 0,
     tell: Callable[[str, int], None] | None = None,
+    problems: list[str] | None = None,
 ) -> Manifest:
     """Write shards, indexes and ``shards.json``, and return the manifest.
 
     ``per_shard``: samples of a shard; ``max_bytes``: a shard is closed before it grows beyond (a
     single larger sample aside), 0 for no limit; ``workers``: processes, 0 for this one;
-    ``tell(shard, samples)`` is called after each range. Files appear whole, the manifest last.
+    ``tell(shard, samples)`` is called after each range; ``problems``: if given, bad samples are
+    left out, and named there. Files appear whole, the manifest last.
 
     If the folder has the unfinished work of the same job, it goes on there; UsageError if it has
-    anything else. Raises DataError naming a bad sample.
+    anything else. Raises DataError naming a bad sample, or if no sample is sound.
     """
-    plan = {
-        "samples": samples.describe(),
-        "sizes": samples.sizes,
-        "per_shard": per_shard,
-        "max_bytes": max_bytes,
-    }
-    _claim(folder, plan)
     ranges = [
         _Range(split, number, begin, min(begin + per_shard, size))
         for split, size in samples.sizes.items()
         for number, begin in enumerate(range(0, size, per_shard))
     ]
+    plan = {
+        "samples": samples.describe(),
+        "per_shard": per_shard,
+        "max_bytes": max_bytes,
+        "ranges": {part.stem: _digest(samples, part) for part in ranges},
+    }
+    _claim(folder, plan)
     done: dict[int, list[Shard]] = {}
-    for k, part in enumerate(ranges):
-        found = _finished(folder, part)
-        if found:
-            done[k] = found
-            if tell is not None:
-                tell(found[0].name, part.end - part.begin)
-    todo = [k for k in range(len(ranges)) if k not in done]
 
     def finish(k: int, shards: list[Shard]) -> None:
         done[k] = shards
         if tell is not None:
-            tell(shards[0].name, ranges[k].end - ranges[k].begin)
+            tell(ranges[k].stem, ranges[k].end - ranges[k].begin)
 
-    if workers == 0 or len(todo) < 2:
-        for k in todo:
-            finish(k, _write_range(samples, folder, ranges[k], max_bytes))
-    else:
-        _write_all(samples, folder, ranges, todo, max_bytes, min(workers, len(todo)), finish)
-    manifest = numbered(samples.label, [shard for k in range(len(ranges)) for shard in done[k]])
+    for k, part in enumerate(ranges):
+        if found := _finished(folder, part):
+            finish(k, found)
+    todo = [k for k in range(len(ranges)) if k not in done]
+    job = _Job(samples, folder, ranges, max_bytes, problems is not None)
+    for k, shards, found_bad in job.in_processes(todo, workers):
+        finish(k, shards)
+        if problems is not None:
+            problems += found_bad
+    manifest = _manifest(samples.label, [s for k in range(len(ranges)) for s in done[k]], problems)
     write_manifest(folder, manifest)
     (folder / _PLAN).unlink()
     return manifest
+
+
+def _manifest(label: str, shards: list[Shard], problems: list[str] | None) -> Manifest:
+    if not shards and problems:
+        raise DataError(f"not one sample is sound; {problems[0]}")
+    return numbered(label, shards)
 
 
 def append_shards(
@@ -123,6 +138,7 @@ def append_shards(
     per_shard: int = 10_000,
     max_bytes: int = 0,
     tell: Callable[[str, int], None] | None = None,
+    problems: list[str] | None = None,
 ) -> Manifest:
     """Add shards to a folder of shards; those who watch it see each one when it is whole.
 
@@ -138,83 +154,165 @@ def append_shards(
             while any(s.name.startswith(f"{split}-{number:06d}") for s in manifest.shards):
                 number += 1
             part = _Range(split, number, begin, min(begin + per_shard, size))
-            found = _write_range(samples, folder, part, max_bytes)
-            manifest = numbered(manifest.label, [*manifest.shards, *found])
+            found, bad = _Job(samples, folder, [part], max_bytes, problems is not None).write(0)
+            if problems is not None:
+                problems += bad
+            manifest = _manifest(manifest.label, [*manifest.shards, *found], problems)
             write_manifest(folder, manifest)
             if tell is not None:
-                tell(found[0].name, part.end - part.begin)
+                tell(part.stem, part.end - part.begin)
     return manifest
 
 
-_job: tuple[Samples, Path, list[_Range], int] | None = None  # of this worker process
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is written where. ``skip``: whether bad samples are left out."""
+
+    samples: Samples
+    folder: Path
+    ranges: list[_Range]
+    max_bytes: int
+    skip: bool
+
+    def in_processes(
+        self, todo: list[int], workers: int
+    ) -> Iterator[tuple[int, list[Shard], list[str]]]:
+        """Write the ranges ``todo``; yield (number, its shards, its bad samples) of each."""
+        if workers == 0 or len(todo) < 2:
+            yield from ((k, *self.write(k)) for k in todo)
+            return
+        pool = ProcessPoolExecutor(
+            min(workers, len(todo)),
+            multiprocessing.get_context("fork"),  # workers inherit the samples, whatever they are
+            _set_job,
+            (self,),
+        )
+        try:
+            futures = {pool.submit(_write_number, k): k for k in todo}
+            for future in as_completed(futures):
+                yield (futures[future], *future.result())
+        except BrokenProcessPool:
+            raise DataError(
+                "a writing process was killed; the same command goes on from here"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def write(self, k: int) -> tuple[list[Shard], list[str]]:
+        """Write a range as one shard, or as many as ``max_bytes`` asks for; and what was bad."""
+        part, shards, problems = self.ranges[k], list[Shard](), list[str]()
+        writer: _ShardWriter | None = None
+        try:
+            for found in self._extents(part):
+                if isinstance(found, DataError):
+                    if not self.skip:
+                        raise found
+                    problems.append(str(found))
+                    continue
+                extent, label = found
+                full = writer is not None and writer.size + len(extent) + len(END) > self.max_bytes
+                if writer is not None and full and self.max_bytes:
+                    shards.append(writer.close())
+                    writer = None
+                if writer is None:
+                    more = f"-{len(shards):03d}" if self.max_bytes else ""
+                    writer = _ShardWriter(self.folder / f"{part.stem}{more}.tar", part.split)
+                writer.add(extent, label)
+            if writer is not None:
+                shards.append(writer.close())
+                writer = None
+        except OSError as error:
+            raise DataError(
+                f"'{error.filename or self.folder}': {error.strerror or error}"
+            ) from error
+        finally:
+            if writer is not None:
+                writer.discard()
+        return shards, problems
+
+    def _extents(self, part: _Range) -> Iterator[tuple[bytes, int] | DataError]:
+        """Yield of each row its bytes in the archive and its label, or what is wrong.
+
+        Who reads in batches fails before the bad sample: it is found by reading one at a time.
+        """
+        row, single = part.begin, False
+        while row < part.end:
+            end = row + 1 if single else part.end
+            try:
+                for found in self.samples.read(part.split, row, end):
+                    try:
+                        yield _extent(f"{row:09d}", found, self.samples.label)
+                    except DataError as error:
+                        yield _located(part, row, error)
+                    row += 1
+                if row < end:
+                    raise DataError("the input ended before it")
+            except DataError as error:
+                if single or not self.skip:
+                    yield _located(part, row, error)
+                    row, single = row + 1, False
+                else:
+                    single = True
 
 
-def _write_all(
-    samples: Samples,
-    folder: Path,
-    ranges: list[_Range],
-    todo: list[int],
-    max_bytes: int,
-    workers: int,
-    finish: Callable[[int, list[Shard]], None],
-) -> None:
-    """Write the ranges ``todo`` in several processes."""
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("fork"),  # workers inherit the samples, whatever they are
-        _set_job,
-        (samples, folder, ranges, max_bytes),
-    )
-    try:
-        futures = {pool.submit(_write_number, k): k for k in todo}
-        for future in as_completed(futures):
-            finish(futures[future], future.result())
-    except BrokenProcessPool:
-        raise DataError(
-            "a writing process was killed; the same command goes on from here"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _located(part: _Range, row: int, error: DataError) -> DataError:
+    return DataError(f"sample {row} of {part.split}: {error}")
 
 
-def _set_job(samples: Samples, folder: Path, ranges: list[_Range], max_bytes: int) -> None:
+def _digest(samples: Samples, part: _Range) -> str:
+    stamp = json.dumps(samples.stamp(part.split, part.begin, part.end))
+    return hashlib.sha256(stamp.encode()).hexdigest()
+
+
+_job: _Job | None = None  # of this worker process
+
+
+def _set_job(job: _Job) -> None:
     global _job
-    _job = samples, folder, ranges, max_bytes
+    _job = job
 
 
-def _write_number(k: int) -> list[Shard]:
+def _write_number(k: int) -> tuple[list[Shard], list[str]]:
     assert _job is not None
-    samples, folder, ranges, max_bytes = _job
-    return _write_range(samples, folder, ranges[k], max_bytes)
+    return _job.write(k)
 
 
 def _claim(folder: Path, plan: dict[str, Any]) -> None:
-    """Make the folder ours, or find that it was: it holds our plan and no manifest."""
-    text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
+    """Make the folder ours, or find that it was: it holds our plan and no manifest.
+
+    What was written of files that have changed since goes.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / MANIFEST).exists():
             raise UsageError(f"'{folder}' has {MANIFEST}: it is complete; choose another folder")
         if (folder / _PLAN).exists():
-            if (folder / _PLAN).read_text(encoding="utf-8") != text:
+            before = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
+            known = before.pop("ranges")
+            if before != json.loads(json.dumps({k: v for k, v in plan.items() if k != "ranges"})):
                 raise UsageError(
                     f"'{folder}' has unfinished shards of another input or other options "
                     f"({_PLAN}); delete it or choose another folder"
                 )
             for part in folder.glob(".*.[0-9]*"):
                 part.unlink()
+            for stem in known:
+                if known[stem] != plan["ranges"].get(stem):
+                    for path in folder.glob(f"{stem}*"):
+                        path.unlink()
         elif any(folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty; choose another folder")
-        else:
-            replace_file(folder / _PLAN, text.encode())
+        replace_file(folder / _PLAN, (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode())
     except OSError as error:
         raise UsageError(f"'{folder}' is not writable: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"'{folder / _PLAN}' is damaged ({error}); delete '{folder}'") from error
 
 
 def _finished(folder: Path, part: _Range) -> list[Shard]:
     """Return the shards of a range if all are there, sound by size, else none."""
     shards = []
-    for path in sorted(folder.glob(f"{part.split}-{part.number:06d}*.index.npy")):
+    for path in sorted(folder.glob(f"{part.stem}*.index.npy")):
         tar = path.with_name(path.name.removesuffix(".index.npy") + ".tar")
         try:
             samples = int(np.load(path, allow_pickle=False).shape[1]) - 1
@@ -225,36 +323,6 @@ def _finished(folder: Path, part: _Range) -> list[Shard]:
         digest = file_digest(tar)
         shards.append(Shard(tar.name, part.split, samples, size, digest, 0, classes))
     return shards if sum(s.samples for s in shards) == part.end - part.begin else []
-
-
-def _write_range(samples: Samples, folder: Path, part: _Range, max_bytes: int) -> list[Shard]:
-    """Write one range of samples as one shard, or as many as ``max_bytes`` asks for."""
-    stem = f"{part.split}-{part.number:06d}"
-    shards: list[Shard] = []
-    writer: _ShardWriter | None = None
-    members = samples.read(part.split, part.begin, part.end)
-    try:
-        for row in range(part.begin, part.end):
-            try:
-                extent, label = _extent(f"{row:09d}", next(members), samples.label)
-            except StopIteration:
-                raise DataError("the input ended before it") from None
-            except DistclError as error:
-                raise DataError(f"sample {row} of {part.split}: {error}") from error
-            if writer is not None and 0 < max_bytes < writer.size + len(extent) + len(END):
-                shards.append(writer.close())
-                writer = None
-            if writer is None:
-                name = f"{stem}-{len(shards):03d}.tar" if max_bytes else f"{stem}.tar"
-                writer = _ShardWriter(folder / name, part.split)
-            writer.add(extent, label)
-        if writer is not None:
-            shards.append(writer.close())
-            writer = None
-    finally:
-        if writer is not None:
-            writer.discard()
-    return shards
 
 
 def _extent(key: str, members: Members, label: str) -> tuple[bytes, int]:
@@ -292,7 +360,7 @@ class _ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._part.replace(self._tar)
-        self._index.write(self._tar, self.size)
+        self._index.write(self._tar, self._tar.stat())
         name, digest, index = self._tar.name, self._digest.hexdigest(), self._index
         return Shard(name, self._split, len(index), self.size, digest, 0, index.classes)
 

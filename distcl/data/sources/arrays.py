@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.config import StreamConfig
+from distcl.config.paths import reachable
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
 from distcl.errors import ConfigError, DataError
 from distcl.types import Batch, Ids, PyTree, exact
@@ -156,7 +157,7 @@ _Split = tuple[Array, Array, str]  # x, y, and how messages name them
 def _from_npz(config: StreamConfig) -> list[_Split]:
     if config.x or config.y or config.x_test or config.y_test:
         raise ConfigError("stream.path excludes stream.x, stream.y, stream.x_test, stream.y_test")
-    path = Path(config.path).expanduser()
+    path = reachable(config.path)
     keys = npz_keys(path)
     x, y = ("x_train", "y_train") if "x_train" in keys and "x" not in keys else ("x", "y")
     found = open_npz(path, (x, y), ("x_test", "y_test"))
@@ -179,7 +180,7 @@ def _from_npy(config: StreamConfig) -> list[_Split]:
     splits = []
     for x, y in ((config.x, config.y), (config.x_test, config.y_test)):
         if x:
-            paths = Path(x).expanduser(), Path(y).expanduser()
+            paths = reachable(x), reachable(y)
             splits.append((open_npy(paths[0]), open_npy(paths[1]), f"'{x}' with '{y}'"))
     return splits
 

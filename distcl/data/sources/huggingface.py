@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from distcl.config import StreamConfig
+from distcl.config.paths import reachable
 from distcl.data.sources.arrays import as_tensor, stratified
 from distcl.errors import ConfigError, DataError
 from distcl.registry import nearest
@@ -59,7 +59,9 @@ def _load(path: str, name: str | None, revision: str | None) -> dict[str, Any]:
             "stream.source = 'hf' needs the package 'datasets'; type: pip install 'distcl[data]' "
             f"({error})"
         ) from error
-    folder = Path(path).expanduser()
+    folder = reachable(path).absolute()  # it takes "data:x" for a URL
+    if folder.exists() and "::" in str(folder):
+        raise DataError(f"the package datasets cannot open '{folder}': '::' has a meaning to it")
     saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
     try:
         if saved:

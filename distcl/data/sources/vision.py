@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distcl.config import StreamConfig
+from distcl.config.paths import reachable
 from distcl.data.sources.arrays import ArraySource, arrays
 from distcl.data.sources.npy import Array, open_file
 from distcl.errors import ConfigError, DataError
@@ -33,7 +34,7 @@ def mnist(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
         raise ConfigError(
             "stream.source = 'mnist' needs stream.path, the folder of its IDX files, or an .npz"
         )
-    folder = Path(config.path).expanduser()
+    folder = reachable(config.path)
     if folder.suffix == ".npz":
         return arrays(config)
     if not folder.is_dir():
@@ -150,7 +151,7 @@ def cifar100(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
 def _folder(config: StreamConfig, source: str, inner: str, pickled: tuple[str, ...]) -> Path:
     if not config.path:
         raise ConfigError(f"stream.source = '{source}' needs stream.path, the folder of its files")
-    path = Path(config.path).expanduser()
+    path = reachable(config.path)
     if re.search(r"-python(\.tar\.gz|\.tgz)?$", path.name):
         _refuse(path, inner)
     if path.is_file():

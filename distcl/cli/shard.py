@@ -17,6 +17,7 @@ _SOURCE_HELP = (
     "config (.toml), or the name of a source, configured with --set stream.KEY=VALUE."
 )
 _MOST_PROBLEMS = 20
+_FEW = 5
 
 
 def shard(
@@ -76,6 +77,10 @@ def shard(
             named = [*(sets or []), f"stream.source={source}"]
             stream = load_with_origins(None, named)[0].stream
         made = inputs.open_samples(source, label, stream)
+        skipped = getattr(made, "skipped", [])
+        if skipped:
+            shown = ", ".join([*map(repr, skipped[:_FEW]), *["…"] * (len(skipped) > _FEW)])
+            complain(f"{len(skipped)} skipped in '{source}', no images of a class: {shown}")
         with counting("writing", quiet, sum(made.sizes.values())) as tell:
             size = int(max_mb * 1e6)
             if append:

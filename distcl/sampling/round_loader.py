@@ -203,6 +203,13 @@ class Feed:
             )
         if self._streamed is not None:
             return self._streamed.sampler(size, groups, self._round, which)
+        if draw == "without_replacement":  # at most once each: bad samples have no weight
+            groups = [
+                replace(g, draws=min(g.draws, np.count_nonzero(g.weights)))
+                if g.weights is not None
+                else g
+                for g in groups
+            ]
         sampler = DistributedWeightedSampler(
             size,
             rank=rank,
@@ -300,7 +307,7 @@ class Feed:
         if chooser is None:
             return lane
         whole = cast("Iterator[tuple[Batch, Ids]]", lane)  # candidates are not drawn in lanes
-        return chooser.choose(self._round, whole, done)
+        return chooser.choose(self._round, whole, done, self._plans[which].view)
 
     def _refresh(self, ledger: Ledger, step: int) -> None:
         """Gather what the steps since the last time told; weigh by it, from a window later on."""

@@ -249,6 +249,10 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         begin, end = self._span(step)
         return end - begin
 
+    def view(self, step: int) -> tuple[int, ...]:
+        """Return (seed, round, epoch) of a step, by which random transforms draw."""
+        return self.seed, self.round_index, self.epoch
+
     def global_batch(self, step: int) -> Ids:
         """Return the ids of all ranks' parts of a batch, int64 [b], in order of rank."""
         return self._read(*self._span(step)).copy()
@@ -513,6 +517,11 @@ class WindowPlan:
     def total(self, step: int) -> int:
         """Return the size of a global batch; steps as for :meth:`global_batch`."""
         return len(self.global_batch(step))
+
+    def view(self, step: int) -> tuple[int, ...]:
+        """Return (seed, round, epoch) of a step; an epoch has as many draws as the groups say."""
+        epoch = step * self.batch_size // sum(group.draws for group in self._schedule[0][1])
+        return self._seed, self._round, epoch
 
     def global_batch(self, step: int) -> Ids:
         """Return the ids of all ranks' parts of a batch, int64 [B].

@@ -143,6 +143,8 @@ class ContinuousTrainer:
 
         self.announce(experience)
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
+        if not (weights.parts or any(weights.chosen)):  # the updater may have found bad samples
+            experience = self.bad.clear(self.history, experience)
 
         feed.rebuild(  # 3. sampler
             number, experience.train, self.history.ids(), weights, updater.uses_hist_batch

@@ -44,7 +44,11 @@ class Samples(Protocol):
     label: str
     """The member that holds labels: cls or json:FIELD."""
     sizes: dict[str, int]
-    """The number of samples of each split, train before test."""
+    """The number of samples of each split, train before test.
+
+    It may have ``class_names``, the names of the labels 0, 1, …, and ``skipped``, a list of what it
+    has that is no sample.
+    """
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """Yield the members of samples ``begin`` … ``end``. In any process; DataError if bad."""
@@ -111,7 +115,8 @@ def write_shards(
             finish(k, _write_range(samples, folder, ranges[k], max_bytes))
     else:
         _write_all(samples, folder, ranges, todo, max_bytes, min(workers, len(todo)), finish)
-    manifest = numbered(samples.label, [shard for k in range(len(ranges)) for shard in done[k]])
+    shards = [shard for k in range(len(ranges)) for shard in done[k]]
+    manifest = numbered(samples.label, shards, getattr(samples, "class_names", ()))
     write_manifest(folder, manifest)
     (folder / _PLAN).unlink()
     return manifest
@@ -132,6 +137,12 @@ def append_shards(
     manifest = read_manifest(folder)
     if manifest.label != samples.label:
         raise DataError(f"'{folder}' has labels in '{manifest.label}', not '{samples.label}'")
+    old, new = manifest.class_names, list(getattr(samples, "class_names", ()))
+    if old and new and old != new:
+        raise DataError(
+            f"'{folder}' has the classes {', '.join(old)}, but what is to be added has "
+            f"{', '.join(new)}: labels would mean other classes"
+        )
     for split, size in samples.sizes.items():
         for begin in range(0, size, per_shard):
             number = len(manifest.split(split))
@@ -139,7 +150,7 @@ def append_shards(
                 number += 1
             part = _Range(split, number, begin, min(begin + per_shard, size))
             found = _write_range(samples, folder, part, max_bytes)
-            manifest = numbered(manifest.label, [*manifest.shards, *found])
+            manifest = numbered(manifest.label, [*manifest.shards, *found], old)
             write_manifest(folder, manifest)
             if tell is not None:
                 tell(found[0].name, part.end - part.begin)

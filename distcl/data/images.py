@@ -49,12 +49,14 @@ def pixels(image: Image) -> npt.NDArray[np.uint8]:
         grey = _within(np.asarray(image).astype(np.int64), 65535, "16-bit")
         return ((grey + 128) // 257).astype(np.uint8)[None]
     if mode == "F":
-        return np.rint(_within(np.asarray(image), 1, "floating-point") * 255).astype(np.uint8)[None]
+        grey = np.rint(_within(np.asarray(image), 1, "floating-point") * 255)
+        return grey.astype(np.uint8)[None]
     if mode in ("P", "PA", "RGBa", "La"):  # which Pillow turns into others by way of these only
         image = image.convert("LA" if mode == "La" else "RGBA")
     if mode in ("1", "L", "LA", "La"):
-        return np.asarray(image.convert("L"))[None]
-    return np.ascontiguousarray(np.moveaxis(np.asarray(image.convert("RGB")), -1, 0))
+        return np.asarray(image.convert("L"), dtype=np.uint8)[None]
+    colours = np.asarray(image.convert("RGB"), dtype=np.uint8)
+    return np.ascontiguousarray(np.moveaxis(colours, -1, 0))
 
 
 def _within(grey: npt.NDArray[Any], most: int, kind: str) -> npt.NDArray[Any]:

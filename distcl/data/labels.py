@@ -49,19 +49,30 @@ def occurring(train: Source, labels: Ids | int | None, classes: int) -> tuple[in
     """Return the classes of which there are usable training samples; (): all, or not known."""
     if not isinstance(labels, np.ndarray):
         return ()
-    usable = getattr(train, "usable", None)
+    usable = usable_of(train, labels)
     there = np.flatnonzero(np.bincount(labels if usable is None else labels[usable]))
     return () if len(there) == classes else tuple(there.tolist())
 
 
+def usable_of(source: Source, labels: Ids | None) -> npt.NDArray[np.bool_] | None:
+    """Return which samples are not known to be bad, bool [N]; None: all. Local.
+
+    ``labels`` [N], if known: -1 for one that turned out bad while they were read.
+    """
+    usable: npt.NDArray[np.bool_] | None = getattr(source, "usable", None)
+    if usable is None and labels is not None and labels.min() < 0:
+        return labels >= 0
+    return usable
+
+
 def labels_of(source: Source, split: str, read: bool = False) -> Ids | int | None:
-    """Return the class labels, int64 [N], or None if y is floating point.
+    """Return the class labels, int64 [N], or None if y is floating point; -1 for bad samples.
 
     Of a source that has no labels but says how many classes there are, that; ``read``: read them.
     """
     if len(source) == 0:
         raise DataError(f"the {split} source has no samples")
-    labels = getattr(source, "labels", None)
+    labels, bad = getattr(source, "labels", None), None
     if labels is None:
         y = source.read(np.empty(0, dtype=np.int64)).y
         if isinstance(y, torch.Tensor) and y.is_floating_point():
@@ -69,7 +80,7 @@ def labels_of(source: Source, split: str, read: bool = False) -> Ids | int | Non
         classes = getattr(source, "classes", 0)
         if classes and not read:
             return int(classes)
-        labels = _read_labels(source, split)
+        labels, bad = _read_labels(source, split)
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.shape != (len(source),):
         raise DataError(
@@ -85,15 +96,24 @@ def labels_of(source: Source, split: str, read: bool = False) -> Ids | int | Non
             f"label {labels.max()} of the {split} source, row {labels.argmax()}, is not below "
             f"{MAX_CLASSES}"
         )
-    return labels.astype(np.int64, copy=False)
+    labels = labels.astype(np.int64, copy=False)
+    if bad is not None:
+        labels[bad] = -1
+    return labels
 
 
-def _read_labels(source: Source, split: str) -> npt.NDArray[Any]:
-    """Return y of every sample, [N], read one after another."""
+def _read_labels(
+    source: Source, split: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_] | None]:
+    """Return y of every sample, [N], read one after another, and which are bad, if any may be."""
     number, found = len(source), np.empty(0, dtype=np.int64)
+    bad = np.zeros(number, dtype=np.bool_) if getattr(source, "replaces", False) else None
     for start in range(0, number, _CHUNK):
         ids = np.arange(start, min(start + _CHUNK, number))
-        y = source.read(ids).y
+        batch = source.read(ids)
+        y = batch.y
+        if bad is not None:
+            bad[ids] = batch.ids.numpy() != ids
         if not isinstance(y, torch.Tensor):
             raise DataError(f"labels of the {split} source are a {type(y).__name__}")
         if y.shape != ids.shape:
@@ -104,4 +124,4 @@ def _read_labels(source: Source, split: str) -> npt.NDArray[Any]:
         if not start:  # one array from the start: pieces would leave holes in memory
             found = np.empty(number, dtype=y.numpy().dtype)
         found[start : start + len(y)] = y
-    return found
+    return found, bad

@@ -16,7 +16,7 @@ from distcl import registry
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.drift import Drift, Mask, require_classes
 from distcl.data.ids import BLOCK, blocks, in_runs
-from distcl.data.labels import labels_of, occurring, spec_of
+from distcl.data.labels import labels_of, occurring, spec_of, usable_of
 from distcl.data.loader import as_source
 from distcl.data.sources.npy import open_file
 from distcl.data.transforms import Transformed, Transforms
@@ -130,10 +130,10 @@ class DriftStream:
         self.sequential = bool(getattr(self._train, "sequential", False))
         self.live_seconds = float(getattr(self._train, "live_seconds", 0.0))
         """How long to wait for more samples at the end of the stream; 0: there are no more."""
-        known_bad = (getattr(s, "usable", None) for s in (self._train, self._test))
-        self.unusable = sum(int((~u).sum()) for u in known_bad if u is not None)
-        """How many samples are left out of all experiences, known to be bad from the start."""
         known = [part if isinstance(part, np.ndarray) else None for part in labels]
+        sound = map(usable_of, (self._train, self._test), known)
+        self.unusable = sum(int((~u).sum()) for u in sound if u is not None)
+        """How many samples are left out of all experiences, known to be bad from the start."""
         self.experiences = [self._experience(e, *known) for e in range(config.experiences)]
 
     def _create_drifts(self) -> list[Drift]:
@@ -320,7 +320,7 @@ class DriftStream:
 
         ``labels`` [N], of all rows, are there if the schedule chooses by class.
         """
-        usable, groups = (getattr(source, name, None) for name in ("usable", "groups"))
+        usable, groups = usable_of(source, labels), getattr(source, "groups", None)
         rows = slice(0, len(source)) if rows is None else rows
         mask = np.ones(rows.stop - rows.start, dtype=np.bool_)
         if usable is not None:

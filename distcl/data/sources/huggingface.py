@@ -138,8 +138,8 @@ class HFSource:
         x, y = self._stack([self._sample(*row) for row in pairs], wanted)
         if self.labels is None and isinstance(y, torch.Tensor):
             y = as_tensor(y.numpy())
-        n = len(ids)
-        return Batch(torch.from_numpy(ids), *tree_map(lambda t: t[:n], (x, y)), n)
+        x, y = tree_map(lambda t: t[: len(ids)], (x, y))
+        return Batch(torch.from_numpy(ids), x, y, len(ids))
 
     def _read_rows(self, ids: Ids) -> dict[str, Any]:
         """Return the columns; DataError names the row of an image that cannot be decoded."""

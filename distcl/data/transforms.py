@@ -57,12 +57,16 @@ class Transforms:
     """
 
     def __init__(self, specs: Sequence[str | dict[str, Any]] = ()) -> None:
+        self._specs = list(specs)
         self._steps = [_create(spec) for spec in specs]
         self.random = [name for name, _, random in self._steps if random]
         """Names of those that are random."""
 
     def __len__(self) -> int:
         return len(self._steps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Transforms, (self._specs,)
 
     def __call__(self, sample: Sample, key: str, id_: int) -> Sample:
         """Return the sample transformed: uint8 arrays become float32 in [0, 1] before. Local.
@@ -93,17 +97,17 @@ def _create(spec: str | dict[str, Any]) -> tuple[str, Transform, bool]:
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(f"data.transforms: {spec} has no name")
-    if ":" in name:
-        made = functools.partial(registry.resolve("transform", name), **options)
+    if ":" not in name:
+        function, options = registry.create("transform", name, options=options), {}
     else:
-        made = registry.create("transform", name, options=options)
+        function = registry.resolve("transform", name)
+    known = inspect.signature(function)
+    random = "rng" in known.parameters
     try:
-        signature = inspect.signature(made)
-        random = "rng" in signature.parameters
-        signature.bind({}, **({"rng": None} if random else {}))
+        known.bind({}, **options, **({"rng": None} if random else {}))
     except TypeError as error:
         raise ConfigError(f"transform '{name}': {error}") from None
-    return name, made, random
+    return name, functools.partial(function, **options), random
 
 
 # ---------------------------------------------------------------- built in

@@ -47,10 +47,10 @@ def pixels(image: Image) -> npt.NDArray[np.uint8]:
     mode = image.mode
     if mode.startswith("I"):
         grey = _within(np.asarray(image).astype(np.int64), 65535, "16-bit")
-        return ((grey + 128) // 257).astype(np.uint8)[None]
+        return np.asarray((grey + 128) // 257, dtype=np.uint8)[None]
     if mode == "F":
         grey = np.rint(_within(np.asarray(image), 1, "floating-point") * 255)
-        return grey.astype(np.uint8)[None]
+        return np.asarray(grey, dtype=np.uint8)[None]
     if mode in ("P", "PA", "RGBa", "La"):  # which Pillow turns into others by way of these only
         image = image.convert("LA" if mode == "La" else "RGBA")
     if mode in ("1", "L", "LA", "La"):

@@ -17,6 +17,7 @@ from distcl.distributed.runtime import part_of
 from distcl.errors import UsageError
 from distcl.priority import weighting
 from distcl.sampling import draws
+from distcl.sampling.draws import apportion
 from distcl.types import Ids, as_tensor
 
 DRAWS = {
@@ -608,18 +609,6 @@ class Permutations:
             found.append(self._held[1][at : at + n])
             first, n = first + len(found[-1]), n - len(found[-1])
         return np.concatenate(found)
-
-
-def apportion(total: int, shares: Sequence[int]) -> list[int]:
-    """Split ``total`` in proportion to ``shares``, at least 1 each; the largest takes the rest.
-
-    Raises UsageError if there are more shares than ``total``.
-    """
-    if len(shares) > total:
-        raise UsageError(f"a batch of {total} cannot hold samples of {len(shares)} groups")
-    sizes = [max(1, total * share // sum(shares)) for share in shares]
-    sizes[sizes.index(max(sizes))] += total - sum(sizes)
-    return sizes
 
 
 def _packed(group: Part) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,7 @@ from distcl.types import Ids
 
 CRC_MASK = (1 << 32) - 1
 _BLOCK = 1 << 16
+_NUMBER = re.compile(rb"\s*(\d+|-[1-9]\d*)\s*")
 
 
 def index_path(tar: Path) -> Path:
@@ -97,7 +99,7 @@ def label_of(members: dict[str, bytes], label: str) -> int:
 
 
 def _digits(data: bytes) -> int:
-    if not data.strip().isdigit():  # int() would take 1_0, +1 and more
+    if not _NUMBER.fullmatch(data):  # int() would take 1_0, +1 and more
         raise ValueError("not digits")
     return int(data)
 

@@ -72,8 +72,9 @@ class DriftStream:
     """A stream (:class:`distcl.types.Stream`): ``config.experiences`` views of (train, test).
 
     An id packs the experience and the row of the base source, and alone determines its sample:
-    ``read`` gives the same bits for it in whatever batch it comes. Ids of an experience's training
-    samples are unique and in stream order (a shuffle by seed); held-out ids are in row order.
+    ``read`` gives the same bits for it in whatever batch it comes, but for random transforms. Ids
+    of an experience's training samples are unique and in stream order (a shuffle by seed); held-out
+    ids are in row order.
 
     Experience e has concept e, or e mod K under ``recurring = K``: the drift is that of an earlier
     experience, the ids are not.

@@ -77,7 +77,8 @@ class Transforms:
         rng = None if view is None else np.random.default_rng([*view, id_])
         for name, value in sample.items():
             if name != "cls" and isinstance(value, np.ndarray | torch.Tensor):
-                sample[name] = as_tensor(np.asarray(value), True).numpy()
+                own = np.array(value)  # a copy: a function may write to it
+                sample[name] = as_tensor(own, True).numpy()
         sample |= {"__key__": key, "__id__": id_}
         for name, transform, random in self._steps:
             try:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -258,10 +259,9 @@ def _most_drawn(run: Run) -> Plot | None:
     captions = []
     for k in numbers:
         arrays = run.draws[k]
-        labels = [f" “{name}”" for name in run.class_names(arrays["labels"])]
-        labels = labels or [""] * len(arrays["ids"])
-        pairs = zip(arrays["counts"].tolist(), labels, strict=True)
-        captions.append([f"×{count}{label}" for count, label in pairs])
+        names = [f" “{name}”" for name in run.class_names(arrays["labels"])]
+        pairs = zip_longest(arrays["counts"].tolist(), names, fillvalue="")
+        captions.append([f"×{count}{name}" for count, name in pairs])
     pictures = [run.draws[k]["thumbnails"] for k in numbers]
     figure = plots.most_drawn(pictures, captions, [f"round {k}" for k in numbers])
     note = "How often each was drawn in its round, and its label."

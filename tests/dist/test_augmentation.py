@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from distcl.config import StreamConfig
+from distcl.data.shards.inputs import open_samples
+from distcl.data.shards.writer import write_shards
 from distcl.errors import ConfigError
 from tests.faults.test_resume import go
 from tests.spawn import run_ranks
@@ -25,6 +28,7 @@ BASE = (
 WAYS = {
     "score": ("priority.source=score", "priority.signal=loss", "priority.correction=0.7"),
     "online": ("priority.source=online", "priority.signal=entropy", "priority.correction=0.7"),
+    "stream": ("priority.source=score", "priority.signal=loss", "data.access=stream", "data.lanes=5"),
     "candidates": ("priority.source=candidates", "priority.signal=loss", "priority.target=union"),
 }
 
@@ -39,6 +43,10 @@ def left(out: Path) -> tuple[Any, Any, dict[str, Any]]:
 @pytest.mark.parametrize("way", WAYS)
 def test_training_is_the_same_at_three_ranks_with_workers_and_resumed(tmp_path, way):
     keys = (*BASE, *WAYS[way])
+    if way == "stream":
+        samples = open_samples("digits", stream=StreamConfig())
+        write_shards(samples, tmp_path / "s", per_shard=200)
+        keys += ("stream.source=shards", f"stream.path={tmp_path / 's'}")
     assert go("train", keys, tmp_path / "one", 0, "never") == "done"
     more = (*keys, "data.workers=1") if way == "score" else keys
     out = tmp_path / "three"

@@ -11,7 +11,9 @@ from distcl.data.images import decode_image, pixels
 from distcl.data.shards.inputs import open_samples
 from distcl.data.shards.open import shards
 from distcl.data.shards.writer import write_shards
+from distcl.data.sources.huggingface import HFSource
 from distcl.data.stream import create_sources
+from distcl.data.transforms import Transforms
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (6, 9)).astype(np.uint8)
@@ -148,6 +150,11 @@ def test_shards_of_a_folder_and_hf_read_the_same(tmp_path, monkeypatch):
     data = DataConfig(transforms=["to_rgb"])
     ours, _ = shards(StreamConfig(path=str(tmp_path / "s")), data)
     theirs, _ = create_sources(StreamConfig(source="hf", path=str(images)), data)
+    raw = datasets.load_dataset(str(images))["train"].cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    as_bytes = HFSource(raw, "image", "label", "raw", Transforms(["to_rgb"])).read(np.arange(8))
+    assert (as_bytes.x == theirs.read(np.arange(8)).x).all()
     assert ours.class_names == theirs.class_names == ["cat", "dog"]
     a, b = (source.read(np.arange(8)) for source in (ours, theirs))
     assert a.x.shape == (8, 3, 9, 6)

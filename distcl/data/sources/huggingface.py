@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.images import pixels
+from distcl.data.images import decode_image, pixels
 from distcl.data.sources.arrays import stratified
 from distcl.data.transforms import Sample, Stack, Transforms, arrays_of, as_tensor
 from distcl.errors import ConfigError, DataError
@@ -156,7 +156,9 @@ class HFSource:
         try:
             if value is None:
                 raise DataError(f"it has no '{self._image}'")
-            if self._is_image:
+            if isinstance(value, dict) and self._is_image:  # of a column cast to decode=False
+                value = decode_image(value["bytes"] or Path(value["path"]).read_bytes())
+            elif self._is_image:
                 value = pixels(value)
             elif not isinstance(value, str):
                 value = np.asarray(value)

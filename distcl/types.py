@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -143,12 +143,21 @@ class Batch:
 class DataSpec:
     """What a model must accept: shape of one sample and the number of classes.
 
-    ``classes`` is 0 for regression; then ``y_shape`` is the shape of one target.
+    ``classes`` is one more than the largest label, 0 for regression; then ``y_shape`` is the shape
+    of one target. ``occurring``: the classes that training samples have, ascending; empty if that
+    is every one, or not known. ``class_names``: by label, where the source has them.
     """
 
     x_shape: tuple[int, ...]
     classes: int
     y_shape: tuple[int, ...] = ()
+    occurring: tuple[int, ...] = field(default=(), compare=False)
+    class_names: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def labels(self) -> Ids:
+        """The classes that occur, as far as is known, int64 [C]."""
+        return np.array(self.occurring or range(self.classes), dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ _SOURCE_HELP = (
     "config (.toml), or the name of a source, configured with --set stream.KEY=VALUE."
 )
 _MOST_PROBLEMS = 20
+_FEW = 5
 
 
 def shard(
@@ -75,6 +76,10 @@ def shard(
         made = inputs.open_samples(source, label, _stream(source, sets or []), skip_bad)
         problems = list(getattr(made, "problems", ()))
         bad = problems if skip_bad else None
+        skipped = getattr(made, "skipped", [])
+        if skipped:
+            shown = ", ".join([*map(repr, skipped[:_FEW]), *["…"] * (len(skipped) > _FEW)])
+            complain(f"{len(skipped)} skipped in '{source}', no images of a class: {shown}")
         with counting("writing", quiet, sum(made.sizes.values())) as tell:
             size = int(exact(max_mb) * 1_000_000)
             if append:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distcl.config.base import Section
+from distcl.config.base import Section, known
 from distcl.config.paths import PathText
 
 TrackerKind = Literal[
@@ -71,9 +71,19 @@ class DataConfig(Section):
     )
     transforms: list[str | dict[str, Any]] = Field(
         [],
-        description="shards: crop, flip, normalize or package.module:function, in order; a table "
-        "{ name = …, … } gives options",
+        description="of samples of any source: resize, to_rgb, crop, flip, normalize or "
+        "package.module:function, in order; a table { name = …, … } gives options",
     )
+
+    @field_validator("transforms")
+    @classmethod
+    def _transforms(cls, value: list[str | dict[str, Any]]) -> list[str | dict[str, Any]]:
+        for spec in value:
+            name = spec if isinstance(spec, str) else spec.get("name")
+            if not isinstance(name, str):
+                raise ValueError(f"{spec} has no name")
+            known("transform", name)
+        return value
 
 
 class CheckpointConfig(Section):

@@ -12,6 +12,7 @@ import torch
 from distcl.data.ids import IdRuns, blocks, in_runs
 from distcl.data.replay_buffer import History
 from distcl.distributed.runtime import Runtime
+from distcl.errors import DataError
 from distcl.types import Experience, Ids, Stream, pack_ids, unpack_ids
 
 log = logging.getLogger("distcl")
@@ -68,6 +69,9 @@ class BadSamples:
         if len(self._bad):
             history.retain(self.without(history.ids()))
         train, test = self.without(experience.train), self.without(experience.test)
+        if not (len(train) and len(test)):
+            what = "held-out" if len(train) else "training"
+            raise DataError(f"all {what} samples of experience {experience.index} are bad")
         return replace(experience, train=train, test=test)
 
     def silence(self, *weighted: tuple[Ids, npt.NDArray[np.float64] | None]) -> None:

@@ -219,22 +219,23 @@ class Blur(Drift):
 
 
 class Split(Drift):
-    """New classes in each experience: classes in a random order, dealt out evenly.
+    """New classes in each experience: those that occur, in a random order, dealt out evenly.
 
-    Severity has no meaning here.
+    A class without training samples is dealt out after them, to be tested on. Severity has no
+    meaning here.
     """
 
     def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
         super().__init__(severity, seed, spec, concepts)
         require_classes("split", spec)
-        if spec.classes < concepts:
+        if len(spec.labels) < concepts:
             raise ConfigError(
                 f"stream.drift = 'split' deals out whole classes, and {concepts} concepts "
                 f"(stream.experiences, or stream.recurring) need as many, but the data have "
-                f"{spec.classes}"
+                f"{len(spec.labels)}"
             )
-        order = np.random.default_rng([seed, _SPLIT]).permutation(spec.classes)
-        self._concept_of = np.empty(spec.classes, dtype=np.int64)
+        order = np.random.default_rng([seed, _SPLIT]).permutation(spec.labels)
+        self._concept_of = np.arange(spec.classes) % concepts
         for concept, classes in enumerate(np.array_split(order, concepts)):
             self._concept_of[classes] = concept
 
@@ -279,7 +280,9 @@ class LabelShift(Drift):
         elif concept == 0 or self.severity == 0:
             return super().members(labels, concept)
         else:
-            prior = rng.dirichlet(np.full(self.spec.classes, 1 / self.severity))
+            classes = self.spec.labels
+            prior = np.zeros(self.spec.classes)
+            prior[classes] = rng.dirichlet(np.full(len(classes), 1 / self.severity))
         counts = np.bincount(labels, minlength=self.spec.classes)
         ratios = np.where(counts > 0, prior / np.maximum(counts, 1), 0.0)
         if not ratios.any():

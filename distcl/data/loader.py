@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
+from distcl.data.transforms import training_view
 from distcl.errors import DataError, DistclError
 from distcl.types import Batch, Ids, PyTree, Source
 
@@ -64,7 +65,8 @@ class BatchLoader:
     ``workers`` processes read ahead; of a LanePlan each reads lanes of its own, at most as many as
     there are. They keep the copy of ``source`` that they started with, so a source that changes
     needs a new loader. ``pin_memory`` matters with CUDA only. What ``read``
-    raises of distcl's own errors arrives as it was, also out of a worker. If the source has a set
+    raises of distcl's own errors arrives as it was, also out of a worker. Random transforms draw by
+    (seed, round, epoch) of a plan that tells them by ``view(step)``. If the source has a set
     ``replaced``, ids in whose place another sample was read are added to it, here, in the main
     process.
     """
@@ -136,8 +138,11 @@ class BatchLoader:
         return batch, batch.total
 
 
+_Step = tuple[list[int], int, bool, tuple[int, ...] | None]
+
+
 class _Steps:
-    """The plan's steps as (ids, size of the global batch, whether that is all of my part)."""
+    """The plan's steps as (ids, size of the global batch, whether that is all of my part, view)."""
 
     def __init__(self, plan: BatchPlan, readers: int) -> None:
         self._plan = plan
@@ -146,14 +151,15 @@ class _Steps:
     def __len__(self) -> int:
         return len(self._plan)
 
-    def __iter__(self) -> Iterator[tuple[list[int], int, bool]]:
+    def __iter__(self) -> Iterator[_Step]:
+        view_of = getattr(self._plan, "view", lambda _: None)
         for step, ids in enumerate(self._plan, self._plan.first_step):
-            total = self._plan.total(step)
+            total, view = self._plan.total(step), view_of(step)
             if self._readers == 1 or not isinstance(self._plan, LanePlan):
-                yield ids, total, True
+                yield ids, total, True, view
                 continue
             for part in self._plan.cut(step, self._readers):  # worker k gets each k-th
-                yield part, total, False
+                yield part, total, False, view
 
 
 class _Reads(Dataset[Any]):
@@ -163,13 +169,14 @@ class _Reads(Dataset[Any]):
         self._source = source
 
     def __getitem__(
-        self, step: tuple[list[int], int, bool]
+        self, step: _Step
     ) -> tuple[torch.Tensor, PyTree, PyTree, int, torch.Tensor] | DistclError | int:
         ids, total, whole = np.asarray(step[0], dtype=np.int64), step[1], step[2]
         if not whole and len(ids) == 0:
             return total
         try:
-            batch = self._source.read(ids)
+            with training_view(step[3]):
+                batch = self._source.read(ids)
         except DistclError as error:
             return error
         # a tuple, which DataLoader knows how to pin; the ids asked for, in case others were read

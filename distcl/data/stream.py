@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -18,8 +17,10 @@ from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.drift import Drift, Mask, require_classes
 from distcl.data.ids import BLOCK, blocks, in_runs
+from distcl.data.labels import labels_of, occurring, spec_of, usable_of
 from distcl.data.loader import as_source
 from distcl.data.sources.npy import open_file
+from distcl.data.transforms import Transformed, Transforms
 from distcl.errors import ConfigError, DataError
 from distcl.types import (
     Batch,
@@ -35,7 +36,6 @@ from distcl.types import (
 )
 
 _ORDER = 4  # tells the stream's own draws from those of the drifts
-_CHUNK = 1024
 
 
 def create_stream(config: StreamConfig, seed: int, data: DataConfig | None = None) -> DriftStream:
@@ -49,8 +49,9 @@ def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Sour
     The source's factory, built in or the user's own, takes the StreamConfig and, as keywords,
     ``stream.options`` and, if it has a parameter ``data``, the DataConfig; see
     :class:`distcl.types.Source` for what it returns. Files in ``stream.sha256`` are checked first.
-    Raises ConfigError or DataError.
+    ``data.transforms`` apply to every source. Raises ConfigError or DataError.
     """
+    transforms = Transforms(data.transforms)
     check_files(config)
     options = dict(config.options)
     if "data" in inspect.signature(registry.resolve("source", config.source)).parameters:
@@ -60,15 +61,22 @@ def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Sour
         raise ConfigError(
             f"stream.source = '{config.source}' must return two sources, (train, test)"
         )
-    return as_source(made[0]), as_source(made[1])
+    train, test = (
+        source
+        if not transforms or getattr(source, "transformed", False)
+        else Transformed(source, transforms)
+        for source in map(as_source, made)
+    )
+    return train, test
 
 
 class DriftStream:
     """A stream (:class:`distcl.types.Stream`): ``config.experiences`` views of (train, test).
 
     An id packs the experience and the row of the base source, and alone determines its sample:
-    ``read`` gives the same bits for it in whatever batch it comes. Ids of an experience's training
-    samples are unique and in stream order (a shuffle by seed); held-out ids are in row order.
+    ``read`` gives the same bits for it in whatever batch it comes, but for random transforms. Ids
+    of an experience's training samples are unique and in stream order (a shuffle by seed); held-out
+    ids are in row order.
 
     Experience e has concept e, or e mod K under ``recurring = K``: the drift is that of an earlier
     experience, the ids are not.
@@ -84,54 +92,75 @@ class DriftStream:
 
     Two more attributes that sources may have say which samples an experience takes: ``usable``,
     bool [N], leaves bad ones out, and ``groups``, int64 [N], is each sample's concept (None: no
-    restriction). A source whose ``replaces`` is true may read another sample in the place of a bad
-    one, and says so by its id; ``replaced`` remembers the ids asked for. One that is ``sequential``
-    keeps its own order as the stream order, and tells by ``shards_of`` which parts can be read side
-    by side; ids of its training samples are kept in runs (:class:`data.ids.IdRuns`) if these are
-    long. One with ``live_seconds`` may be given more samples as time goes by.
+    restriction). A source whose ``replaces`` is true may read its next sound sample in the place of
+    a bad one, and says so by its id; ``replaced`` remembers the ids asked for. One that is
+    ``sequential`` keeps its own order as the stream order, and tells by ``shards_of`` which parts
+    can be read side by side; ids of its training samples are kept in runs
+    (:class:`data.ids.IdRuns`) if these are long. One with ``live_seconds`` may be given more
+    samples as time goes by. ``class_names`` are the classes' names, by label.
 
     Raises ConfigError naming the key that does not fit the data, DataError on bad data.
     """
 
     def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
         self._train, self._test = self.sources = as_source(train), as_source(test)
-        labels = [_labels_of(self._train, "train"), _labels_of(self._test, "test")]
-        self.spec = _spec_of(self._train, self._test, labels)
+        labels = [labels_of(self._train, "train"), labels_of(self._test, "test")]
+        self.spec = spec_of(self._train, self._test, labels)
         self._config = config
         self._concepts = min(config.recurring or config.experiences, config.experiences)
         self._seed = seed
-        drifts = [
-            _create_drift(name, config, seed, self.spec, self._concepts, self._train)
-            for name in config.drifts
-        ]
+        drifts = self._create_drifts()
         self._members = [d.members for d in drifts if type(d).members is not Drift.members]
-        self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
         if self._members:
             both = (self._train, "train"), (self._test, "test")
             labels = [
-                _labels_of(*of, read=True) if isinstance(part, int) else part
+                labels_of(*of, read=True) if isinstance(part, int) else part
                 for of, part in zip(both, labels, strict=True)
             ]
+            there = occurring(self._train, labels[0], self.spec.classes)
+            if there != self.spec.occurring:  # known only now, of a stream
+                self.spec = replace(self.spec, occurring=there)
+                drifts = self._create_drifts()
+                self._members = [d.members for d in drifts if type(d).members is not Drift.members]
+        self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
         gradual = config.transition == "gradual"
         self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
         """Whether a row of an experience still comes from the concept before."""
         self.replaces = any(getattr(s, "replaces", False) for s in (self._train, self._test))
         self.replaced: set[int] = set()
         """Ids that were asked for and turned out bad, in this process."""
+        self._sorted: tuple[object, Ids] = (None, np.empty(0, dtype=np.int64))  # of one experience
         self.sequential = bool(getattr(self._train, "sequential", False))
         self.live_seconds = float(getattr(self._train, "live_seconds", 0.0))
         """How long to wait for more samples at the end of the stream; 0: there are no more."""
-        known_bad = (getattr(s, "usable", None) for s in (self._train, self._test))
-        self.unusable = sum(int((~u).sum()) for u in known_bad if u is not None)
-        """How many samples are left out of all experiences, known to be bad from the start."""
         known = [part if isinstance(part, np.ndarray) else None for part in labels]
+        sound = map(usable_of, (self._train, self._test), known)
+        self.unusable = sum(int((~u).sum()) for u in sound if u is not None)
+        """How many samples are left out of all experiences, known to be bad from the start."""
         self.experiences = [self._experience(e, *known) for e in range(config.experiences)]
+
+    def _create_drifts(self) -> list[Drift]:
+        config = self._config
+        return [
+            _create_drift(name, config, self._seed, self.spec, self._concepts, self._train)
+            for name in config.drifts
+        ]
 
     def __len__(self) -> int:
         return sum(len(e.train) for e in self.experiences)
 
     def read(self, ids: Ids) -> Batch:
-        """Read samples by id, in the order asked. Local. Raises DataError naming a bad id."""
+        """Read samples by id, in the order asked. Local. Raises DataError naming a bad id.
+
+        In the place of a bad one that may be replaced comes the next sound one of its experience
+        and split, by row, under its own id; DataError if there is none.
+        """
+        batch = self._read(ids)
+        sound = batch.ids.numpy()
+        return batch if np.array_equal(sound, ids) else self._read(sound)
+
+    def _read(self, ids: Ids) -> Batch:
+        """Read samples; where one is bad, only the id is that of the sample to read instead."""
         ids = np.array(ids, dtype=np.int64)
         rows, concept, test = self.locate(ids)
         group = concept * 2 + test if self._apply else test.astype(np.int64)
@@ -204,15 +233,16 @@ class DriftStream:
     ) -> tuple[PyTree, PyTree]:
         """Read the samples at ``places``, of one split and concept, and let them drift.
 
-        Where another sample was read in the place of a bad one, its id is put into ``ids``.
+        Where one is bad, the id of the sample to read instead is put into ``ids``.
         """
         concept, test = divmod(group, 2)
         source = self._test if test else self._train
         base = source.read(rows[places])
         if getattr(source, "replaces", False):
-            other = base.ids.numpy() - rows[places]
-            self.replaced.update(ids[places][other != 0].tolist())
-            ids[places] += other
+            shift = base.ids.numpy() - rows[places]
+            self.replaced.update(ids[places][shift != 0].tolist())
+            for k in np.arange(len(ids))[places][shift != 0]:
+                ids[k] = self._stand_in(int(ids[k]), source)
         ids = ids[places]
         if not self._apply or len(ids) == 0:
             return base.x, base.y
@@ -226,6 +256,28 @@ class DriftStream:
                     f"{list(x.shape)}"
                 )
         return tree_unflatten([x], tree), base.y
+
+    def _stand_in(self, id_: int, source: Source) -> int:
+        """Return the next sound sample of a bad one's experience and split, by row."""
+        (e,), _, (test,) = unpack_ids(np.array([id_]))
+        experience = self.experiences[e]
+        if self._sorted[0] != (e, test):
+            self._sorted = (e, test), np.sort(experience.test if test else experience.train)
+        held, k = self._sorted[1], 0
+        first, n = int(np.searchsorted(held, id_, "right")), len(held)
+        while k < n:  # those behind it, then those before it
+            other = held[(first + k) % n]
+            row = unpack_ids(np.array([other]))[1]
+            found = source.read(row).ids.numpy()
+            if found == row:
+                return int(other)
+            # none is sound from there to what was found; it is of another experience
+            to = (int(np.searchsorted(held, pack_ids(e, found, test=test))[0]) - first) % n
+            k = to if to > k else n
+        raise DataError(
+            f"experience {e} has {len(held)} {'held-out' if test else 'training'} samples, and not "
+            "one of them can be read"
+        )
 
     def _experience(self, e: int, train_labels: Ids | None, test_labels: Ids | None) -> Experience:
         chosen = self._members or len(self._older) or self._config.samples_per_experience
@@ -271,7 +323,7 @@ class DriftStream:
 
         ``labels`` [N], of all rows, are there if the schedule chooses by class.
         """
-        usable, groups = (getattr(source, name, None) for name in ("usable", "groups"))
+        usable, groups = usable_of(source, labels), getattr(source, "groups", None)
         rows = slice(0, len(source)) if rows is None else rows
         mask = np.ones(rows.stop - rows.start, dtype=np.bool_)
         if usable is not None:
@@ -280,7 +332,12 @@ class DriftStream:
             mask &= groups[rows] == e % self._concepts
         for members in self._members:
             assert labels is not None  # a schedule that chooses by class is refused without any
-            mask &= members(labels, e % self._concepts)[rows]
+            if usable is None:
+                mask &= members(labels, e % self._concepts)[rows]
+            else:  # a bad sample has no class
+                chosen = np.zeros(len(labels), dtype=np.bool_)
+                chosen[usable] = members(labels[usable], e % self._concepts)
+                mask &= chosen[rows]
         return mask
 
     def _blend(self, e: int, rows: Ids, before: Mask, rng: np.random.Generator) -> None:
@@ -320,81 +377,6 @@ def _create_drift(
                 f"stream.drift = '{name}' needs floating-point samples, not {leaves[0].dtype}"
             )
     return drift
-
-
-def _spec_of(train: Source, test: Source, labels: Sequence[Ids | int | None]) -> DataSpec:
-    """Return the spec of samples; ``x_shape`` is () where a sample is several tensors.
-
-    ``labels``: see :func:`_labels_of`.
-    """
-    shapes, targets = [], []
-    for source in (train, test):
-        nothing = source.read(np.empty(0, dtype=np.int64))
-        leaves, tree = tree_flatten(nothing.x)
-        shapes.append((tree, [tuple(leaf.shape[1:]) for leaf in leaves]))
-        targets.append(tuple(nothing.y.shape[1:]) if isinstance(nothing.y, torch.Tensor) else ())
-    if shapes[0] != shapes[1]:
-        raise DataError(
-            f"training samples have shape {shapes[0][1]} but test samples {shapes[1][1]}"
-        )
-    x_shape = shapes[0][1][0] if len(shapes[0][1]) == 1 else ()
-    known = [part for part in labels if part is not None]
-    if len(known) == 2:
-        classes = (p if isinstance(p, int) else int(p.max()) + 1 for p in known)
-        return DataSpec(x_shape, max(classes))
-    if known:
-        raise DataError("one of training and test samples has class labels, the other targets")
-    if targets[0] != targets[1]:
-        raise DataError(f"training targets have shape {targets[0]} but test targets {targets[1]}")
-    return DataSpec(x_shape, 0, targets[0])
-
-
-def _labels_of(source: Source, split: str, read: bool = False) -> Ids | int | None:
-    """Return the class labels, int64 [N], or None if y is floating point.
-
-    Of a source that has no labels but says how many classes there are, that; ``read``: read them.
-    """
-    if len(source) == 0:
-        raise DataError(f"the {split} source has no samples")
-    labels = getattr(source, "labels", None)
-    if labels is None:
-        y = source.read(np.empty(0, dtype=np.int64)).y
-        if isinstance(y, torch.Tensor) and y.is_floating_point():
-            return None
-        classes = getattr(source, "classes", 0)
-        if classes and not read:
-            return int(classes)
-        labels = _read_labels(source, split)
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or labels.shape != (len(source),):
-        raise DataError(
-            f"labels of the {split} source have type {labels.dtype} and shape {labels.shape}; "
-            f"integers of shape ({len(source)},) are needed"
-        )
-    if labels.min() < 0:
-        raise DataError(
-            f"label {labels.min()} of the {split} source, row {labels.argmin()}, is negative"
-        )
-    return labels.astype(np.int64, copy=False)
-
-
-def _read_labels(source: Source, split: str) -> npt.NDArray[Any]:
-    """Return y of every sample, [N], read one after another."""
-    number, found = len(source), np.empty(0, dtype=np.int64)
-    for start in range(0, number, _CHUNK):
-        ids = np.arange(start, min(start + _CHUNK, number))
-        y = source.read(ids).y
-        if not isinstance(y, torch.Tensor):
-            raise DataError(f"labels of the {split} source are a {type(y).__name__}")
-        if y.shape != ids.shape:
-            raise DataError(
-                f"labels of the {split} source, {len(ids)} from sample {start} on, have shape "
-                f"{tuple(y.shape)}; one integer a sample is needed"
-            )
-        if not start:  # one array from the start: pieces would leave holes in memory
-            found = np.empty(number, dtype=y.numpy().dtype)
-        found[start : start + len(y)] = y
-    return found
 
 
 # SHA-256 of data files, where the user says what it must be.

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -258,9 +259,9 @@ def _most_drawn(run: Run) -> Plot | None:
     captions = []
     for k in numbers:
         arrays = run.draws[k]
-        labels = [f" “{label}”" for label in arrays["labels"].tolist()] or [""] * len(arrays["ids"])
-        pairs = zip(arrays["counts"].tolist(), labels, strict=True)
-        captions.append([f"×{count}{label}" for count, label in pairs])
+        names = [f" “{name}”" for name in run.class_names(arrays["labels"])]
+        pairs = zip_longest(arrays["counts"].tolist(), names, fillvalue="")
+        captions.append([f"×{count}{name}" for count, name in pairs])
     pictures = [run.draws[k]["thumbnails"] for k in numbers]
     figure = plots.most_drawn(pictures, captions, [f"round {k}" for k in numbers])
     note = "How often each was drawn in its round, and its label."
@@ -309,11 +310,11 @@ def _top(run: Run) -> list[tuple[str, list[list[str]]]]:
     found = []
     for k, arrays in run.draws.items():
         experience, row, _ = unpack_ids(arrays["ids"])
-        labels = map(str, arrays["labels"].tolist()) if len(arrays["labels"]) else None
+        labels = run.class_names(arrays["labels"]) or ["–"] * len(row)
         columns = [
             [str(e + 1) for e in experience.tolist()],
             [str(r) for r in row.tolist()],
-            list(labels) if labels is not None else ["–"] * len(row),
+            labels,
             [str(c) for c in arrays["counts"].tolist()],
         ]
         found.append((f"round {k}", [list(cells) for cells in zip(*columns, strict=True)]))

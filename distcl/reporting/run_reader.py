@@ -68,6 +68,11 @@ class Run:
         """The reports of its rounds, as in ``summary.json``."""
         return list(self.summary.get("rounds") or [])
 
+    def class_names(self, labels: npt.NDArray[Any]) -> list[str]:
+        """Return the names of the classes of ``labels``; numbers where they have none."""
+        names = self.summary.get("class_names") or []
+        return [names[k] if k < len(names) else str(k) for k in labels.tolist()]
+
     @property
     def row_names(self) -> list[str]:
         """Names of the accuracy matrix's rows."""

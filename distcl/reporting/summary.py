@@ -19,10 +19,13 @@ from distcl.training.trainer import ContinuousTrainer, Parts
 
 
 def chance(trainer: ContinuousTrainer) -> float | None:
-    """Return what a model that knows nothing would score, or None where that is unknown."""
-    classes = trainer.parts.stream.spec.classes
-    if classes:
-        return 1.0 / classes
+    """Return what a model that knows nothing would score, or None where that is unknown.
+
+    Of classes, only those that occur are guessed at.
+    """
+    spec = trainer.parts.stream.spec
+    if spec.classes:
+        return 1.0 / len(spec.labels)
     return 0.0 if trainer.metric == "r2" else None
 
 
@@ -62,6 +65,7 @@ def summarize(
         "worst_experience_accuracy": matrix.worst_experience_accuracy(),
         "drifts": drifts,
         "bad_samples": trainer.bad.count,
+        "class_names": list(trainer.parts.stream.spec.class_names),
         "pretrain": trainer.pretraining,
         "evaluate_seconds": trainer.evaluate_seconds,
         "compute": _sum_of(stage["compute"] for stage in stages),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_map_only
 
+from distcl.data.transforms import training_view
 from distcl.distributed.runtime import part_of
 from distcl.priority.round_weights import Shape
 from distcl.priority.scoring import Scorer
@@ -49,9 +50,16 @@ class Chooser:
         self.histogram = np.zeros(BINS, dtype=np.int64)
 
     def choose(
-        self, round_index: int, batches: Iterable[tuple[Batch, Ids]], first_step: int = 0
+        self,
+        round_index: int,
+        batches: Iterable[tuple[Batch, Ids]],
+        first_step: int = 0,
+        view: Callable[[int], tuple[int, ...] | None] = lambda step: None,
     ) -> Iterator[tuple[Batch, Ids]]:
-        """Yield (this rank's part, all ids) of what is kept of each (part, all ids). Collective."""
+        """Yield (this rank's part, all ids) of what is kept of each (part, all ids). Collective.
+
+        ``view(step)``: by what random transforms drew; what is read again must look the same.
+        """
         for step, (batch, ids) in enumerate(batches, start=first_step):
             clock, forwards = time.perf_counter(), self._scorer.forward.forwards
             scores = self._scorer.score_batch(batch, ids).cpu().numpy().astype(np.float64)
@@ -59,7 +67,8 @@ class Chooser:
             rng = generator(self._seed, self._stream, round_index, step)
             kept = without_replacement(weights, len(ids) // self._of, rng)
             self._note(self._shape.priorities(scores), weights)
-            part = self._dealt(batch, ids, kept)
+            with training_view(view(step)):
+                part = self._dealt(batch, ids, kept)
             self.seconds += time.perf_counter() - clock
             self.forwards += self._scorer.forward.forwards - forwards
             yield part, ids[kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from math import floor
 
@@ -85,6 +86,13 @@ class Mix:
 
 def _part(ids: Ids, weights: Weights | None, draws: int, over: Sums) -> Part:
     return Part(frozen(ids), None if weights is None else frozen(weights), draws, over)
+
+
+def at_most_once(group: Part) -> Part:
+    """Return a group of no more draws than it has samples with a weight: bad ones have none."""
+    if group.weights is None:
+        return group
+    return replace(group, draws=min(group.draws, int(np.count_nonzero(group.weights))))
 
 
 def _union(current: Part, stored: Part, stands_for: int) -> Part:

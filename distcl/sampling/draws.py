@@ -9,12 +9,13 @@ local. Wrong arguments raise ValueError.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from distcl.errors import UsageError
 from distcl.priority.weighting import Positions, Weights, check_weights
 
 Integers = npt.NDArray[np.int64]
@@ -314,3 +315,15 @@ def _points_below(
         last = int(below[-1])
         yield before, below
         before = last
+
+
+def apportion(total: int, shares: Sequence[int]) -> list[int]:
+    """Split ``total`` in proportion to ``shares``, at least 1 each; the largest takes the rest.
+
+    Raises UsageError if there are more shares than ``total``.
+    """
+    if len(shares) > total:
+        raise UsageError(f"a batch of {total} cannot hold samples of {len(shares)} groups")
+    sizes = [max(1, total * share // sum(shares)) for share in shares]
+    sizes[sizes.index(max(sizes))] += total - sum(sizes)
+    return sizes

@@ -23,7 +23,7 @@ from distcl.priority.round_weights import RoundWeights, Shape, weigh
 from distcl.priority.scoring import Scorer
 from distcl.priority.weighting import Sums, Weights
 from distcl.sampling.candidates import Chooser
-from distcl.sampling.composition import HISTORY, MAIN, Mix
+from distcl.sampling.composition import HISTORY, MAIN, Mix, at_most_once
 from distcl.sampling.draw_log import Account, Drawn, LaneAccount, WholeAccount, weight_histogram
 from distcl.sampling.sampler import DistributedWeightedSampler, Part, Permutations, WindowPlan
 from distcl.sampling.sequential import LaneSampler, Streamed
@@ -204,6 +204,8 @@ class Feed:
             )
         if self._streamed is not None:
             return self._streamed.sampler(size, groups, self._round, which)
+        if draw == "without_replacement":
+            groups = [at_most_once(group) for group in groups]
         sampler = DistributedWeightedSampler(
             size,
             rank=rank,
@@ -297,11 +299,10 @@ class Feed:
     def _lane(self, which: int, done: int) -> Iterator[tuple[Batch, Drawn]]:
         """Return the batches of a plan, without end or for all of the round's steps."""
         lane = self._reader.batches(self._plans[which], self._groups(self._weights)[which])
-        chooser = self._choosers.get(which)
-        if chooser is None:
+        if (chooser := self._choosers.get(which)) is None:
             return lane
         whole = cast("Iterator[tuple[Batch, Ids]]", lane)  # candidates are not drawn in lanes
-        return chooser.choose(self._round, whole, done)
+        return chooser.choose(self._round, whole, done, self._plans[which].view)
 
     def _refresh(self, ledger: Ledger, step: int) -> None:
         """Gather what the steps since the last time told; weigh by it, from a window later on."""

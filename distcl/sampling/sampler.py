@@ -17,6 +17,7 @@ from distcl.distributed.runtime import part_of
 from distcl.errors import UsageError
 from distcl.priority import weighting
 from distcl.sampling import draws
+from distcl.sampling.draws import apportion
 from distcl.types import Ids, as_tensor
 
 DRAWS = {
@@ -248,6 +249,10 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         """Return the size of a global batch."""
         begin, end = self._span(step)
         return end - begin
+
+    def view(self, step: int) -> tuple[int, ...]:
+        """Return (seed, round, epoch) of a step, by which random transforms draw."""
+        return self.seed, self.round_index, self.epoch
 
     def global_batch(self, step: int) -> Ids:
         """Return the ids of all ranks' parts of a batch, int64 [b], in order of rank."""
@@ -514,6 +519,11 @@ class WindowPlan:
         """Return the size of a global batch; steps as for :meth:`global_batch`."""
         return len(self.global_batch(step))
 
+    def view(self, step: int) -> tuple[int, ...]:
+        """Return (seed, round, epoch) of a step; an epoch has as many draws as the groups say."""
+        epoch = step * self.batch_size // sum(group.draws for group in self._schedule[0][1])
+        return self._seed, self._round, epoch
+
     def global_batch(self, step: int) -> Ids:
         """Return the ids of all ranks' parts of a batch, int64 [B].
 
@@ -599,18 +609,6 @@ class Permutations:
             found.append(self._held[1][at : at + n])
             first, n = first + len(found[-1]), n - len(found[-1])
         return np.concatenate(found)
-
-
-def apportion(total: int, shares: Sequence[int]) -> list[int]:
-    """Split ``total`` in proportion to ``shares``, at least 1 each; the largest takes the rest.
-
-    Raises UsageError if there are more shares than ``total``.
-    """
-    if len(shares) > total:
-        raise UsageError(f"a batch of {total} cannot hold samples of {len(shares)} groups")
-    sizes = [max(1, total * share // sum(shares)) for share in shares]
-    sizes[sizes.index(max(sizes))] += total - sum(sizes)
-    return sizes
 
 
 def _packed(group: Part) -> dict[str, Any]:

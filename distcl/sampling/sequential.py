@@ -151,6 +151,10 @@ class LaneSampler:
         """Return the size of a global batch."""
         return min(self.batch_size, self._total - step * self.batch_size)
 
+    def view(self, step: int) -> tuple[int, ...]:
+        """Return (seed, round, epoch) of a step, by which random transforms draw."""
+        return self._seed, self.round_index, self.epoch
+
     def parts(self, step: int) -> list[tuple[int, Ids]]:
         """Return (lane, ids int64 [b]) of this rank's part of a batch, in order of lanes, runs."""
         if self._plan is None:

@@ -8,6 +8,7 @@ import torch
 
 from distcl.config import Config
 from distcl.data.replay_buffer import CopyingStream
+from distcl.data.transforms import Transforms
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
 from distcl.losses import create_loss
@@ -51,6 +52,12 @@ def assemble(
     """Build every part of a trainer. Collective. ``resume``: keep what trackers have written."""
     seed = config.run.seed
     if config.continual_learning.history_store == "copy":
+        if random := Transforms(config.data.transforms).random:
+            raise ConfigError(
+                f"data.transforms has '{random[0]}', which is random: it reads a sample anew in "
+                "each epoch; continual_learning.history_store = 'copy' keeps what was read once. "
+                "Use history_store = 'ids', or transforms that are not random"
+            )
         stream = CopyingStream(stream)
     criterion = create_loss(config.model.loss)
     model, optimizer = runtime.prepare_training(

@@ -153,6 +153,8 @@ class ContinuousTrainer:
         self.announce(experience)
         before_it = self._mean_accuracy(held_out) if self.training.accept == "improves" else None
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
+        if not (weights.parts or any(weights.chosen)):  # the updater may have found bad samples
+            experience = self.bad.clear(self.history, experience)
 
         feed.rebuild(  # 3. sampler
             number, experience.train, self.history.ids(), weights, updater.uses_hist_batch

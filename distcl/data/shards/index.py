@@ -33,6 +33,7 @@ from distcl.data.shards.manifest import (
     MANIFEST,
     Manifest,
     Shard,
+    known_names,
     numbered,
     read_manifest,
     replace_file,
@@ -49,6 +50,7 @@ CHANGED = "its bytes have changed since the index was made"
 _BLOCK = 1 << 16
 _CHECKED = 1 << 30
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|t(gz|bz2?|xz|zst|lz4?))", re.IGNORECASE)
+_NUMBER = re.compile(rb"\s*(\d+|-[1-9]\d*)\s*")
 
 log = logging.getLogger("distcl")
 
@@ -165,13 +167,19 @@ def label_of(members: dict[str, bytes], label: str) -> int:
         raise DataError(f"it has no label: there is no member '{ext}' beside {_list(members)}")
     data = members[ext]
     try:
-        value = json.loads(data)[field] if field else int(data)
+        value = json.loads(data)[field] if field else _digits(data)
     except (ValueError, TypeError, KeyError, RecursionError):
-        what = f"a field '{field}'" if field else "an integer"
+        what = f"a field '{field}'" if field else f"digits, but {data[:20]!r}"
         raise DataError(f"it has no label: member '{ext}' does not hold {what}") from None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_CLASSES:
         raise DataError(f"its label, {value!r}, is not a whole number from 0 to {MAX_CLASSES - 1}")
     return value
+
+
+def _digits(data: bytes) -> int:
+    if not _NUMBER.fullmatch(data):  # int() would take 1_0, +1 and more
+        raise ValueError("not digits")
+    return int(data)
 
 
 def _list(members: dict[str, bytes]) -> str:
@@ -265,7 +273,7 @@ def index_folder(
             shards.append(Shard(tar.name, split, len(builder), stat.st_size, digest, 0, classes))
         if tell is not None:
             tell(tar.name, len(builder))
-    manifest = numbered(label, shards)
+    manifest = numbered(label, shards, known_names(folder))
     write_manifest(folder, manifest)
     return manifest, problems
 

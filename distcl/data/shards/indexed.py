@@ -29,9 +29,9 @@ from distcl.data.shards.index import (
 )
 from distcl.data.shards.manifest import MANIFEST, Shard, read_manifest
 from distcl.data.shards.tar import read_members
-from distcl.data.sources.arrays import as_tensor, stratified
+from distcl.data.sources.arrays import stratified
 from distcl.data.sources.npy import Array
-from distcl.data.transforms import Sample
+from distcl.data.transforms import Sample, Stack, Transforms
 from distcl.errors import DataError
 from distcl.types import Batch, Ids, PyTree
 
@@ -62,18 +62,24 @@ class ShardSource:
     sequential = False
     """Whether reading far from where one is costs much more than reading on."""
 
+    transformed = True
+    """It applies ``data.transforms`` itself."""
+
     def __init__(
         self, folder: Path, shards: Sequence[Shard], data: DataConfig, name: str = "shards"
     ) -> None:
         self.name = name
         self.groups: Groups | None = None
         """The concept of each sample by row; None: no restriction."""
+        self.class_names: list[str] = []
+        """Names of the classes by label, from ``shards.json``; empty: not known."""
         self.shards = list(shards)
         self.live_seconds = 0.0
         """How long to wait for more shards at the end; 0: there will be no more."""
         self._folder = folder
         self._data = data
-        self._decode = Decoder(data.transforms)
+        self._decode = Decoder(Transforms(data.transforms))
+        self._stack = Stack(name)
         self._files = _Files(folder)
         self._firsts = np.array([s.first_id for s in shards] + [sum(s.samples for s in shards)])
         self._rows: Ids | None = None  # row of the split for each id; None: the same
@@ -145,7 +151,7 @@ class ShardSource:
 
     def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:
         """Split into (train, test), as :meth:`data.sources.arrays.ArraySource.holdout` does."""
-        train, test = stratified(self.labels, fraction)
+        train, test = stratified(self._column() + 1, fraction)  # bad ones are a class of their own
         if len(test) == 0:
             raise DataError(f"{self.name}: no class has two samples, so none can be held out")
         return self._restrict(train), self._restrict(test)
@@ -274,32 +280,6 @@ class ShardSource:
         """
         for id_, number, _, begin, end, _ in self._places(np.unique(ids)):
             yield self._extent(id_, number, begin, end)
-
-    def _stack(self, samples: list[Sample], ids: Ids) -> tuple[PyTree, torch.Tensor]:
-        """Return x and y of decoded samples."""
-        exts = sorted(samples[0].keys() - {"cls"})
-        for id_, sample in zip(ids.tolist(), samples, strict=True):
-            for ext in exts:
-                like = samples[0][ext]
-                if ext not in sample or (like.shape, like.dtype) != (
-                    sample[ext].shape,
-                    sample[ext].dtype,
-                ):
-                    what = "is missing"
-                    if ext in sample:
-                        what = f"has shape {sample[ext].shape} and type {sample[ext].dtype}"
-                    raise DataError(
-                        f"{self.name}: '{ext}' of sample {id_} {what}, but of sample {ids[0]} "
-                        f"shape {like.shape} and type {like.dtype}; data.transforms can crop"
-                    )
-        leaves = {
-            ext.removesuffix(".npy"): as_tensor(
-                np.stack([s[ext] for s in samples]), keep_integers=len(exts) > 1
-            )
-            for ext in exts
-        }
-        y = torch.from_numpy(np.array([s["cls"] for s in samples], dtype=np.int64))
-        return next(iter(leaves.values())) if len(exts) == 1 else leaves, y
 
 
 class _Files:

@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_flatten_with_path
 from distcl import registry
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
-from distcl.data.shards.decode import IMAGES, decode
+from distcl.data.images import IMAGES
+from distcl.data.shards.decode import decode
 from distcl.data.shards.index import archives, is_archive, label_of, split_of
+from distcl.data.shards.manifest import known_names
 from distcl.data.shards.tar import scan
 from distcl.data.shards.writer import Members, Samples
 from distcl.data.sources.arrays import ArraySource
@@ -115,6 +117,7 @@ class TarSamples:
         self.problems = list(problems)
         """What is wrong with archives, and passed over because of ``skip``."""
         self._places: dict[str, list[tuple[Path, int]]] = {}
+        self.class_names = known_names(tars[0].parent)
         self.sizes: dict[str, int] = {}
         for tar in tars:
             number = self._count(tar, skip)
@@ -168,36 +171,53 @@ class TarSamples:
 class ImageSamples:
     """A folder of class folders of images (or train and test folders of such): files as they are.
 
-    Classes are numbered in order of their folders' names, those of train.
+    Classes are numbered in order of their folders' names, those of train. What begins with a dot is
+    passed over; ``skipped`` names all else that is no image right in a class folder. Raises
+    DataError naming a class without images.
     """
 
     label = "cls"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        inside = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir()}
+        self.skipped: list[str] = []
+        inside = {p.name: p for p in _visible(folder) if p.is_dir()}
         splits = {"train": folder}
         if "train" in inside:
             tests = [inside[name] for name in _TEST_FOLDERS if name in inside]
             splits = {"train": inside["train"], **({"test": tests[0]} if tests else {})}
+            self.skipped += [p.name for p in _visible(folder) if p not in splits.values()]
         self._files: dict[str, list[tuple[Path, int]]] = {}
-        classes: list[str] = []
+        self.class_names: list[str] = []
         for split, root in splits.items():
-            names = sorted(p.name for p in root.iterdir() if p.is_dir())
-            classes = classes or names
-            if unknown := set(names) - set(classes):
+            entries = _visible(root)
+            names = [p.name for p in entries if p.is_dir()]
+            self.class_names = self.class_names or names
+            if unknown := set(names) - set(self.class_names):
                 raise DataError(f"class '{min(unknown)}' of '{root}' is not among those of train")
-            self._files[split] = [
-                (file, classes.index(name))
-                for name in names
-                for file in sorted((root / name).iterdir())
-                if file.suffix.lower().removeprefix(".") in IMAGES
-            ]
-            if not self._files[split]:
+            if not names:
                 raise DataError(
                     f"'{root}' has no class folders with images ({', '.join(IMAGES)}) in them"
                 )
+            self.skipped += [str(p.relative_to(folder)) for p in entries if not p.is_dir()]
+            self._files[split] = [
+                (file, self.class_names.index(name))
+                for name in names
+                for file in self._images(folder, root / name)
+            ]
         self.sizes = {split: len(files) for split, files in self._files.items()}
+
+    def _images(self, folder: Path, of_class: Path) -> list[Path]:
+        entries = _visible(of_class)
+        images = [
+            file
+            for file in entries
+            if file.suffix.lower().removeprefix(".") in IMAGES and file.is_file()
+        ]
+        if not images:
+            raise DataError(f"class '{of_class}' has no images ({', '.join(IMAGES)}) in it")
+        self.skipped += [str(p.relative_to(folder)) for p in entries if p not in set(images)]
+        return images
 
     def describe(self) -> dict[str, Any]:
         """See :class:`distcl.data.shards.writer.Samples`."""
@@ -219,6 +239,11 @@ class ImageSamples:
             yield {ext: data, "cls": str(label).encode()}
 
 
+def _visible(folder: Path) -> list[Path]:
+    """Return what is in a folder, in order of name, but for what begins with a dot."""
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+
+
 class SourceSamples:
     """A registered or a user's source, by a StreamConfig: ``npy`` members of x, and ``cls``."""
 
@@ -228,6 +253,7 @@ class SourceSamples:
         self._config = config
         parts = create_sources(config, DataConfig())
         self._parts = dict(zip(("train", "test"), parts, strict=True))
+        self.class_names = list(getattr(parts[0], "class_names", ()))
         self.sizes = {split: len(part) for split, part in self._parts.items()}
 
     def describe(self) -> dict[str, Any]:

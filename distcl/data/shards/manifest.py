@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +35,35 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The contents of ``shards.json``. ``label``: the member with labels, cls or json:FIELD."""
+    """The contents of ``shards.json``. ``label``: the member with labels, cls or json:FIELD.
+
+    ``class_names``: of the labels 0, 1, …; empty: not known.
+    """
 
     label: str
     shards: list[Shard]
+    class_names: list[str] = field(default_factory=list)
 
     def split(self, name: str) -> list[Shard]:
         """Return the shards of a split, in the order of their ids."""
         return [shard for shard in self.shards if shard.split == name]
 
 
-def numbered(label: str, shards: list[Shard]) -> Manifest:
+def numbered(label: str, shards: list[Shard], class_names: Sequence[str] = ()) -> Manifest:
     """Return a manifest of these shards, their first ids set by their order."""
     placed, following = [], dict.fromkeys((s.split for s in shards), 0)
     for shard in shards:
         placed.append(Shard(**(asdict(shard) | {"first_id": following[shard.split]})))
         following[shard.split] += shard.samples
-    return Manifest(label, placed)
+    return Manifest(label, placed, list(class_names))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``shards.json``, whole or not at all."""
-    replace_file(folder / MANIFEST, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+    found = asdict(manifest)
+    if not manifest.class_names:
+        del found["class_names"]
+    replace_file(folder / MANIFEST, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -63,7 +71,10 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         found = json.loads(path.read_bytes())
-        manifest = Manifest(str(found["label"]), [_shard(line) for line in found["shards"]])
+        shards, names = [_shard(line) for line in found["shards"]], found.get("class_names", [])
+        if not isinstance(names, list) or not all(type(name) is str for name in names):
+            raise ValueError("class_names must be a list of texts")
+        manifest = Manifest(str(found["label"]), shards, names)
     except FileNotFoundError:
         what = "does not exist" if not folder.exists() else f"has no {MANIFEST}; {_HOW} {folder}"
         raise DataError(f"the folder of shards '{folder}' {what}") from None
@@ -71,9 +82,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"'{path}' is damaged ({type(error).__name__}: {error})") from error
-    if manifest != numbered(manifest.label, manifest.shards):
+    if manifest != numbered(manifest.label, manifest.shards, manifest.class_names):
         raise DataError(f"'{path}' is damaged: first_id is not the sum of the samples before")
     return manifest
+
+
+def known_names(folder: Path) -> list[str]:
+    """Return the names of the classes that a folder's manifest has, if it has one. Local."""
+    try:
+        return read_manifest(folder).class_names
+    except DataError:
+        return []
 
 
 def _shard(line: dict[str, Any]) -> Shard:

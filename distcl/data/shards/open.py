@@ -59,6 +59,8 @@ def shards(
     if experiences:
         concepts = min(config.recurring or config.experiences, config.experiences)
         assign_groups(found, experiences, concepts)
+    for source in found:
+        source.class_names = manifest.class_names
     train, test = found if len(found) == 2 else found[0].holdout(config.test_fraction)
     if live_seconds and (config.experiences > 1 or experiences):
         raise ConfigError("stream.options.live_seconds needs stream.experiences = 1")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -45,7 +45,11 @@ class Samples(Protocol):
     label: str
     """The member that holds labels: cls or json:FIELD."""
     sizes: dict[str, int]
-    """The number of samples of each split, train before test."""
+    """The number of samples of each split, train before test.
+
+    It may have ``class_names``, the names of the labels 0, 1, …, and ``skipped``, a list of what it
+    has that is no sample.
+    """
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """Yield the members of samples ``begin`` … ``end``. In any process; DataError if bad."""
@@ -120,16 +124,20 @@ def write_shards(
         finish(k, shards)
         if problems is not None:
             problems += found_bad
-    manifest = _manifest(samples.label, [s for k in range(len(ranges)) for s in done[k]], problems)
+    whole = [shard for k in range(len(ranges)) for shard in done[k]]
+    names = getattr(samples, "class_names", ())
+    manifest = _manifest(samples.label, whole, names, problems)
     write_manifest(folder, manifest)
     (folder / _PLAN).unlink()
     return manifest
 
 
-def _manifest(label: str, shards: list[Shard], problems: list[str] | None) -> Manifest:
+def _manifest(
+    label: str, shards: list[Shard], names: Sequence[str], problems: list[str] | None
+) -> Manifest:
     if not shards and problems:
         raise DataError(f"not one sample is sound; {problems[0]}")
-    return numbered(label, shards)
+    return numbered(label, shards, names)
 
 
 def append_shards(
@@ -148,6 +156,12 @@ def append_shards(
     manifest = read_manifest(folder)
     if manifest.label != samples.label:
         raise DataError(f"'{folder}' has labels in '{manifest.label}', not '{samples.label}'")
+    old, new = manifest.class_names, list(getattr(samples, "class_names", ()))
+    if old and new and old != new:
+        raise DataError(
+            f"'{folder}' has the classes {', '.join(old)}, but what is to be added has "
+            f"{', '.join(new)}: labels would mean other classes"
+        )
     for split, size in samples.sizes.items():
         for begin in range(0, size, per_shard):
             number = len(manifest.split(split))
@@ -157,7 +171,7 @@ def append_shards(
             found, bad = _Job(samples, folder, [part], max_bytes, problems is not None).write(0)
             if problems is not None:
                 problems += bad
-            manifest = _manifest(manifest.label, [*manifest.shards, *found], problems)
+            manifest = _manifest(manifest.label, [*manifest.shards, *found], old, problems)
             write_manifest(folder, manifest)
             if tell is not None:
                 tell(part.stem, part.end - part.begin)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
+from distcl.data.transforms import as_tensor
 from distcl.errors import ConfigError, DataError
 from distcl.types import Batch, Ids, PyTree, exact
 
@@ -96,21 +97,6 @@ class ArraySource:
         part._rows = ids if self._rows is None else self._rows[ids]
         part.groups = None if self.groups is None else self.groups[ids]
         return part
-
-
-def as_tensor(taken: Array, keep_integers: bool = False) -> torch.Tensor:
-    """Return numbers as a tensor: uint8 as float32 in [0, 1], float64 as it is, others as float32.
-
-    ``keep_integers``: signed integers and booleans keep their type.
-    """
-    if taken.dtype == np.uint8:
-        taken = np.divide(taken, np.float32(255), dtype=np.float32)
-    elif not (keep_integers and taken.dtype.kind in "ib"):
-        double = taken.dtype.kind == "f" and taken.dtype.itemsize == 8
-        taken = taken.astype(np.float64 if double else np.float32, copy=False)
-    else:
-        taken = taken.astype(taken.dtype.newbyteorder("="), copy=False)
-    return torch.from_numpy(taken if taken.flags.writeable else taken.copy())
 
 
 def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:

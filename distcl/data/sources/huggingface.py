@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
-from distcl.config import StreamConfig
+from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
-from distcl.data.sources.arrays import as_tensor, stratified
+from distcl.data.images import decode_image, pixels
+from distcl.data.sources.arrays import stratified
+from distcl.data.transforms import Sample, Stack, Transforms, arrays_of, as_tensor
 from distcl.errors import ConfigError, DataError
 from distcl.registry import nearest
 from distcl.types import Batch, Ids
@@ -17,6 +21,7 @@ from distcl.types import Batch, Ids
 
 def hf(
     config: StreamConfig,
+    data: DataConfig | None = None,
     image: str = "image",
     label: str = "label",
     train: str = "train",
@@ -42,9 +47,10 @@ def hf(
             f"'{config.path}' has no split '{train}'{nearest(train, found)}; it has "
             f"{', '.join(found)} (stream.options.train)"
         )
-    source = HFSource(found[train], image, label, f"'{config.path}', {train}")
+    transforms = Transforms(data.transforms if data else ())
+    source = HFSource(found[train], image, label, f"'{config.path}', {train}", transforms)
     if test in found:
-        return source, HFSource(found[test], image, label, f"'{config.path}', {test}")
+        return source, HFSource(found[test], image, label, f"'{config.path}', {test}", transforms)
     if "test" in config.options:
         raise ConfigError(f"'{config.path}' has no split '{test}'{nearest(test, found)}")
     return source.holdout(config.test_fraction)
@@ -78,14 +84,26 @@ def _load(path: str, name: str | None, revision: str | None) -> dict[str, Any]:
 class HFSource:
     """A source over one split; ids are rows. Images become float32 [C, H, W] in [0, 1].
 
-    ``labels``: int64 [N], or None where the label column is floating point (regression). Other
-    columns than images are numbers, read as :class:`distcl.data.sources.arrays.ArraySource` does.
+    Images are decoded by :mod:`distcl.data.images`. ``labels``: int64 [N], or None where the label
+    column is floating point (regression). Other columns than images are numbers, read as
+    :class:`distcl.data.sources.arrays.ArraySource` does, or texts if ``transforms`` make arrays of
+    them. A transform finds x under the name of its column.
 
     Raises ConfigError if a column is not there, or labels are texts; DataError naming the row of a
     missing label.
     """
 
-    def __init__(self, split: Any, image: str, label: str, where: str) -> None:
+    transformed = True
+    """It applies ``data.transforms`` itself: one by one, before samples must be of one size."""
+
+    def __init__(
+        self,
+        split: Any,
+        image: str,
+        label: str,
+        where: str,
+        transforms: Transforms | None = None,
+    ) -> None:
         for key, column in (("image", image), ("label", label)):
             if column not in split.features:
                 raise ConfigError(
@@ -94,7 +112,12 @@ class HFSource:
                 )
         self._where, self._image, self._label = where, image, label
         self._is_image = type(split.features[image]).__name__ == "Image"
-        self._rows = split.select_columns([image, label]).with_format("numpy")
+        self._transforms = transforms or Transforms()
+        self._stack = Stack(where)
+        columns = split.select_columns([image, label])
+        kept = {"columns": [label], "output_all_columns": True} if self._is_image else {}
+        self._rows = columns.with_format("numpy", **kept)  # images as they are
+        self.class_names = list(getattr(split.features[label], "names", None) or ())
         self.labels = _labels(split, label, where)
 
     def __len__(self) -> int:
@@ -112,10 +135,45 @@ class HFSource:
             raise DataError(
                 f"{self._where}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
             )
-        rows = self._rows[ids.tolist() or [0]]
-        x, y = self._samples(rows[self._image], ids), np.asarray(rows[self._label])
-        targets = as_tensor(y) if self.labels is None else torch.from_numpy(y.astype(np.int64))
-        return Batch(torch.from_numpy(ids), x[: len(ids)], targets[: len(ids)], len(ids))
+        wanted = ids if len(ids) else np.zeros(1, dtype=np.int64)
+        columns = self._read_rows(wanted)
+        pairs = zip(wanted.tolist(), columns[self._image], columns[self._label], strict=True)
+        x, y = self._stack([self._sample(*row) for row in pairs], wanted)
+        if self.labels is None and isinstance(y, torch.Tensor):
+            y = as_tensor(y.numpy())
+        x, y = tree_map(lambda t: t[: len(ids)], (x, y))
+        return Batch(torch.from_numpy(ids), x, y, len(ids))
+
+    def _read_rows(self, ids: Ids) -> dict[str, Any]:
+        """Return the columns; DataError names the row of an image that cannot be decoded."""
+        try:
+            return dict(self._rows[ids.tolist()])
+        except Exception as error:  # whatever the library, and Pillow, raise on a damaged file
+            if len(ids) > 1:
+                for id_ in ids:
+                    self._read_rows(id_[None])
+            raise DataError(f"{self._where}: sample {ids[0]} cannot be read ({error})") from error
+
+    def _sample(self, id_: int, value: Any, label: Any) -> Sample:
+        """Return a row as :func:`distcl.data.transforms.arrays_of` does."""
+        try:
+            if value is None:
+                raise DataError(f"it has no '{self._image}'")
+            if isinstance(value, dict) and self._is_image:  # of a column cast to decode=False
+                value = decode_image(value["bytes"] or Path(value["path"]).read_bytes())
+            elif self._is_image:
+                value = pixels(value)
+            elif not isinstance(value, str):
+                value = np.asarray(value)
+            sample: Sample = {self._image: value, "cls": label}
+            if self._transforms:
+                sample = self._transforms(sample, str(id_), id_)
+            found = arrays_of(sample)
+            if len(found) == 1:
+                raise DataError(f"column '{self._image}' has no numbers, but texts")
+            return found
+        except (DataError, ValueError, OSError, SyntaxError) as error:
+            raise DataError(f"{self._where}: sample {id_}: {error}") from error
 
     def holdout(self, fraction: float) -> tuple[HFSource, HFSource]:
         """Split into sources (train, test), ``fraction`` of each class in test."""
@@ -124,28 +182,12 @@ class HFSource:
         if len(parts[1]) == 0:
             raise DataError(f"{self._where}: no class has two samples, so none can be held out")
         train, test = (
-            HFSource(self._rows.select(part), self._image, self._label, self._where)
+            HFSource(
+                self._rows.select(part), self._image, self._label, self._where, self._transforms
+            )
             for part in parts
         )
         return train, test
-
-    def _samples(self, x: Any, ids: Ids) -> torch.Tensor:
-        x = np.asarray(x)
-        if x.dtype == object:
-            shapes = [np.shape(sample) for sample in x]
-            odd = next(i for i, shape in enumerate(shapes) if shape != shapes[0])
-            raise DataError(
-                f"{self._where}: sample {ids[odd]} has shape {shapes[odd]}, but sample {ids[0]} "
-                f"has {shapes[0]}; bring them to one size and mode"
-            )
-        if x.dtype.kind == "f" and not np.isfinite(x).all():
-            bad = ids[int(np.isfinite(x).reshape(len(x), -1).all(axis=1).argmin())]
-            raise DataError(f"{self._where}: sample {bad} has a value that is NaN or infinite")
-        if x.dtype.kind not in "biuf":
-            raise DataError(f"{self._where}: column '{self._image}' has no numbers, but {x.dtype}")
-        if self._is_image:
-            x = x[:, None] if x.ndim == 3 else np.moveaxis(x, -1, 1)
-        return as_tensor(np.ascontiguousarray(x))
 
 
 def _labels(split: Any, label: str, where: str) -> Ids | None:

@@ -185,11 +185,6 @@ class CheckpointStore:
             else:  # the writer was about to replace it
                 _rename(old, final)
 
-    def clear(self) -> None:
-        """Remove every checkpoint: a run begins anew. Local to rank 0."""
-        for path in (*self.all(), *self.folder.glob(f"{_ASIDE}*")):
-            shutil.rmtree(path)
-
     def newest(self) -> Path | None:
         """Return the newest checkpoint that verifies, None if there are none at all.
 
@@ -213,7 +208,7 @@ class CheckpointStore:
         if faults and found is None:
             raise CheckpointError(
                 f"no checkpoint in '{self.folder}' can be used: {faults[0]}; "
-                "restore one from a copy, or begin anew with --resume never"
+                "restore one from a copy, or begin anew with --overwrite"
             )
         return found
 

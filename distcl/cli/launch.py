@@ -18,6 +18,7 @@ import typer
 from distcl.cli.common import ConfigArgument, ConfigOption, Out, Overrides, one_config, say
 from distcl.config.load import load_with_origins
 from distcl.errors import UsageError
+from distcl.reporting.run_folder import make_numbered, next_numbered
 
 
 def launch(
@@ -58,12 +59,15 @@ def launch(
     if path is None:
         raise UsageError("distcl launch needs a CONFIG; 'distcl init' writes one")
     loaded, _ = load_with_origins(path, sets or [])  # refuse it here, not hours later
+    folder = out or Path(loaded.run.out or f"runs/{path.stem}")
+    if not (out or loaded.run.out):
+        folder = next_numbered(folder) if dry_run else make_numbered(folder)
     arguments = [command, str(path)]
     for one in sets or []:
         arguments += ["--set", one]
     job = Submission(
         arguments=arguments,
-        out=out or Path(loaded.run.out or f"runs/{path.stem}"),
+        out=folder,
         nodes=nodes,
         gpus=gpus,
         processes=processes,

@@ -67,6 +67,8 @@ def execute(
     def peer_failed(cause: Cause) -> None:
         message = f"rank {cause.rank}: {cause.message}"
         folder.status("failed", cause.exit_code, message)
+        if not runtime.is_main:
+            folder.failed_without_rank_0(cause.exit_code, message)
         if tell is not None:
             tell(message)
 

@@ -83,11 +83,11 @@ class RunFolder:
         self.path = share(self.path)
         run = self._config.run.model_copy(update={"out": str(self.path)})
         config = self._config.model_copy(update={"run": run})
+        self._ready = True
         if lock is None or handler is None:
             yield config
             return
         self.write("config.toml", to_toml(config))
-        self._ready = True
         self.status("running", None, "")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
@@ -168,12 +168,22 @@ class RunFolder:
             raise self._not_writable(error) from error
 
     def status(self, state: str, exit_code: int | None, reason: str) -> None:
-        """Write ``status.json``, if the folder is in use and this is rank 0.
+        """Write ``status.json``, if the folder is in use and this is rank 0; a failure is logged.
 
         Raises UsageError if it cannot be written, unless the run is ending for another reason.
         """
         if not (self._is_main and self._ready):
             return
+        self._write_status(state, exit_code, reason)
+
+    def failed_without_rank_0(self, exit_code: int, reason: str) -> None:
+        """Write ``status.json`` in the place of rank 0, which cannot, unless it says so already."""
+        with suppress(UsageError):
+            found = read_json(self.path, "status.json") if self._ready else None
+            if found is not None and found.get("state") == "running":
+                self._write_status("failed", exit_code, reason)
+
+    def _write_status(self, state: str, exit_code: int | None, reason: str) -> None:
         me = {"host": socket.gethostname(), "pid": os.getpid()}  # where to send SIGUSR1
         status = {"state": state, "exit_code": exit_code, **me, "reason": reason, **self._about}
         try:
@@ -181,6 +191,9 @@ class RunFolder:
         except UsageError:
             if exit_code in (None, 0):
                 raise
+        if state == "failed":
+            with suppress(OSError), (self.path / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} failed: {reason}\n")
 
     def _not_writable(self, error: OSError) -> UsageError:
         why = error.strerror or str(error)

@@ -31,7 +31,7 @@ from distcl.reporting.summary import chance, save_final, summarize
 from distcl.tracking.tracker import Tracker, Trackers
 from distcl.training.build import Quiet, assemble
 from distcl.training.trainer import ContinuousTrainer
-from distcl.types import Progress
+from distcl.types import Experience, Progress
 
 Command = Literal["run", "train", "detect"]
 
@@ -243,10 +243,11 @@ class Job:
         if monitor is None:
             train(trainer, state)
             drifts: list[int] = []
+            experiences, untrained = stream.experiences, list[Experience]()
             baseline: Sequence[float | None] = state.baseline
         else:
             monitor.run() if self._command == "run" else monitor.detect()
-            drifts = monitor.drifts
+            drifts, experiences, untrained = monitor.drifts, monitor.experiences, monitor.untrained
             baseline = [chance(trainer)] * len(monitor.experiences)
         keeper.finish()
         if config.checkpoint.save_final:
@@ -255,6 +256,12 @@ class Job:
             self.tracker.checkpoint(final)
         seconds = before + time.perf_counter() - begun
         summary = summarize(trainer, baseline, drifts, config, seconds, setup)
+        summary["experiences"] = [
+            {"name": e.name, "trained": trained}
+            for some, trained in ((experiences, True), (untrained, False))
+            for e in some
+        ]
+        summary["stream_end"] = monitor.stream_end if monitor is not None else None
         if runtime.is_main:
             folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
         self.tracker.summarize(summary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from distcl.monitoring.metrics import StreamMetric, create_metric
 from distcl.sampling.draws import generator
 from distcl.training.step_loop import pack_experience, unpack_experience
 from distcl.training.trainer import ContinuousTrainer
-from distcl.types import WATCHING, Batch, Detector, Experience, Ids
+from distcl.types import WATCHING, Batch, Detector, Experience, Ids, unpack_ids
 
 log = logging.getLogger("distcl")
 
@@ -60,6 +60,10 @@ class Monitor:
         self.metric = create_metric(config, trainer.parts.stream.spec, trainer.loss_name)
         self.metric_name = config.metric.rpartition(":")[2]
         self.experiences: list[Experience] = []
+        self.untrained: list[Experience] = []
+        """Experiences of the stream of which no round has had a sample, known at the end."""
+        self.stream_end: dict[str, Any] | None = None
+        """How good the model is on the newest samples of the stream, known at the end."""
         self.drifts: list[int] = []
         self.watched = 0
         """Samples of the stream that have come."""
@@ -80,11 +84,13 @@ class Monitor:
             self._say("labels never come (monitor.label_delay = -1): drifts start no rounds")
         self._pretrain()
         self._watch(rounds=self.config.label_delay >= 0)
+        self._look_back()
 
     def detect(self) -> None:
         """Watch the whole stream and only note drifts."""
         self._pretrain()
         self._watch(rounds=False)
+        self._look_back()
 
     # -- parts of the loop ---------------------------------------------------------------------
 
@@ -142,6 +148,37 @@ class Monitor:
                 self.trainer.loop.keeper.poll()
         if self._due is not None and rounds:
             self._say("the stream ended before labels followed its last drift: no round for it")
+
+    def _look_back(self) -> None:
+        """Measure the model on what the stream was, beyond what it was trained on.
+
+        The accuracy matrix gets a column for each experience of the stream of which no round has
+        had a sample. ``stream_end`` is of the newest samples that have come since the last round, a
+        window at most; if there are none, of those that the last round held out.
+        """
+        trainer = self.trainer
+        trained = {k for e in self.experiences for k in np.unique(unpack_ids(e.train)[0]).tolist()}
+        left = [e for e in trainer.parts.stream.experiences if e.index not in trained]
+        known = len(self.experiences)
+        self.untrained = [replace(e, index=known + k) for k, e in enumerate(left)]
+        if self.untrained and not trainer.matrix.rows():
+            trainer.evaluate(self.untrained, seen=0)
+        else:
+            for one in self.untrained:
+                trainer.matrix.fill_last(trainer.accuracy(one))
+        begin = max(self._last_round, self.watched - self.config.window)
+        newest = self._order[begin : self.watched]
+        if len(newest) == 0 and self.experiences:
+            newest = self.experiences[-1].test
+        newest = trainer.bad.without(newest)
+        if len(newest) == 0:
+            return
+        value = trainer.accuracy(Experience(known, newest[:0], newest))
+        self.stream_end = {"samples": len(newest), trainer.metric: value}
+        what = f"R² {value:.3f}" if trainer.metric == "r2" else f"error {1 - value:.1%}"
+        self._say(f"[stream] {what} on its last {len(newest)} samples")
+        if self.untrained:
+            self._say(f"[stream] {len(self.untrained)} of its experiences never trained on")
 
     @property
     def _enough(self) -> bool:

@@ -153,6 +153,12 @@ def _tiles(run: Run) -> list[tuple[str, str, str, str]]:
     """Return (name, value, unit, note) of each metric that the run has."""
     percent = run.metric == "accuracy"
     tiles = []
+    end = run.summary.get("stream_end")
+    if end:
+        value = f"{100 * (1 - end['accuracy']):.1f}" if percent else f"{end['r2']:.3f}"
+        name, unit = ("error on the stream", "%") if percent else ("R² on the stream", "")
+        note = f"at the end, of its last {end['samples']:,} samples"
+        tiles.append((name, value.replace("-", "−"), unit, note))
     for key, name, note, unit in _FIGURES:
         value = run.summary.get(key)
         if value is not None:
@@ -194,7 +200,10 @@ def _matrix(run: Run) -> Plot | None:
         return None
     name, unit = ("accuracy", ", in %") if run.metric == "accuracy" else ("R²", "")
     note = "Rows: after each round. Columns: held-out data of each experience."
-    figure = plots.matrix(rows, run.row_names, run.metric)
+    marked = run.untrained
+    if marked:
+        note += " *: never trained on, and not in the averages."
+    figure = plots.matrix(rows, run.row_names, run.metric, marked)
     return Plot("accuracy", f"{name} matrix{unit}", note, figure)
 
 
@@ -391,7 +400,8 @@ def _values(runs: Sequence[Run], key: str) -> list[float]:
 
 def _averages(run: Run) -> list[float]:
     """Return, after each evaluation, the mean over the experiences seen by then."""
-    rows = [[v for v in row[: i + 1] if v is not None] for i, row in enumerate(run.accuracy)]
+    trained = [row[: len(row) - len(run.untrained)] for row in run.accuracy]
+    rows = [[v for v in row[: i + 1] if v is not None] for i, row in enumerate(trained)]
     return [fmean(row) if row else math.nan for row in rows]
 
 

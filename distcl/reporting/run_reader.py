@@ -64,6 +64,12 @@ class Run:
         return [row + [None] * (width - len(row)) for row in rows]
 
     @property
+    def untrained(self) -> list[int]:
+        """The matrix's columns, from 0, of experiences that were never trained on."""
+        told = self.summary.get("experiences") or []
+        return [k for k, one in enumerate(told) if not one["trained"]]
+
+    @property
     def rounds(self) -> list[dict[str, Any]]:
         """The reports of its rounds, as in ``summary.json``."""
         return list(self.summary.get("rounds") or [])
@@ -77,13 +83,14 @@ class Run:
             marked = [line["round"] for line in self.lines if f"{self.metric}/0" in line]
             before = marked.count(0)
         total = len(self.accuracy) - before
-        return ["pretrained"] * before + [f"round {k + 1}" for k in range(total)]
+        name = "pretrained" if self.summary.get("pretrain", True) else "untrained"
+        return [name] * before + [f"round {k + 1}" for k in range(total)]
 
     def matrix(self) -> AccuracyMatrix:
         """Return the accuracy matrix with its metrics: row i has seen experiences 0 to i."""
         matrix = AccuracyMatrix()
         for i, row in enumerate(self.accuracy):
-            matrix.append(row, min(i + 1, len(row)))
+            matrix.append(row, min(i + 1, len(row) - len(self.untrained)))
         return matrix
 
     def series(self, key: str, at: str) -> tuple[list[float], list[float]]:

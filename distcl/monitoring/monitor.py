@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,16 @@ from distcl.monitoring.metrics import StreamMetric, create_metric
 from distcl.sampling.draws import generator
 from distcl.training.step_loop import pack_experience, unpack_experience
 from distcl.training.trainer import ContinuousTrainer
-from distcl.types import WATCHING, Batch, Detector, Experience, Ids, unpack_ids
+from distcl.types import (
+    GROWING,
+    WAITING,
+    WATCHING,
+    Batch,
+    Detector,
+    Experience,
+    Ids,
+    unpack_ids,
+)
 
 log = logging.getLogger("distcl")
 
@@ -70,13 +80,13 @@ class Monitor:
         self.measured = 0
         """Samples of the stream whose metric the detector has been fed, or that it skips."""
         self._order = joined([e.train for e in trainer.parts.stream.experiences])
-        self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime)
+        self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime, self._say, self._wait)
         self._pretrained_on = 0  # samples of the stream, all labelled, before watching begins
         self._last_round = 0  # samples of the stream that rounds have learned from, or let pass
         self._quiet_until = 0  # the sample from which on the detector may fire
         self._reference = self._order[:0]  # what the metric compares samples with
         self._due: _Due | None = None
-        self._begun = False
+        self._begun = self._waiting = False
 
     def run(self) -> None:
         """Watch the whole stream; a round on every drift, unless labels never come."""
@@ -127,11 +137,9 @@ class Monitor:
 
     def _watch(self, rounds: bool) -> None:
         """Go through the stream. ``rounds``: drifts start rounds; else they are only noted."""
-        total = 0 if self._live.open else len(self._order)
-        progress = self.trainer.parts.progress
         if self.trainer.stage is not None:  # a resumed run goes on with its round
             self._deal_with_drift(rounds)
-        progress.round_begins(WATCHING, total, self.metric_name)
+        self._show()
         while self.watched < len(self._order) and not self._enough:
             self.watched = min(self.watched + self.config.batch_size, len(self._order))
             fired = self._measure(self._labelled if self.metric.needs_labels else self.watched)
@@ -139,15 +147,31 @@ class Monitor:
                 self._note(fired)
                 self._due = _Due(fired, fired + self.config.collect + 1)
             if self.watched == len(self._order):
-                self._order = joined([self._order, self._live.wait()])
+                more = self._live.wait()
+                self._order = joined([self._order, more])
+                if len(more):
+                    self._show()
             if self._due is not None and self._ready(self._due, rounds):
                 self._due = None
                 self._deal_with_drift(rounds)
-                progress.round_begins(WATCHING, total, self.metric_name)
+                self._show()
             else:
                 self.trainer.loop.keeper.poll()
         if self._due is not None and rounds:
             self._say("the stream ended before labels followed its last drift: no round for it")
+
+    def _show(self) -> None:
+        """Begin a new bar, as long as what is known of the stream."""
+        title = GROWING if self._live.open else WATCHING
+        self._waiting = False
+        self.trainer.parts.progress.round_begins(title, len(self._order), self.metric_name)
+
+    def _wait(self) -> None:
+        """Show that nothing is to be done, and that the run is alive."""
+        if not self._waiting:
+            self.trainer.parts.progress.round_begins(WAITING, 0, self.metric_name)
+        self._waiting = True
+        self.trainer.parts.progress.step(self.watched, math.nan, 0.0)
 
     def _look_back(self) -> None:
         """Measure the model on what the stream was, beyond what it was trained on.

@@ -230,7 +230,8 @@ class _Runner:
         for number, future in enumerate(as_completed(todo), 1):
             outcome = future.result()
             todo[future].outcomes[outcome.seed] = outcome
-            what = f"{outcome.metric} {outcome.average_accuracy:.4f}"
+            metric = "R²" if outcome.metric == "r2" else outcome.metric
+            what = f"{metric} {outcome.average_accuracy:.4f}"
             which = "calibration" if calibrating else f"{done + number}/{len(wanted)}"
             self._tell(
                 f"[{which}] {todo[future].variant.name}, seed {outcome.seed}: "

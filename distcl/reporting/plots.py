@@ -122,10 +122,11 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
 
 
 @_styled
-def forgetting(values: Sequence[Entry]) -> Figure:
-    """Bars: points lost of each experience since it was known best."""
+def forgetting(values: Sequence[Entry], metric: str = "accuracy") -> Figure:
+    """Bars: points, or R², lost of each experience since it was known best."""
     figure, axes = _figure(2.1)
-    points = [np.nan if v is None else 100 * v for v in values]
+    scale, digits = (100, 1) if metric == "accuracy" else (1, 2)
+    points = [np.nan if v is None else scale * v for v in values]
     colors = [LINES[1] if v > 0 else LINES[2] for v in points]
     axes.bar(range(len(points)), points, color=colors, width=0.62)
     axes.axhline(0, color=SOFT, lw=0.8)
@@ -133,7 +134,7 @@ def forgetting(values: Sequence[Entry]) -> Figure:
         if np.isfinite(v) and len(points) <= 12:
             offset = (0, 3 if v >= 0 else -3)
             axes.annotate(
-                f"{v:+.1f}",
+                f"{v:+.{digits}f}",
                 (k, v),
                 offset,
                 textcoords="offset points",
@@ -142,7 +143,9 @@ def forgetting(values: Sequence[Entry]) -> Figure:
                 fontsize=8,
             )
     axes.margins(y=0.22)
-    axes.set(xlabel="experience", ylabel="points forgotten")
+    axes.set(
+        xlabel="experience", ylabel="points forgotten" if metric == "accuracy" else "R² forgotten"
+    )
     _whole_ticks(axes, len(points))
     return figure
 

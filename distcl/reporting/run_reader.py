@@ -48,7 +48,7 @@ class Run:
         """What the accuracy matrix holds: accuracy or r2."""
         if self.summary:
             return str(self.summary.get("metric", "accuracy"))
-        return "r2" if any("r2/0" in line for line in self.lines) else "accuracy"
+        return "r2" if any(k.startswith("r2/") for line in self.lines for k in line) else "accuracy"
 
     @property
     def accuracy(self) -> list[list[float | None]]:
@@ -80,7 +80,8 @@ class Run:
         if self.summary:
             before = len(self.accuracy) - len(self.rounds)
         else:
-            marked = [line["round"] for line in self.lines if f"{self.metric}/0" in line]
+            prefix = f"{self.metric}/"
+            marked = [x["round"] for x in self.lines if any(k.startswith(prefix) for k in x)]
             before = marked.count(0)
         total = len(self.accuracy) - before
         name = "pretrained" if self.summary.get("pretrain", True) else "untrained"

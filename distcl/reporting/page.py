@@ -435,11 +435,11 @@ def write_comparison(result: Result, out: Path, png: Path | None = None) -> list
     """
     plan = result.plan
     header, rows = table(result)
+    what = "accuracy" if result.metric == "accuracy" else "R²"
     note = (
         f"Mean ± standard deviation over seeds {plan.seeds[0]} to {plan.seeds[-1]}, at equal "
-        f"{plan.equal}. Differences are paired by seed, with 95 % intervals; p: of "
-        f"{'accuracy' if result.metric == 'accuracy' else 'R²'}, Student's t-test, corrected for the "
-        "number of variants (Holm). Compute: a forward of a "
+        f"{plan.equal}. Differences are paired by seed, with 95 % intervals; p: of {what}, "
+        "Student's t-test, corrected for the number of variants (Holm). Compute: a forward of a "
         "sample is 1, forward and backward 3, scoring included, evaluation not. Forgetting: less "
         f"is better. Runs: {plan.out}."
     )

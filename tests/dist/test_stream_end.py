@@ -75,7 +75,7 @@ def test_what_was_never_trained_on_has_columns_and_the_end_of_the_stream_a_figur
         assert end["samples"] == 211
         newest = np.concatenate([e.train for e in experiences])[-211:]
         assert end["accuracy"] == pytest.approx(_right(out, keys, newest), abs=1e-9)
-        assert end["accuracy"] < 0.8 < summary["average_accuracy"]  # else this shows nothing
+        assert end["accuracy"] + 0.2 < summary["average_accuracy"]  # else this shows nothing
 
     assert json.loads((out / "summary.json").read_text()) == summary
     shown = io.StringIO()

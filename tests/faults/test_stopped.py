@@ -18,6 +18,8 @@ from tests.spawn import free_port, rank_environment
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 6
+BUSY = 5
+"""Seconds that a machine which has much else to do may take longer."""
 KEYS = (*SMALL, "training.epochs=4000", f"run.timeout_seconds={TIMEOUT}", "data.workers=0")
 
 MEETING = """
@@ -85,9 +87,9 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_run(
     (tmp_path / "a.toml").write_text("")
     command = ("-m", "distcl", "train", str(tmp_path / "a.toml"), "--out", str(out), *words)
     processes = start(3, *command)
-    wait_for(lambda: '"loss"' in read(out, "metrics.jsonl"), "the first step")
+    wait_for(lambda: '"loss"' in read(out, "metrics.jsonl"), "the first step", 300)
     processes[culprit].send_signal(number)
-    said = rest(processes, culprit, TIMEOUT + 5)
+    said = rest(processes, culprit, TIMEOUT + 5 + BUSY)
     status = json.loads(read(out, "status.json"))
     assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert f"rank {culprit}" in status["reason"]
@@ -110,5 +112,5 @@ def test_a_rank_that_is_stopped_while_they_meet_ends_the_run(where: str, culprit
         assert process.stdout is not None
         if rank != culprit or where != "before the store":
             assert process.stdout.readline() == "ready\n"
-    said = rest(processes, culprit, TIMEOUT + 5 + 3)  # that the others need to get there
+    said = rest(processes, culprit, TIMEOUT + 5 + 3 * BUSY)  # the others have to get there
     assert "is stopped" in said or "lost contact" in said, said

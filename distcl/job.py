@@ -41,7 +41,7 @@ from distcl.reporting.summary import chance, save_final, summarize
 from distcl.tracking.tracker import Tracker, Trackers
 from distcl.training.build import Quiet, assemble
 from distcl.training.trainer import ContinuousTrainer
-from distcl.types import Progress
+from distcl.types import Experience, Progress
 
 Command = Literal["run", "train", "detect"]
 
@@ -56,22 +56,29 @@ def execute(
     tell: Callable[[str], None] | None = None,
     resume: str = "never",
     allow_changed: Collection[str] = (),
+    overwrite: bool = False,
+    numbered: bool = False,
 ) -> dict[str, Any]:
     """Run a command and return its summary (the same on every rank). Collective.
 
-    ``resume``: never begins anew and replaces what the folder holds; auto goes on from the newest
-    checkpoint that verifies, if there is one; else the path of a checkpoint. ``allow_changed``:
-    keys of the configuration that may differ from the checkpoint's, and "data", if those may.
-    ``tell`` shows the user one message, on rank 0, if another rank fails; then the process exits.
+    ``out``: the run folder; with ``numbered`` the first of OUT, OUT-2, … that is free.
+    ``resume``: never begins anew, and a folder that holds a run is refused unless ``overwrite``;
+    auto goes on, in the run's own folder, from the newest checkpoint that verifies, if there is
+    one; else the path of a checkpoint. ``allow_changed``: keys of the configuration that may differ
+    from the checkpoint's, and "data", if those may. ``tell`` shows the user one message, on rank 0,
+    if another rank fails; then the process exits.
 
     Raises the errors of ``distcl.errors``; ``OUT/status.json`` says how it ended.
     """
     runtime = Runtime(config.run, config.parallel, config.training)
-    folder = RunFolder(out, config, runtime.is_main)
+    folder = RunFolder(out, config, runtime.is_main, command, numbered)
+    job: Job | None = None
 
     def peer_failed(cause: Cause) -> None:
         message = f"rank {cause.rank}: {cause.message}"
         folder.status("failed", cause.exit_code, message)
+        if not runtime.is_main:
+            folder.failed_without_rank_0(cause.exit_code, message)
         if tell is not None:
             tell(message)
 
@@ -82,19 +89,22 @@ def execute(
     if runtime.relay is not None:
         runtime.relay.tell = peer_failed
         runtime.relay.note = note
-    job = Job(command, config, runtime, folder, progress)
     try:
         with runtime.guard():
             _check(command, config, runtime)
-            with folder.open(append=resume != "never"):
+            with folder.open(resume, overwrite, runtime.broadcast) as settled:
+                job = Job(command, settled, runtime, folder, progress)
                 log.info(runtime.about)
-                runtime.watchdog.write_to(out / "log.txt")
+                runtime.watchdog.write_to(folder.path / "log.txt")
+                if folder.path != out:
+                    job.say(f"the run folder is {folder.path}")
                 return job.run(resume, frozenset(allow_changed))
     except BaseException as error:
         cause = describe(error, runtime.rank)
         state = "preempted" if isinstance(error, Preempted) else "failed"
         folder.status(state, cause.exit_code, cause.message)
-        job.tracker.finish("failed")
+        if job is not None:
+            job.tracker.finish("failed")
         raise
 
 
@@ -139,7 +149,7 @@ class Job:
         self._progress = progress
         self.tracker: Tracker = Trackers()
         self._store = CheckpointStore(
-            runtime, folder.path / "checkpoints", config.checkpoint.keep, self._say
+            runtime, folder.path / "checkpoints", config.checkpoint.keep, self.say
         )
         self._store.published = lambda path: self.tracker.checkpoint(path)
         self._preemption = Preemption(config.run.max_minutes)
@@ -153,8 +163,8 @@ class Job:
             path = self._start_from(resume)
             if path is not None:
                 saved = read_manifest(path)["config"]
-                check_config(path, saved, self._config, allowed, self._say)
-                self._say(f"[resume] from {path}")
+                check_config(path, saved, self._config, allowed, self.say)
+                self.say(f"[resume] from {path}")
             while True:
                 try:
                     return self._attempt(path, allowed)
@@ -170,12 +180,17 @@ class Job:
     def _start_from(self, resume: str) -> Path | None:
         if self._runtime.is_main:
             self._store.clean()
-            if resume == "never":
-                self._store.clear()
         if resume == "never":
             return None
         if resume == "auto":
-            return self._store.newest()
+            found = self._store.newest()
+            before = self._folder.before
+            if found is None and before.get("state") == "done":
+                raise UsageError(
+                    f"'{self._folder.path}' holds a run that is done and left no checkpoint to go "
+                    "on from: replace it (--overwrite), or give --out another folder"
+                )
+            return found
         path = reachable(resume, CheckpointError)
         if not path.is_dir():
             raise CheckpointError(f"checkpoint '{resume}' does not exist")
@@ -194,7 +209,7 @@ class Job:
         limit = self._config.training.max_rollbacks
         if self._rollbacks > limit:
             raise DivergenceError(f"{error}; {limit} rollbacks did not help") from error
-        self._say(f"[rollback] {error}; back to {path.name} with half the learning rate")
+        self.say(f"[rollback] {error}; back to {path.name} with half the learning rate")
         return path
 
     def _attempt(self, path: Path | None, allowed: frozenset[str]) -> dict[str, Any]:
@@ -243,10 +258,11 @@ class Job:
         if monitor is None:
             train(trainer, state)
             drifts: list[int] = []
+            experiences, untrained = stream.experiences, list[Experience]()
             baseline: Sequence[float | None] = state.baseline
         else:
             monitor.run() if self._command == "run" else monitor.detect()
-            drifts = monitor.drifts
+            drifts, experiences, untrained = monitor.drifts, monitor.experiences, monitor.untrained
             baseline = [chance(trainer)] * len(monitor.experiences)
         keeper.finish()
         if config.checkpoint.save_final:
@@ -255,6 +271,12 @@ class Job:
             self.tracker.checkpoint(final)
         seconds = before + time.perf_counter() - begun
         summary = summarize(trainer, baseline, drifts, config, seconds, setup)
+        summary["experiences"] = [
+            {"name": e.name, "trained": trained}
+            for some, trained in ((experiences, True), (untrained, False))
+            for e in some
+        ]
+        summary["stream_end"] = monitor.stream_end if monitor is not None else None
         if runtime.is_main:
             folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
         self.tracker.summarize(summary, partial(_draw_matrix, summary))
@@ -296,14 +318,15 @@ class Job:
         try:
             write_report([path], path / "report.html")
         except UsageError as error:  # the run itself is done
-            self._say(f"[report] {error}")
+            self.say(f"[report] {error}")
 
     def _monitor(self, trainer: ContinuousTrainer) -> Monitor:
         chosen = self._config.detector
         detector = registry.create("detector", chosen.name, options=chosen.options)
         return Monitor(trainer, detector, self._config.monitor, self._config.run.seed)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Log one line and show it, on rank 0. Local."""
         if self._runtime.is_main:
             log.info(text)
             if self._progress is not None:

@@ -246,6 +246,9 @@ UnreducedLoss = Callable[[Any, Any], "torch.Tensor"]
 
 WATCHING = "watching the stream"
 """Title of the part of a run in which the monitor goes through the stream."""
+GROWING = "watching the stream, which may grow"
+WAITING = "waiting for more samples"
+"""Titles of these parts where more samples may come: nobody knows how far such a run is."""
 
 
 class Progress(Protocol):

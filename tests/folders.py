@@ -32,7 +32,7 @@ def run_folder(path, *, seed=0, alpha=1.0, shift=0.0, state="done", rounds=2):
         for k in range(20)
     ]
     for i, row in enumerate(accuracy):
-        values = {f"accuracy/{j}": v for j, v in enumerate(row) if v is not None}
+        values = {f"accuracy/{j + 1}": v for j, v in enumerate(row) if v is not None}
         lines.append({"round": i, "step": 30 + 10 * i, **values})
         lines.append({"round": i + 1, "step": 40 + 10 * i, "loss": 1.0})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

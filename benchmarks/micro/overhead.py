@@ -228,7 +228,7 @@ def _start_up() -> Row:
     train.append(f"continual_learning.update_mode={__name__}:{StopsAtOnce.__name__}")
     with tempfile.TemporaryDirectory() as out:
         ours, theirs = seconds_of(
-            lambda: subprocess.run([*train, "--out", out], check=True, cwd=ROOT),
+            lambda: subprocess.run([*train, "--out", out, "--overwrite"], check=True, cwd=ROOT),
             lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True),
             repeats=3,
         )

@@ -124,7 +124,7 @@ def _ours(folder: Path, model: str, fisher: int, way: str) -> tuple[float, float
     config = folder / "job.toml"
     config.write_text(tomlkit.dumps(job), encoding="utf-8")
     command = [sys.executable, "-m", "distcl", "train", "--quiet", str(config)]
-    _run([*command, "--out", str(folder / "run")])
+    _run([*command, "--out", str(folder / "run"), "--overwrite"])
     summary = json.loads((folder / "run" / "summary.json").read_text())
     return summary["seconds"] - summary["setup_seconds"], summary["average_accuracy"]
 

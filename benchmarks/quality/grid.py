@@ -34,7 +34,15 @@ class Grid:
         if (out / "summary.json").exists():
             return out
         words = [w for key in (*self._given, *keys, f"run.seed={seed}") for w in ("--set", key)]
-        arguments = [command, str(self._config), "--out", str(out), *words, "--quiet"]
+        arguments = [
+            command,
+            str(self._config),
+            "--out",
+            str(out),
+            *words,
+            "--overwrite",
+            "--quiet",
+        ]
         code, complaint = self._start(arguments, self._environment)
         if code:
             raise RuntimeError(f"{out}: {complaint}")

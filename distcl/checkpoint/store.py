@@ -185,11 +185,6 @@ class CheckpointStore:
             else:  # the writer was about to replace it
                 _rename(old, final)
 
-    def clear(self) -> None:
-        """Remove every checkpoint: a run begins anew. Local to rank 0."""
-        for path in (*self.all(), *self.folder.glob(f"{_ASIDE}*")):
-            shutil.rmtree(path)
-
     def newest(self) -> Path | None:
         """Return the newest checkpoint that verifies, None if there are none at all.
 
@@ -200,7 +195,7 @@ class CheckpointStore:
         try:
             return newest_good(found, self._warn, self._runtime)[0] if found else None
         except CheckpointError as error:
-            raise CheckpointError(f"{error}, or begin anew with --resume never") from error
+            raise CheckpointError(f"{error}, or begin anew with --overwrite") from error
 
     def go_on_from(self, step: int) -> None:
         """Set aside every checkpoint later than ``step``. Local to rank 0.

@@ -36,7 +36,8 @@ Out = Annotated[
     typer.Option(
         "--out",
         metavar="DIR",
-        help="The run folder. Default: runs/NAME-OF-CONFIG.",
+        help="The run folder. Default: runs/NAME-OF-CONFIG, then -2, -3, …; the last of them with "
+        "--resume auto.",
         parser=expanded,
     ),
 ]
@@ -46,7 +47,7 @@ Resume = Annotated[
         "--resume",
         metavar="auto|PATH|never",
         help="auto: go on from the newest good checkpoint in the run folder, if any; never: begin "
-        "anew and replace it.",
+        "anew, in a folder that holds no run.",
     ),
 ]
 AllowChanged = Annotated[
@@ -57,6 +58,9 @@ AllowChanged = Annotated[
         help="Resume although this key, or data, differs from the checkpoint's. Repeatable.",
         show_default=False,
     ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[

@@ -50,10 +50,13 @@ def compare(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Its folder. Default: runs/NAME-OF-CONFIG-compare.",
+            help="Its folder. Default: runs/NAME-OF-CONFIG-compare, then -2, -3, ….",
             parser=expanded,
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace runs of another configuration there.")
+    ] = False,
     quiet: Quiet = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, and nothing else, on stdout.")
@@ -87,7 +90,10 @@ def compare(
         command=command,
         equal=equal,
         jobs=jobs,
+        overwrite=overwrite,
     )
+    if out is None and not overwrite:
+        plan = comparing.with_folder(plan)
 
     def tell(text: str) -> None:
         if not quiet:

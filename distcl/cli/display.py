@@ -5,8 +5,9 @@ Nothing here decides anything; it reads ``types.Progress`` calls and the keys of
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -171,17 +172,24 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     console.print()
     if accuracy and accuracy[0]:
         before = len(accuracy) - len(rounds)
-        names = ["pretrained"] * before + [f"round {r.get('round')}" for r in rounds]
+        names = ["pretrained" if summary.get("pretrain") else "untrained"] * before + [
+            f"round {r.get('round')}" for r in rounds
+        ]
         names = names[-len(accuracy) :]
         fit = max((console.width - _NAMES) // _CELL, 1)
         first = max(0, len(accuracy[0]) - fit)  # the newest experiences, if not all fit
         what = "R²" if summary.get("metric") == "r2" else "accuracy in %"
         console.print(f"{what}; columns: experiences", highlight=False)
-        console.print(_matrix(accuracy, names, first, _shown(summary)))
+        columns = summary.get("experiences") or []
+        untrained = {k for k, one in enumerate(columns) if not one["trained"]}
+        console.print(_matrix(accuracy, names, first, _shown(summary), untrained))
         if first:
             console.print(f"experiences 1 to {first} are in summary.json", highlight=False)
+        if untrained:
+            console.print("* never trained on: not in the averages", highlight=False)
     figures = Table.grid(padding=(0, 2))
-    for name, text in [*_metrics(summary), *_drifts(summary), *_times(summary, rounds)]:
+    told = (_stream_end(summary), _metrics(summary), _drifts(summary), _times(summary, rounds))
+    for name, text in itertools.chain(*told):
         figures.add_row(name, text)
     console.print(figures, highlight=False)
 
@@ -191,12 +199,14 @@ def _matrix(
     names: list[str],
     first: int,
     shown: Callable[[float | None], str],
+    untrained: Collection[int],
 ) -> Table:
     width = len(accuracy[0])
     table = Table(box=None, padding=(0, 0))
     table.add_column("", width=_NAMES)
     for column in range(first, width):
-        table.add_column(str(column + 1), justify="right", width=_CELL)
+        mark = "*" if column in untrained else ""
+        table.add_column(f"{column + 1}{mark}", justify="right", width=_CELL)
     for name, row in zip(names, accuracy, strict=True):
         table.add_row(name, *(shown(value) for value in row[first:]))
     return table
@@ -213,6 +223,17 @@ def _metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     known = [(name, summary.get(key), "" if r2 else f" {unit}") for name, key, unit in figures]
     return [(name, f"{shown(value)}{unit}") for name, value, unit in known if value is not None]
+
+
+def _stream_end(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the figure that a run on a stream is judged by first."""
+    end = summary.get("stream_end")
+    if not end:
+        return []
+    if "r2" in end:
+        return [("R² at the end", f"{_plain(end['r2'])} on the stream's last {end['samples']:,}")]
+    error = f"{100 * (1 - end['accuracy']):.1f} % of the stream's last {end['samples']:,} samples"
+    return [("error at the end", error)]
 
 
 def _drifts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:

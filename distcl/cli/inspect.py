@@ -24,9 +24,9 @@ def evaluate(
     if as_json:
         say(json.dumps(result, indent=2))
         return
-    say(f"{result['metric']} of {result['weights']}")
+    say(f"{'R²' if result['metric'] == 'r2' else result['metric']} of {result['weights']}")
     for k, value in enumerate(result["accuracy"]):
-        say(f"  experience {k}  {value:.4f}")
+        say(f"  experience {k + 1}  {value:.4f}")
     say(f"  average       {result['average_accuracy']:.4f}")
 
 

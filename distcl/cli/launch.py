@@ -19,6 +19,7 @@ from distcl.cli.common import ConfigArgument, ConfigOption, Out, Overrides, one_
 from distcl.config.load import load_with_origins
 from distcl.config.paths import expanded
 from distcl.errors import UsageError
+from distcl.reporting.run_folder import make_numbered, next_numbered
 
 
 def launch(
@@ -59,12 +60,15 @@ def launch(
     if path is None:
         raise UsageError("distcl launch needs a CONFIG; 'distcl init' writes one")
     loaded, _ = load_with_origins(path, sets or [])  # refuse it here, not hours later
+    folder = out or Path(loaded.run.out or f"runs/{path.stem}")
+    if not (out or loaded.run.out):
+        folder = next_numbered(folder) if dry_run else make_numbered(folder)
     arguments = [command, str(path)]
     for one in sets or []:
         arguments += ["--set", one]
     job = Submission(
         arguments=arguments,
-        out=out or Path(loaded.run.out or f"runs/{path.stem}"),
+        out=folder,
         nodes=nodes,
         gpus=gpus,
         processes=processes,

@@ -15,6 +15,7 @@ from distcl.cli.common import (
     Json,
     Out,
     Overrides,
+    Overwrite,
     Quiet,
     Resume,
     complain,
@@ -32,11 +33,12 @@ def run(
     out: Out = None,
     resume: Resume = "never",
     allow_changed: AllowChanged = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Watch the stream and start a round of training whenever drift is detected."""
-    _execute("run", config, file, sets, out, resume, allow_changed, quiet, as_json)
+    _execute("run", config, file, sets, out, resume, allow_changed, overwrite, quiet, as_json)
 
 
 def train(
@@ -46,11 +48,12 @@ def train(
     out: Out = None,
     resume: Resume = "never",
     allow_changed: AllowChanged = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train one round per experience, without a detector."""
-    _execute("train", config, file, sets, out, resume, allow_changed, quiet, as_json)
+    _execute("train", config, file, sets, out, resume, allow_changed, overwrite, quiet, as_json)
 
 
 def detect(
@@ -60,11 +63,12 @@ def detect(
     out: Out = None,
     resume: Resume = "never",
     allow_changed: AllowChanged = None,
+    overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Watch the stream and report drift, without rounds of training."""
-    _execute("detect", config, file, sets, out, resume, allow_changed, quiet, as_json)
+    _execute("detect", config, file, sets, out, resume, allow_changed, overwrite, quiet, as_json)
 
 
 def _execute(
@@ -75,6 +79,7 @@ def _execute(
     out: Path | None,
     resume: str,
     allow_changed: list[str] | None,
+    overwrite: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -83,6 +88,7 @@ def _execute(
         raise UsageError(f"distcl {command} needs a CONFIG; 'distcl init' writes one")
     config, _ = load_with_origins(path, sets or [])
     folder = out or Path(config.run.out or f"runs/{path.stem}")
+    numbered = not (out or config.run.out)
     config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(folder)})})
 
     from distcl import job
@@ -97,7 +103,17 @@ def _execute(
         complain(message)
 
     try:
-        summary = job.execute(command, config, folder, display, tell, resume, allow_changed or [])
+        summary = job.execute(
+            command,
+            config,
+            folder,
+            display,
+            tell,
+            resume,
+            allow_changed or [],
+            overwrite,
+            numbered,
+        )
     finally:
         if display is not None:
             display.close()
@@ -106,4 +122,4 @@ def _execute(
             print(json.dumps(summary, indent=2))
         elif not quiet:
             show_summary(console, summary)
-            console.print(f"everything is in {folder}", markup=False, highlight=False)
+            console.print(f"everything is in {summary['folder']}", markup=False, highlight=False)

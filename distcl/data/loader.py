@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -93,6 +94,8 @@ class BatchLoader:
         self._loader: DataLoader[Any] | None = None
         pinned = pin_memory and self._device.type == "cuda"
         if workers or pinned:
+            # how many is the user's decision, and torch would say so again at every round
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             self._loader = DataLoader(
                 self._reads,
                 batch_size=None,

@@ -220,7 +220,7 @@ class DriftStream:
         if bad.any():
             i = int(bad.argmax())
             raise DataError(
-                f"sample {ids[i]} is not in the stream: experience {experience[i]} of "
+                f"sample {ids[i]} is not in the stream: experience {experience[i] + 1} of "
                 f"{self._config.experiences}, {'test' if test[i] else 'train'} row {rows[i]} of "
                 f"{sizes[i]}"
             )
@@ -288,7 +288,7 @@ class DriftStream:
         held_out = np.flatnonzero(self._members_of(self._test, test_labels, e))
         if len(train) == 0 or len(held_out) == 0:
             part = "training" if len(train) == 0 else "test"
-            raise DataError(f"experience {e} has no {part} samples")
+            raise DataError(f"experience {e + 1} has no {part} samples")
         name = f"{'+'.join(self._config.drifts)} {e}"
         return Experience(e, train, frozen(pack_ids(e, held_out, test=True)), name)
 
@@ -306,7 +306,7 @@ class DriftStream:
         wanted = self._config.samples_per_experience
         if wanted > len(rows):
             raise ConfigError(
-                f"stream.samples_per_experience = {wanted}, but experience {e} has {len(rows)}"
+                f"stream.samples_per_experience = {wanted}, but experience {e + 1} has {len(rows)}"
             )
         rows = rows[:wanted].copy() if wanted else rows
         if self.sequential or self.live_seconds:
@@ -350,7 +350,7 @@ class DriftStream:
         if len(pool) < older.sum():
             raise ConfigError(
                 f"stream.transition_fraction = {self._config.transition_fraction} asks for "
-                f"{older.sum()} samples of experience {e - 1} in experience {e}, but there are "
+                f"{older.sum()} samples of experience {e} in experience {e + 1}, but there are "
                 f"{len(pool)}"
             )
         rows[older] = pool

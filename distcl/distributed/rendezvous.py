@@ -9,10 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import platform
 import socket
+import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +26,8 @@ import torch
 
 from distcl import __version__
 from distcl.distributed.environment import Launch
-from distcl.errors import UsageError
+from distcl.distributed.failure import Cause
+from distcl.errors import DistclError, UsageError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -32,6 +37,8 @@ MOST_SKEW = 2.0
 
 _KEY = "distcl/peers"
 _READ_SECONDS = 10.0
+_GRACE_SECONDS = 2.0
+"""What a request may take beyond its own timeout, before this process ends over it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,46 @@ def code_version() -> str:
     )
 
 
+def tell_stderr(cause: Cause) -> None:
+    """Tell the user why this process ends."""
+    print(f"distcl: rank {cause.rank}: {cause.message}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def must_meet(launch: Launch, seconds: float) -> Iterator[None]:
+    """End this process, and tell why, if the body takes longer, or loses the others.
+
+    A request to a store whose process is stopped may block for ever, whatever its timeout.
+    """
+    where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    lost = Cause(
+        launch.rank,
+        1,
+        f"the {launch.world_size} processes have not met at {where} within {seconds:.0f} s: rank "
+        "0, or another one, is stopped, hangs, or is out of reach",
+    )
+
+    def give_up() -> None:
+        tell_stderr(lost)
+        os._exit(lost.exit_code)
+
+    timer = threading.Timer(seconds + _GRACE_SECONDS, give_up)
+    timer.daemon = True
+    if launch.world_size > 1:
+        timer.start()
+    try:
+        yield
+    except RuntimeError as error:  # of the store, or of a backend
+        if not any(sign in str(error) for sign in ("imed out", "imeout", "onnection", "recv")):
+            raise
+        if launch.rank != 0:
+            tell_stderr(lost)
+        first = str(error).strip().partition("\n")[0]
+        raise DistclError(f"{lost.message} ({first})") from error
+    finally:
+        timer.cancel()
+
+
 def introduce(store: Store | None, device: torch.device, launch: Launch) -> list[Peer]:
     """Return every process of the run, in rank order, the same list on every rank. Collective.
 
@@ -90,7 +137,14 @@ def introduce(store: Store | None, device: torch.device, launch: Launch) -> list
         store.set(f"{_KEY}/go", "")
         peers, skews = [first], [0.0]
         for rank in range(1, launch.world_size):
-            peer = Peer(**json.loads(store.get(f"{_KEY}/{rank}")))
+            try:
+                peer = Peer(**json.loads(store.get(f"{_KEY}/{rank}")))
+            except RuntimeError as error:
+                said = str(error).strip().partition("\n")[0]
+                raise DistclError(
+                    f"rank {rank} has joined and then said nothing: it is stopped, hangs, or its "
+                    f"node is out of reach ({said})"
+                ) from error
             peers.append(peer)
             skews.append(proven_skew(first.clock, peer.clock, time.time()))
         verdict = {"refused": refusal(peers, skews), "peers": [asdict(peer) for peer in peers]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +17,7 @@ from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.environment import adopt, check_launcher
 from distcl.distributed.failure import Cause, FailureRelay
 from distcl.distributed.memory import keep_freed_memory
-from distcl.distributed.rendezvous import first_line, introduce
+from distcl.distributed.rendezvous import first_line, introduce, must_meet, tell_stderr
 from distcl.distributed.watchdog import Watchdog
 from distcl.errors import DistclError, Preempted, UsageError, of_path
 from distcl.parallel import MakeOptimizer, create_strategy
@@ -67,10 +66,6 @@ def check_launch(environ: Mapping[str, str], processes: int = 0) -> int:
     return world
 
 
-def _tell_stderr(cause: Cause) -> None:
-    print(f"distcl: rank {cause.rank}: {cause.message}", file=sys.stderr, flush=True)
-
-
 class Runtime:
     """This process among its peers. Making one is collective: every rank makes exactly one.
 
@@ -97,7 +92,8 @@ class Runtime:
             raise UsageError("run.precision = 'fp16' needs a GPU; on a CPU use 'bf16' or 'fp32'")
         self.precision, self.strategy = run.precision, parallel.strategy
         self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
-        self._strategy = create_strategy(run, parallel, training)
+        with must_meet(launch, run.timeout_seconds):
+            self._strategy = create_strategy(run, parallel, training)
         self.accelerator = self._strategy.accelerator
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
@@ -113,12 +109,15 @@ class Runtime:
         store = None
         if self.world_size > 1:
             store = dist.distributed_c10d._get_default_store()
-        self.peers = introduce(store, self.device, launch)
+        with must_meet(launch, run.timeout_seconds):
+            self.peers = introduce(store, self.device, launch)
         self.about = first_line(launch, self.peers)
         self.watchdog = Watchdog(self.rank, self.world_size, run.timeout_seconds, store)
         self.relay: FailureRelay | None = None
         if store is not None:
-            self.relay = FailureRelay(store, self.rank, _tell_stderr)
+            self.relay = FailureRelay(
+                store, self.rank, tell_stderr, self.world_size, run.timeout_seconds
+            )
             atexit.register(self.relay.close)  # a thread in the store would abort the exit
 
     @property
@@ -280,11 +279,13 @@ class Runtime:
         except BaseException as error:
             if self.relay is not None:
                 own = describe(error, self.rank)
-                if is_connection_loss(error) and (verdict := self.watchdog.verdict()):
-                    told = f"{own.message}; {verdict}; log.txt has its stack"
-                    own = Cause(self.rank, 1, told)
+                lost = is_connection_loss(error)
+                if lost:
+                    verdict = self.watchdog.verdict()
+                    told = f"{verdict}; log.txt has its stack" if verdict else self.relay.missing()
+                    own = Cause(self.rank, 1, f"{own.message}; {told}" if told else own.message)
                 first = self.relay.report(own)
-                if first.message != own.message or is_connection_loss(error):
+                if first.message != own.message or lost:
                     raise PeerFailure(first) from error
             raise
         self.close()

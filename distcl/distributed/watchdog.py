@@ -76,7 +76,7 @@ class Watchdog:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()  # it waits for a store for seconds at most
+            self._thread.join()  # it waits for a store for two seconds at most
         faulthandler.cancel_dump_traceback_later()
         if self._file is not sys.stderr:
             self._file.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,21 @@ _POLLS = 20  # looks for something new in the time that is waited
 class LiveEnd:
     """Waits for more samples of a stream with ``live_seconds``; any other stream just ends.
 
+    ``say`` takes what a person should know; ``waits`` is called at every look in vain.
     Rank 0 looks; its word is every rank's, so that all take in the same samples.
     """
 
-    def __init__(self, stream: Stream, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        runtime: Runtime,
+        say: Callable[[str], None] = lambda _: None,
+        waits: Callable[[], None] = lambda: None,
+    ) -> None:
         self._stream: Any = stream
         self._runtime = runtime
+        self._say = say
+        self._waits = waits
         self._seconds = float(getattr(stream, "live_seconds", 0.0))
         self.open = self._seconds > 0
         """Whether there may be more."""
@@ -32,6 +42,7 @@ class LiveEnd:
         Returns as soon as something has come, or after ``live_seconds`` in which nothing came.
         """
         until = time.monotonic() + self._seconds
+        told = False
         while self.open:
             more, late = self._runtime.broadcast(
                 (self._stream.arrived(), time.monotonic() > until)
@@ -40,8 +51,15 @@ class LiveEnd:
             )
             if more:
                 new: Ids = self._stream.grow(more)
+                self._say(f"[live] {len(new):,} more samples have come")
                 return new
             self.open = not late
+            if late:
+                self._say(f"[live] none came in {self._seconds:g} s: the stream has ended")
+            elif not told:
+                told = True
+                self._say(f"[live] waiting {self._seconds:g} s at most for more samples")
             if self.open:
+                self._waits()
                 time.sleep(self._seconds / _POLLS)
         return np.empty(0, dtype=np.int64)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
 
@@ -18,7 +19,17 @@ from distcl.monitoring.metrics import StreamMetric, create_metric
 from distcl.sampling.draws import generator
 from distcl.training.step_loop import pack_experience, unpack_experience
 from distcl.training.trainer import ContinuousTrainer
-from distcl.types import WATCHING, Batch, Detector, Experience, Ids, exact
+from distcl.types import (
+    GROWING,
+    WAITING,
+    WATCHING,
+    Batch,
+    Detector,
+    Experience,
+    Ids,
+    exact,
+    unpack_ids,
+)
 
 log = logging.getLogger("distcl")
 
@@ -61,19 +72,23 @@ class Monitor:
         self.metric = create_metric(config, trainer.parts.stream.spec, trainer.loss_name)
         self.metric_name = config.metric.rpartition(":")[2]
         self.experiences: list[Experience] = []
+        self.untrained: list[Experience] = []
+        """Experiences of the stream of which no round has had a sample, known at the end."""
+        self.stream_end: dict[str, Any] | None = None
+        """How good the model is on the newest samples of the stream, known at the end."""
         self.drifts: list[int] = []
         self.watched = 0
         """Samples of the stream that have come."""
         self.measured = 0
         """Samples of the stream whose metric the detector has been fed, or that it skips."""
         self._order = joined([e.train for e in trainer.parts.stream.experiences])
-        self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime)
+        self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime, self._say, self._wait)
         self._pretrained_on = 0  # samples of the stream, all labelled, before watching begins
         self._last_round = 0  # samples of the stream that rounds have learned from, or let pass
         self._quiet_until = 0  # the sample from which on the detector may fire
         self._reference = self._order[:0]  # what the metric compares samples with
         self._due: _Due | None = None
-        self._begun = False
+        self._begun = self._waiting = False
 
     def run(self) -> None:
         """Watch the whole stream; a round on every drift, unless labels never come."""
@@ -81,11 +96,13 @@ class Monitor:
             self._say("labels never come (monitor.label_delay = -1): drifts start no rounds")
         self._pretrain()
         self._watch(rounds=self.config.label_delay >= 0)
+        self._look_back()
 
     def detect(self) -> None:
         """Watch the whole stream and only note drifts."""
         self._pretrain()
         self._watch(rounds=False)
+        self._look_back()
 
     # -- parts of the loop ---------------------------------------------------------------------
 
@@ -122,11 +139,9 @@ class Monitor:
 
     def _watch(self, rounds: bool) -> None:
         """Go through the stream. ``rounds``: drifts start rounds; else they are only noted."""
-        total = 0 if self._live.open else len(self._order)
-        progress = self.trainer.parts.progress
         if self.trainer.stage is not None:  # a resumed run goes on with its round
             self._deal_with_drift(rounds)
-        progress.round_begins(WATCHING, total, self.metric_name)
+        self._show()
         while self.watched < len(self._order) and not self._enough:
             self.watched = min(self.watched + self.config.batch_size, len(self._order))
             fired = self._measure(self._labelled if self.metric.needs_labels else self.watched)
@@ -134,15 +149,62 @@ class Monitor:
                 self._note(fired)
                 self._due = _Due(fired, fired + self.config.collect + 1)
             if self.watched == len(self._order):
-                self._order = joined([self._order, self._live.wait()])
+                more = self._live.wait()
+                self._order = joined([self._order, more])
+                if len(more):
+                    self._show()
             if self._due is not None and self._ready(self._due, rounds):
                 self._due = None
                 self._deal_with_drift(rounds)
-                progress.round_begins(WATCHING, total, self.metric_name)
+                self._show()
             else:
                 self.trainer.loop.keeper.poll()
         if self._due is not None and rounds:
             self._say("the stream ended before labels followed its last drift: no round for it")
+
+    def _show(self) -> None:
+        """Begin a new bar, as long as what is known of the stream."""
+        title = GROWING if self._live.open else WATCHING
+        self._waiting = False
+        self.trainer.parts.progress.round_begins(title, len(self._order), self.metric_name)
+
+    def _wait(self) -> None:
+        """Show that nothing is to be done, and that the run is alive."""
+        if not self._waiting:
+            self.trainer.parts.progress.round_begins(WAITING, 0, self.metric_name)
+        self._waiting = True
+        self.trainer.parts.progress.step(self.watched, math.nan, 0.0)
+
+    def _look_back(self) -> None:
+        """Measure the model on what the stream was, beyond what it was trained on.
+
+        The accuracy matrix gets a column for each experience of the stream of which no round has
+        had a sample. ``stream_end`` is of the newest samples that have come since the last round, a
+        window at most; if there are none, of those that the last round held out.
+        """
+        trainer = self.trainer
+        trained = {k for e in self.experiences for k in np.unique(unpack_ids(e.train)[0]).tolist()}
+        left = [e for e in trainer.parts.stream.experiences if e.index not in trained]
+        known = len(self.experiences)
+        self.untrained = [replace(e, index=known + k) for k, e in enumerate(left)]
+        if self.untrained and not trainer.matrix.rows():
+            trainer.evaluate(self.untrained, seen=0)
+        else:
+            for one in self.untrained:
+                trainer.matrix.fill_last(trainer.accuracy(one))
+        begin = max(self._last_round, self.watched - self.config.window)
+        newest = self._order[begin : self.watched]
+        if len(newest) == 0 and self.experiences:
+            newest = self.experiences[-1].test
+        newest = trainer.bad.without(newest)
+        if len(newest) == 0:
+            return
+        value = trainer.accuracy(Experience(known, newest[:0], newest))
+        self.stream_end = {"samples": len(newest), trainer.metric: value}
+        what = f"R² {value:.3f}" if trainer.metric == "r2" else f"error {1 - value:.1%}"
+        self._say(f"[stream] {what} on its last {len(newest)} samples")
+        if self.untrained:
+            self._say(f"[stream] {len(self.untrained)} of its experiences never trained on")
 
     @property
     def _enough(self) -> bool:

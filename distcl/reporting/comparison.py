@@ -11,9 +11,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import fmean
@@ -22,6 +22,7 @@ from typing import Any, Literal
 from distcl.config import Config
 from distcl.config.load import load_config, to_toml
 from distcl.errors import DistclError, DivergenceError, UsageError
+from distcl.reporting.run_folder import holds_run, make_numbered, numbered
 from distcl.reporting.status import read_json
 
 Equal = Literal["compute", "steps", "samples"]
@@ -88,7 +89,10 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be compared, and how; ``jobs`` = 0: as many at once as cores or GPUs allow."""
+    """What is to be compared, and how; ``jobs`` = 0: as many at once as cores or GPUs allow.
+
+    ``overwrite``: runs of another configuration that are in the way are replaced.
+    """
 
     config: Path
     variants: tuple[Variant, ...]
@@ -98,6 +102,7 @@ class Plan:
     command: Literal["train", "run"] = "train"
     equal: Equal = "compute"
     jobs: int = 0
+    overwrite: bool = False
 
 
 def parse_variant(text: str) -> Variant:
@@ -113,12 +118,18 @@ def execute(plan: Plan, tell: Callable[[str], None], start: Start | None = None)
 
     The first seed's runs tell what each variant costs; those that cost less get a factor on their
     steps (``training.step_factor``). ``start``: another way to start a run of one process than
-    ``python -m distcl``. Raises UsageError naming the run that failed, and how; divergence is an
-    outcome, not a failure.
+    ``python -m distcl``. Raises UsageError naming the run that failed, and how, or one of another
+    configuration that is in the way; divergence is an outcome, not a failure.
     """
     runner = _Runner(plan, tell, start)
     arms = [Arm(variant) for variant in plan.variants]
     try:
+        taken = None if plan.overwrite else runner.in_the_way()
+        if taken is not None:
+            raise UsageError(
+                f"'{taken}' holds a run of another configuration: replace it (--overwrite), or "
+                "give --out another folder"
+            )
         _balance(plan, runner, arms)
         runner.run([(arm, seed) for seed in plan.seeds for arm in arms])
     finally:
@@ -126,11 +137,20 @@ def execute(plan: Plan, tell: Callable[[str], None], start: Start | None = None)
     return arms
 
 
+def with_folder(plan: Plan) -> Plan:
+    """Return the plan with the folder to use of OUT, OUT-2, …: its own, if it was begun, or new."""
+    for path in reversed(numbered(plan.out)):
+        found = replace(plan, out=path)
+        if path.is_dir() and _Runner(found, lambda _: None).in_the_way() is None:
+            return found
+    return replace(plan, out=make_numbered(plan.out))
+
+
 def _balance(plan: Plan, runner: _Runner, arms: Sequence[Arm]) -> None:
     """Find the factors that make all arms cost as much as the dearest one."""
     measure = MEASURES[plan.equal]
     for seed in plan.seeds:
-        runner.run([(arm, seed) for arm in arms])
+        runner.run([(arm, seed) for arm in arms], calibrating=True)
         if not any(arm.outcomes[seed].diverged for arm in arms):
             break
     else:
@@ -146,7 +166,7 @@ def _balance(plan: Plan, runner: _Runner, arms: Sequence[Arm]) -> None:
             before, factor = cost, arm.step_factor
             arm.step_factor = round(factor + (target - cost) / slope, 6)
             del arm.outcomes[seed]
-            runner.run([(arm, seed)])
+            runner.run([(arm, seed)], calibrating=True)
             if arm.outcomes[seed].diverged:
                 break
             cost = float(getattr(arm.outcomes[seed], measure))
@@ -177,8 +197,21 @@ class _Runner:
         self._children: set[subprocess.Popen[str]] = set()
         self._stopped = False
 
-    def run(self, wanted: Iterable[tuple[Arm, int]]) -> None:
-        """Run what is not done yet, and put all outcomes into the arms."""
+    def in_the_way(self) -> Path | None:
+        """Return a folder that the plan would use and that holds another run, None without."""
+        others = (
+            self._folder(Arm(v), s)
+            for v in self._plan.variants
+            for s in self._plan.seeds
+            if not self._same(Arm(v), s)
+        )
+        return next((path for path in (self._plan.out, *others) if holds_run(path)), None)
+
+    def run(self, wanted: Sequence[tuple[Arm, int]], calibrating: bool = False) -> None:
+        """Run what is not done yet, and put all outcomes into the arms.
+
+        ``calibrating``: to learn what a variant costs; such a run counts if the costs are equal.
+        """
         todo: dict[Future[Outcome], Arm] = {}
         for arm, seed in wanted:
             if seed in arm.outcomes:
@@ -188,12 +221,20 @@ class _Runner:
                 arm.outcomes[seed] = found
             else:
                 todo[self._pool.submit(self._start, arm, seed)] = arm
+        if calibrating and todo:
+            self._tell(
+                f"[calibration] {len(todo)} run{'s' * (len(todo) > 1)} on seed {wanted[0][1]}, to "
+                f"make {self._plan.equal} equal"
+            )
+        done = len(wanted) - len(todo)
         for number, future in enumerate(as_completed(todo), 1):
             outcome = future.result()
             todo[future].outcomes[outcome.seed] = outcome
-            what = f"{outcome.metric} {outcome.average_accuracy:.4f}"
+            metric = "R²" if outcome.metric == "r2" else outcome.metric
+            what = f"{metric} {outcome.average_accuracy:.4f}"
+            which = "calibration" if calibrating else f"{done + number}/{len(wanted)}"
             self._tell(
-                f"[{number}/{len(todo)}] {todo[future].variant.name}, seed {outcome.seed}: "
+                f"[{which}] {todo[future].variant.name}, seed {outcome.seed}: "
                 f"{'diverged' if outcome.diverged else what} ({outcome.seconds:.0f} s)"
             )
 
@@ -225,7 +266,10 @@ class _Runner:
         return self._plan.out / f"{arm.variant.folder}{scaled}" / f"seed-{seed}"
 
     def _same(self, arm: Arm, seed: int) -> bool:
-        """Whether the folder holds a run of this very configuration."""
+        """Whether the folder holds a run of this very configuration and command."""
+        status = read_json(self._folder(arm, seed), "status.json") or {}
+        if status.get("command", self._plan.command) != self._plan.command:
+            return False
         try:
             text = (self._folder(arm, seed) / "config.toml").read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
@@ -247,11 +291,13 @@ class _Runner:
         """Run one run to its end, in a thread of the pool."""
         place = self._places.get()
         try:
-            folder, resume = self._folder(arm, seed), "auto" if self._same(arm, seed) else "never"
+            folder, way = self._folder(arm, seed), ["--resume", "auto"]
+            if not self._same(arm, seed):
+                way = ["--overwrite"] if self._plan.overwrite else []
             code, complaint = self._process(
                 [self._plan.command, str(self._plan.config), "--out", str(folder)]
                 + [word for one in self._overrides(arm, seed) for word in ("--set", one)]
-                + ["--resume", resume, "--quiet"],
+                + [*way, "--quiet"],
                 place,
             )
         finally:

@@ -63,6 +63,7 @@ class Section:
     tiles: list[tuple[str, str, str, str]]
     plots: list[Plot]
     rounds: list[list[str]]
+    guard: list[str]
     top: list[tuple[str, list[list[str]]]]
 
 
@@ -146,6 +147,11 @@ def _section(run: Run, index: int) -> Section:
         tiles=_tiles(run),
         plots=found,
         rounds=[_round_row(report) for report in run.rounds],
+        guard=[
+            f"Guard, round {report['round']}: {report['guard']['words']}."
+            for report in run.rounds
+            if report.get("guard", {}).get("words")
+        ],
         top=_top(run),
     )
 
@@ -154,6 +160,12 @@ def _tiles(run: Run) -> list[tuple[str, str, str, str]]:
     """Return (name, value, unit, note) of each metric that the run has."""
     percent = run.metric == "accuracy"
     tiles = []
+    end = run.summary.get("stream_end")
+    if end:
+        value = f"{100 * (1 - end['accuracy']):.1f}" if percent else f"{end['r2']:.3f}"
+        name, unit = ("error on the stream", "%") if percent else ("R² on the stream", "")
+        note = f"at the end, of its last {end['samples']:,} samples"
+        tiles.append((name, value.replace("-", "−"), unit, note))
     for key, name, note, unit in _FIGURES:
         value = run.summary.get(key)
         if value is not None:
@@ -195,7 +207,10 @@ def _matrix(run: Run) -> Plot | None:
         return None
     name, unit = ("accuracy", ", in %") if run.metric == "accuracy" else ("R²", "")
     note = "Rows: after each round. Columns: held-out data of each experience."
-    figure = plots.matrix(rows, run.row_names, run.metric)
+    marked = run.untrained
+    if marked:
+        note += " *: never trained on, and not in the averages."
+    figure = plots.matrix(rows, run.row_names, run.metric, marked)
     return Plot("accuracy", f"{name} matrix{unit}", note, figure)
 
 
@@ -203,8 +218,10 @@ def _forgetting(run: Run) -> Plot | None:
     values = run.matrix().forgetting()
     if not any(value is not None for value in values):
         return None
-    note = "Best accuracy before the last round minus accuracy after it; below zero: improved."
-    return Plot("forgetting", "forgetting of each experience", note, plots.forgetting(values))
+    name = "accuracy" if run.metric == "accuracy" else "R²"
+    note = f"Best {name} before the last round minus {name} after it; below zero: improved."
+    figure = plots.forgetting(values, run.metric)
+    return Plot("forgetting", "forgetting of each experience", note, figure)
 
 
 def _watched(run: Run) -> Plot | None:
@@ -344,41 +361,46 @@ def _comparison(runs: Sequence[Run]) -> Comparison:
     done = [run for run in runs if run.summary]
     groups = variants(done)
     figures = [(key, name, unit) for key, name, _, unit in _FIGURES if any(_values(done, key))]
-    scale = 100 if all(run.metric == "accuracy" for run in done) else 1
+    percent = all(run.metric == "accuracy" for run in done)
+    scale, digits, what = (100, 1, "accuracy") if percent else (1, 3, "R²")
+    figures = [
+        (key, name.replace("accuracy", what), u if percent else "") for key, name, u in figures
+    ]
     rows = [
         [
             name,
             str(len(group)),
-            *(_spread([scale * v for v in _values(group, key)]) for key, _, _ in figures),
-            _spread([float(run.summary["seconds"]) for run in group]),
+            *(_spread([scale * v for v in _values(group, key)], digits) for key, _, _ in figures),
+            _spread([float(run.summary["seconds"]) for run in group], 1),
         ]
         for name, group in groups.items()
     ]
-    header = ["", "runs", *(f"{name}, {u}" for _, name, u in figures), "seconds"]
+    header = ["", "runs", *(f"{name}, {u}" if u else name for _, name, u in figures), "seconds"]
     found = []
     average = {
         name: [[scale * v for v in _averages(run)] for run in group]
         for name, group in groups.items()
     }
-    unit = "%" if scale == 100 else "R²"
+    label = "accuracy, %" if percent else "R²"
     if any(any(lines) for lines in average.values()):
         found.append(
             Plot(
                 "00-accuracy-over-rounds",
-                "average accuracy as the runs went on",
+                f"average {what} as the runs went on",
                 "Over the experiences seen so far. Line: mean over runs; band: standard deviation.",
-                plots.curves(average, f"accuracy, {unit}"),
+                plots.curves(average, label),
             )
         )
     for key, title in (("average_accuracy", "at the end"), ("average_forgetting", "forgetting")):
         values = {name: [scale * v for v in _values(group, key)] for name, group in groups.items()}
         values = {name: some for name, some in values.items() if some}
         if values:
-            label = f"average accuracy, {unit}" if title == "at the end" else "points forgotten"
+            lost = "points forgotten" if percent else "R² forgotten"
+            axis = f"average {label}" if title == "at the end" else lost
             note = "A dot is a run; the bar is the mean, with standard deviation."
             name = f"00-{key.replace('_', '-')}"
-            heading = "average accuracy at the end" if title == "at the end" else title
-            found.append(Plot(name, heading, note, plots.dots(values, label)))
+            heading = f"average {what} at the end" if title == "at the end" else title
+            found.append(Plot(name, heading, note, plots.dots(values, axis)))
     unfinished = [f"{run.name} ({run.state})" for run in runs if not run.summary]
     note = "Mean ± standard deviation over runs that differ in nothing but the seed."
     if unfinished:
@@ -392,15 +414,16 @@ def _values(runs: Sequence[Run], key: str) -> list[float]:
 
 def _averages(run: Run) -> list[float]:
     """Return, after each evaluation, the mean over the experiences seen by then."""
-    rows = [[v for v in row[: i + 1] if v is not None] for i, row in enumerate(run.accuracy)]
+    trained = [row[: len(row) - len(run.untrained)] for row in run.accuracy]
+    rows = [[v for v in row[: i + 1] if v is not None] for i, row in enumerate(trained)]
     return [fmean(row) if row else math.nan for row in rows]
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], digits: int) -> str:
     if not values:
         return "–"
-    mean = f"{fmean(values):.1f}"
-    return f"{mean} ± {stdev(values):.1f}" if len(values) > 1 else mean
+    mean = f"{fmean(values):.{digits}f}"
+    return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 # The page of a comparison: the verdict, the table, and what lies behind them.
@@ -413,9 +436,10 @@ def write_comparison(result: Result, out: Path, png: Path | None = None) -> list
     """
     plan = result.plan
     header, rows = table(result)
+    what = "accuracy" if result.metric == "accuracy" else "R²"
     note = (
         f"Mean ± standard deviation over seeds {plan.seeds[0]} to {plan.seeds[-1]}, at equal "
-        f"{plan.equal}. Differences are paired by seed, with 95 % intervals; p: of accuracy, "
+        f"{plan.equal}. Differences are paired by seed, with 95 % intervals; p: of {what}, "
         "Student's t-test, corrected for the number of variants (Holm). Compute: a forward of a "
         "sample is 1, forward and backward 3, scoring included, evaluation not. Forgetting: less "
         f"is better. Runs: {plan.out}."
@@ -427,7 +451,7 @@ def write_comparison(result: Result, out: Path, png: Path | None = None) -> list
 
 def _plots(result: Result) -> list[Plot]:
     percent = result.metric == "accuracy"
-    scale, unit = (100.0, "%") if percent else (1.0, "R²")
+    scale, what = (100.0, "accuracy") if percent else (1.0, "R²")
     found = []
     pairs = {}
     for arm, difference in zip(result.arms[1:], result.differences, strict=True):
@@ -440,7 +464,7 @@ def _plots(result: Result) -> list[Plot]:
         found.append(
             Plot(
                 "compare-differences",
-                f"average accuracy minus that of '{result.arms[0].variant.name}'",
+                f"average {what} minus that of '{result.arms[0].variant.name}'",
                 "A dot is a pair of runs of equal seed; the bar is the 95 % interval of the mean.",
                 plots.differences(pairs, label),
             )
@@ -454,9 +478,9 @@ def _plots(result: Result) -> list[Plot]:
         found.append(
             Plot(
                 "compare-curves",
-                "average accuracy as the runs went on",
+                f"average {what} as the runs went on",
                 "Over the experiences seen so far. Line: mean over runs; band: standard deviation.",
-                plots.curves(curves, f"accuracy, {unit}" if percent else unit),
+                plots.curves(curves, "accuracy, %" if percent else what),
             )
         )
     forgotten = {
@@ -474,7 +498,7 @@ def _plots(result: Result) -> list[Plot]:
                 "compare-forgetting",
                 "forgetting",
                 "A dot is a run; the bar is the mean, with standard deviation.",
-                plots.dots(forgotten, "points forgotten"),
+                plots.dots(forgotten, "points forgotten" if percent else "R² forgotten"),
             )
         )
     return found

@@ -91,8 +91,11 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 @_styled
-def matrix(rows: Matrix, names: Sequence[str], metric: str) -> Figure:
-    """Heat map of the accuracy matrix: a row per evaluation, a column per experience."""
+def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int] = ()) -> Figure:
+    """Heat map of the accuracy matrix: a row per evaluation, a column per experience.
+
+    ``marked``: columns, from 0, whose numbers get an asterisk.
+    """
     rows, names = rows[-_MOST_ROWS * 2 :], names[-_MOST_ROWS * 2 :]
     values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
     high, width = values.shape
@@ -112,17 +115,18 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str) -> Figure:
                 axes.text(j, i, shown, ha="center", va="center", color=text, fontsize=8)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(high - 0.5, -0.5), xlabel="experience")
     axes.set_yticks(range(high), names)
-    _whole_ticks(axes, width)
+    _whole_ticks(axes, width, marked=marked)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return figure
 
 
 @_styled
-def forgetting(values: Sequence[Entry]) -> Figure:
-    """Bars: points lost of each experience since it was known best."""
+def forgetting(values: Sequence[Entry], metric: str = "accuracy") -> Figure:
+    """Bars: points, or R², lost of each experience since it was known best."""
     figure, axes = _figure(2.1)
-    points = [np.nan if v is None else 100 * v for v in values]
+    scale, digits = (100, 1) if metric == "accuracy" else (1, 2)
+    points = [np.nan if v is None else scale * v for v in values]
     colors = [LINES[1] if v > 0 else LINES[2] for v in points]
     axes.bar(range(len(points)), points, color=colors, width=0.62)
     axes.axhline(0, color=SOFT, lw=0.8)
@@ -130,7 +134,7 @@ def forgetting(values: Sequence[Entry]) -> Figure:
         if np.isfinite(v) and len(points) <= 12:
             offset = (0, 3 if v >= 0 else -3)
             axes.annotate(
-                f"{v:+.1f}",
+                f"{v:+.{digits}f}",
                 (k, v),
                 offset,
                 textcoords="offset points",
@@ -139,7 +143,9 @@ def forgetting(values: Sequence[Entry]) -> Figure:
                 fontsize=8,
             )
     axes.margins(y=0.22)
-    axes.set(xlabel="experience", ylabel="points forgotten")
+    axes.set(
+        xlabel="experience", ylabel="points forgotten" if metric == "accuracy" else "R² forgotten"
+    )
     _whole_ticks(axes, len(points))
     return figure
 
@@ -343,9 +349,9 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _whole_ticks(axes: Axes, number: int, first: int = 1) -> None:
-    every = max(1, -(-number // 12))
-    axes.set_xticks(range(0, number, every), [str(k + first) for k in range(0, number, every)])
+def _whole_ticks(axes: Axes, number: int, first: int = 1, marked: Sequence[int] = ()) -> None:
+    places = range(0, number, max(1, -(-number // 12)))
+    axes.set_xticks(places, [f"{k + first}{'*' if k in marked else ''}" for k in places])
 
 
 def _smooth(values: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.float64]:

@@ -48,7 +48,7 @@ class Run:
         """What the accuracy matrix holds: accuracy or r2."""
         if self.summary:
             return str(self.summary.get("metric", "accuracy"))
-        return "r2" if any("r2/0" in line for line in self.lines) else "accuracy"
+        return "r2" if any(k.startswith("r2/") for line in self.lines for k in line) else "accuracy"
 
     @property
     def accuracy(self) -> list[list[float | None]]:
@@ -62,6 +62,12 @@ class Run:
         rows = [row for row in rows if row]
         width = max(map(len, rows), default=0)
         return [row + [None] * (width - len(row)) for row in rows]
+
+    @property
+    def untrained(self) -> list[int]:
+        """The matrix's columns, from 0, of experiences that were never trained on."""
+        told = self.summary.get("experiences") or []
+        return [k for k, one in enumerate(told) if not one["trained"]]
 
     @property
     def rounds(self) -> list[dict[str, Any]]:
@@ -79,16 +85,18 @@ class Run:
         if self.summary:
             before = len(self.accuracy) - len(self.rounds)
         else:
-            marked = [line["round"] for line in self.lines if f"{self.metric}/0" in line]
+            prefix = f"{self.metric}/"
+            marked = [x["round"] for x in self.lines if any(k.startswith(prefix) for k in x)]
             before = marked.count(0)
         total = len(self.accuracy) - before
-        return ["pretrained"] * before + [f"round {k + 1}" for k in range(total)]
+        name = "pretrained" if self.summary.get("pretrain", True) else "untrained"
+        return [name] * before + [f"round {k + 1}" for k in range(total)]
 
     def matrix(self) -> AccuracyMatrix:
         """Return the accuracy matrix with its metrics: row i has seen experiences 0 to i."""
         matrix = AccuracyMatrix()
         for i, row in enumerate(self.accuracy):
-            matrix.append(row, min(i + 1, len(row)))
+            matrix.append(row, min(i + 1, len(row) - len(self.untrained)))
         return matrix
 
     def series(self, key: str, at: str) -> tuple[list[float], list[float]]:

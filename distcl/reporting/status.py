@@ -21,7 +21,8 @@ class RunStatus:
     """What a run folder tells. Times in seconds; None where nothing is known.
 
     ``state``: running, done, failed, preempted, or ``gone``: it says running, but its process is
-    not there any more. ``left``: estimated from the pace so far.
+    not there any more. ``left``: estimated from the pace so far. ``results``: shares, or R² where
+    that is the ``metric``.
     """
 
     state: str
@@ -33,6 +34,7 @@ class RunStatus:
     left: float | None
     silent: float | None
     results: dict[str, float]
+    metric: str = "accuracy"
 
     def __str__(self) -> str:
         lines = [f"state       {self.state}" + (f": {self.reason}" if self.reason else "")]
@@ -48,7 +50,8 @@ class RunStatus:
             lines.append(f"time left   about {clock(self.left)}")
         if self.silent is not None and self.silent >= 60:
             lines.append(f"last sign   {clock(self.silent)} ago")
-        lines += [f"{name:<11} {100 * value:.1f}" for name, value in self.results.items()]
+        shown = "{:.3f}".format if self.metric == "r2" else lambda value: f"{100 * value:.1f}"
+        lines += [f"{name:<11} {shown(value)}" for name, value in self.results.items()]
         return "\n".join(lines)
 
 
@@ -68,21 +71,30 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
     if state == "running":
         if _is_gone(progress):
             state, reason = "gone", f"process {progress['pid']} of {progress['host']} has ended"
-        elif seconds and progress["first_share"] < progress["share"] <= 1:
+        elif (
+            seconds
+            and None not in (progress["first_share"], progress["share"])
+            and (progress["first_share"] < progress["share"] <= 1)
+        ):
             pace = (progress["share"] - progress["first_share"]) / seconds
             left = (1 - progress["share"]) / pace
     else:
         silent = None
-    results = {}
+    results, metric = {}, "accuracy"
     if summary:
+        metric = str(summary.get("metric", metric))
+        name = "R²" if metric == "r2" else "accuracy %"
+        keys = {name: summary.get("average_accuracy"), "forgetting": summary.get(_FORGETTING)}
+        if end := summary.get("stream_end"):
+            first = {"R² at end": end.get("r2")}
+            if metric != "r2":
+                first = {"error %": 1 - end["accuracy"]}
+            keys = first | keys
         seconds, rate = summary.get("seconds"), summary.get("samples_per_second")
         last = len(summary.get("rounds") or [])
-        results = {
-            name: summary[key]
-            for name, key in (("accuracy %", "average_accuracy"), ("forgetting", _FORGETTING))
-            if isinstance(summary.get(key), float)
-        }
-    return RunStatus(state, reason, last, _stage(progress), rate, seconds, left, silent, results)
+        results = {name: value for name, value in keys.items() if isinstance(value, float)}
+    stage = _stage(progress)
+    return RunStatus(state, reason, last, stage, rate, seconds, left, silent, results, metric)
 
 
 _FORGETTING = "average_forgetting"
@@ -150,14 +162,20 @@ def clock(seconds: float) -> str:
 
 def _last_round(folder: Path) -> int | None:
     """Return the last round that was evaluated, by ``metrics.jsonl``."""
-    done = [line.get("round") for line in read_metrics(folder) if any("/0" in k for k in line)]
+    done = [
+        line.get("round")
+        for line in read_metrics(folder)
+        if any(k.startswith(("accuracy/", "r2/")) for k in line)
+    ]
     return max((r for r in done if isinstance(r, int)), default=None)
 
 
 def _stage(progress: dict[str, Any]) -> str:
     if not progress:
         return ""
-    text = f"{progress['title']}, {progress['done']} of {progress['of']}"
+    text = str(progress["title"])
+    if progress["of"]:
+        text += f", {progress['done']} of {progress['of']}"
     if progress["value"] is not None:
         text += f", {progress['metric']} {progress['value']:.4f}"
     return text

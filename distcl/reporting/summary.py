@@ -49,6 +49,7 @@ def summarize(
         trained += float(trainer.pretraining["train_seconds"])
     summary = {
         "status": "done",
+        "folder": config.run.out,
         "world_size": runtime.world_size,
         "strategy": config.parallel.strategy,
         "seconds": seconds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -166,25 +166,41 @@ def _verdict(
     note = f" Diverged, so left out: {', '.join(lost)}." if lost else ""
     if all(d.accuracy.n < 2 for d in differences):
         return "There are fewer than two pairs of runs: no verdict; give more --seeds." + note
-    better = [d for d in differences if d.significant and d.accuracy.mean > 0]
-    worse = [d for d in differences if d.significant and d.accuracy.mean < 0]
+    found = [d for d in differences if d.significant]
+    found.sort(key=lambda d: d.accuracy.mean, reverse=True)
+    better = [d for d in found if d.accuracy.mean > 0]
+    worse = [d for d in found if d.accuracy.mean < 0]
+    open_ = [d for d in differences if not d.significant and d.accuracy.n > 1]
     names, advice = _words(first, others)
+    said = {d.variant: f"{names[d.variant]} by {_size(d, percent)}" for d in found}
     if better:
-        best = max(better, key=lambda d: d.accuracy.mean)
-        text = f"{names[best.variant]} is better here by {_size(best, percent)}; "
-        text += advice[best.variant]
-    elif len(worse) == len(differences):
-        nearest = max(worse, key=lambda d: d.accuracy.mean)
-        than = "" if len(worse) == 1 else " than any of the others"
-        text = f"{names['']} is better here{than} by {_size(nearest, percent)}; {advice['']}"
+        best, *next_ = (d.variant for d in better)
+        text = f"{names[best]} is better here by {_size(better[0], percent)}"
+        text += "".join(f", so is {said[name]}" for name in next_)
+        text += "".join(f", worse is {said[d.variant]}" for d in worse)
+        text += f"{_unshown(open_, names)}; "
+        text += f"the best is {names[best]}: " * (len(found) > 1) + advice[best]
+    elif worse:
+        than = " than any of the others" * (1 < len(worse) == len(differences))
+        parts = [f"by {_size(d, percent)}" for d in worse]
+        if len(differences) > 1:
+            pairs = zip(parts, worse, strict=True)
+            parts = [f"{part} against {names[d.variant]}" for part, d in pairs]
+        text = f"{names['']} is better here{than} {', '.join(parts)}{_unshown(open_, names)}; "
+        text += advice[""]
     else:
-        open_ = [d for d in differences if not d.significant]
         widest = max(open_, key=lambda d: d.accuracy.mean)
         text = (
             f"no difference is shown here: {names[widest.variant]} minus {names['']} is "
             f"{_size(widest, percent, signed=True)}; take what is simpler, or more --seeds"
         )
     return text[0].upper() + text[1:] + "." + note
+
+
+def _unshown(differences: Sequence[Difference], names: Mapping[str, str]) -> str:
+    if not differences:
+        return ""
+    return f"; no difference is shown of {', '.join(names[d.variant] for d in differences)}"
 
 
 def _size(d: Difference, percent: bool, signed: bool = False) -> str:

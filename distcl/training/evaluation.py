@@ -46,7 +46,7 @@ class Evaluator:
             value = 1.0 - float(errors.double().mean())
         if not math.isfinite(value):
             raise DivergenceError(
-                f"{self._metric} on experience {experience.index} is {value} {when}: the model's "
-                "outputs are NaN or infinite"
+                f"{self._metric} on experience {experience.index + 1} is {value} {when}: the "
+                "model's outputs are NaN or infinite"
             )
         return value

@@ -93,6 +93,10 @@ class Reporter:
                 + "; ".join(found)
             )
         told = {"uniform": judged.uniform, "aim": judged.aim, "staleness": staleness}
+        if judged.uniform:
+            told["words"] = f"uniform draws: {'; '.join(judged.doubts)}"
+        elif found:
+            told["words"] = f"sampling by priority is likely to hurt: {'; '.join(found)}"
         return {"guard": told}, words
 
 

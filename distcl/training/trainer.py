@@ -232,10 +232,11 @@ class ContinuousTrainer:
         self.evaluate_seconds += seconds
         if self.rounds:
             self.rounds[-1]["evaluate_seconds"] = seconds
-        values = {f"{self.metric}/{e.index}": a for e, a in zip(experiences, row, strict=True)}
+        values = {f"{self.metric}/{e.index + 1}": a for e, a in zip(experiences, row, strict=True)}
         self.parts.tracker.log({"round": len(self.rounds), **values}, self.loop.steps)
         shown = " ".join(f"{a:.3f}" for a in row)
-        self._say(f"[{self.metric}] after round {len(self.rounds)}: {shown}")
+        what = "R²" if self.metric == "r2" else self.metric
+        self._say(f"[{what}] after round {len(self.rounds)}: {shown}")
         return row
 
     def accuracy(self, experience: Experience) -> float:

@@ -113,7 +113,12 @@ def test_every_method_stands_in_a_config() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_runs(path: Path, tmp_path: Path) -> None:
+def test_a_shipped_config_runs_and_nothing_warns(
+    path: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
     command = "run" if f"distcl run configs/{path.name}" in path.read_text() else "train"
     sets = _sets(path, tmp_path)
     strategy = load_config(path, sets).parallel.strategy
@@ -123,9 +128,13 @@ def test_a_shipped_config_runs(path: Path, tmp_path: Path) -> None:
         arguments = [word for text in sets for word in ("--set", text)]
         done = distcl(command, str(path), "--out", str(tmp_path / "out"), *arguments, ranks=2)
         assert done.returncode == 0, done.stderr
+        assert not done.stderr, done.stderr
         return
     config = load_config(path, sets)
+    capfd.readouterr()
     summary = execute(command, config, tmp_path / "out")
+    assert not capfd.readouterr().err
+    assert not [str(w.message) for w in recwarn]
     assert summary["status"] == "done"
     assert all(math.isfinite(a) for row in summary["accuracy"] for a in row if a is not None)
     if command == "train":

@@ -73,7 +73,7 @@ def test_the_lock_of_a_killed_run_is_free_once_its_workers_are_gone(tmp_path: Pa
     holder = _hold(tmp_path, 3, 0)
     holder.wait()
     begun = time.monotonic()
-    with RunFolder(tmp_path, Config(), True).open():
+    with RunFolder(tmp_path, Config(), True).open("auto"):
         assert 1 < time.monotonic() - begun < 10
 
 

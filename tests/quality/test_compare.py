@@ -67,7 +67,7 @@ def test_what_is_done_is_not_done_again(folder, first):
     shutil.rmtree(given / "seed-1")
     again = compare(folder)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("[1/1] as given, seed 1") == 1 and again.stderr.count("seed") == 1
+    assert again.stderr.count("[4/4] as given, seed 1") == 1 and again.stderr.count("seed") == 1
     assert (given / "seed-0" / "summary.json").stat().st_mtime_ns == kept
     assert (
         json.loads(again.stdout)["differences"][0]["accuracy"]
@@ -75,8 +75,24 @@ def test_what_is_done_is_not_done_again(folder, first):
     )
 
 
-def test_a_run_that_fails_is_named_with_its_reason(folder, first):
-    done = compare(folder, "--set", "stream.source=arrays", "--set", "stream.path=gone.npz")
+def test_what_is_asked_is_counted_and_what_is_more_is_called_calibration(first):
+    told = first.stderr
+    assert "[calibration] 2 runs on seed 0, to make compute equal" in told
+    assert re.findall(r"^\[(\d/\d)\]", told, re.MULTILINE) == ["3/4", "4/4"]
+
+
+def test_runs_of_another_configuration_or_command_are_not_replaced(folder, first):
+    kept = (folder / "out" / "compare.json").read_bytes()
+    for more in (("--set", "training.epochs=3"), ("--command", "run")):
+        done = compare(folder, *more)
+        assert done.returncode == 2
+        assert "--overwrite" in done.stderr and str(folder / "out") in done.stderr
+    assert (folder / "out" / "compare.json").read_bytes() == kept
+
+
+def test_a_run_that_fails_is_named_with_its_reason(folder, tmp_path):
+    more = ("--set", "stream.source=arrays", "--set", "stream.path=gone.npz")
+    done = compare(folder, *more, "--out", str(tmp_path / "out"))
     assert done.returncode == 3
     # all of them fail, and either variant may be the first
     assert re.search(r"the run of '[^']+' with seed \d failed", done.stderr), done.stderr

@@ -26,10 +26,11 @@ def test_the_sweep_runs_uniform_against_prioritized_draws(tmp_path):
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
         "HOME": str(tmp_path),
         "OMP_NUM_THREADS": "1",
+        "WANDB_SWEEP_ID": "s1",  # as the agent sets it
         **short,
     }
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=150)
-    (run,) = (tmp_path / "runs" / "sweep").iterdir()
+    (run,) = (tmp_path / "runs" / "sweep-s1").iterdir()
     assert run.name == "-".join(chosen)
     assert SWEEP["metric"]["name"] in json.loads((run / "summary.json").read_text())
     assert list(run.glob("wandb/offline-run-*"))

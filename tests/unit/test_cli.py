@@ -53,11 +53,11 @@ def job(monkeypatch):
     job.asked = []
     job.act = lambda display, tell: None
 
-    def execute(command, config, out, progress, tell, resume, allow_changed):
+    def execute(command, config, out, progress, tell, resume, allowed, overwrite, numbered):
         job.asked.append((command, config, out, progress))
-        job.resumed = (resume, allow_changed)
+        job.resumed, job.folder = (resume, allowed), (overwrite, numbered)
         job.act(progress, tell)
-        return SUMMARY
+        return {**SUMMARY, "folder": str(out)}
 
     job.execute = execute
     monkeypatch.setitem(sys.modules, "distcl.job", job)
@@ -126,6 +126,9 @@ def test_the_folder_has_a_default_and_a_key(distcl_command, job, config_file):
     distcl_command("run", "--config", config_file)
     distcl_command("run", config_file, "--set", "run.out=elsewhere")
     assert [asked[2] for asked in job.asked] == [Path("runs/a"), Path("elsewhere")]
+    assert job.folder == (False, False)
+    distcl_command("run", config_file, "--overwrite")
+    assert job.folder == (True, True)
 
 
 def test_resume_and_the_keys_that_may_change_are_passed_on(distcl_command, job, config_file):
@@ -139,7 +142,7 @@ def test_json_is_alone_on_stdout(distcl_command, job, config_file):
     job.act = lambda display, tell: display.message("progress")
     code, out, err = distcl_command("run", config_file, "--json")
     assert code == 0
-    assert json.loads(out) == SUMMARY
+    assert json.loads(out) == {**SUMMARY, "folder": "runs/a"}
     assert "progress" in err
 
 
@@ -148,7 +151,7 @@ def test_quiet_prints_nothing(distcl_command, job, config_file):
     assert job.asked[0][3] is None
     code, out, _ = distcl_command("run", config_file, "--quiet", "--json")
     assert code == 0
-    assert json.loads(out) == SUMMARY
+    assert json.loads(out) == {**SUMMARY, "folder": "runs/a"}
 
 
 def fails_with(error):

@@ -165,3 +165,27 @@ def test_status_and_help_need_neither_torch_nor_matplotlib(tmp_path):
     )
     for arguments in (["--help"], ["status", str(folder)], ["report", "--help"]):
         subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+def test_r2_is_no_percentage_in_the_report_of_several_runs(tmp_path):
+    folders = []
+    for seed in (0, 1):
+        folders.append(run_folder(tmp_path / f"r{seed}", seed=seed))
+        found = json.loads((folders[-1] / "summary.json").read_text())
+        (folders[-1] / "summary.json").write_text(json.dumps(found | {"metric": "r2"}))
+    write_report(folders, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    text = re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert "accuracy" not in re.sub(r'(id|aria-label|href|clip-path)="[^"]*"', "", text).lower()
+    assert "points" not in text and "average R²" in text and "R² forgotten" in text
+
+
+def test_the_words_of_the_guard_are_in_the_report(tmp_path):
+    folder = run_folder(tmp_path / "a")
+    found = json.loads((folder / "summary.json").read_text())
+    words = "sampling by priority is likely to hurt: <aim>"
+    found["rounds"][1]["guard"] = {"uniform": False, "words": words}
+    (folder / "summary.json").write_text(json.dumps(found))
+    write_report([folder], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Guard, round 2: sampling by priority is likely to hurt: &lt;aim&gt;." in page

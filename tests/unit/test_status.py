@@ -1,15 +1,18 @@
 import json
+import math
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from distcl.errors import UsageError
+from distcl.monitoring.live import LiveEnd
 from distcl.reporting.progress import FolderProgress
 from distcl.reporting.status import read_metrics, read_status
 from distcl.training.build import Quiet
-from distcl.types import WATCHING
+from distcl.types import GROWING, WAITING, WATCHING
 
 
 def write_status(folder, state, reason=""):
@@ -92,3 +95,75 @@ def test_a_last_line_that_is_being_written_is_let_be_and_any_other_bad_line_is_n
     (tmp_path / "metrics.jsonl").write_text('{"round": 0}\nnonsense\n{"round": 1}\n')
     with pytest.raises(UsageError, match=r"metrics\.jsonl', line 2, is not JSON"):
         read_metrics(tmp_path)
+
+
+def test_r2_is_no_percentage(tmp_path):
+    write_status(tmp_path, "done")
+    summary = {"metric": "r2", "average_accuracy": 0.61, "average_forgetting": 0.1, "rounds": []}
+    summary |= {"seconds": 1.0, "stream_end": {"samples": 9, "r2": -0.25}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    shown = str(read_status(tmp_path))
+    assert "accuracy" not in shown and "%" not in shown
+    assert shown.splitlines()[-3:] == [
+        "R² at end   -0.250",
+        "R²          0.610",
+        "forgetting  0.100",
+    ]
+
+
+def test_the_error_at_the_end_of_the_stream_stands_before_the_accuracy(tmp_path):
+    write_status(tmp_path, "done")
+    summary = {"metric": "accuracy", "average_accuracy": 0.859, "rounds": [], "seconds": 1.0}
+    summary |= {"stream_end": {"samples": 1000, "accuracy": 0.62}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert str(read_status(tmp_path)).splitlines()[-2:] == [
+        "error %     38.0",
+        "accuracy %  85.9",
+    ]
+
+
+def test_of_a_stream_that_may_grow_nobody_says_how_much_is_left(tmp_path):
+    write_status(tmp_path, "running")
+    clock, shown = Clock(), []
+
+    class Shown(Quiet):
+        def round_begins(self, title, steps, metric="loss"):
+            shown.append((title, steps))
+
+        def step(self, done, value, samples_per_second):
+            shown.append(done)
+
+    progress = FolderProgress(Shown(), tmp_path, stages=0, clock=clock)
+    progress.round_begins(GROWING, 500, "error")
+    clock.now = 10.0
+    progress.step(500, 0.5, 0.0)
+    assert "500 of 500" in str(read_status(tmp_path, now=10.0))
+    progress.round_begins(WAITING, 0, "error")
+    for clock.now in (100.0, 200.0):
+        progress.step(500, math.nan, 0.0)  # at every look in vain; no line for a person
+    found = read_status(tmp_path, now=201.0)
+    assert (found.left, found.silent) == (None, 1.0)
+    assert "now at      waiting for more samples\n" in str(found)
+    progress.round_begins(GROWING, 900, "error")
+    assert "500 of 900" in str(read_status(tmp_path, now=201.0))
+    assert shown == [(GROWING, 500), 500, (WAITING, 0), (GROWING, 900)]
+
+
+def test_whoever_waits_for_samples_says_so_and_what_came():
+    said, looks, came = [], [], iter([0, 0, 7, 0])
+
+    class Stream:
+        live_seconds = 0.4
+        arrived = staticmethod(lambda: next(came, 0))
+        grow = staticmethod(np.arange)
+
+    class Alone:
+        is_main = True
+        broadcast = staticmethod(lambda value: value)
+
+    end = LiveEnd(Stream(), Alone(), said.append, lambda: looks.append(1))
+    assert end.wait().tolist() == list(range(7)) and end.open and len(looks) == 2
+    assert len(end.wait()) == 0 and not end.open
+    waiting = "[live] waiting 0.4 s at most for more samples"
+    ended = "[live] none came in 0.4 s: the stream has ended"
+    assert said == [waiting, "[live] 7 more samples have come", waiting, ended]

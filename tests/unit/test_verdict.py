@@ -53,13 +53,31 @@ def result(*arms):
         (
             [("", 0.7), ("a.b=1", 0.6), ("a.b=2", 0.65)],
             "The configuration as it is is better here than any of the others by 5.0 points",
-            "leave it.",
+            "against 'a.b=1'; leave it.",
+        ),
+        (
+            [("", 0.7), ("a.b=1", 0.7), ("a.b=2", 0.032)],
+            "The configuration as it is is better here by 66.8 points (95 % interval 66.5 to",
+            "against 'a.b=2'; no difference is shown of 'a.b=1'; leave it.",
+        ),
+        (
+            [("", 0.7), ("a.b=1", 0.75), ("a.b=2", 0.032), ("a.b=3", 0.7), ("a.b=4", 0.8)],
+            "'a.b=4' is better here by 10.0 points (",
+            "; no difference is shown of 'a.b=3'; the best is 'a.b=4': set it.",
         ),
     ],
 )
 def test_a_verdict_is_a_sentence_with_size_interval_and_advice(arms, begins, ends):
     verdict = result(*(arm(name, accuracy) for name, accuracy in arms)).verdict
     assert verdict.startswith(begins) and verdict.endswith(ends), verdict
+
+
+def test_every_significant_difference_is_named():
+    effects = {"a.b=1": 0.75, "a.b=2": 0.6, "a.b=3": 0.032, "a.b=4": 0.8, "a.b=5": 0.7}
+    verdict = result(arm("", 0.7), *(arm(name, mean) for name, mean in effects.items())).verdict
+    assert "so is 'a.b=1' by 5.0 points (" in verdict
+    assert "worse is 'a.b=2' by 10.0 points (" in verdict
+    assert "worse is 'a.b=3' by 66.8 points (" in verdict
 
 
 def test_pairs_with_a_diverged_run_are_left_out_and_named():

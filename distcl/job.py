@@ -301,7 +301,7 @@ class Job:
                 now = fingerprint(stream, saved) if more else self._data
                 changed = "; ".join(changes(saved, now))
                 if changed and "data" in allowed:
-                    self._say(f"[resume] the data changed since the checkpoint: {changed}")
+                    self.say(f"[resume] the data changed since the checkpoint: {changed}")
                 elif changed:
                     fault = (
                         f"the data differ from those of '{path}': {changed}\n"

@@ -25,13 +25,11 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,7 +38,7 @@ import numpy as np
 
 from distcl.data.shards.index import index_folder
 from distcl.data.shards.tar import END, member_bytes
-from tests.spawn import _context, free_port, rank_environment
+from tests.forked import Ended, Started
 
 LIMIT = 60.0
 """Seconds after which processes count as hung."""
@@ -94,18 +92,6 @@ class Trap:
     call: int
     strike: Callable[[], None]
     after: bool = False
-
-
-@dataclass
-class Ended:
-    """How the processes of a run ended. ``codes``: of each rank, None where it had to be killed."""
-
-    codes: list[int | None]
-    text: str
-
-    @property
-    def hung(self) -> bool:
-        return None in self.codes
 
 
 # ---------------------------------------------------------------- strikes, within a rank
@@ -180,83 +166,22 @@ def _set(trap: Trap, calls: Iterator[int]) -> None:
     setattr(owner, name, trapped)
 
 
-def _rank(
-    env: dict[str, str], said: Path, traps: list[Trap], count: Path | None, argv: Any
-) -> None:
-    import torch
-
-    from distcl.cli.app import main
-
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    counters = [itertools.count(1) for _ in traps]
-    for trap, calls in zip(traps, counters, strict=True):
+def _arm(traps: list[Trap], count: Path | None, rank: int) -> None:
+    """Set the traps of this rank; rank 0 writes at its end how often each function was called."""
+    mine = [trap for trap in traps if trap.rank == rank]
+    counters = [itertools.count(1) for _ in mine]
+    for trap, calls in zip(mine, counters, strict=True):
         if trap.point == "start":
             trap.strike()
         else:
             _set(trap, calls)
-    sys.argv = ["distcl", *argv]
-    if count is not None:
-        atexit.register(_write_counts, count, traps, counters)  # main() ends the process
-    main()
+    if count is not None and rank == 0:
+        atexit.register(_write_counts, count, mine, counters)  # main() ends the process
 
 
 def _write_counts(path: Path, traps: list[Trap], counters: list[Iterator[int]]) -> None:
     found = {t.point: next(c) - 1 for t, c in zip(traps, counters, strict=True)}
     path.write_text(json.dumps(found))
-
-
-_POLLING = threading.Lock()
-"""Held while processes are started or asked how they ended.
-
-A start asks all processes how they ended, those of other threads too; an exit code can be read only
-once, and whoever comes second takes it for 255.
-"""
-
-
-class Started:
-    """The processes of a run that has been started."""
-
-    def __init__(
-        self, argv: tuple[str, ...], said: Path, world: int, traps: Any, count: Any
-    ) -> None:
-        port = free_port()
-        said.parent.mkdir(parents=True, exist_ok=True)
-        self._said = said
-        self._from = said.stat().st_size if said.exists() else 0
-        self.processes = [
-            _context.Process(
-                target=_rank,
-                args=(
-                    rank_environment(rank, world, port) if world > 1 else {},
-                    said,
-                    [trap for trap in traps if trap.rank == rank],
-                    count if rank == 0 else None,
-                    argv,
-                ),
-            )
-            for rank in range(world)
-        ]
-        with _POLLING:
-            for process in self.processes:
-                process.start()
-
-    def end(self, limit: float = LIMIT) -> Ended:
-        """Wait for the end of all processes; kill those that are left after so many seconds."""
-        deadline = time.monotonic() + limit
-        for process in self.processes:
-            wait([process.sentinel], max(0.0, deadline - time.monotonic()))
-        with _POLLING:
-            codes = [process.exitcode for process in self.processes]
-            for process in self.processes:
-                process.kill()
-                process.join()
-        text = self._said.read_bytes()[self._from :].decode(errors="replace")
-        return Ended(codes, text)
 
 
 # ---------------------------------------------------------------- a campaign
@@ -353,7 +278,7 @@ class Campaign:
     ) -> Started:
         argv = ("train", str(self.config), "--out", str(out), "--resume", resume, "--quiet", *more)
         said = self.folder / "said" / f"{out.name}.txt"
-        return Started(argv, said, world or self.world, traps, count)
+        return Started(argv, said, world or self.world, functools.partial(_arm, list(traps), count))
 
     def finish(self, out: Path, *more: str, says: str = "") -> str:
         """Run to the end, and tell how it compares with the reference."""

@@ -88,7 +88,10 @@ class Freshness:
     def _pairs_of(
         drawn: torch.Tensor, losses: torch.Tensor, groups: list[Part]
     ) -> npt.NDArray[np.float64]:
-        """Return the samples' weights, in means, and losses, float64 [n, 2], where both are."""
+        """Return the samples' weights, in means, and losses, float64 [n, 2], where both are.
+
+        Losses are rounded as weights were, to float32: one sample drawn twice must be a tie.
+        """
         wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
         found = np.full(len(wanted), np.nan)
         for group in groups if len(wanted) else []:
@@ -99,7 +102,7 @@ class Freshness:
                 at = np.searchsorted(wanted, ids).clip(max=len(wanted) - 1)
                 held = np.flatnonzero(wanted[at] == ids)
                 found[at[held]] = group.weights[start + held] / mean
-        pairs = np.stack([found[place], losses.double().cpu().numpy()], axis=1)
+        pairs = np.stack([found[place], losses.float().double().cpu().numpy()], axis=1)
         known: npt.NDArray[np.float64] = pairs[np.isfinite(pairs).all(axis=1)]
         return known
 

@@ -77,6 +77,7 @@ def make_data(folder: Path) -> None:
         import datasets
     except ImportError:
         return  # the source is refused, and says why
+    datasets.disable_progress_bars()
     split = datasets.Dataset.from_dict({"image": images, "label": labels})
     split.save_to_disk(str(folder / "hf"))
 

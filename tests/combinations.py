@@ -13,11 +13,10 @@ real processes, in fp64, on uneven parts. It ends as
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +28,11 @@ import tomlkit
 from safetensors.numpy import load_file
 
 from distcl import registry
-from distcl.data.shards.index import index_folder
-from distcl.data.shards.tar import END, member_bytes
 from tests.forked import Ended, Started
+from tests.samples import samples, write_shards
 
 LIMIT = 150.0
-"""Seconds after which the processes of one run count as hung."""
+"""Seconds after which processes count as hung."""
 
 KEYED = {"stream.options": {"experiences": "key:site"}, "stream.drift": "none"}
 SHARDED = {"stream.options": {"experiences": "shards"}, "stream.drift": "none"}
@@ -58,21 +56,15 @@ SOURCES: dict[str, dict[str, Any]] = {
 """Keys of each source; paths are relative to the folder that :func:`make_data` fills."""
 
 
-# ---------------------------------------------------------------- data
-
-
 def make_data(folder: Path) -> None:
-    """Write what the sources read: 361 images [1, 8, 8] of 10 classes that can be learned."""
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 10, 361)
-    centres = rng.normal(size=(10, 1, 8, 8))
-    images = (rng.normal(size=(361, 1, 8, 8)) + centres[labels]).astype(np.float32)
+    """Write what the sources read into a folder that may exist."""
     folder.mkdir(parents=True, exist_ok=True)
+    images, labels = samples()
     np.savez(folder / "arrays.npz", x=images, y=labels)
     np.save(folder / "x.npy", images)
     np.save(folder / "y.npy", labels)
-    _write_shards(folder / "shards", images, labels, broken=frozenset())
-    _write_shards(folder / "damaged", images, labels, broken=frozenset((3, 77, 130, 180, 229, 301)))
+    write_shards(folder / "shards")
+    write_shards(folder / "damaged", broken=(3, 77, 130, 180, 229, 301))
     try:
         import datasets
     except ImportError:
@@ -80,24 +72,6 @@ def make_data(folder: Path) -> None:
     datasets.disable_progress_bars()
     split = datasets.Dataset.from_dict({"image": images, "label": labels})
     split.save_to_disk(str(folder / "hf"))
-
-
-def _write_shards(folder: Path, images: Any, labels: Any, broken: frozenset[int]) -> None:
-    folder.mkdir()
-    ends = (0, 59, 110, 140, 171, 214, 304, 335, 361)  # no two of one size
-    for shard, (start, end) in enumerate(itertools.pairwise(ends)):
-        part = "test" if shard in (2, 4, 6) else "train"  # streams hold out whole shards
-        with (folder / f"{part}-{shard}.tar").open("wb") as file:
-            for k in range(start, end):
-                array = io.BytesIO()
-                np.save(array, images[k])
-                x = array.getvalue()[: 100 if k in broken else None]
-                site = json.dumps({"site": "abc"[k % 5 % 3]})
-                file.write(member_bytes(f"{k:04d}.x.npy", x))
-                file.write(member_bytes(f"{k:04d}.cls", str(labels[k]).encode()))
-                file.write(member_bytes(f"{k:04d}.json", site.encode()))
-            file.write(END)
-    index_folder(folder)
 
 
 # ---------------------------------------------------------------- a combination
@@ -274,7 +248,8 @@ def attempt(what: Combination, folder: Path, ranks: Sequence[int]) -> Result:
         return Started(argv, folder / f"{out.name}.txt", world)
 
     started = {world: start(folder / f"ranks-{world}", world) for world in ranks}
-    ended = {world: one.end(LIMIT) for world, one in started.items()}
+    deadline = time.monotonic() + LIMIT
+    ended = {world: one.end(deadline - time.monotonic()) for world, one in started.items()}
     if result := judge(ended, folder):
         return result
     base = folder / f"ranks-{ranks[0]}"
@@ -332,8 +307,8 @@ def differences(first: Path, second: Path, exact: bool = False) -> str:
     if x.keys() != y.keys():
         found.append("names of weights differ")
     else:
-        apart = max((float(np.abs(x[k] - y[k]).max(initial=0.0)) for k in x), default=0.0)
-        if apart > (0.0 if exact else 1e-9) or np.isnan(apart):
+        apart = np.array([np.abs(x[k] - y[k]).max(initial=0.0) for k in x]).max(initial=0.0)
+        if not apart <= (0.0 if exact else 1e-9):  # not a number is neither
             found.append(f"weights differ by {apart:.3g}")
     return "; ".join(found[:6])
 

@@ -111,20 +111,19 @@ def names(kind: str) -> list[str]:
 def draw(seed: int, number: int, data: Path, ranks: Sequence[int]) -> Combination:
     """Draw a combination; sources, updaters and signals go round with its number."""
     random = Random(f"{seed} {number}")
-    turn = Random(seed).randrange(1000) + number
 
-    def one_of(kind: list[str]) -> str:
-        return kind[turn % len(kind)]
+    def one_of(kind: str, all_of: list[str]) -> str:
+        """Return each in turn, in another order every time round."""
+        again, place = divmod(number, len(all_of))
+        return Random(f"{seed} {kind} {again}").sample(all_of, len(all_of))[place]
 
     def likely(chance: float) -> bool:
         return random.random() < chance
 
     pick = random.choice
-    source, updater, signal = (
-        one_of(list(SOURCES)),
-        one_of(names("updater")),
-        one_of(names("signal")),
-    )
+    source = one_of("source", list(SOURCES))
+    updater = one_of("updater", names("updater"))
+    signal = one_of("signal", names("signal"))
     streamed = "streamed" in source
     where = "score" if streamed else pick(("score", "candidates", "online"))
     if where == "online" and signal in ("loss_delta", "disagreement") and likely(0.9):
@@ -212,7 +211,7 @@ def draw(seed: int, number: int, data: Path, ranks: Sequence[int]) -> Combinatio
         keys |= {"continual_learning.kfac_lambda": 5.0, "continual_learning.kfac_every": 2}
     command = "run" if likely(0.15) else "train"
     if command == "run":
-        keys["detector.name"] = one_of(names("detector"))
+        keys["detector.name"] = one_of("detector", names("detector"))
         keys |= {"monitor.warmup": 20, "monitor.window": pick((100, 131)), "monitor.collect": 20}
         if keys["detector.name"] == "ensemble":
             keys["detector.options"] = {"members": ["adwin", "page_hinkley"]}

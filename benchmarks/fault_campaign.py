@@ -1,12 +1,13 @@
 """Faults at random, for as long as wanted: does every run recover, or stop with its cause?
 
     python benchmarks/fault_campaign.py [--seed 1] [--minutes 20] [--at-once 3]
-                                        [--json FILE]
+                                        [--ranks 2] [--json FILE]
 
-The faults are those of tests/faults/campaign.py, on two processes. After each, the run goes on with
-``--resume auto`` and must have the draws, weights and accuracies of one that nobody disturbed. One
-after another all faults are tried, SIGKILL and SIGTERM most often, until the time is over. Prints
-fault × tries × recovered × clean stop × wrong × hung; exits with 1 unless wrong and hung are 0.
+The faults are those of tests/faults/campaign.py, on ``--ranks`` processes. After each, the run goes
+on with ``--resume auto`` and must have the draws, weights and accuracies of one that nobody
+disturbed, bit for bit. One after another all faults are tried, SIGKILL and SIGTERM most often,
+until the time is over. Prints fault × tries × recovered × clean stop × wrong × hung; exits with 1
+unless wrong and hung are 0.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,11 +33,11 @@ OFTEN = {"kill -9 in step": 6, "SIGTERM anywhere": 6}
 COLUMNS = ("recovered", "clean stop", "wrong", "hung", "not possible")
 
 
-def campaign(seed: int, minutes: float, at_once: int) -> dict[str, Counter[str]]:
+def campaign(seed: int, minutes: float, at_once: int, ranks: int) -> dict[str, Counter[str]]:
     """Try faults until the time is over; say of each try that goes wrong what happened."""
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     begun = time.monotonic()
-    field, tries = Campaign(folder / "campaign"), {fault: Counter[str]() for fault in FAULTS}
+    field, tries = Campaign(folder / "campaign", ranks), {fault: Counter[str]() for fault in FAULTS}
     turn = [fault for fault in FAULTS for _ in range(OFTEN.get(fault, 1))]
     numbers = itertools.count()
 
@@ -56,15 +58,11 @@ def campaign(seed: int, minutes: float, at_once: int) -> dict[str, Counter[str]]
     return tries
 
 
-def table(tries: dict[str, Counter[str]]) -> str:
-    """Return the table as text."""
-    rows = [("fault", "tries", *COLUMNS)]
-    rows += [
-        (fault, str(found.total()), *(str(found[c]) for c in COLUMNS))
-        for fault, found in tries.items()
-    ]
-    every = sum(tries.values(), Counter[str]())
-    rows.append(("all", str(every.total()), *(str(every[c]) for c in COLUMNS)))
+def table(first: str, columns: Sequence[str], tries: dict[str, Counter[str]]) -> str:
+    """Return a table as text: ``first`` × tries × columns, and their sums."""
+    rows = [(first, "tries", *columns)]
+    for name, found in [*tries.items(), ("all", sum(tries.values(), Counter[str]()))]:
+        rows.append((name, str(found.total()), *(str(found[c]) for c in columns)))
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
@@ -80,11 +78,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--at-once", type=int, default=3, help="tries at the same time")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a run, 2 or more")
     parser.add_argument("--json", type=Path, help="write the counts to this file")
     args = parser.parse_args()
     begun = time.monotonic()
-    tries = campaign(args.seed, args.minutes, args.at_once)
-    print(table(tries))
+    tries = campaign(args.seed, args.minutes, args.at_once, args.ranks)
+    print(table("fault", COLUMNS, tries))
     print(f"seed {args.seed}, {(time.monotonic() - begun) / 60:.1f} minutes")
     if args.json:
         args.json.write_text(json.dumps(tries, indent=1))

@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.quality import data, tables  # noqa: E402
-from benchmarks.quality.forked import Forked  # noqa: E402
 from benchmarks.quality.grid import Grid  # noqa: E402
 from benchmarks.quality.suites import QUICK, SUITES, Study, Suite  # noqa: E402
 from distcl.reporting.comparison import Plan, Variant, execute  # noqa: E402
 from distcl.reporting.verdict import as_json, judge  # noqa: E402
+from tests.forked import start  # noqa: E402
 
 HERE = Path(__file__).parent
 KEPT = (
@@ -62,7 +62,7 @@ def main() -> None:
     for name in options.only or NAMES:
         work = options.work / name
         if name in tables.OTHERS:
-            grid = Grid(Forked(), config, given, work, print, {"OMP_NUM_THREADS": "1"})
+            grid = Grid(start, config, given, work, print, {"OMP_NUM_THREADS": "1"})
             _write(tables.OTHERS[name].measure(grid), results / f"{name}.json")
         else:
             run_suite(name, SUITES[name], config, given, work, results, options.jobs, options.study)
@@ -114,7 +114,7 @@ def run_study(
         jobs=jobs,
     )
     say = lambda text: print(f"  {study.name}: {text}", flush=True)  # noqa: E731
-    return as_json(judge(plan, execute(plan, say, Forked())))
+    return as_json(judge(plan, execute(plan, say, start)))
 
 
 def _write(found: dict[str, Any], path: Path) -> None:

@@ -38,28 +38,36 @@ class BadSamples:
         return self._unusable + len(self._bad)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the bad samples found so far, as ids of experience 0, int64 [N]."""
-        return {"bad": torch.from_numpy(self._bad)}
+        """Return the bad samples that all know, and those that some rank has found. Collective.
+
+        ``bad``: as ids of experience 0, int64 [N]; ``found``: the ids asked for, int64 [N].
+        """
+        return {"bad": torch.from_numpy(self._bad), "found": torch.from_numpy(self._found())}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what ``state_dict`` returned."""
         self._bad = state["bad"].numpy()
+        self._replaced.update(state["found"].tolist())
+
+    def _found(self) -> Ids:
+        """Return the ids in whose place any rank has read another, int64 [N]. Collective."""
+        run = self._runtime
+        mine = torch.tensor(sorted(self._replaced), dtype=torch.int64, device=run.device)
+        each = 0
+        if self._active:
+            each = int(run.all_reduce(torch.tensor(len(mine), device=run.device), "max"))
+        if not each:
+            return np.empty(0, dtype=np.int64)
+        padded = mine.new_full((each,), -1)
+        padded[: len(mine)] = mine
+        found: Ids = np.unique(run.all_gather(padded, each * run.world_size).cpu().numpy())
+        return found[found >= 0]
 
     def update(self) -> None:
         """Gather what each rank has found. Collective."""
-        if not self._active:
-            return
-        run = self._runtime
-        mine = torch.tensor(sorted(self._replaced), dtype=torch.int64, device=run.device)
-        each = int(run.all_reduce(torch.tensor(len(mine), device=run.device), "max"))
-        if not each:
-            return
-        padded = mine.new_full((each,), -1)
-        padded[: len(mine)] = mine
-        found = run.all_gather(padded, each * run.world_size).cpu().numpy()
-        found = np.setdiff1d(_samples(found[found >= 0]), self._bad)
+        found = np.setdiff1d(_samples(self._found()), self._bad)
         self._bad = np.union1d(self._bad, found)
-        if len(found) and run.is_main:
+        if len(found) and self._runtime.is_main:
             shown = ", ".join(map(str, found[:8].tolist())) + (", …" if len(found) > 8 else "")
             log.warning("[bad samples] %d skipped so far; new: %s", self.count, shown)
 

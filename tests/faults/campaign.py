@@ -1,46 +1,49 @@
-"""Faults on purpose: a small job of two real processes, hit at a random place, then run again.
+"""Faults on purpose: a small job of 2 or 3 real processes, hit at a random place, then run again.
 
 Each fault is tried with a random generator of its own. A try ends as
 
 - recovered: the run, gone on with ``--resume auto`` where it stopped, has the draws, the weights
-  and the accuracies of one that nobody disturbed;
+  and the accuracies of one that nobody disturbed, bit for bit;
 - clean stop: it ended by itself with an exit code and a sentence that names the cause;
 - wrong: anything else;
 - hung: a process did not end within the limit.
 
-Processes run the command line itself. A *trap* is put around one function of one rank; at its n-th
-call it strikes: SIGKILL, SIGTERM, a limit on the size of files, and so on.
+Processes run the command line itself, with traps of tests/faults/traps.py in them.
 """
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import functools
-import importlib
-import io
 import itertools
 import json
 import os
-import resource
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 
-from distcl.data.shards.index import index_folder
-from distcl.data.shards.tar import END, member_bytes
-from tests.spawn import _context, free_port, rank_environment
+from tests.faults.traps import (
+    POINTS,
+    Trap,
+    arm,
+    forbid_writing,
+    kill,
+    no_more_than,
+    obey_permissions,
+    remove,
+    set_clock_back,
+    terminate,
+)
+from tests.forked import Ended, Started
+from tests.samples import samples, write_shards
 
 LIMIT = 60.0
 """Seconds after which processes count as hung."""
@@ -73,199 +76,7 @@ every_steps = 4
 every_minutes = 0
 """
 
-POINTS = {
-    "scoring": "distcl.priority.scoring:Scorer._row",
-    "gather": "distcl.distributed.runtime:Runtime.all_gather",
-    "refresh": "distcl.parallel.anchor:Anchor.refresh",
-    "step": "distcl.training.step_loop:StepLoop._set_rate",
-    "evaluation": "distcl.training.evaluation:Evaluator.score",
-    "checkpoint write": "distcl.checkpoint.store:_sha256",
-    "rename": "distcl.checkpoint.store:_rename",
-}
-"""The phases of a run by name, and a function that each of them calls."""
-
-
-@dataclass(frozen=True)
-class Trap:
-    """Strike on one rank around the n-th call, from 1, of the function of a phase."""
-
-    rank: int
-    point: str
-    call: int
-    strike: Callable[[], None]
-    after: bool = False
-
-
-@dataclass
-class Ended:
-    """How the processes of a run ended. ``codes``: of each rank, None where it had to be killed."""
-
-    codes: list[int | None]
-    text: str
-
-    @property
-    def hung(self) -> bool:
-        return None in self.codes
-
-
-# ---------------------------------------------------------------- strikes, within a rank
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def no_more_than(size: int) -> None:
-    """Let no file grow beyond so many bytes: the disk is full for whatever is larger."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def set_clock_back(seconds: float) -> None:
-    """Let ``time.time`` jump back; ``time.monotonic`` never does."""
-    now = time.time
-    time.time = lambda: now() - seconds
-
-
-def obey_permissions() -> None:
-    """Give up root's power to write where the permissions forbid it, for this thread and its own.
-
-    That is CAP_DAC_OVERRIDE, bit 1 of the effective capabilities.
-    """
-    if os.geteuid():
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 bits
-    assert libc.capget(header, sets) == 0
-    sets[0] &= ~(1 << 1) & 0xFFFFFFFF
-    assert libc.capset(header, sets) == 0
-
-
-def forbid_writing(folder: Path) -> None:
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o555 if path.is_dir() else 0o444)
-
-
-def remove(path: Path) -> None:
-    with suppress(FileNotFoundError):
-        path.unlink()
-
-
-# ---------------------------------------------------------------- one rank
-
-
-def _set(trap: Trap, calls: Iterator[int]) -> None:
-    module, _, name = POINTS[trap.point].partition(":")
-    owner: Any = importlib.import_module(module)
-    *classes, name = name.split(".")
-    for part in classes:
-        owner = getattr(owner, part)
-    function = getattr(owner, name)
-
-    @functools.wraps(function)
-    def trapped(*args: Any, **kwargs: Any) -> Any:
-        due = next(calls) == trap.call
-        if due and not trap.after:
-            trap.strike()
-        result = function(*args, **kwargs)
-        if due and trap.after:
-            trap.strike()
-        return result
-
-    setattr(owner, name, trapped)
-
-
-def _rank(
-    env: dict[str, str], said: Path, traps: list[Trap], count: Path | None, argv: Any
-) -> None:
-    import torch
-
-    from distcl.cli.app import main
-
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-    counters = [itertools.count(1) for _ in traps]
-    for trap, calls in zip(traps, counters, strict=True):
-        if trap.point == "start":
-            trap.strike()
-        else:
-            _set(trap, calls)
-    sys.argv = ["distcl", *argv]
-    if count is not None:
-        atexit.register(_write_counts, count, traps, counters)  # main() ends the process
-    main()
-
-
-def _write_counts(path: Path, traps: list[Trap], counters: list[Iterator[int]]) -> None:
-    found = {t.point: next(c) - 1 for t, c in zip(traps, counters, strict=True)}
-    path.write_text(json.dumps(found))
-
-
-_POLLING = threading.Lock()
-"""Held while processes are started or asked how they ended.
-
-A start asks all processes how they ended, those of other threads too; an exit code can be read only
-once, and whoever comes second takes it for 255.
-"""
-
-
-class Started:
-    """The processes of a run that has been started."""
-
-    def __init__(
-        self, argv: tuple[str, ...], said: Path, world: int, traps: Any, count: Any
-    ) -> None:
-        port = free_port()
-        said.parent.mkdir(parents=True, exist_ok=True)
-        self._said = said
-        self._from = said.stat().st_size if said.exists() else 0
-        self.processes = [
-            _context.Process(
-                target=_rank,
-                args=(
-                    rank_environment(rank, world, port) if world > 1 else {},
-                    said,
-                    [trap for trap in traps if trap.rank == rank],
-                    count if rank == 0 else None,
-                    argv,
-                ),
-            )
-            for rank in range(world)
-        ]
-        with _POLLING:
-            for process in self.processes:
-                process.start()
-
-    def end(self, limit: float = LIMIT) -> Ended:
-        """Wait for the end of all processes; kill those that are left after so many seconds."""
-        deadline = time.monotonic() + limit
-        for process in self.processes:
-            wait([process.sentinel], max(0.0, deadline - time.monotonic()))
-        with _POLLING:
-            codes = [process.exitcode for process in self.processes]
-            for process in self.processes:
-                process.kill()
-                process.join()
-        text = self._said.read_bytes()[self._from :].decode(errors="replace")
-        return Ended(codes, text)
-
-
 # ---------------------------------------------------------------- a campaign
-
-
-def _images() -> tuple[Any, Any]:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 10, 360)
-    return rng.normal(size=(360, 1, 8, 8)).astype(np.float32) + labels[:, None, None, None], labels
 
 
 @dataclass(eq=False)
@@ -321,23 +132,13 @@ class Campaign:
 
     def _make_shards(self) -> Campaign:
         data = self.folder / "shards"
-        data.mkdir()
-        images, labels = _images()
-        for shard in range(6):
-            with (data / f"train-{shard}.tar").open("wb") as file:
-                for k in range(shard, len(labels), 6):
-                    array = io.BytesIO()
-                    np.save(array, images[k])
-                    file.write(member_bytes(f"{k:04d}.x.npy", array.getvalue()))
-                    file.write(member_bytes(f"{k:04d}.cls", str(labels[k]).encode()))
-                file.write(END)
-        index_folder(data)
+        write_shards(data)
         more = f'source = "shards"\npath = "{data}"\n'
         return Campaign(self.folder / "on-shards", self.world, more, data)
 
     def _make_arrays(self) -> Campaign:
         data = self.folder / "arrays.npz"
-        images, labels = _images()
+        images, labels = samples()
         np.savez(data, x=images, y=labels)
         more = f'source = "arrays"\npath = "{data}"\n'
         return Campaign(self.folder / "on-arrays", self.world, more, data)
@@ -349,11 +150,10 @@ class Campaign:
         resume: str = "auto",
         traps: Any = (),
         count: Path | None = None,
-        world: int = 0,
     ) -> Started:
         argv = ("train", str(self.config), "--out", str(out), "--resume", resume, "--quiet", *more)
         said = self.folder / "said" / f"{out.name}.txt"
-        return Started(argv, said, world or self.world, traps, count)
+        return Started(argv, said, self.world, functools.partial(arm, list(traps), count))
 
     def finish(self, out: Path, *more: str, says: str = "") -> str:
         """Run to the end, and tell how it compares with the reference."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.combinations import Combination, Result, attempt, make_data
 from tests.dist.test_shards import SHORT, data, essence, train
 from tests.spawn import distcl
 
@@ -36,3 +37,27 @@ def test_bad_samples_are_skipped_and_counted_the_same_at_every_world_size(data, 
     assert essence(one) == essence(two)
     assert one["bad_samples"] == two["bad_samples"] == 3
     assert "[bad samples]" in (tmp_path / "two" / "log.txt").read_text()
+
+
+def test_what_was_found_bad_before_a_checkpoint_is_left_out_after_it(tmp_path):
+    """Held-out samples are read first, and what is bad is agreed on as the first round begins."""
+    make_data(tmp_path / "data")
+    keys = {
+        "run.precision": "fp64",
+        "run.report": False,
+        "stream.source": "shards",
+        "stream.path": str(tmp_path / "data" / "damaged"),
+        "stream.experiences": 3,
+        "stream.drift": "none",
+        "data.on_bad_sample": "skip",
+        "training.batch_size": 7,
+        "training.steps_per_round": 3,
+        "training.pretrain_epochs": 1,
+        "checkpoint.every_steps": 20,  # once: of pretraining's 25 steps, and two rounds of 3
+    }
+    what = Combination("train", "damaged shards", keys, resume=(3, 3))
+    assert attempt(what, tmp_path / "runs", ranks=(3,)) == Result("equal")
+    saved = list((tmp_path / "runs" / "ranks-3" / "checkpoints").glob("step-*"))
+    assert [path.name for path in saved] == ["step-00000020"]
+    log = (tmp_path / "runs" / "resumed" / "log.txt").read_text()
+    assert "[bad samples] 6 skipped" in log

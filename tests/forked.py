@@ -1,0 +1,123 @@
+"""The command line in real processes, one a rank, forked from a server that has imported torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from tests.spawn import _context, free_port, preload, rank_environment
+
+for module in ("distcl.cli.app", "distcl.cli.training"):
+    preload(module)
+
+_POLLING = threading.Lock()
+"""Held while processes are started or asked how they ended.
+
+A start asks all processes how they ended, those of other threads too; an exit code can be read only
+once, and whoever comes second takes it for 255.
+"""
+
+
+@dataclass
+class Ended:
+    """How the processes of a run ended. ``codes``: of each rank, None where it had to be killed."""
+
+    codes: list[int | None]
+    text: str
+
+    @property
+    def hung(self) -> bool:
+        return None in self.codes
+
+
+class Started:
+    """The processes of a run of ``distcl`` that has been started.
+
+    What they print is appended to the file ``said``. ``first(rank)`` is called in each process
+    before the command line; it must be picklable.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        said: Path,
+        world: int = 1,
+        first: Callable[[int], None] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        port = free_port()
+        said.parent.mkdir(parents=True, exist_ok=True)
+        self._said = said
+        self._from = said.stat().st_size if said.exists() else 0
+        self.processes = [
+            _context.Process(
+                target=_rank,
+                args=(
+                    {
+                        **(environment or {}),
+                        **(rank_environment(rank, world, port) if world > 1 else {}),
+                    },
+                    said,
+                    rank,
+                    first,
+                    list(argv),
+                ),
+            )
+            for rank in range(world)
+        ]
+        with _POLLING:
+            for process in self.processes:
+                process.start()
+
+    def end(self, limit: float | None = 60.0) -> Ended:
+        """Wait for the end of all processes; kill those that are left after so many seconds."""
+        deadline = None if limit is None else time.monotonic() + limit
+        for process in self.processes:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            wait([process.sentinel], left)
+        with _POLLING:
+            codes = [process.exitcode for process in self.processes]
+            for process in self.processes:
+                process.kill()
+                process.join()
+        text = self._said.read_bytes()[self._from :].decode(errors="replace")
+        return Ended(codes, text)
+
+
+def start(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run one process to its end, however long; see ``distcl.reporting.comparison.Start``."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = Started(arguments, Path(folder) / "said", environment=environment).end(None)
+    return ended.codes[0] or 0, ended.text
+
+
+def _rank(
+    env: dict[str, str],
+    said: Path,
+    rank: int,
+    first: Callable[[int], None] | None,
+    argv: list[str],
+) -> None:
+    import torch
+
+    from distcl.cli.app import main
+
+    multiprocessing.set_start_method("fork", force=True)  # of its workers, as where distcl is typed
+    os.environ.update(env)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    if first is not None:
+        first(rank)
+    sys.argv = ["distcl", *argv]
+    main()

@@ -25,7 +25,8 @@ from distcl.priority.weighting import Sums, Weights
 from distcl.sampling.candidates import Chooser
 from distcl.sampling.composition import HISTORY, MAIN, Mix
 from distcl.sampling.draw_log import Account, Drawn, LaneAccount, WholeAccount, weight_histogram
-from distcl.sampling.sampler import DistributedWeightedSampler, Part, Permutations, WindowPlan
+from distcl.sampling.groups import Part, Permutations
+from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.sampling.sequential import LaneSampler, Streamed
 from distcl.sampling.staleness import Freshness
 from distcl.types import Batch, Ids, Source
@@ -40,10 +41,10 @@ class Feed:
     """The batches of one round after another: weigh, rebuild, then iterate over the steps.
 
     One plan draws the training batches, from the current data and, if history is mixed in, from
-    both; a second one draws history batches for updaters that take them. A plan whose weights
-    change on the way (``ledger``) is a WindowPlan, any other a DistributedWeightedSampler, whose
-    batches may be candidates that a Chooser chooses among; over a source that is read from front
-    to back, a LaneSampler. There, each rank has the weights and draws of its own lanes only.
+    both; a second one draws history batches for updaters that take them. A plan is a
+    DistributedWeightedSampler, in windows if its weights change on the way (``ledger``); its
+    batches may be candidates that a Chooser chooses among. Over a source that is read from front
+    to back it is a LaneSampler: there, each rank has the weights and draws of its own lanes only.
     """
 
     def __init__(
@@ -190,11 +191,11 @@ class Feed:
         """Return who draws the training batches, or the history batches."""
         rank, world = self._runtime.rank, self._runtime.world_size
         size, seed, draw = self._mix.sizes[which], self._seed, self._priority.draw
+        window = number = None
+        stream = which
         if self._ledger is not None and any(group.weights is not None for group in groups):
-            window = self._priority.refresh_steps
-            plan = WindowPlan(size, window, rank, world, seed, draw, stream=which + _WINDOWS)
-            plan.begin(self._round, groups, self.steps())
-            return plan
+            window, number = self._priority.refresh_steps, self.steps() * size
+            stream += _WINDOWS
         if self._weights.chosen[which]:
             of = self._priority.candidates
             size, groups = size * of, [replace(group, draws=group.draws * of) for group in groups]
@@ -205,12 +206,14 @@ class Feed:
             return self._streamed.sampler(size, groups, self._round, which)
         sampler = DistributedWeightedSampler(
             size,
+            window=window,
+            num_samples=number,
             rank=rank,
             world_size=world,
             seed=seed,
             draw=draw,
             round_index=self._round,
-            stream=which,
+            stream=stream,
         )
         sampler.set_groups(groups)
         return sampler
@@ -238,15 +241,9 @@ class Feed:
         Few steps of a round are looked at, and none of a round without weights.
         """
         if self._freshness.wants(step):
-            groups = [part for which in self._plans for part in self._drawn_from(which, step - 1)]
-            self._freshness.take(ids, losses, groups)
-
-    def _drawn_from(self, which: int, step: int) -> list[Part]:
-        """Return the groups that a plan's step, from 0, was drawn from."""
-        plan = self._plans[which]
-        if isinstance(plan, WindowPlan):
-            return plan.groups(step)
-        return self._groups(self._weights)[which]
+            plans = self._plans.values()
+            parts = [part for p in plans for part in p.groups((step - 1) % len(p))]
+            self._freshness.take(ids, losses, parts)
 
     @property
     def staleness(self) -> float | None:
@@ -295,7 +292,7 @@ class Feed:
 
     def _lane(self, which: int, done: int) -> Iterator[tuple[Batch, Drawn]]:
         """Return the batches of a plan, without end or for all of the round's steps."""
-        lane = self._reader.batches(self._plans[which], self._groups(self._weights)[which])
+        lane = self._reader.batches(self._plans[which])
         chooser = self._choosers.get(which)
         if chooser is None:
             return lane
@@ -307,7 +304,11 @@ class Feed:
         clock = time.perf_counter()
         ledger.gather()
         update, rest = divmod(step, self._priority.refresh_steps)
-        windows = {w: plan for w, plan in self._plans.items() if isinstance(plan, WindowPlan)}
+        windows = {
+            w: plan
+            for w, plan in self._plans.items()
+            if isinstance(plan, DistributedWeightedSampler) and plan.window
+        }
         from_step = step + self._priority.refresh_steps
         if windows and not rest and from_step < self.steps():
             groups = self._groups(self._from_ledger(ledger, self._round, update))
@@ -335,12 +336,10 @@ class Feed:
 
         As tensors and plain values.
         """
-        plans = {}
-        for which, plan in self._plans.items():
-            consumed = done
-            if not isinstance(plan, WindowPlan) and done:
-                consumed = (done - 1) % len(plan) + 1
-            plans[which] = plan.state_dict(consumed)
+        plans = {
+            which: plan.state_dict((done - 1) % len(plan) + 1 if done else 0)
+            for which, plan in self._plans.items()
+        }
         return {
             "round": self._round,
             "current": ids_tensor(self._current),
@@ -448,8 +447,8 @@ class Correction:
 # Reads the batches that plans draw.
 
 
-Plan = DistributedWeightedSampler | LaneSampler | WindowPlan
-"""What draws one pass after another, or all of a round."""
+Plan = DistributedWeightedSampler | LaneSampler
+"""What draws one pass after another."""
 
 
 class Reader:
@@ -463,12 +462,8 @@ class Reader:
         self._data = data
         self._beta = correction
 
-    def batches(self, plan: Plan, groups: Sequence[Part]) -> Iterator[tuple[Batch, Drawn]]:
-        """Yield batches and what they drew: of a WindowPlan its steps, of another without end.
-
-        ``groups``: what a plan whose weights stay draws from. Collective if their weights lie in
-        slices.
-        """
+    def batches(self, plan: Plan) -> Iterator[tuple[Batch, Drawn]]:
+        """Yield batches and what they drew, without end. Collective if weights lie in slices."""
         loader = BatchLoader(
             self._source,
             plan,
@@ -478,16 +473,12 @@ class Reader:
             dtype=self._runtime.dtype,
         )
         correction = Correction(self._beta, self._runtime.dtype)
-        if isinstance(plan, WindowPlan):
-            for step, batch in enumerate(loader, start=plan.first_step):
-                yield correction.applied(batch, plan.groups(step)), plan.global_batch(step)
-            return
         epoch = plan.epoch
         while True:
             plan.set_epoch(epoch)
             for step, batch in enumerate(loader, start=plan.first_step):
                 yield (
-                    correction.applied(batch, groups),
+                    correction.applied(batch, plan.groups(step)),
                     plan.parts(step) if isinstance(plan, LaneSampler) else plan.global_batch(step),
                 )
             epoch += 1

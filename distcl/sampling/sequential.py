@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,11 @@ from distcl.priority.scoring import Scorer
 from distcl.priority.weighting import Sums, Weights
 from distcl.sampling import draws
 from distcl.sampling.draw_log import LaneAccount
-from distcl.sampling.sampler import Part
+from distcl.sampling.groups import Part
 from distcl.types import ROW_BITS, Ids, Source, as_array, as_tensor
 
 _ROWS = (1 << ROW_BITS) - 1
 _BLOCK = 1 << 16  # weights quantized together
-
-
-@dataclass(frozen=True, slots=True)
-class LaneGroup:
-    """Exactly ``draws`` of what ``slices`` hold over all ranks, by this rank's weights [n].
-
-    Without weights every sample is drawn as often as any other, but for one.
-    """
-
-    slices: Slices
-    weights: weighting.Weights | None
-    draws: int
 
 
 class LaneSampler:
@@ -70,7 +58,7 @@ class LaneSampler:
         self._window = window
         self._seed = seed
         self._stream = stream
-        self._groups: list[LaneGroup] = []
+        self._groups: list[Part] = []
         self._sums: list[Array] = []  # of each group's weights in fixed point, by run
         self._exponents: list[int] = []
         self._total = 0
@@ -80,11 +68,15 @@ class LaneSampler:
         self._begin = step
         self._plan: _Plan | None = None
 
-    def set_groups(self, groups: Sequence[LaneGroup]) -> None:
-        """Replace what is drawn. Collective. Raises ValueError naming the id of a bad weight."""
+    def set_groups(self, groups: Sequence[Part]) -> None:
+        """Replace what is drawn: exactly ``draws`` of each part, whose ``over`` is a Slices.
+
+        Without weights every sample is drawn as often as any other, but for one. Collective.
+        Raises ValueError naming the id of a bad weight.
+        """
         self._groups, self._sums, self._exponents = list(groups), [], []
         for group in groups:
-            held, number = group.slices, group.slices.number()
+            held, number = _slices(group.over), _slices(group.over).number()
             if number == 0:
                 raise ValueError("there are no ids to draw from")
             if group.weights is None:
@@ -137,7 +129,7 @@ class LaneSampler:
         return len(self._lanes())
 
     def _lanes(self) -> list[int]:
-        held = [group.slices.lanes[group.slices.sizes > 0] for group in self._groups]
+        held = [_slices(group.over).lanes[_slices(group.over).sizes > 0] for group in self._groups]
         return [int(lane) for lane in np.unique(np.concatenate([np.empty(0, np.int64), *held]))]
 
     def cut(self, step: int, readers: int) -> list[list[int]]:
@@ -150,6 +142,10 @@ class LaneSampler:
     def total(self, step: int) -> int:
         """Return the size of a global batch."""
         return min(self.batch_size, self._total - step * self.batch_size)
+
+    def groups(self, step: int) -> list[Part]:
+        """Return what a batch is drawn from."""
+        return self._groups
 
     def parts(self, step: int) -> list[tuple[int, Ids]]:
         """Return (lane, ids int64 [b]) of this rank's part of a batch, in order of lanes, runs."""
@@ -172,7 +168,7 @@ class LaneSampler:
         mine: dict[int, tuple[int, Ids, weighting.Positions]] = {}
         first = 0  # the group's first run
         for group, sums, exponent in zip(self._groups, self._sums, self._exponents, strict=True):
-            u, total, held = rng.random(), int(sums.sum()), group.slices
+            u, total, held = rng.random(), int(sums.sum()), _slices(group.over)
             counts.append(draws.systematic_counts_local(sums, 0, total, group.draws, u))
             offsets = np.cumsum(sums) - sums
             for run, place in held.runs():
@@ -340,7 +336,7 @@ class Streamed:
         made = LaneSampler(
             size, window=self._window, seed=self._seed, round_index=round_index, stream=stream
         )
-        made.set_groups([LaneGroup(_slices(g.over), g.weights, g.draws) for g in groups])
+        made.set_groups(groups)
         return made
 
     def state(self, weights: RoundWeights | None, account: LaneAccount | None) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from distcl import Runtime, registry
 from distcl.data.stream import create_stream
 from distcl.training.build import assemble
 from distcl.priority.round_weights import RoundWeights
-from distcl.sampling.sampler import WindowPlan
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Batch, Ids
 from tests.small import small
@@ -196,7 +195,7 @@ def test_scores_follow_ids_through_mixing_shares_and_eviction(tmp_path: Path) ->
         assert len(history) == 100
         trainer.run_round(experience, "scheduled")
         plan = trainer.parts.feed._plans[0]
-        assert isinstance(plan, WindowPlan)
+        assert plan.window
         current, stored = plan.groups(len(plan) - 1)
         assert current.weights is None
         assert stored.ids.tolist() == history.tolist()

@@ -16,7 +16,8 @@ from scipy import stats
 from distcl.priority import weighting
 from distcl.priority.population import Dealer, Slices
 from distcl.sampling.draw_log import LaneDigest, digest_of
-from distcl.sampling.sequential import LaneGroup, LaneSampler
+from distcl.sampling.groups import Part
+from distcl.sampling.sequential import LaneSampler
 from distcl.types import pack_ids
 
 N, LANES, WINDOW = 120, 4, 16
@@ -51,10 +52,10 @@ def sampler(size: int = 10, **keys: int) -> LaneSampler:
 
 def group(
     dealer: Dealer, ids: np.ndarray, weights: np.ndarray | None, draws_: int | None = None
-) -> LaneGroup:
+) -> Part:
     slices = dealer.deal(ids)
     mine = None if weights is None else slices.pick(ids, weights)
-    return LaneGroup(slices, mine, len(ids) if draws_ is None else draws_)
+    return Part(slices.ids, mine, len(ids) if draws_ is None else draws_, slices)
 
 
 WEIGHTS = np.random.default_rng(0).exponential(size=N) ** 2
@@ -264,7 +265,7 @@ def test_a_rank_holds_at_most_48_bytes_a_sample_over_the_number_of_ranks(world):
         dealer = Dealer(12, cut, dealer.rank, dealer.world_size, dealer.reduce)
         slices = dealer.deal(ids)
         made = LaneSampler(64, window=1024)
-        made.set_groups([LaneGroup(slices, weights[slices.ids], n)])
+        made.set_groups([Part(slices.ids, weights[slices.ids], n, slices)])
         return len(made.parts(0))
 
     tracemalloc.start(1)

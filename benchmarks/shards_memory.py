@@ -60,8 +60,8 @@ def draws(folder: Path, access: str) -> None:
     from distcl.data.shards.sequential import StreamedSource
     from distcl.distributed.runtime import Runtime
     from distcl.priority.population import Dealer
-    from distcl.sampling.sampler import DistributedWeightedSampler
     from distcl.sampling.groups import Part
+    from distcl.sampling.sampler import DistributedWeightedSampler
     from distcl.sampling.sequential import LaneSampler
     from distcl.types import Ids
 

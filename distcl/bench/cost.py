@@ -23,8 +23,8 @@ from distcl.bench.setting import config_of, stream_of, trainer_of
 from distcl.distributed.memory import FlopCount
 from distcl.distributed.runtime import Runtime
 from distcl.priority.population import Dealer
-from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.sampling.groups import Part
+from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.sampling.sequential import LaneSampler
 from distcl.types import Ids
 

@@ -32,8 +32,8 @@ from distcl.data.shards.writer import Members, write_shards
 from distcl.data.stream import create_stream
 from distcl.errors import UsageError
 from distcl.priority.population import Dealer
-from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.sampling.groups import Part
+from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.sampling.sequential import LaneSampler
 
 BATCH = 256

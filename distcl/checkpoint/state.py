@@ -52,7 +52,7 @@ def collect(
 ) -> Contents:
     """Return what a checkpoint of the run holds. Collective."""
     parts = trainer.parts
-    partition, updater, feed = parts.forward.partition, parts.updater, parts.feed
+    partition, updater, loader = parts.forward.partition, parts.updater, parts.loader
     optimizer = partition.optimizer_state(parts.optimizer)
     mine = {
         "ranges": {name: list(span) for name, span in partition.ranges().items()},
@@ -61,7 +61,7 @@ def collect(
         "optimizer_plain": optimizer.plain,
         "updater": updater.state_dict(),
         "random": random_state(parts.runtime),
-        "lanes": feed.lane_state(trainer.stage is not None),
+        "lanes": loader.lane_state(trainer.stage is not None),
     }
     shared = {
         "job": vars(job),
@@ -69,7 +69,7 @@ def collect(
         "monitor": None if monitor is None else monitor.state_dict(),
         "cache": None if mine["lanes"] else parts.scorer.cache.state_dict(),
         "forwards": parts.forward.forwards,
-        "ledger": feed.ledger_state(),
+        "ledger": loader.ledger_state(),
         "lrs": trainer.loop.base_lrs,
         "tracker": parts.tracker.state_dict(),
     }
@@ -136,9 +136,9 @@ def restore(
     place_steps(parts.optimizer)
     if shared["cache"] is not None:
         parts.scorer.cache.load_state_dict(shared["cache"])
-    parts.feed.load_lane_states([state["lanes"] for state in reader.ranks])
+    parts.loader.load_lane_states([state["lanes"] for state in reader.ranks])
     parts.forward.forwards = shared["forwards"]
-    parts.feed.load_ledger(shared["ledger"])
+    parts.loader.load_ledger(shared["ledger"])
     trainer.load_state_dict(shared["trainer"])
     if trainer.stage is not None:  # what the round trains on; what it found out comes next
         trainer.announce(trainer.stage.experience)

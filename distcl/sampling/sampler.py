@@ -259,6 +259,10 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         """
         return self._read(step, *self._span(step))
 
+    def parts(self, step: int) -> list[tuple[int, Ids]]:
+        """Return a global batch as (0, its ids), as LaneSampler does lane by lane."""
+        return [(0, self.global_batch(step))]
+
     def groups(self, step: int) -> list[Part]:
         """Return what a step's batch was drawn from; steps as for :meth:`global_batch`."""
         return self._window(step)[1]

@@ -13,15 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from distcl.config import ParallelConfig, RunConfig
+from distcl.distributed.runtime import Runtime
 from distcl.priority import weighting
 from distcl.priority.population import Dealer, Slices
-from distcl.sampling.draw_log import LaneDigest, digest_of
+from distcl.sampling.draw_log import DrawLog, digest_of
 from distcl.sampling.groups import Part
 from distcl.sampling.sequential import LaneSampler
 from distcl.types import pack_ids
 
 N, LANES, WINDOW = 120, 4, 16
 ALL = np.arange(N)
+RUNTIME = Runtime(RunConfig(), ParallelConfig())
 
 
 def lanes_of(ids: np.ndarray, lanes: int) -> np.ndarray:
@@ -88,16 +91,16 @@ def test_ranks_share_out_the_same_global_batches_at_every_world_size(
     world, lanes, size, n, history
 ):
     def run(dealer: Dealer) -> tuple[list[list[int]], list[int], dict[int, bytes]]:
-        made, digest = sampler(size), LaneDigest(dealer.mine)
+        made, log = sampler(size), DrawLog(RUNTIME, dealer)
         groups = [group(dealer, pack_ids(1, ALL), ALL + 0.5, n)]
         if history:
             groups.append(group(dealer, pack_ids(0, np.arange(0, N, 3)), None, 40))
         made.set_groups(groups)
         steps = list(made)
         for step in range(len(made)):
-            digest.add(made.parts(step))
+            log.add(made.parts(step))
         assert all(dealer.own(np.array(part, np.int64)).all() for part in steps)
-        return steps, [made.total(step) for step in range(len(made))], digest.chains
+        return steps, [made.total(step) for step in range(len(made))], log.chains
 
     (whole, totals, chains) = on_ranks(1, run, lanes)[0]
     assert len(whole) == -(-(n + 40 * history) // size) and sum(totals) == n + 40 * history

@@ -60,8 +60,9 @@ def draws(folder: Path, access: str) -> None:
     from distcl.data.shards.sequential import StreamedSource
     from distcl.distributed.runtime import Runtime
     from distcl.priority.population import Dealer
+    from distcl.sampling.groups import Part
     from distcl.sampling.sampler import DistributedWeightedSampler
-    from distcl.sampling.sequential import LaneGroup, LaneSampler
+    from distcl.sampling.sequential import LaneSampler
     from distcl.types import Ids
 
     runtime, data = Runtime(), DataConfig(access=access)
@@ -84,7 +85,7 @@ def draws(folder: Path, access: str) -> None:
         every = joined([IdRuns([0], [len(source)])])
         slices = Dealer.over(runtime, 8, lanes_of).deal(every)
         plan = LaneSampler(BATCH, window=1024)
-        plan.set_groups([LaneGroup(slices, rng.random(len(slices.ids)), len(source))])
+        plan.set_groups([Part(slices.ids, rng.random(len(slices.ids)), len(source), slices)])
     for step, ids in zip(range(STEPS), plan, strict=False):
         del step
         source.read(np.array(ids, dtype=np.int64))

@@ -23,8 +23,9 @@ from benchmarks.micro.setting import config_of, stream_of, trainer_of
 from distcl.distributed.memory import FlopCount
 from distcl.distributed.runtime import Runtime
 from distcl.priority.population import Dealer
+from distcl.sampling.groups import Part
 from distcl.sampling.sampler import DistributedWeightedSampler
-from distcl.sampling.sequential import LaneGroup, LaneSampler
+from distcl.sampling.sequential import LaneSampler
 from distcl.types import Ids
 
 BATCH = 256
@@ -124,7 +125,7 @@ def _streamed(n: int) -> float:
         slices = Dealer(64, lanes_of).deal(np.arange(n))
         weights = np.random.default_rng(0).gamma(1.0, size=n)
         sampler = LaneSampler(BATCH, window=1024)
-        sampler.set_groups([LaneGroup(slices, weights, n)])
+        sampler.set_groups([Part(slices.ids, weights, n, slices)])
         sampler.parts(0)
         held.append(sampler)
 

@@ -57,7 +57,7 @@ def steps(model: dict[str, Any], samples: int, repeats: int) -> list[float]:
             works.append(round_of(trainer, recipe is RECOMMENDED))
         clock = CPU if runtime.world_size == 1 else WALL
         found = seconds_of(*works, repeats=repeats, clock=clock)
-        found.append(trainers[0].parts.feed.priority_seconds)
+        found.append(trainers[0].parts.loader.priority_seconds)
     runtime.close()
     return [seconds * ONCE["batch_size"] / samples for seconds in found]
 
@@ -76,8 +76,8 @@ def round_of(trainer: ContinuousTrainer, weighted: bool) -> Work:
         number += 1
         weights = RoundWeights()
         if weighted:
-            weights = parts.feed.weigh(number, experience.train, history, True)
-        parts.feed.rebuild(number, experience.train, history, weights, True)
+            weights = parts.loader.weigh(number, experience.train, history, True)
+        parts.loader.rebuild(number, experience.train, history, weights, True)
         steps = len(experience.train) // ONCE["batch_size"]
         trainer.loop.run(Stage(number, "bench", experience, steps), "bench")
 

@@ -66,7 +66,7 @@ def steps_of(trainer: ContinuousTrainer, steps: int) -> Work:
     def train() -> None:
         nonlocal number
         number += 1
-        parts.feed.rebuild(number, first.train, past, RoundWeights(), history)
+        parts.loader.rebuild(number, first.train, past, RoundWeights(), history)
         stage = Stage(number, "bench", first, steps, report={"flops": None})
         trainer.loop.run(stage, "bench")
 

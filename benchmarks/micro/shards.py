@@ -33,8 +33,9 @@ from distcl.data.shards.writer import Members, write_shards
 from distcl.data.stream import create_stream
 from distcl.errors import UsageError
 from distcl.priority.population import Dealer
+from distcl.sampling.groups import Part
 from distcl.sampling.sampler import DistributedWeightedSampler
-from distcl.sampling.sequential import LaneGroup, LaneSampler
+from distcl.sampling.sequential import LaneSampler
 
 BATCH = 256
 SHARDS = 10
@@ -107,7 +108,7 @@ def ours(folder: Path, access: str, weights: np.ndarray | None, workers: int) ->
     if access == "stream":
         plan = LaneSampler(BATCH, window=1024)
         slices = Dealer(8, stream.lanes_of).deal(ids)
-        plan.set_groups([LaneGroup(slices, weights, len(ids))])
+        plan.set_groups([Part(slices.ids, weights, len(ids), slices)])
     else:
         plan = DistributedWeightedSampler(BATCH)
         plan.set_weights(ids, weights)

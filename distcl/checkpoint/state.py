@@ -59,7 +59,7 @@ def collect(
 ) -> Contents:
     """Return what a checkpoint of the run holds; ``data``: their fingerprint. Collective."""
     parts = trainer.parts
-    partition, updater, feed = parts.forward.partition, parts.updater, parts.feed
+    partition, updater, loader = parts.forward.partition, parts.updater, parts.loader
     optimizer = partition.optimizer_state(parts.optimizer)
     undo = trainer.undo.optimizer_state()
     mine = {
@@ -70,7 +70,7 @@ def collect(
         "undo": undo and {"optimizer": undo.slices, "optimizer_plain": undo.plain},
         "updater": updater.state_dict(),
         "random": random_state(parts.runtime),
-        "lanes": feed.lane_state(trainer.stage is not None),
+        "lanes": loader.lane_state(trainer.stage is not None),
     }
     shared = {
         "job": vars(job),
@@ -79,7 +79,7 @@ def collect(
         "monitor": None if monitor is None else monitor.state_dict(),
         "cache": None if mine["lanes"] else parts.scorer.cache.state_dict(),
         "forwards": parts.forward.forwards,
-        "ledger": feed.ledger_state(),
+        "ledger": loader.ledger_state(),
         "undo": trainer.undo.ledger_state(),
         "lrs": trainer.loop.base_lrs,
         "tracker": parts.tracker.state_dict(),
@@ -141,9 +141,9 @@ def restore(
     _load_optimizer(reader, parts)
     if shared["cache"] is not None:
         parts.scorer.cache.load_state_dict(shared["cache"])
-    parts.feed.load_lane_states([state["lanes"] for state in reader.ranks])
+    parts.loader.load_lane_states([state["lanes"] for state in reader.ranks])
     parts.forward.forwards = shared["forwards"]
-    parts.feed.load_ledger(shared["ledger"])
+    parts.loader.load_ledger(shared["ledger"])
     trainer.load_state_dict(shared["trainer"])
     if isinstance(parts.stream, DriftStream):  # not copies of what it was
         check_ids(parts.stream, trainer.history.ids(), f"the history of checkpoint '{path}'")

@@ -124,7 +124,7 @@ def joined(parts: Sequence[Ids]) -> Ids:
     runs = [part for part in parts if isinstance(part, IdRuns)]
     if not runs or len(runs) < len(parts):
         return np.concatenate([np.asarray(part) for part in parts])
-    return _as_ids(IdRuns(*(np.concatenate([getattr(r, k) for r in runs]) for k in _COLUMNS)))
+    return as_ids(IdRuns(*(np.concatenate([getattr(r, k) for r in runs]) for k in _COLUMNS)))
 
 
 def among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
@@ -144,15 +144,16 @@ def tensor_ids(tensor: torch.Tensor | None) -> Any:
     if tensor is None:
         return None
     found = frozen(tensor.numpy())
-    return found if found.ndim == 1 else _as_ids(IdRuns(*found))
+    return found if found.ndim == 1 else as_ids(IdRuns(*found))
 
 
 _COLUMNS = ("begins", "sizes")
 
 
 def _smaller(runs: IdRuns) -> Ids:
-    return _as_ids(runs) if 2 * len(runs.begins) < len(runs) else frozen(np.asarray(runs))
+    return as_ids(runs) if 2 * len(runs.begins) < len(runs) else frozen(np.asarray(runs))
 
 
-def _as_ids(runs: IdRuns) -> Ids:
+def as_ids(runs: IdRuns) -> Ids:
+    """Return runs typed as the array that they stand in for."""
     return cast("Ids", runs)  # as good as one wherever it is indexed or given to numpy

@@ -6,39 +6,46 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import torch
 
 from distcl.config import PriorityConfig
 from distcl.distributed.memory import large_arrays
-from distcl.priority.population import Slices
+from distcl.priority.online import Ledger
+from distcl.priority.population import Dealer, Slices
+from distcl.priority.scoring import Scorer
 from distcl.priority.weighting import (
     WHOLE,
     Of,
+    Positions,
     Sums,
     Weights,
     ess_fraction,
     shape_weights,
     top_share,
 )
-from distcl.types import Ids, as_array, as_tensor
+from distcl.types import Ids, Source, as_array, as_tensor, exact
 
 
 @dataclass
 class RoundWeights:
     """Draw weights of a round; None: uniform.
 
-    ``history`` belongs to the ids ``pool``, or to all of the history where that is None. By
-    ``chosen``, batches of current data or of history are chosen among candidates. ``report`` has
-    the statistics for summary.json; ``note`` is what else the log should say, or empty. ``over``,
-    for current data and history: how weights are summed; where that is a Slices, this rank has
-    only the weights of its ids.
+    ``history`` belongs to the ids ``pool``, or to all of the history where that is None.
+    ``weighted``: whether current data, and history, are to have weights in this round; by
+    ``chosen``, their batches are chosen among candidates. ``report`` has the statistics for
+    summary.json; ``note`` is what else the log should say, or empty. ``over``, for current data and
+    history: how weights are summed; where that is a Slices, this rank has only the weights of its
+    ids.
     """
 
     current: Weights | None = None
     history: Weights | None = None
     pool: Ids | None = None
+    weighted: tuple[bool, bool] = (False, False)
     chosen: tuple[bool, bool] = (False, False)
     over: tuple[Sums, Sums] = (WHOLE, WHOLE)
     report: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -71,6 +78,7 @@ class RoundWeights:
             "current": None if cut[0] else as_tensor(self.current),
             "history": None if cut[1] else as_tensor(self.history),
             "pool": as_tensor(self.pool),
+            "weighted": list(self.weighted),
             "chosen": list(self.chosen),
             "report": self.report,
             "note": self.note,
@@ -80,8 +88,16 @@ class RoundWeights:
     def from_state(cls, state: dict[str, Any]) -> RoundWeights:
         """Return the weights that ``state_dict`` was called on."""
         arrays = {name: as_array(state[name]) for name in ("current", "history", "pool")}
-        chosen = (state["chosen"][0], state["chosen"][1])
-        return cls(**arrays, chosen=chosen, report=state["report"], note=state["note"])
+        flags: dict[str, Any] = {name: tuple(state[name]) for name in ("weighted", "chosen")}
+        return cls(**arrays, **flags, report=state["report"], note=state["note"])
+
+    def stand_down(self, note: str) -> RoundWeights:
+        """Return uniform weights in place of these. Local.
+
+        What they were stays in the report, and ``note`` says why they are not used.
+        """
+        note = "\n".join(line for line in (self.note, note) if line)
+        return RoundWeights(report=self.report, note=note)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +123,113 @@ class Shape:
         c = self.config
         shaped = c.cap, c.min_ess, c.floor
         return shape_weights(scores, self.alpha, *shaped, ids, c.min_score, over, overwrite)
+
+
+class RoundWeighter:
+    """Scores what a round may draw and shapes the scores into its weights.
+
+    ``dealer``: of a source that is read from front to back, whose samples are scored and weighed
+    lane by lane. ``pick``: (round, N, first, n) -> the positions of a pool among N, the same on
+    every rank.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: PriorityConfig,
+        alpha: float,
+        scorer: Scorer,
+        ledger: Ledger | None,
+        dealer: Dealer | None,
+        pick: Callable[[int, int, int, int], Positions],
+    ) -> None:
+        self.shape = Shape(config, alpha)
+        self.scorer = scorer
+        self.ledger = ledger
+        self.dealer = dealer
+        self._source = source
+        self._config = config
+        self._pick = pick
+
+    def weigh(
+        self, round_index: int, current: Ids, history: Ids, history_batch: bool, replays: Fraction
+    ) -> RoundWeights:
+        """Return the weights that a round begins with. Collective.
+
+        ``priority.target`` says what has weights; auto: the current data, and the history if the
+        updater takes a history batch. ``replays``: how often the round draws a stored sample.
+        """
+        target, limit = self._config.target, self._config.max_replay
+        on_current = target in ("auto", "current", "union")
+        on_history = target in ("history", "union") or (target == "auto" and history_batch)
+        note = ""
+        if on_history and limit and replays > exact(limit):
+            on_history, on_current = False, target != "union" and on_current
+            note = (
+                f"[priority/hist] uniform: {float(replays):.3g} replays of a stored sample in this "
+                f"round, more than priority.max_replay = {limit:g}"
+            )
+        weighted = on_current, on_history
+        if self._config.source == "candidates":
+            result = RoundWeights(chosen=(on_current, on_history and history_batch))
+        elif self.ledger is not None:
+            self.ledger.expect(round_index, self._source, current, history)
+            result = self.by_ledger(weighted, round_index, current, history)
+        elif self.dealer is not None:
+            result = self._by_lanes(self.dealer, weighted, current, history)
+        else:
+            result = weigh(self.shape, self._score, *_those(weighted, current, history))
+        result.weighted, result.note = weighted, note
+        return result
+
+    def by_ledger(
+        self,
+        weighted: tuple[bool, bool],
+        round_index: int,
+        current: Ids,
+        history: Ids,
+        update: int = 0,
+    ) -> RoundWeights:
+        """Return weights by the table as it is, over a fresh pool of the history if asked.
+
+        ``update``: which of the round's refreshes it is; 0 makes a report too. Local.
+        """
+        assert self.ledger is not None
+        table, size, chosen, pool = self.ledger.table, self._config.pool, None, None
+        if weighted[1] and 0 < size < len(history):
+            chosen = self._pick(round_index, len(history), update * size, size)
+            pool = history[chosen]
+
+        def read(ids: Ids) -> Weights:
+            return table.read(history, chosen) if ids is pool else table.read(ids)
+
+        those = _those(weighted, current, history)
+        return weigh(self.shape, read, *those, pool, report=not update)
+
+    def _by_lanes(
+        self, dealer: Dealer, weighted: tuple[bool, bool], current: Ids, history: Ids
+    ) -> RoundWeights:
+        """Return the weights of this rank's lanes. Collective."""
+        cut = dealer.deal(current), dealer.deal(history)
+
+        def score(mine: Ids) -> Weights:
+            ids, slices = (current, cut[0]) if mine is cut[0].ids else (history, cut[1])
+            return _float64(self.scorer.score_slices(self._source, ids, slices))
+
+        mine = _those(weighted, cut[0].ids, cut[1].ids)
+        return weigh(self.shape, score, *mine, over=cut)
+
+    def _score(self, ids: Ids) -> Weights:
+        return _float64(self.scorer.score(self._source, ids))
+
+
+def _those(weighted: tuple[bool, bool], current: Ids, history: Ids) -> tuple[Any, Any]:
+    return current if weighted[0] else None, history if weighted[1] else None
+
+
+def _float64(scores: torch.Tensor) -> Weights:
+    with large_arrays():
+        return scores.cpu().numpy().astype(np.float64)
 
 
 def weigh(

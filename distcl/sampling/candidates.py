@@ -16,7 +16,7 @@ from distcl.distributed.runtime import part_of
 from distcl.priority.round_weights import Shape
 from distcl.priority.scoring import Scorer
 from distcl.priority.weighting import ess_fraction
-from distcl.sampling.draw_log import BINS, binned
+from distcl.sampling.draw_log import BINS, Drawn, binned
 from distcl.sampling.draws import generator, without_replacement
 from distcl.types import Batch, Ids, Source
 
@@ -52,15 +52,16 @@ class Chooser:
     def choose(
         self,
         round_index: int,
-        batches: Iterable[tuple[Batch, Ids]],
+        batches: Iterable[tuple[Batch, Drawn]],
         first_step: int = 0,
         view: Callable[[int], tuple[int, ...] | None] = lambda step: None,
-    ) -> Iterator[tuple[Batch, Ids]]:
+    ) -> Iterator[tuple[Batch, Drawn]]:
         """Yield (this rank's part, all ids) of what is kept of each (part, all ids). Collective.
 
-        ``view(step)``: by what random transforms drew; what is read again must look the same.
+        Ids are those of all ranks, so none are drawn in lanes. ``view(step)``: by what random
+        transforms drew; what is read again must look the same.
         """
-        for step, (batch, ids) in enumerate(batches, start=first_step):
+        for step, (batch, [(_, ids)]) in enumerate(batches, start=first_step):
             clock, forwards = time.perf_counter(), self._scorer.forward.forwards
             scores = self._scorer.score_batch(batch, ids).cpu().numpy().astype(np.float64)
             weights = self._shape.weights(scores, ids)
@@ -71,7 +72,7 @@ class Chooser:
                 part = self._dealt(batch, ids, kept)
             self.seconds += time.perf_counter() - clock
             self.forwards += self._scorer.forward.forwards - forwards
-            yield part, ids[kept]
+            yield part, [(0, ids[kept])]
 
     def _dealt(self, batch: Batch, ids: Ids, kept: Ids) -> Batch:
         """Return this rank's part of the candidates at the positions ``kept`` of ``ids``."""

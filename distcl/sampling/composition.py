@@ -11,7 +11,7 @@ import numpy as np
 from distcl.config import ContinualLearningConfig, TrainingConfig
 from distcl.priority.round_weights import RoundWeights, joined
 from distcl.priority.weighting import Sums, Weights
-from distcl.sampling.sampler import Part
+from distcl.sampling.groups import Part
 from distcl.types import Ids, exact, frozen
 
 MAIN, HISTORY = 0, 1

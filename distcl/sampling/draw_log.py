@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,90 +15,44 @@ from distcl.priority.population import Dealer
 from distcl.priority.weighting import WHOLE, Sums, Weights
 from distcl.types import Ids
 
-Drawn = Ids | list[tuple[int, Ids]]
-"""The ids of a global batch, or of this rank's part of it as (lane, ids)."""
+Drawn = Sequence[tuple[int, Ids]]
+"""The ids of a batch as (lane, ids): of all ranks' parts, in lane 0, or of this rank's lanes."""
 Told = tuple[dict[str, Any], Ids, Ids]
 """Statistics of the draws; the ids drawn most and how often, most first."""
 
 
-class Account(Protocol):
-    """Takes in one batch after another."""
+class DrawLog:
+    """Takes in one batch after another: digest, and counts by id.
+
+    The digest is a chain: SHA-256 of the digest before a batch and the batch's ids, little-endian
+    int64. Over lanes (``dealer``), each lane has a chain, of its ids in order of runs, and the
+    digest is that over the chains: no rank need know another's draws, and the digest is the same at
+    every world size. Without lanes every rank knows all draws, and rank 0 counts.
+    """
+
+    def __init__(self, runtime: Runtime, dealer: Dealer | None = None) -> None:
+        self._runtime = runtime
+        self._dealer = dealer
+        self._counts = runtime.is_main or dealer is not None
+        self.chains = dict.fromkeys([0] if dealer is None else dealer.mine, b"")
+        self._tally = DrawTally()
 
     def add(self, drawn: Drawn) -> None:
         """Take in a batch. Local."""
-        ...
-
-    def digest(self) -> str:
-        """Return the digest of the global batches so far, the same on every rank. Collective."""
-        ...
-
-    def told(self, candidates: int, top: int) -> Told:
-        """Return what the report shows, the same on every rank. Collective."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state: tensors and plain values."""
-        ...
-
-
-class WholeAccount:
-    """Of batches that every rank knows; rank 0 counts. The digest is a chain.
-
-    Of the digest before a batch and the batch's ids, little-endian int64.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._digest = b""
-        self._tally = DrawTally()
-
-    def add(self, drawn: Drawn) -> None:
-        """See :class:`Account`."""
-        assert isinstance(drawn, np.ndarray)
-        self._digest = hashlib.sha256(self._digest + drawn.astype("<i8").tobytes()).digest()
-        if self._runtime.is_main:
-            self._tally.add(drawn)
-
-    def digest(self) -> str:
-        """See :class:`Account`. Local."""
-        return self._digest.hex()
-
-    def told(self, candidates: int, top: int) -> Told:
-        """See :class:`Account`."""
-        return self._runtime.broadcast((self._tally.statistics(candidates), *self._tally.top(top)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`Account`; rank 0's is the one to save."""
-        return {"digest": self._digest.hex(), "tally": self._tally.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned."""
-        self._digest = bytes.fromhex(state["digest"])
-        self._tally.load_state_dict(state["tally"])
-
-
-class LaneAccount:
-    """Of batches of which every rank knows its lanes' part; each counts its own."""
-
-    def __init__(self, runtime: Runtime, dealer: Dealer) -> None:
-        self._runtime = runtime
-        self._dealer = dealer
-        self._digest = LaneDigest(dealer.mine)
-        self._tally = DrawTally()
-
-    def add(self, drawn: Drawn) -> None:
-        """See :class:`Account`."""
-        assert isinstance(drawn, list)
-        self._digest.add(drawn)
-        for _, ids in drawn:
+        for lane, chain in self.chains.items():
+            here = b"".join(ids.astype("<i8").tobytes() for at, ids in drawn if at == lane)
+            self.chains[lane] = hashlib.sha256(chain + here).digest()
+        for _, ids in drawn if self._counts else ():
             self._tally.add(ids)
 
     def digest(self) -> str:
-        """See :class:`Account`."""
-        return digest_of(self._runtime.gather_objects(self._digest.chains))
+        """Return the digest of the global batches so far, the same on every rank. Collective."""
+        if self._dealer is None:
+            return self.chains[0].hex()
+        return digest_of(self._runtime.gather_objects(self.chains))
 
     def told(self, candidates: int, top: int) -> Told:
-        """See :class:`Account`."""
+        """Return what the report shows, the same on every rank. Collective."""
         mine = self._tally.statistics(candidates), *self._tally.top(top)
         every = self._runtime.gather_objects(mine)
         statistics = {
@@ -110,36 +64,19 @@ class LaneAccount:
         return statistics, ids[order], counts[order]
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`Account`."""
-        chains = {lane: chain.hex() for lane, chain in self._digest.chains.items()}
+        """Return this rank's state: tensors and plain values. Without lanes, save rank 0's."""
+        chains = {lane: chain.hex() for lane, chain in self.chains.items()}
         return {"chains": chains, "tally": self._tally.state_dict()}
 
     def load_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from the states of all ranks that there were. Local."""
+        """Go on from the states that were saved, at any world size. Local."""
         for state in states:
             for lane, chain in state["chains"].items():
-                if lane in self._digest.chains:
-                    self._digest.chains[lane] = bytes.fromhex(chain)
+                if lane in self.chains:
+                    self.chains[lane] = bytes.fromhex(chain)
             ids, counts = (state["tally"][name].numpy() for name in ("ids", "counts"))
-            own = self._dealer.own(ids)
+            own = np.full(len(ids), self._counts) if self._dealer is None else self._dealer.own(ids)
             self._tally.put(ids[own], counts[own])
-
-
-class LaneDigest:
-    """SHA-256 of the global batches drawn: a chain in each lane, then over the lanes.
-
-    A chain: of the digest before a batch and the lane's ids in it, little-endian int64. So no rank
-    need know another's draws, and the digest is the same at every world size.
-    """
-
-    def __init__(self, lanes: Sequence[int]) -> None:
-        self.chains = dict.fromkeys(lanes, b"")
-
-    def add(self, parts: Sequence[tuple[int, Ids]]) -> None:
-        """Add this rank's part of a batch, (lane, ids) in order of runs. Local."""
-        for lane, chain in self.chains.items():
-            drawn = b"".join(ids.astype("<i8").tobytes() for at, ids in parts if at == lane)
-            self.chains[lane] = hashlib.sha256(chain + drawn).digest()
 
 
 def digest_of(chains: Sequence[dict[int, bytes]]) -> str:
@@ -212,11 +149,6 @@ class DrawTally:
         """Return the counts so far as tensors."""
         ids, counts = self.counts()
         return {"ids": torch.from_numpy(ids), "counts": torch.from_numpy(counts)}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what ``state_dict`` returned."""
-        self._ids, self._counts = state["ids"].numpy().copy(), state["counts"].numpy().copy()
-        self._pending, self._number = [], 0
 
     def _merge(self) -> None:
         if not self._pending:

@@ -5,150 +5,90 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils._pytree import tree_leaves
 
-from distcl.config import ContinualLearningConfig, DataConfig, PriorityConfig, TrainingConfig
+from distcl.config import DataConfig, PriorityConfig
 from distcl.data.ids import ids_tensor, tensor_ids
 from distcl.data.loader import BatchLoader
-from distcl.distributed.memory import large_arrays
 from distcl.distributed.runtime import Runtime
-from distcl.errors import ConfigError
-from distcl.priority.online import Ledger
-from distcl.priority.round_weights import RoundWeights, Shape, weigh
-from distcl.priority.scoring import Scorer
-from distcl.priority.weighting import Sums, Weights
+from distcl.priority.population import Slices
+from distcl.priority.round_weights import RoundWeighter, RoundWeights
+from distcl.priority.weighting import Weights
 from distcl.sampling.candidates import Chooser
 from distcl.sampling.composition import HISTORY, MAIN, Mix, at_most_once
-from distcl.sampling.draw_log import Account, Drawn, LaneAccount, WholeAccount, weight_histogram
-from distcl.sampling.sampler import DistributedWeightedSampler, Part, Permutations, WindowPlan
-from distcl.sampling.sequential import LaneSampler, Streamed
+from distcl.sampling.correction import Correction
+from distcl.sampling.draw_log import DrawLog, Drawn, weight_histogram
+from distcl.sampling.groups import Part
+from distcl.sampling.sampler import DistributedWeightedSampler
+from distcl.sampling.sequential import LaneSampler
 from distcl.sampling.staleness import Freshness
-from distcl.types import Batch, Ids, Source, exact
+from distcl.types import Batch, Ids, Source, as_array, as_tensor
 
 EMPTY: Ids = np.empty(0, dtype=np.int64)
-_POOL = 2  # a stream of draws beside those of the plans
 _PARTS = {MAIN: "cur", HISTORY: "hist"}
-_WINDOWS, _CHOICE = 16, 32  # added to the stream of a lane
+_WINDOWS, _CHOICE = 16, 32  # added to the stream of a sampler
+
+Sampler = DistributedWeightedSampler | LaneSampler
+"""What draws one pass after another."""
 
 
-class Feed:
-    """The batches of one round after another: weigh, rebuild, then iterate over the steps.
+class RoundLoader:
+    """The batches of one round after another: rebuild, then iterate over the steps.
 
-    One plan draws the training batches, from the current data and, if history is mixed in, from
-    both; a second one draws history batches for updaters that take them. A plan whose weights
-    change on the way (``ledger``) is a WindowPlan, any other a DistributedWeightedSampler, whose
-    batches may be candidates that a Chooser chooses among; over a source that is read from front
-    to back, a LaneSampler. There, each rank has the weights and draws of its own lanes only.
+    One sampler draws the training batches, from the current data and, if history is mixed in, from
+    both; a second one draws history batches for updaters that take them. Its batches may be
+    candidates that a Chooser chooses among, or it draws in windows, where weights change on the way
+    (``weighter.ledger``). Over a source that is read from front to back it is a LaneSampler: there,
+    each rank has the weights and draws of its own lanes only.
     """
 
     def __init__(
         self,
         runtime: Runtime,
         source: Source,
-        training: TrainingConfig,
-        continual: ContinualLearningConfig,
+        weighter: RoundWeighter,
+        mix: Mix,
         priority: PriorityConfig,
         data: DataConfig,
         seed: int,
-        scorer: Scorer,
-        ledger: Ledger | None = None,
     ) -> None:
         self._runtime = runtime
         self._source = source
+        self._weighter = weighter
+        self._mix = mix
         self._priority = priority
+        self._data = data
         self._seed = seed
-        self._scorer = scorer
-        self._ledger = ledger
-        self._streamed: Streamed | None = None
-        if getattr(source, "sequential", False):
-            if continual.importance_weighting and priority.source != "score":
-                raise ConfigError(
-                    f"priority.source = '{priority.source}' draws at random, which a stream of "
-                    "shards cannot be read by; use 'score', or data.access = 'indexed'"
-                )
-            self._streamed = Streamed(runtime, source, data, scorer, seed)
-        self._shape = Shape(priority, continual.importance_alpha)
-        self._reader = Reader(runtime, source, data, priority.correction)
-        self._pool = Permutations(seed, _POOL)
         self._freshness = Freshness(runtime)
-        self._weighted: tuple[Ids | None, Ids | None] = (None, None)
-        self._mix = Mix(training, continual, union=priority.target == "union")
-        self._clear()
+        self._lane_states: list[dict[str, Any]] = []  # of all ranks, until a round is loaded
+        self._begin(0, EMPTY, EMPTY, RoundWeights(), replayed=False)
 
-    def _clear(self) -> None:
+    def _begin(
+        self, index: int, current: Ids, history: Ids, weights: RoundWeights, replayed: bool
+    ) -> None:
         """Let go of what is held of the round before."""
-        self._weights = RoundWeights()
-        self._plans: dict[int, Plan] = {}
+        self._round, self._current, self._history = index, current, history
+        self.weights = weights
+        """The weights that the round began with, and their report."""
+        self._replayed = replayed
+        self.log = DrawLog(self._runtime, self._weighter.dealer)
+        self._refresh_seconds = 0.0
+        self._choosers: dict[int, Chooser] = {}
+        self._samplers: dict[int, Sampler] = {}
 
     # ------------------------------------------------------------ 1. priorities
 
     def weigh(
         self, round_index: int, current: Ids, history: Ids, history_batch: bool
     ) -> RoundWeights:
-        """Return the weights that a round begins with. Collective.
-
-        ``priority.target`` says what has weights; auto: the current data, and the history if the
-        updater takes a history batch.
-        """
-        self._clear()
-        target, source = self._priority.target, self._priority.source
-        on_current = target in ("auto", "current", "union")
-        on_history = target in ("history", "union") or (target == "auto" and history_batch)
-        note = ""
-        limit = self._priority.max_replay
+        """Return the weights that a round begins with, see RoundWeighter.weigh. Collective."""
+        self._begin(0, EMPTY, EMPTY, RoundWeights(), replayed=False)  # its memory may be needed
         replays = self._mix.replays(len(current), len(history), history_batch)
-        if on_history and limit and replays > exact(limit):
-            on_history, on_current = False, target != "union" and on_current
-            note = (
-                f"[priority/hist] uniform: {float(replays):.3g} replays of a stored sample in this "
-                f"round, more than priority.max_replay = {limit:g}"
-            )
-        self._weighted = (current if on_current else None, history if on_history else None)
-        if source == "candidates":
-            result = RoundWeights(chosen=(on_current, on_history and history_batch))
-        elif self._ledger is not None:
-            self._ledger.expect(round_index, self._source, current, history)
-            result = self._from_ledger(self._ledger, round_index, 0)
-        elif self._streamed is not None:
-            result = self._streamed.weigh(self._shape, self._weighted, current, history)
-        else:
-            result = weigh(self._shape, self._score, *self._weighted)
-        result.note = note
-        return result
-
-    def stand_down(self, weights: RoundWeights, note: str) -> RoundWeights:
-        """Return uniform weights for the round that ``weights`` were made for. Local.
-
-        What they were stays in the report, and ``note`` says why they are not used.
-        """
-        self._weighted = (None, None)
-        note = "\n".join(line for line in (weights.note, note) if line)
-        return RoundWeights(report=weights.report, note=note)
-
-    def _score(self, ids: Ids) -> Weights:
-        scores = self._scorer.score(self._source, ids).cpu().numpy()
-        with large_arrays():
-            return scores.astype(np.float64)
-
-    def _from_ledger(self, ledger: Ledger, round_index: int, update: int) -> RoundWeights:
-        """Return weights by the table as it is, over a fresh pool of the history if asked."""
-        current, history = self._weighted
-        size, chosen, pool = self._priority.pool, None, None
-        if history is not None and 0 < size < len(history):
-            chosen = self._pool.take(round_index, len(history), update * size, size)
-            pool = history[chosen]
-
-        def read(ids: Ids) -> Weights:
-            if ids is pool and history is not None:
-                return ledger.table.read(history, chosen)
-            return ledger.table.read(ids)
-
-        return weigh(self._shape, read, current, history, pool, report=not update)
+        return self._weighter.weigh(round_index, current, history, history_batch, replays)
 
     # ------------------------------------------------------------ 3. sampler
 
@@ -161,20 +101,12 @@ class Feed:
         history_batch: bool,
     ) -> None:
         """Set up the draws of a round; every rank passes the same. Collective."""
-        if self._ledger is not None:
-            self._ledger.expect(round_index, self._source, current, history)
-        self._clear()
-        self._round, self._current, self._history = round_index, current, history
-        self._weights = weights
-        self.account: Account = WholeAccount(self._runtime)
-        if self._streamed is not None:
-            self._weights = self._streamed.dealt(weights, current, history)
-            self.account = self._streamed.account()
-        self._replayed = history_batch and len(history) > 0
-        self._refresh_seconds = 0.0
-        self._choosers: dict[int, Chooser] = {}
-        groups = self._groups(self._weights)
-        self._plans = {which: self._plan(which, g) for which, g in groups.items()}
+        if self._weighter.ledger is not None:
+            self._weighter.ledger.expect(round_index, self._source, current, history)
+        weights = self._dealt(weights, current, history)
+        self._begin(round_index, current, history, weights, history_batch and len(history) > 0)
+        groups = self._groups(weights)
+        self._samplers = {which: self._sampler(which, g) for which, g in groups.items()}
         parts = [part for g in groups.values() for part in g]
         weighted = any(part.weights is not None for part in parts)
         self._freshness.begin(self.steps() if weighted else 0, parts)
@@ -183,38 +115,51 @@ class Feed:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
         return self._mix.steps(len(self._current), len(self._history), epochs)
 
+    def _dealt(self, weights: RoundWeights, current: Ids, history: Ids) -> RoundWeights:
+        """Return weights that know which ids this rank has, if it has some only. Collective."""
+        dealer = self._weighter.dealer
+        if dealer is None or isinstance(weights.over[0], Slices):
+            return weights
+        return replace(weights, over=(dealer.deal(current), dealer.deal(history)))
+
     def _groups(self, weights: RoundWeights) -> dict[int, list[Part]]:
-        """Return what each plan draws from."""
+        """Return what each sampler draws from."""
         return self._mix.groups(weights, self._current, self._history, self._replayed)
 
-    def _plan(self, which: int, groups: list[Part]) -> Plan:
-        """Return who draws the training batches, or the history batches."""
-        rank, world = self._runtime.rank, self._runtime.world_size
-        size, seed, draw = self._mix.sizes[which], self._seed, self._priority.draw
-        if self._ledger is not None and any(group.weights is not None for group in groups):
-            window = self._priority.refresh_steps
-            plan = WindowPlan(size, window, rank, world, seed, draw, stream=which + _WINDOWS)
-            plan.begin(self._round, groups, self.steps())
-            return plan
-        if self._weights.chosen[which]:
+    def _sampler(self, which: int, groups: list[Part]) -> Sampler:
+        """Return who draws the training batches, or the history batches. Collective."""
+        size, stream, window, number = self._mix.sizes[which], which, None, None
+        if self._weighter.ledger is not None and any(g.weights is not None for g in groups):
+            window, number = self._priority.refresh_steps, self.steps() * size
+            stream += _WINDOWS
+        if self.weights.chosen[which]:
             of = self._priority.candidates
             size, groups = size * of, [replace(group, draws=group.draws * of) for group in groups]
-            self._choosers[which] = Chooser(
-                self._scorer, self._source, self._shape, of, seed, which + _CHOICE
+            w, choice = self._weighter, which + _CHOICE
+            self._choosers[which] = Chooser(w.scorer, self._source, w.shape, of, self._seed, choice)
+        sampler: Sampler
+        if self._weighter.dealer is not None:
+            sampler = LaneSampler(
+                size,
+                window=self._data.shuffle_buffer,
+                seed=self._seed,
+                round_index=self._round,
+                stream=which,
             )
-        if self._streamed is not None:
-            return self._streamed.sampler(size, groups, self._round, which)
-        if draw == "without_replacement":
-            groups = [at_most_once(group) for group in groups]
-        sampler = DistributedWeightedSampler(
-            size,
-            rank=rank,
-            world_size=world,
-            seed=seed,
-            draw=draw,
-            round_index=self._round,
-            stream=which,
-        )
+        else:
+            if self._priority.draw == "without_replacement":
+                groups = [at_most_once(group) for group in groups]
+            sampler = DistributedWeightedSampler(
+                size,
+                window=window,
+                num_samples=number,
+                rank=self._runtime.rank,
+                world_size=self._runtime.world_size,
+                seed=self._seed,
+                draw=self._priority.draw,
+                round_index=self._round,
+                stream=stream,
+            )
         sampler.set_groups(groups)
         return sampler
 
@@ -222,18 +167,71 @@ class Feed:
 
     def batches(self, steps: int, done: int = 0) -> Iterator[tuple[Batch, Batch | None]]:
         """Yield (batch, history batch or None) for the steps left of ``steps``. Collective."""
-        lanes = [self._lane(which, done) for which in self._plans]
-        every = self._priority.refresh_steps
-        if self._ledger is not None and done and done % every == 0:
-            self._refresh(self._ledger, done)  # saved after the step, before the refresh
+        lines = [self._drawn(which, done) for which in self._samplers]
+        every, ledger = self._priority.refresh_steps, self._weighter.ledger
+        if ledger is not None and done and done % every == 0:
+            self._refresh(done)  # saved after the step, before the refresh
         for step in range(done + 1, steps + 1):
-            batch, *hist = [self._take(lane) for lane in lanes]
-            yield batch, hist[0] if hist else None
-            if self._ledger is not None and (step % every == 0 or step == steps):
-                self._refresh(self._ledger, step)
-        self._weights.note = ""
+            batches = []
+            for line in lines:
+                batch, drawn = next(line)
+                self.log.add(drawn)
+                batches.append(batch)
+            yield batches[0], batches[1] if len(batches) > 1 else None
+            if ledger is not None and (step % every == 0 or step == steps):
+                self._refresh(step)
+        self.weights.note = ""
         for which, chooser in self._choosers.items():
-            self._weights.report[_PARTS[which]] = chooser.statistics()
+            self.weights.report[_PARTS[which]] = chooser.statistics()
+
+    def _drawn(self, which: int, done: int) -> Iterator[tuple[Batch, Drawn]]:
+        """Yield the batches of a sampler and what they drew, for all of the round's steps."""
+        sampler, chooser = self._samplers[which], self._choosers.get(which)
+        read = self._read(sampler)
+        if chooser is None:
+            return read
+        return chooser.choose(self._round, read, done, sampler.view)
+
+    def _read(self, sampler: Sampler) -> Iterator[tuple[Batch, Drawn]]:
+        """Yield this rank's parts with their loss weights, and what was drawn, without end.
+
+        Collective where weights lie in slices.
+        """
+        loader = BatchLoader(
+            self._source,
+            sampler,
+            workers=self._data.workers,
+            pin_memory=self._data.pin_memory,
+            device=self._runtime.device,
+            dtype=self._runtime.dtype,
+        )
+        correction = Correction(self._priority.correction, self._runtime.dtype)
+        epoch = sampler.epoch
+        while True:
+            sampler.set_epoch(epoch)
+            for step, batch in enumerate(loader, start=sampler.first_step):
+                yield correction.applied(batch, sampler.groups(step)), sampler.parts(step)
+            epoch += 1
+
+    def _refresh(self, step: int) -> None:
+        """Gather what the steps since the last time told; weigh by it, from a window later on."""
+        clock, every = time.perf_counter(), self._priority.refresh_steps
+        assert self._weighter.ledger is not None
+        self._weighter.ledger.gather()
+        update, rest = divmod(step, every)
+        windows = [
+            (which, sampler)
+            for which, sampler in self._samplers.items()
+            if isinstance(sampler, DistributedWeightedSampler) and sampler.window
+        ]
+        if windows and not rest and step + every < self.steps():
+            those = self.weights.weighted, self._round, self._current, self._history
+            groups = self._groups(self._weighter.by_ledger(*those, update))
+            for which, sampler in windows:
+                sampler.set_groups(groups[which], from_step=step + every)
+        self._refresh_seconds += time.perf_counter() - clock
+
+    # ------------------------------------------------------------ what a round tells
 
     def look(self, step: int, ids: torch.Tensor, losses: torch.Tensor) -> None:
         """Take this rank's losses [B] of the ``step``-th step, if it is looked at. Local.
@@ -241,15 +239,9 @@ class Feed:
         Few steps of a round are looked at, and none of a round without weights.
         """
         if self._freshness.wants(step):
-            groups = [part for which in self._plans for part in self._drawn_from(which, step - 1)]
-            self._freshness.take(ids, losses, groups)
-
-    def _drawn_from(self, which: int, step: int) -> list[Part]:
-        """Return the groups that a plan's step, from 0, was drawn from."""
-        plan = self._plans[which]
-        if isinstance(plan, WindowPlan):
-            return plan.groups(step)
-        return self._groups(self._weights)[which]
+            samplers = self._samplers.values()
+            parts = [part for s in samplers for part in s.groups((step - 1) % len(s))]
+            self._freshness.take(ids, losses, parts)
 
     @property
     def staleness(self) -> float | None:
@@ -263,11 +255,6 @@ class Feed:
         drawn = self._replayed or self._mix.draws(current, history)[1] > 0
         return current + drawn * history
 
-    @property
-    def weights(self) -> RoundWeights:
-        """The weights that the round began with, and their report."""
-        return self._weights
-
     def histograms(self) -> dict[str, npt.NDArray[np.int64]]:
         """Return histograms of weights between ``EDGES``, by the name of their part. Collective.
 
@@ -275,10 +262,9 @@ class Feed:
         """
         found = {
             name: weight_histogram(weights, self._runtime, over)
-            for name, (weights, over) in self._weights.parts.items()
+            for name, (weights, over) in self.weights.parts.items()
         }
-        chosen = {_PARTS[which]: c.histogram for which, c in self._choosers.items()}
-        return found | chosen
+        return found | {_PARTS[which]: c.histogram for which, c in self._choosers.items()}
 
     @property
     def forwards(self) -> int:
@@ -291,205 +277,102 @@ class Feed:
         choosing = sum(chooser.seconds for chooser in self._choosers.values())
         return self._refresh_seconds + choosing
 
-    def _take(self, lane: Iterator[tuple[Batch, Drawn]]) -> Batch:
-        batch, drawn = next(lane)
-        self.account.add(drawn)
-        return batch
-
-    def _lane(self, which: int, done: int) -> Iterator[tuple[Batch, Drawn]]:
-        """Return the batches of a plan, without end or for all of the round's steps."""
-        lane = self._reader.batches(self._plans[which], self._groups(self._weights)[which])
-        if (chooser := self._choosers.get(which)) is None:
-            return lane
-        whole = cast("Iterator[tuple[Batch, Ids]]", lane)  # candidates are not drawn in lanes
-        return chooser.choose(self._round, whole, done, self._plans[which].view)
-
-    def _refresh(self, ledger: Ledger, step: int) -> None:
-        """Gather what the steps since the last time told; weigh by it, from a window later on."""
-        clock = time.perf_counter()
-        ledger.gather()
-        update, rest = divmod(step, self._priority.refresh_steps)
-        windows = {w: plan for w, plan in self._plans.items() if isinstance(plan, WindowPlan)}
-        from_step = step + self._priority.refresh_steps
-        if windows and not rest and from_step < self.steps():
-            groups = self._groups(self._from_ledger(ledger, self._round, update))
-            for which, plan in windows.items():
-                plan.set_groups(groups[which], from_step=from_step)
-        self._refresh_seconds += time.perf_counter() - clock
-
     # ------------------------------------------------------------ state
-
-    def ledger_state(self) -> dict[str, Any] | None:
-        """Return the state of the signal table, the same on every rank. Collective."""
-        if self._ledger is None:
-            return None
-        if self._ledger.waits:
-            self._ledger.gather()
-        return self._ledger.state_dict()
-
-    def load_ledger(self, state: dict[str, Any] | None) -> None:
-        """Restore it. Local."""
-        if self._ledger is not None and state is not None:
-            self._ledger.load_state_dict(state)
 
     def state_dict(self, done: int) -> dict[str, Any]:
         """Return what all ranks share of a round after ``done`` steps. Collective.
 
         As tensors and plain values.
         """
-        plans = {}
-        for which, plan in self._plans.items():
-            consumed = done
-            if not isinstance(plan, WindowPlan) and done:
-                consumed = (done - 1) % len(plan) + 1
-            plans[which] = plan.state_dict(consumed)
+        samplers = {
+            which: sampler.state_dict((done - 1) % len(sampler) + 1 if done else 0)
+            for which, sampler in self._samplers.items()
+        }
         return {
             "round": self._round,
             "current": ids_tensor(self._current),
             "history": ids_tensor(self._history),
             "replayed": self._replayed,
-            "weights": self._weights.state_dict(),
-            "weighted": [ids_tensor(ids) for ids in self._weighted],
-            "account": None if self._streamed is not None else self.account.state_dict(),
+            "weights": self.weights.state_dict(),
+            "log": None if self._weighter.dealer is not None else self.log.state_dict(),
             "seconds": self._refresh_seconds,
-            "plans": plans,
+            "samplers": samplers,
             "choosers": {which: c.state_dict() for which, c in self._choosers.items()},
             "freshness": self._freshness.state_dict(),
         }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the round that was saved, at any world size. Collective."""
+        current, history = tensor_ids(state["current"]), tensor_ids(state["history"])
+        weights = self._dealt(RoundWeights.from_state(state["weights"]), current, history)
+        self._begin(state["round"], current, history, weights, state["replayed"])
+        if self._weighter.dealer is None:
+            self.log.load_states([state["log"]])
+        else:
+            self._load_lanes()
+        self._refresh_seconds = state["seconds"]
+        groups = self._groups(self.weights)
+        self._samplers = {which: self._sampler(which, groups[which]) for which in state["samplers"]}
+        for which, sampler in self._samplers.items():
+            sampler.load_state_dict(state["samplers"][which])
+        for which, chooser in self._choosers.items():
+            chooser.load_state_dict(state["choosers"][which])
+        self._freshness.load_state_dict(state["freshness"])
 
     def lane_state(self, in_round: bool) -> dict[str, Any] | None:
         """Return what only this rank has, if the source is read in lanes, else None. Local.
 
         It goes beside :meth:`state_dict`; ``in_round``: whether a round is in progress.
         """
-        if self._streamed is None:
+        if self._weighter.dealer is None:
             return None
-        if not in_round:
-            return self._streamed.state(None, None)
-        assert isinstance(self.account, LaneAccount)
-        return self._streamed.state(self._weights, self.account)
+        state: dict[str, Any] = {"cache": self._weighter.scorer.cache.state_dict()}
+        if in_round:
+            values = self.weights.current, self.weights.history
+            state["weights"] = [
+                None if some is None else (as_tensor(_slices(over).ids), as_tensor(some))
+                for some, over in zip(values, self.weights.over, strict=True)
+            ]
+            state["log"] = self.log.state_dict()
+        return state
 
     def load_lane_states(self, states: Sequence[dict[str, Any] | None]) -> None:
-        """Restore those of all ranks, before :meth:`load_state_dict`, at any world size. Local."""
-        if self._streamed is not None:
-            self._streamed.load([state for state in states if state is not None])
+        """Take those of all ranks, before :meth:`load_state_dict`, at any world size. Local."""
+        dealer = self._weighter.dealer
+        if dealer is not None:
+            self._lane_states = [state for state in states if state is not None]
+            caches = [state["cache"] for state in self._lane_states]
+            self._weighter.scorer.cache.load_parts(caches, dealer.own)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the round that was saved, at any world size. Collective."""
-        self._round = state["round"]
-        self._current, self._history = tensor_ids(state["current"]), tensor_ids(state["history"])
-        self._replayed = state["replayed"]
-        self._weights = RoundWeights.from_state(state["weights"])
-        if self._streamed is None:
-            whole = WholeAccount(self._runtime)
-            whole.load_state_dict(state["account"])
-            self.account = whole
-        else:
-            self._weights, self.account = self._streamed.resumed(
-                self._weights, self._current, self._history
-            )
-        self._weighted = (tensor_ids(state["weighted"][0]), tensor_ids(state["weighted"][1]))
-        self._refresh_seconds = state["seconds"]
-        self._choosers = {}
-        groups = self._groups(self._weights)
-        self._plans = {which: self._plan(which, groups[which]) for which in state["plans"]}
-        for which, plan in self._plans.items():
-            plan.load_state_dict(state["plans"][which])
-        for which, chooser in self._choosers.items():
-            chooser.load_state_dict(state["choosers"][which])
-        self._freshness.load_state_dict(state["freshness"])
+    def _load_lanes(self) -> None:
+        """Take up this rank's weights and draws of the round that was saved. Local."""
+        states, self._lane_states = self._lane_states, []
+        found: list[Weights | None] = []
+        for k, over in enumerate(self.weights.over):
+            parts = [state["weights"][k] for state in states]
+            if any(part is None for part in parts):
+                found.append(None)
+                continue
+            ids, values = (np.concatenate([as_array(p[j]) for p in parts]) for j in (0, 1))
+            found.append(_slices(over).pick(ids, values))
+        self.weights = replace(self.weights, current=found[0], history=found[1])
+        self.log.load_states([state["log"] for state in states])
 
+    def ledger_state(self) -> dict[str, Any] | None:
+        """Return the state of the signal table, the same on every rank. Collective."""
+        ledger = self._weighter.ledger
+        if ledger is None:
+            return None
+        if ledger.waits:
+            ledger.gather()
+        return ledger.state_dict()
 
-class Correction:
-    """Loss weights that undo the skew of the draws (prioritized replay, Schaul et al. 2016).
-
-    c_i = (N p_i)^-β / Σ_j p_j (N p_j)^-β  for a sample drawn from a group of N with probability
-    p_i; 1 for a sample drawn uniformly. Their mean over draws is 1, so the step keeps its length:
-    Schaul et al. divide by max_j c_j instead, which scales the learning rate. β = 1 makes the mean
-    of corrected losses an unbiased estimate of the uniform mean.
-    """
-
-    def __init__(self, beta: float, dtype: torch.dtype) -> None:
-        self._beta = beta
-        self._dtype = dtype
-        self._groups: Sequence[Part] | None = None
-
-    def applied(self, batch: Batch, groups: Sequence[Part]) -> Batch:
-        """Return the batch with the loss weights of its samples, drawn from ``groups``.
-
-        Collective at the first batch from new groups, if their weights lie in slices.
-        """
-        if not self._beta:
-            return batch
-        device = tree_leaves(batch.y)[0].device
-        return replace(batch, weights=self._of(batch.ids, groups).to(device, self._dtype))
-
-    def _of(self, ids: torch.Tensor, groups: Sequence[Part]) -> torch.Tensor:
-        if groups is not self._groups:
-            self._groups = groups
-            weighted = [(g.ids, g.weights, g.over) for g in groups if g.weights is not None]
-            held = np.concatenate([i for i, *_ in weighted]) if weighted else ids.numpy()[:0]
-            values = [self._loss_weights(w, over) for _, w, over in weighted]
-            order = np.argsort(held, kind="stable")
-            self._ids = held[order]
-            self._values = np.concatenate(values)[order] if weighted else np.empty(0)
-        found = np.ones(len(ids))
-        if len(self._ids):
-            at = np.searchsorted(self._ids, ids.numpy()).clip(max=len(self._ids) - 1)
-            found = np.where(self._ids[at] == ids.numpy(), self._values[at], found)
-        return torch.from_numpy(found)
-
-    def _loss_weights(self, weights: Weights, over: Sums) -> Weights:
-        share = weights / over.total(weights)
-        with np.errstate(divide="ignore"):
-            raw = np.where(share > 0, (over.number(share) * share) ** -self._beta, 0.0)
-        loss_weights: Weights = raw / over.total(share * raw)
-        return loss_weights
+    def load_ledger(self, state: dict[str, Any] | None) -> None:
+        """Restore it. Local."""
+        if self._weighter.ledger is not None and state is not None:
+            self._weighter.ledger.load_state_dict(state)
 
 
-# Reads the batches that plans draw.
-
-
-Plan = DistributedWeightedSampler | LaneSampler | WindowPlan
-"""What draws one pass after another, or all of a round."""
-
-
-class Reader:
-    """Reads this rank's part of the batches, with their loss weights (``priority.correction``)."""
-
-    def __init__(
-        self, runtime: Runtime, source: Source, data: DataConfig, correction: float
-    ) -> None:
-        self._runtime = runtime
-        self._source = source
-        self._data = data
-        self._beta = correction
-
-    def batches(self, plan: Plan, groups: Sequence[Part]) -> Iterator[tuple[Batch, Drawn]]:
-        """Yield batches and what they drew: of a WindowPlan its steps, of another without end.
-
-        ``groups``: what a plan whose weights stay draws from. Collective if their weights lie in
-        slices.
-        """
-        loader = BatchLoader(
-            self._source,
-            plan,
-            workers=self._data.workers,
-            pin_memory=self._data.pin_memory,
-            device=self._runtime.device,
-            dtype=self._runtime.dtype,
-        )
-        correction = Correction(self._beta, self._runtime.dtype)
-        if isinstance(plan, WindowPlan):
-            for step, batch in enumerate(loader, start=plan.first_step):
-                yield correction.applied(batch, plan.groups(step)), plan.global_batch(step)
-            return
-        epoch = plan.epoch
-        while True:
-            plan.set_epoch(epoch)
-            for step, batch in enumerate(loader, start=plan.first_step):
-                yield (
-                    correction.applied(batch, groups),
-                    plan.parts(step) if isinstance(plan, LaneSampler) else plan.global_batch(step),
-                )
-            epoch += 1
+def _slices(over: object) -> Slices:
+    assert isinstance(over, Slices)
+    return over

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from distcl.config import DataConfig
 from distcl.distributed.memory import large_arrays
-from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
 from distcl.priority import weighting
-from distcl.priority.population import Array, Dealer, Slices
-from distcl.priority.round_weights import RoundWeights, Shape, weigh
-from distcl.priority.scoring import Scorer
-from distcl.priority.weighting import Sums, Weights
+from distcl.priority.population import Array, Slices
+from distcl.priority.weighting import Sums
 from distcl.sampling import draws
-from distcl.sampling.draw_log import LaneAccount
-from distcl.sampling.sampler import Part
-from distcl.types import ROW_BITS, Ids, Source, as_array, as_tensor
+from distcl.sampling.groups import Part
+from distcl.types import ROW_BITS, Ids
 
 _ROWS = (1 << ROW_BITS) - 1
 _BLOCK = 1 << 16  # weights quantized together
-
-
-@dataclass(frozen=True, slots=True)
-class LaneGroup:
-    """Exactly ``draws`` of what ``slices`` hold over all ranks, by this rank's weights [n].
-
-    Without weights every sample is drawn as often as any other, but for one.
-    """
-
-    slices: Slices
-    weights: weighting.Weights | None
-    draws: int
 
 
 class LaneSampler:
@@ -70,7 +52,7 @@ class LaneSampler:
         self._window = window
         self._seed = seed
         self._stream = stream
-        self._groups: list[LaneGroup] = []
+        self._groups: list[Part] = []
         self._sums: list[Array] = []  # of each group's weights in fixed point, by run
         self._exponents: list[int] = []
         self._total = 0
@@ -80,11 +62,15 @@ class LaneSampler:
         self._begin = step
         self._plan: _Plan | None = None
 
-    def set_groups(self, groups: Sequence[LaneGroup]) -> None:
-        """Replace what is drawn. Collective. Raises ValueError naming the id of a bad weight."""
+    def set_groups(self, groups: Sequence[Part]) -> None:
+        """Replace what is drawn: exactly ``draws`` of each part, whose ``over`` is a Slices.
+
+        Without weights every sample is drawn as often as any other, but for one. Collective.
+        Raises ValueError naming the id of a bad weight.
+        """
         self._groups, self._sums, self._exponents = list(groups), [], []
         for group in groups:
-            held, number = group.slices, group.slices.number()
+            held, number = _slices(group.over), _slices(group.over).number()
             if number == 0:
                 raise ValueError("there are no ids to draw from")
             if group.weights is None:
@@ -137,7 +123,7 @@ class LaneSampler:
         return len(self._lanes())
 
     def _lanes(self) -> list[int]:
-        held = [group.slices.lanes[group.slices.sizes > 0] for group in self._groups]
+        held = [_slices(group.over).lanes[_slices(group.over).sizes > 0] for group in self._groups]
         return [int(lane) for lane in np.unique(np.concatenate([np.empty(0, np.int64), *held]))]
 
     def cut(self, step: int, readers: int) -> list[list[int]]:
@@ -154,6 +140,10 @@ class LaneSampler:
     def view(self, step: int) -> tuple[int, ...]:
         """Return (seed, round, epoch) of a step, by which random transforms draw."""
         return self._seed, self.round_index, self.epoch
+
+    def groups(self, step: int) -> list[Part]:
+        """Return what a batch is drawn from."""
+        return self._groups
 
     def parts(self, step: int) -> list[tuple[int, Ids]]:
         """Return (lane, ids int64 [b]) of this rank's part of a batch, in order of lanes, runs."""
@@ -176,7 +166,7 @@ class LaneSampler:
         mine: dict[int, tuple[int, Ids, weighting.Positions]] = {}
         first = 0  # the group's first run
         for group, sums, exponent in zip(self._groups, self._sums, self._exponents, strict=True):
-            u, total, held = rng.random(), int(sums.sum()), group.slices
+            u, total, held = rng.random(), int(sums.sum()), _slices(group.over)
             counts.append(draws.systematic_counts_local(sums, 0, total, group.draws, u))
             offsets = np.cumsum(sums) - sums
             for run, place in held.runs():
@@ -290,99 +280,6 @@ class _Plan:
         first = np.argsort(due, kind="stable")[: number - int(low.sum())]
         merged: Ids = low + np.bincount(run[first], minlength=len(low))
         return merged
-
-
-# What a Feed does otherwise over a source that is read from front to back: lane by lane.
-
-
-class Streamed:
-    """This rank's lanes: their samples' scores, weights and draws, which no other rank has."""
-
-    def __init__(
-        self, runtime: Runtime, source: Source, data: DataConfig, scorer: Scorer, seed: int
-    ) -> None:
-        lanes_of = source.lanes_of  # type: ignore[attr-defined]
-        self._dealer = Dealer.over(runtime, data.lanes, lanes_of)
-        self._runtime = runtime
-        self._source = source
-        self._window = data.shuffle_buffer
-        self._scorer = scorer
-        self._seed = seed
-        self._states: list[dict[str, Any]] = []
-
-    def weigh(
-        self, shape: Shape, weighted: tuple[Ids | None, Ids | None], current: Ids, history: Ids
-    ) -> RoundWeights:
-        """Return the weights of this rank's part of what is ``weighted``. Collective."""
-        cut = self._dealer.deal(current), self._dealer.deal(history)
-
-        def score(mine: Ids) -> Weights:
-            which = 0 if mine is cut[0].ids else 1
-            ids = weighted[which]
-            assert ids is not None
-            scores = self._scorer.score_slices(self._source, ids, cut[which]).cpu().numpy()
-            with large_arrays():
-                return scores.astype(np.float64)
-
-        mine = [None if ids is None else held.ids for ids, held in zip(weighted, cut, strict=True)]
-        return weigh(shape, score, *mine, over=cut)
-
-    def dealt(self, weights: RoundWeights, current: Ids, history: Ids) -> RoundWeights:
-        """Return weights that know which ids this rank has. Collective."""
-        if isinstance(weights.over[0], Slices):
-            return weights
-        return replace(weights, over=(self._dealer.deal(current), self._dealer.deal(history)))
-
-    def account(self) -> LaneAccount:
-        """Return the account of a new round. Local."""
-        return LaneAccount(self._runtime, self._dealer)
-
-    def sampler(
-        self, size: int, groups: Sequence[Part], round_index: int, stream: int
-    ) -> LaneSampler:
-        """Return what draws global batches of ``size`` from groups. Collective."""
-        made = LaneSampler(
-            size, window=self._window, seed=self._seed, round_index=round_index, stream=stream
-        )
-        made.set_groups([LaneGroup(_slices(g.over), g.weights, g.draws) for g in groups])
-        return made
-
-    def state(self, weights: RoundWeights | None, account: LaneAccount | None) -> dict[str, Any]:
-        """Return what only this rank has, of a round if one is in progress. Local."""
-        state: dict[str, Any] = {"cache": self._scorer.cache.state_dict()}
-        if weights is not None and account is not None:
-            values = weights.current, weights.history
-            state["weights"] = [
-                None if some is None else (as_tensor(_slices(over).ids), as_tensor(some))
-                for some, over in zip(values, weights.over, strict=True)
-            ]
-            state["account"] = account.state_dict()
-        return state
-
-    def load(self, states: Sequence[dict[str, Any]]) -> None:
-        """Take the states of all ranks, however many there were; keep what is of my lanes. Local.
-
-        :meth:`resumed` takes up what is of a round.
-        """
-        self._states = list(states)
-        self._scorer.cache.load_parts([state["cache"] for state in states], self._dealer.own)
-
-    def resumed(
-        self, weights: RoundWeights, current: Ids, history: Ids
-    ) -> tuple[RoundWeights, LaneAccount]:
-        """Return this rank's weights and account of the round that was saved. Collective."""
-        weights, account = self.dealt(weights, current, history), self.account()
-        states, self._states = self._states, []
-        found: list[Weights | None] = []
-        for k, over in enumerate(weights.over):
-            parts = [state["weights"][k] for state in states]
-            if any(part is None for part in parts):
-                found.append(None)
-                continue
-            ids, values = (np.concatenate([as_array(p[j]) for p in parts]) for j in (0, 1))
-            found.append(_slices(over).pick(ids, values))
-        account.load_states([state["account"] for state in states])
-        return replace(weights, current=found[0], history=found[1]), account
 
 
 def _slices(over: Sums) -> Slices:

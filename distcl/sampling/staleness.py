@@ -11,7 +11,7 @@ import torch
 
 from distcl.distributed.runtime import Runtime
 from distcl.priority.weighting import WHOLE
-from distcl.sampling.sampler import Part
+from distcl.sampling.groups import Part
 
 _LOOKS = 8
 _FEWEST = 50

@@ -17,15 +17,21 @@ from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
 from distcl.parallel.partition import create_partition
 from distcl.priority.online import Ledger
+from distcl.priority.population import Dealer
+from distcl.priority.round_weights import RoundWeighter
 from distcl.priority.scoring import Scorer
 from distcl.priority.signals import create_signal
-from distcl.sampling.round_loader import Feed
+from distcl.sampling.composition import Mix
+from distcl.sampling.groups import Permutations
+from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking import create_tracker
 from distcl.training.optimizer import create_optimizer
 from distcl.training.round_report import RoundRecorder
 from distcl.training.trainer import Parts
 from distcl.types import PrioritySignal, Progress, Stream
 from distcl.updaters import UpdaterSetup, create_updater
+
+_POOL = 2  # a stream of draws beside those of the samplers
 
 
 class Quiet:
@@ -74,6 +80,7 @@ def assemble(
         classes=stream.spec.classes,
     )
     importance = config.continual_learning.importance_weighting
+    sequential = bool(getattr(stream, "sequential", False))
     keep = getattr(signal, "anchors", 1) if importance else 1
     host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
     anchor = Anchor(partition, keep, host, undo=config.training.accept == "improves")
@@ -100,18 +107,21 @@ def assemble(
         ),
     )
     if importance:
-        check_priority(config, signal, updater.uses_hist_batch)
-    feed = Feed(
-        runtime,
+        check_priority(config, signal, updater.uses_hist_batch, sequential)
+    dealer = None
+    if sequential:
+        lanes_of = stream.lanes_of  # type: ignore[attr-defined]
+        dealer = Dealer.over(runtime, config.data.lanes, lanes_of)
+    weighter = RoundWeighter(
         stream,
-        config.training,
-        config.continual_learning,
         config.priority,
-        config.data,
-        seed,
+        config.continual_learning.importance_alpha,
         scorer,
         ledger,
+        dealer,
+        Permutations(seed, _POOL).take,
     )
+    mix = Mix(config.training, config.continual_learning, config.priority.target == "union")
     shown = progress if progress is not None and runtime.is_main else Quiet()
     tracker = create_tracker(config.tracking, out, runtime.rank, resume, shown.message)
     return Parts(
@@ -123,20 +133,31 @@ def assemble(
         forward=forward,
         scorer=scorer,
         updater=updater,
-        feed=feed,
+        loader=RoundLoader(runtime, stream, weighter, mix, config.priority, config.data, seed),
         tracker=tracker,
         recorder=RoundRecorder(runtime, out, tracker),
         progress=shown,
     )
 
 
-def check_priority(config: Config, signal: PrioritySignal, takes_history: bool) -> None:
-    """Raise ConfigError, naming both, for keys that cannot be combined."""
+def check_priority(
+    config: Config, signal: PrioritySignal, takes_history: bool, sequential: bool
+) -> None:
+    """Raise ConfigError, naming both, for keys that cannot be combined.
+
+    ``sequential``: the source is read from front to back.
+    """
     p, mode = config.priority, config.continual_learning.update_mode
     replays = takes_history or config.continual_learning.mix_historic_data
 
     def refuse(key: str, why: str) -> None:
         raise ConfigError(f"{key} does not work with priority.{why}")
+
+    if sequential and p.source != "score":
+        raise ConfigError(
+            f"priority.source = '{p.source}' draws at random, which a stream of shards cannot be "
+            "read by; use 'score', or data.access = 'indexed'"
+        )
 
     if p.source != "score" and p.target == "history" and not replays:
         raise ConfigError(

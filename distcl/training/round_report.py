@@ -14,7 +14,7 @@ from distcl.distributed.runtime import Runtime
 from distcl.parallel.inference import ShardedForward
 from distcl.priority.guard import Judgement, doubts
 from distcl.sampling.draw_log import EDGES
-from distcl.sampling.round_loader import Feed
+from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking.tracker import Histogram, Tracker, flat
 from distcl.training.step_loop import Stage
 from distcl.types import Source
@@ -25,10 +25,10 @@ class Reporter:
     """Makes the reports, the same on every rank."""
 
     def __init__(
-        self, runtime: Runtime, feed: Feed, forward: ShardedForward, updater: Updater
+        self, runtime: Runtime, loader: RoundLoader, forward: ShardedForward, updater: Updater
     ) -> None:
         self._runtime = runtime
-        self._feed = feed
+        self._loader = loader
         self._forward = forward
         self._updater = updater
 
@@ -42,20 +42,20 @@ class Reporter:
 
     def of_round(self, stage: Stage, accepted: bool) -> tuple[dict[str, Any], str]:
         """Return the report of a round, and what the log should say of it, or ''. Collective."""
-        feed = self._feed
-        scored = stage.report["scored"] + feed.forwards
-        candidates = sum(int(r["n"]) for r in feed.weights.report.values())
+        loader = self._loader
+        scored = stage.report["scored"] + loader.forwards
+        candidates = sum(int(r["n"]) for r in loader.weights.report.values())
         guard, words = self._guard(stage)
         report = {
             "round": stage.number,
             "trigger": stage.trigger,
             "steps": stage.steps,
-            "train_seconds": stage.seconds - feed.priority_seconds,
-            "priority_seconds": stage.report["priority_seconds"] + feed.priority_seconds,
+            "train_seconds": stage.seconds - loader.priority_seconds,
+            "priority_seconds": stage.report["priority_seconds"] + loader.priority_seconds,
             "forward_passes_per_sample": scored / candidates if candidates else 0.0,
             **self._common(stage),
             "accepted": accepted,
-            "priority": feed.weights.report,
+            "priority": loader.weights.report,
             **guard,
         }
         return report, words
@@ -65,7 +65,7 @@ class Reporter:
         return {
             "compute": self._compute(*stage.report["before"]),
             "flops": None if of_step is None else stage.steps * of_step,
-            "draws_sha256": self._feed.account.digest(),
+            "draws_sha256": self._loader.log.digest(),
             "final_loss": stage.loss,
         }
 
@@ -84,8 +84,8 @@ class Reporter:
         judged = Judgement(**stage.report["judged"])
         if not (stage.report["weighted"] or judged.uniform):
             return {}, ""
-        staleness = self._feed.staleness
-        found = doubts(self._feed.weights.report, judged.aim, staleness)
+        staleness = self._loader.staleness
+        found = doubts(self._loader.weights.report, judged.aim, staleness)
         words = ""
         if found and not judged.uniform:
             words = (
@@ -132,7 +132,7 @@ class RoundRecorder:
     def write(
         self,
         report: dict[str, Any],
-        feed: Feed,
+        loader: RoundLoader,
         source: Source,
         step: int,
     ) -> None:
@@ -140,8 +140,8 @@ class RoundRecorder:
 
         Afterwards the report is the same on every rank, as it was before.
         """
-        histograms = {name: Histogram(h, EDGES) for name, h in feed.histograms().items()}
-        report["draws"], ids, counts = feed.account.told(feed.candidates, TOP)
+        histograms = {name: Histogram(h, EDGES) for name, h in loader.histograms().items()}
+        report["draws"], ids, counts = loader.log.told(loader.candidates, TOP)
         if self._runtime.is_main:
             try:
                 self._save(int(report["round"]), ids, counts, histograms, source)

@@ -18,7 +18,7 @@ from distcl.distributed.memory import FlopCount
 from distcl.distributed.runtime import Runtime
 from distcl.errors import DivergenceError
 from distcl.parallel.partition import clip_grads_
-from distcl.sampling.round_loader import Feed
+from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking.tracker import Tracker
 from distcl.training.optimizer import decay_factor, warmup_factor
 from distcl.types import Batch, Experience, Progress
@@ -108,7 +108,7 @@ class StepLoop:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         updater: Updater,
-        feed: Feed,
+        loader: RoundLoader,
         tracker: Tracker,
         progress: Progress,
         config: OptimizerConfig,
@@ -119,7 +119,7 @@ class StepLoop:
         self._model = model
         self._optimizer = optimizer
         self._updater = updater
-        self._feed = feed
+        self._loader = loader
         self._tracker = tracker
         self._progress = progress
         self._warmup_steps = config.warmup_steps
@@ -155,7 +155,7 @@ class StepLoop:
             self._optimizer.zero_grad(set_to_none=True)
             watch.add(result)
             stage.done += 1
-            self._feed.look(stage.done, result.ids, result.losses)
+            self._loader.look(stage.done, result.ids, result.losses)
             self.steps += 1
             samples += batch.total
             self.samples += batch.total
@@ -193,7 +193,7 @@ class StepLoop:
 
     def _batches(self, stage: Stage) -> Iterator[tuple[Batch, Batch | None]]:
         try:
-            yield from self._feed.batches(stage.steps, stage.done)
+            yield from self._loader.batches(stage.steps, stage.done)
         except DivergenceError as error:  # of a scoring pass
             where = f"in round {stage.number}, step {stage.done + 1}"
             raise DivergenceError(f"{where}: {error}") from error

@@ -23,7 +23,7 @@ from distcl.parallel.inference import ShardedForward
 from distcl.priority.guard import Judgement, judge
 from distcl.priority.round_weights import RoundWeights
 from distcl.priority.scoring import Scorer
-from distcl.sampling.round_loader import EMPTY, Feed
+from distcl.sampling.round_loader import EMPTY, RoundLoader
 from distcl.tracking.tracker import Tracker
 from distcl.training.accuracy_matrix import AccuracyMatrix
 from distcl.training.evaluation import Evaluator
@@ -49,7 +49,7 @@ class Parts:
     forward: ShardedForward
     scorer: Scorer
     updater: Updater
-    feed: Feed
+    loader: RoundLoader
     tracker: Tracker
     recorder: RoundRecorder
     progress: Progress
@@ -73,7 +73,7 @@ class ContinuousTrainer:
         self._evaluator = Evaluator(
             parts.forward, parts.stream, self.metric, self.loss_name, self.training.eval_batch_size
         )
-        self._reporter = Reporter(parts.runtime, parts.feed, parts.forward, parts.updater)
+        self._reporter = Reporter(parts.runtime, parts.loader, parts.forward, parts.updater)
         self.pretrained = bool(config.model.pretrained)
         copies = parts.stream if isinstance(parts.stream, CopyingStream) else None
         self.history = History(self.continual.buffer_size, config.run.seed, copies)
@@ -89,14 +89,14 @@ class ContinuousTrainer:
             parts.forward.partition,
             parts.anchor,
             parts.updater,
-            parts.feed,
+            parts.loader,
         )
         self.loop = StepLoop(
             parts.runtime,
             parts.model,
             parts.optimizer,
             parts.updater,
-            parts.feed,
+            parts.loader,
             parts.tracker,
             parts.progress,
             config.optimizer,
@@ -126,7 +126,7 @@ class ContinuousTrainer:
             self.history.add(stage.experience.train)
         stage.seconds += time.perf_counter() - clock
         report = self._report(stage, accepted)
-        self.parts.recorder.write(report, self.parts.feed, self.parts.stream, self.loop.steps)
+        self.parts.recorder.write(report, self.parts.loader, self.parts.stream, self.loop.steps)
         self.rounds.append(report)
         self.stage = None
         return report
@@ -136,7 +136,7 @@ class ContinuousTrainer:
     ) -> Stage:
         number = len(self.rounds) + 1
         experience = self.bad.clear(self.history, experience)
-        updater, feed = self.parts.updater, self.parts.feed
+        updater, loader = self.parts.updater, self.parts.loader
         if self.optimizer_config.between_rounds == "reset":
             reset(self.parts.optimizer)
 
@@ -156,10 +156,10 @@ class ContinuousTrainer:
         if not (weights.parts or any(weights.chosen)):  # the updater may have found bad samples
             experience = self.bad.clear(self.history, experience)
 
-        feed.rebuild(  # 3. sampler
+        loader.rebuild(  # 3. sampler
             number, experience.train, self.history.ids(), weights, updater.uses_hist_batch
         )
-        self.stage = Stage(number, trigger, experience, feed.steps() if updater.trains else 0)
+        self.stage = Stage(number, trigger, experience, loader.steps() if updater.trains else 0)
         self.stage.report = {
             "priority_seconds": priority_seconds,
             "scored": scored,
@@ -192,8 +192,8 @@ class ContinuousTrainer:
         return sum(self.accuracy(e) for e in experiences) / max(1, len(experiences))
 
     def _report(self, stage: Stage, accepted: bool) -> dict[str, Any]:
-        feed = self.parts.feed
-        for line in feed.weights.lines() if feed.forwards else ():
+        loader = self.parts.loader
+        for line in loader.weights.lines() if loader.forwards else ():
             self._say(line)
         report, words = self._reporter.of_round(stage, accepted)
         if words:
@@ -202,12 +202,12 @@ class ContinuousTrainer:
 
     def pretrain(self, experience: Experience) -> None:
         """Train plainly on the first experience; afterwards theta_star equals the weights."""
-        updater, feed = self.parts.updater, self.parts.feed
+        updater, loader = self.parts.updater, self.parts.loader
         if self.stage is None:
             before = self._reporter.counts()
             self.announce(experience)
-            feed.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
-            steps = feed.steps(self.training.pretrain_epochs)
+            loader.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
+            steps = loader.steps(self.training.pretrain_epochs)
             self.stage = Stage(0, "pretraining", experience, steps, report={"before": before})
         stage = self.stage
         self.loop.run(stage, "pretraining")
@@ -257,7 +257,7 @@ class ContinuousTrainer:
         if not (self.continual.importance_weighting and self.parts.updater.trains):
             return RoundWeights(), Judgement()
         history = self.history.ids()
-        weights = self.parts.feed.weigh(
+        weights = self.parts.loader.weigh(
             len(self.rounds) + 1,
             experience.train,
             history,
@@ -274,7 +274,7 @@ class ContinuousTrainer:
         )
         if judged.uniform:
             note = f"[guard] uniform draws in this round: {'; '.join(judged.doubts)}"
-            weights = self.parts.feed.stand_down(weights, note)
+            weights = weights.stand_down(note)
         for line in weights.lines():
             self._say(line)
         return weights, judged
@@ -303,7 +303,7 @@ class ContinuousTrainer:
             "samples": self.loop.samples,
             "trained": self.parts.updater.trained,
             "stage": None if self.stage is None else self.stage.state_dict(),
-            "feed": None if self.stage is None else self.parts.feed.state_dict(self.stage.done),
+            "loader": None if self.stage is None else self.parts.loader.state_dict(self.stage.done),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -317,4 +317,4 @@ class ContinuousTrainer:
         self.parts.updater.trained = state["trained"]
         if state["stage"] is not None:
             self.stage = Stage.from_state(state["stage"])
-            self.parts.feed.load_state_dict(state["feed"])
+            self.parts.loader.load_state_dict(state["loader"])

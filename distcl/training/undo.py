@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.partition import OptimizerState, Partition
-from distcl.sampling.round_loader import Feed
+from distcl.sampling.round_loader import RoundLoader
 from distcl.updaters import Updater
 
 
@@ -30,21 +30,21 @@ class Undo:
         partition: Partition,
         anchor: Anchor,
         updater: Updater,
-        feed: Feed,
+        loader: RoundLoader,
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._partition = partition
         self._anchor = anchor
         self._updater = updater
-        self._feed = feed
+        self._loader = loader
         self._state: dict[Any, Any] | None = None
         self._ledger: dict[str, Any] | None = None
 
     def take(self) -> None:
         """Note the start of a round; before its first step. Collective."""
         self._state = {p: _cloned(state) for p, state in self._optimizer.state.items()}
-        self._ledger = _cloned(self._feed.ledger_state())
+        self._ledger = _cloned(self._loader.ledger_state())
 
     def forget(self) -> None:
         """Let go of it: the round stays. Local."""
@@ -54,7 +54,7 @@ class Undo:
         """Make everything what it was at the start of the round. Collective."""
         self._anchor.put_back(self._model.buffers())
         self._exchange()
-        self._feed.load_ledger(self._ledger)
+        self._loader.load_ledger(self._ledger)
         self._updater.taken_back()
         self.forget()
 

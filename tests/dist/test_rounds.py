@@ -187,7 +187,7 @@ def test_min_score_counts_for_an_updaters_priorities_too(min_score: float, tmp_p
     assert (scores < 0.03).any() and (scores > 0.03).any()
     np.testing.assert_array_equal(ids, second.train)
     np.testing.assert_allclose(found, np.maximum(scores, min_score) ** 0.5, rtol=1e-15)
-    weights = trainer.parts.feed.weigh(2, second.train, first.train[:0], False)
+    weights = trainer.parts.loader.weigh(2, second.train, first.train[:0], False)
     np.testing.assert_allclose(weights.current, found, rtol=1e-15)
 
 

@@ -13,7 +13,6 @@ from distcl import Runtime, registry
 from distcl.data.stream import create_stream
 from distcl.training.build import assemble
 from distcl.priority.round_weights import RoundWeights
-from distcl.sampling.sampler import WindowPlan
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Batch, Ids
 from tests.small import small
@@ -195,8 +194,8 @@ def test_scores_follow_ids_through_mixing_shares_and_eviction(tmp_path: Path) ->
         history = trainer.history.ids()
         assert len(history) == 100
         trainer.run_round(experience, "scheduled")
-        plan = trainer.parts.feed._plans[0]
-        assert isinstance(plan, WindowPlan)
+        plan = trainer.parts.loader._samplers[0]
+        assert plan.window
         current, stored = plan.groups(len(plan) - 1)
         assert current.weights is None
         assert stored.ids.tolist() == history.tolist()
@@ -207,7 +206,7 @@ def test_scores_follow_ids_through_mixing_shares_and_eviction(tmp_path: Path) ->
         watched.check(np.concatenate([history, experience.train]))
     held = trainer.history.ids()
     gone = np.setdiff1d(np.concatenate([history, experience.train]), held)
-    trainer.parts.feed.rebuild(3, first.train[:1], held, RoundWeights(), history_batch=False)
+    trainer.parts.loader.rebuild(3, first.train[:1], held, RoundWeights(), history_batch=False)
     assert not np.isin(gone, watched.ledger.table.ids).any()
     watched.check(held)
 
@@ -238,7 +237,7 @@ def test_history_is_uniform_while_a_round_replays_it_too_often(tmp_path: Path) -
         first, second, _ = trainer.parts.stream.experiences
         trainer.pretrain(first)
         # 8 steps of 20 replay 160 of 151 stored samples: 1.06 each
-        weights = trainer.parts.feed.weigh(1, second.train, first.train, True)
+        weights = trainer.parts.loader.weigh(1, second.train, first.train, True)
         assert (weights.history is None) == uniform
         lines = "\n".join(weights.lines())
         assert ("1.06 replays" in lines and "priority.max_replay = 0.9" in lines) == uniform

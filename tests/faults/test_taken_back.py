@@ -60,7 +60,7 @@ def _state(trainer: ContinuousTrainer) -> dict[str, Any]:
     parts = trainer.parts
     module = parts.runtime.unwrap(parts.model)
     optimizer = parts.forward.partition.optimizer_state(parts.optimizer)
-    ledger = parts.feed.ledger_state()
+    ledger = parts.loader.ledger_state()
     state = {
         "model": dict(module.state_dict()),
         "anchor": {k: v for k, v in parts.anchor.state_dict().items() if k != "replaced"},
@@ -97,7 +97,7 @@ def _back(out: Path) -> dict[str, list[str]]:
         trainer.evaluate(stream.experiences, seen=2)
         before = _state(trainer)
         if before["table"] is not None:  # that round weighs other samples
-            trainer.parts.feed.weigh(2, third.train, trainer.history.ids(), True)
+            trainer.parts.loader.weigh(2, third.train, trainer.history.ids(), True)
             before = _state(trainer)
         report = trainer.run_round(third, "test", [first])
         assert report["accepted"] is False, case

@@ -13,14 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from distcl.config import ParallelConfig, RunConfig
+from distcl.distributed.runtime import Runtime
 from distcl.priority import weighting
 from distcl.priority.population import Dealer, Slices
-from distcl.sampling.draw_log import LaneDigest, digest_of
-from distcl.sampling.sequential import LaneGroup, LaneSampler
+from distcl.sampling.draw_log import DrawLog, digest_of
+from distcl.sampling.groups import Part
+from distcl.sampling.sequential import LaneSampler
 from distcl.types import pack_ids
 
 N, LANES, WINDOW = 120, 4, 16
 ALL = np.arange(N)
+RUNTIME = Runtime(RunConfig(), ParallelConfig())
 
 
 def lanes_of(ids: np.ndarray, lanes: int) -> np.ndarray:
@@ -51,10 +55,10 @@ def sampler(size: int = 10, **keys: int) -> LaneSampler:
 
 def group(
     dealer: Dealer, ids: np.ndarray, weights: np.ndarray | None, draws_: int | None = None
-) -> LaneGroup:
+) -> Part:
     slices = dealer.deal(ids)
     mine = None if weights is None else slices.pick(ids, weights)
-    return LaneGroup(slices, mine, len(ids) if draws_ is None else draws_)
+    return Part(slices.ids, mine, len(ids) if draws_ is None else draws_, slices)
 
 
 WEIGHTS = np.random.default_rng(0).exponential(size=N) ** 2
@@ -87,16 +91,16 @@ def test_ranks_share_out_the_same_global_batches_at_every_world_size(
     world, lanes, size, n, history
 ):
     def run(dealer: Dealer) -> tuple[list[list[int]], list[int], dict[int, bytes]]:
-        made, digest = sampler(size), LaneDigest(dealer.mine)
+        made, log = sampler(size), DrawLog(RUNTIME, dealer)
         groups = [group(dealer, pack_ids(1, ALL), ALL + 0.5, n)]
         if history:
             groups.append(group(dealer, pack_ids(0, np.arange(0, N, 3)), None, 40))
         made.set_groups(groups)
         steps = list(made)
         for step in range(len(made)):
-            digest.add(made.parts(step))
+            log.add(made.parts(step))
         assert all(dealer.own(np.array(part, np.int64)).all() for part in steps)
-        return steps, [made.total(step) for step in range(len(made))], digest.chains
+        return steps, [made.total(step) for step in range(len(made))], log.chains
 
     (whole, totals, chains) = on_ranks(1, run, lanes)[0]
     assert len(whole) == -(-(n + 40 * history) // size) and sum(totals) == n + 40 * history
@@ -264,7 +268,7 @@ def test_a_rank_holds_at_most_48_bytes_a_sample_over_the_number_of_ranks(world):
         dealer = Dealer(12, cut, dealer.rank, dealer.world_size, dealer.reduce)
         slices = dealer.deal(ids)
         made = LaneSampler(64, window=1024)
-        made.set_groups([LaneGroup(slices, weights[slices.ids], n)])
+        made.set_groups([Part(slices.ids, weights[slices.ids], n, slices)])
         return len(made.parts(0))
 
     tracemalloc.start(1)

@@ -13,8 +13,9 @@ import torch
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.inference import ShardedForward
 from distcl.priority.population import Dealer
+from distcl.sampling.groups import Part
 from distcl.sampling.sampler import DistributedWeightedSampler
-from distcl.sampling.sequential import LaneGroup, LaneSampler
+from distcl.sampling.sequential import LaneSampler
 
 WORLD = 1024
 
@@ -102,7 +103,7 @@ def test_lanes_of_1024_ranks_share_out_the_same_global_batches():
     def run(dealer: Dealer) -> list[list[int]]:
         slices = dealer.deal(ids)
         made = LaneSampler(batch, window=16, seed=5)
-        made.set_groups([LaneGroup(slices, slices.pick(ids, weights), n)])
+        made.set_groups([Part(slices.ids, slices.pick(ids, weights), n, slices)])
         steps = list(made)
         assert all(dealer.own(np.array(part, np.int64)).all() for part in steps)
         return steps

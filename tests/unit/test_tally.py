@@ -4,7 +4,7 @@ import torch
 from distcl.config import ParallelConfig, RunConfig
 from distcl.distributed.runtime import Runtime
 from distcl.sampling import draw_log as module
-from distcl.sampling.draw_log import BINS, EDGES, DrawTally, weight_histogram
+from distcl.sampling.draw_log import BINS, EDGES, DrawLog, DrawTally, weight_histogram
 from distcl.training.round_report import thumbnails
 from tests.spawn import run_ranks
 
@@ -31,16 +31,17 @@ def test_counts_are_those_of_all_draws_however_often_they_are_merged(monkeypatch
     }
 
 
-def test_a_tally_goes_on_from_its_state():
-    first, whole = DrawTally(), DrawTally()
-    first.add(np.array([1, 2, 2]))
-    second = DrawTally()
-    second.load_state_dict(first.state_dict())
-    for tally in (second, whole):
-        tally.add(np.array([2, 7]))
-    whole.add(np.array([1, 2, 2]))
-    for mine, expected in zip(second.counts(), whole.counts(), strict=True):
+def test_a_log_goes_on_from_its_state():
+    runtime = Runtime(RunConfig(), ParallelConfig())
+    first, second, whole = (DrawLog(runtime) for _ in range(3))
+    first.add([(0, np.array([1, 2, 2]))])
+    second.load_states([first.state_dict()])
+    whole.add([(0, np.array([1, 2, 2]))])
+    for log in (second, whole):
+        log.add([(0, np.array([2, 7]))])
+    for mine, expected in zip(second.told(10, 5), whole.told(10, 5), strict=True):
         assert np.array_equal(mine, expected)
+    assert second.digest() == whole.digest() != first.digest()
 
 
 def histogram():

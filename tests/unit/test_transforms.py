@@ -16,7 +16,8 @@ from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import create_sources, create_stream
 from distcl.data.transforms import Transforms, training_view
 from distcl.errors import ConfigError, DataError
-from distcl.sampling.sampler import DistributedWeightedSampler, Part, WindowPlan
+from distcl.sampling.groups import Part
+from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.types import Batch
 from tests.unit.test_data_files import CIFAR10, write_cifar, write_mnist
 
@@ -199,9 +200,10 @@ def test_training_batches_differ_by_epoch_and_are_equal_in_any_process(workers):
 
 
 def test_a_plan_in_windows_counts_its_passes():
-    plan = WindowPlan(8, 5, 0, 1, seed=1, draw="systematic", stream=0)
-    groups = [Part(np.arange(30), None, 30), Part(np.arange(10), None, 10)]
-    plan.begin(4, groups, steps=11)
+    plan = DistributedWeightedSampler(
+        8, window=5, num_samples=88, seed=1, draw="systematic", round_index=4
+    )
+    plan.set_groups([Part(np.arange(30), None, 30), Part(np.arange(10), None, 10)])
     assert [plan.view(step) for step in (0, 4, 5, 9, 10)] == [(1, 4, k) for k in (0, 0, 1, 1, 2)]
 
 

@@ -7,27 +7,49 @@ import pytest
 from scipy.stats import chisquare
 
 from distcl.errors import UsageError
-from distcl.sampling.sampler import Part, WindowPlan, apportion
+from distcl.sampling.draws import apportion
+from distcl.sampling.groups import Group
+from distcl.sampling.sampler import DistributedWeightedSampler
 
 IDS = 1000 + 7 * np.arange(40, dtype=np.int64)
 OLD = np.arange(30, dtype=np.int64)
 
 
-def _plan(rank: int = 0, world: int = 1, draw: str = "systematic", size: int = 8) -> WindowPlan:
-    return WindowPlan(size, 5, rank, world, seed=3, draw=draw, stream=17)
+def _plan(
+    groups: list[Group] | None,
+    steps: int,
+    rank: int = 0,
+    world: int = 1,
+    draw: str = "systematic",
+    size: int = 8,
+    number: int = 1,
+) -> DistributedWeightedSampler:
+    plan = DistributedWeightedSampler(
+        size,
+        window=5,
+        num_samples=steps * size,
+        rank=rank,
+        world_size=world,
+        seed=3,
+        draw=draw,
+        stream=17,
+        round_index=number,
+    )
+    if groups is not None:
+        plan.set_groups(groups)
+    return plan
 
 
-def _parts(weights: np.ndarray | None, ids: np.ndarray = OLD) -> list[Part]:
-    return [Part(IDS, None, 40), Part(ids, weights, 40)]
+def _parts(weights: np.ndarray | None, ids: np.ndarray = OLD) -> list[Group]:
+    return [Group(IDS, None, 40), Group(ids, weights, 40)]
 
 
-def _drawn(plan: WindowPlan) -> np.ndarray:
+def _drawn(plan: DistributedWeightedSampler) -> np.ndarray:
     return np.stack([plan.global_batch(step) for step in range(len(plan))])
 
 
 def test_every_batch_has_its_share_of_each_group_evenly_mixed() -> None:
-    plan = _plan()
-    plan.begin(1, [Part(IDS, None, 60), Part(OLD, np.ones(30), 20)], 12)
+    plan = _plan([Group(IDS, None, 60), Group(OLD, np.ones(30), 20)], 12)
     batches = _drawn(plan)
     assert batches.shape == (12, 8)
     assert (np.isin(batches, OLD).sum(1) == 2).all()
@@ -35,8 +57,7 @@ def test_every_batch_has_its_share_of_each_group_evenly_mixed() -> None:
 
 
 def test_uniform_groups_go_through_permutations_across_windows() -> None:
-    plan = _plan()
-    plan.begin(1, _parts(np.ones(30)), 20)
+    plan = _plan(_parts(np.ones(30)), 20)
     current = _drawn(plan)
     current = current[np.isin(current, IDS)].reshape(-1, 40)  # 4 a step: two passes of 40
     assert len(current) == 2
@@ -46,11 +67,9 @@ def test_uniform_groups_go_through_permutations_across_windows() -> None:
 
 
 def test_new_weights_hold_from_their_window_on_and_change_nothing_before() -> None:
-    plan, same = _plan(), _plan()
+    plan, same = (_plan(_parts(np.ones(30)), 20) for _ in range(2))
     only = np.zeros(30)
     only[4] = 1.0
-    for p in (plan, same):
-        p.begin(1, _parts(np.ones(30)), 20)
     before = [plan.global_batch(step) for step in range(7)]  # the second window is drawn
     with pytest.raises(UsageError, match="drawn up to step 10"):
         plan.set_groups(_parts(only), from_step=5)
@@ -61,7 +80,7 @@ def test_new_weights_hold_from_their_window_on_and_change_nothing_before() -> No
     unchanged = _drawn(same)
     assert (np.concatenate([before, after])[:15] == unchanged[:15]).all()
     assert (after[8:][np.isin(after[8:], OLD)] == 4).all()
-    assert plan.groups(19)[1].weights is only
+    assert (plan.groups(19)[1].weights == only).all()
     # the current data goes on with its permutation
     assert (
         after[8:][np.isin(after[8:], IDS)] == unchanged[15:][np.isin(unchanged[15:], IDS)]
@@ -69,8 +88,7 @@ def test_new_weights_hold_from_their_window_on_and_change_nothing_before() -> No
 
 
 def test_ids_may_change_with_the_weights_for_a_pool() -> None:
-    plan = _plan()
-    plan.begin(1, _parts(np.ones(5), OLD[:5]), 10)
+    plan = _plan(_parts(np.ones(5), OLD[:5]), 10)
     plan.set_groups(_parts(np.ones(3), OLD[20:23]), from_step=5)
     old = _drawn(plan)
     first, second = (part[np.isin(part, OLD)] for part in (old[:5], old[5:]))
@@ -81,12 +99,12 @@ def test_ids_may_change_with_the_weights_for_a_pool() -> None:
 def test_ranks_partition_every_batch_and_draw_the_same() -> None:
     weights = np.random.default_rng(0).random(30)
     for world in (1, 2, 3, 9):
-        plans = [_plan(rank, world) for rank in range(world)]
-        for plan in plans:
-            plan.begin(2, _parts(weights), 7)
-        parts = [list(plan) for plan in plans]
-        reference = _plan()
-        reference.begin(2, _parts(weights), 7)
+        if world > 8:
+            with pytest.raises(ValueError, match="cannot be split over 9 ranks"):
+                _plan(None, 7, 0, world)
+            continue
+        parts = [list(_plan(_parts(weights), 7, rank, world)) for rank in range(world)]
+        reference = _plan(_parts(weights), 7)
         for step, expected in enumerate(_drawn(reference)):
             joined = [i for rank in range(world) for i in parts[rank][step]]
             assert joined == expected.tolist()
@@ -97,12 +115,10 @@ def test_ranks_partition_every_batch_and_draw_the_same() -> None:
 def test_draws_follow_the_weights() -> None:
     weights = np.random.default_rng(1).random(30) + 0.1
     share = weights / weights.sum()
-    plan = _plan(draw="multinomial", size=500)
-    plan.begin(1, [Part(OLD, weights, 1)], 40)
+    plan = _plan([Group(OLD, weights, 1)], 40, draw="multinomial", size=500)
     counts = np.bincount(_drawn(plan).ravel(), minlength=30)
     assert chisquare(counts, share * counts.sum()).pvalue > 1e-3
-    plan = _plan(draw="systematic", size=500)
-    plan.begin(1, [Part(OLD, weights, 1)], 10)
+    plan = _plan([Group(OLD, weights, 1)], 10, draw="systematic", size=500)
     for window in np.split(_drawn(plan), 2):  # each by itself
         counts = np.bincount(window.ravel(), minlength=30)
         assert (np.abs(counts - share * counts.sum()) < 1).all()
@@ -111,8 +127,7 @@ def test_draws_follow_the_weights() -> None:
 def test_rounds_and_windows_have_draws_of_their_own() -> None:
     seen = set()
     for number in (1, 2):
-        plan = _plan()
-        plan.begin(number, [Part(OLD, np.ones(30), 30)], 10)
+        plan = _plan([Group(OLD, np.ones(30), 30)], 10, number=number)
         seen |= {plan.global_batch(0).tobytes(), plan.global_batch(5).tobytes()}
     assert len(seen) == 4
 
@@ -120,8 +135,7 @@ def test_rounds_and_windows_have_draws_of_their_own() -> None:
 @pytest.mark.parametrize("consumed", [0, 3, 5, 9, 14])
 def test_a_resumed_plan_goes_on_as_it_would_have(consumed: int) -> None:
     weights = np.random.default_rng(2).random(30)
-    plan = _plan()
-    plan.begin(4, _parts(np.ones(30)), 23)
+    plan = _plan(_parts(np.ones(30)), 23, number=4)
     expected = []
     for step in range(23):
         if step == 5:
@@ -130,7 +144,7 @@ def test_a_resumed_plan_goes_on_as_it_would_have(consumed: int) -> None:
             plan.global_batch(min(step + 4, 22))  # prefetched
             state = plan.state_dict(consumed)
         expected.append(plan.global_batch(step).tolist() if step >= consumed else [])
-    resumed = _plan(1, 2)
+    resumed = _plan(None, 23, 1, 2)
     resumed.load_state_dict(state)
     assert resumed.first_step == consumed
     if consumed < 5:
@@ -145,3 +159,38 @@ def test_apportion_is_exact_and_leaves_nobody_out() -> None:
     assert apportion(5, [0, 1, 1]) == [1, 2, 2]
     with pytest.raises(UsageError, match="a batch of 1 cannot hold samples of 2 groups"):
         apportion(1, [3, 3])
+
+
+def test_epochs_go_on_with_permutations_and_have_windows_of_their_own() -> None:
+    plan = _plan(_parts(np.ones(30)), 15)
+    first = _drawn(plan)
+    plan.set_epoch(1)
+    both = np.concatenate([first, _drawn(plan)])
+    current = both[np.isin(both, IDS)].reshape(-1, 40)  # 4 of 30 steps: three passes of 40
+    assert [sorted(one) for one in current] == [sorted(IDS)] * 3
+    assert len({both[k : k + 5].tobytes() for k in range(0, 30, 5)}) == 6
+
+
+def test_weights_change_within_an_epoch_only_in_windows() -> None:
+    plain = DistributedWeightedSampler(8)
+    plain.set_weights(OLD, np.ones(30))
+    with pytest.raises(UsageError, match="give window"):
+        plain.set_weights(OLD, np.ones(30), from_step=1)
+    batches = DistributedWeightedSampler(8, window=1)  # from any step on
+    batches.set_weights(OLD, np.ones(30))
+    iterator = iter(batches)
+    seen = [next(iterator)]
+    for k in range(1, 4):
+        batches.set_weights(OLD, k == OLD, from_step=k)
+        seen.append(next(iterator))
+    assert [set(part) for part in seen[1:]] == [{1}, {2}, {3}]
+    assert len(seen[0]) == 8
+
+
+def test_a_plan_that_is_gone_cannot_be_saved() -> None:
+    plan = _plan(_parts(np.ones(30)), 20)
+    for step in range(16):
+        plan.global_batch(step)
+    assert plan.state_dict(15)["step"] == 15
+    with pytest.raises(UsageError, match="step 4"):
+        plan.state_dict(4)

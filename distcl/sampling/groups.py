@@ -1,0 +1,132 @@
+"""What a sampler draws from: groups of ids, each with weights or none, and draws of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distcl.data.ids import IdRuns, as_ids, ids_tensor, tensor_ids
+from distcl.priority import weighting
+from distcl.sampling import draws
+from distcl.types import Ids, as_tensor, frozen
+
+ArrayLike = npt.ArrayLike | torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A part of what is drawn in an epoch: ``draws`` of ``ids``, by ``weights``.
+
+    ids: int64 [N], or an int N for 0 … N-1; weights: [N], or None for uniform permutations.
+    """
+
+    ids: ArrayLike | int
+    weights: ArrayLike | None
+    draws: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Group):
+    """A group whose ids int64 [N] and weights float64 [N] (None: permutations) are arrays.
+
+    They are all there are, or this rank's, which ``over`` sums.
+    """
+
+    ids: Ids
+    weights: weighting.Weights | None
+    over: weighting.Sums = weighting.WHOLE
+
+
+def own(group: Group) -> Part:
+    """Return a group that nobody else changes: arrays are copied, but for read-only ones.
+
+    A Part is taken as it is. Raises ValueError for what cannot be drawn from, naming the id.
+    """
+    if group.draws < 0:
+        raise ValueError(f"a group's draws must not be negative, not {group.draws}")
+    ids = group.ids if isinstance(group, Part) else _own_ids(group.ids)
+    if len(ids) < 1:
+        raise ValueError("there are no ids to draw from")
+    if isinstance(group, Part):
+        return group
+    weights = group.weights
+    if isinstance(weights, torch.Tensor):
+        weights = weights.detach().cpu().double().numpy()
+    if weights is not None:
+        weights = np.asarray(weights)
+        weights = weights.astype(np.float64, copy=weights.flags.writeable)
+        if weights.shape != (len(ids),):
+            raise ValueError(f"weights of shape {weights.shape} for {len(ids)} ids")
+        weighting.check_weights(weights, ids)
+    return Part(ids, weights, group.draws)
+
+
+def _own_ids(values: ArrayLike | int) -> Ids:
+    if isinstance(values, int | np.integer):
+        return as_ids(IdRuns([0], [int(values)]))
+    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+    array = np.asarray(array)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"ids must be one row of integers, not {array.dtype} {array.shape}")
+    return array.astype(np.int64, copy=array.flags.writeable)
+
+
+def packed(part: Part) -> dict[str, Any]:
+    """Return a part for a checkpoint, as tensors and plain values."""
+    return {
+        "ids": ids_tensor(part.ids),
+        "weights": as_tensor(part.weights),
+        "draws": part.draws,
+    }
+
+
+def unpacked(state: dict[str, Any]) -> Part:
+    """Return the part that was packed."""
+    weights = None if state["weights"] is None else frozen(state["weights"].numpy())
+    return Part(tensor_ids(state["ids"]), weights, state["draws"])
+
+
+def ids_at(positions: weighting.Positions, parts: Sequence[Part]) -> Ids:
+    """Return the ids at positions, which count through the parts one after another."""
+    if len(parts) == 1:
+        return np.asarray(parts[0].ids[positions])
+    found, first = positions.astype(np.int64), 0
+    for part in parts:
+        size = len(part.ids)
+        here = np.flatnonzero((positions >= first) & (positions < first + size))
+        found[here] = part.ids[positions[here] - first]
+        first += size
+    return found
+
+
+class Permutations:
+    """Permutations of N positions, one after another without end, read at any place.
+
+    The k-th is a function of (seed, k and the counters), so any rank and a resumed run read the
+    same. Holds one, 4 N bytes (8 N from 2**32 positions on).
+    """
+
+    def __init__(self, seed: int, stream: int) -> None:
+        self._seed = seed
+        self._stream = stream
+        self._held: tuple[tuple[int, ...], weighting.Positions] | None = None
+
+    def take(
+        self, round_index: int, number: int, first: int, n: int, kind: int = 0
+    ) -> weighting.Positions:
+        """Return draws ``first`` to ``first`` + n of ``number`` positions, [n]."""
+        found = []
+        while n:
+            index, at = divmod(first, number)
+            key = (self._stream, round_index, index, kind)
+            if self._held is None or self._held[0] != (number, *key):
+                drawn = draws.uniform(number, number, draws.generator(self._seed, *key))
+                self._held = (number, *key), drawn
+            found.append(self._held[1][at : at + n])
+            first, n = first + len(found[-1]), n - len(found[-1])
+        return np.concatenate(found)

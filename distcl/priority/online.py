@@ -35,7 +35,7 @@ class Ledger:
     """Takes the scores of every training batch and, now and then, shares them among ranks.
 
     The updater calls :meth:`observe` in every training forward (``Updater.losses_of`` does it);
-    RoundLoader calls :meth:`gather` every few steps. So ``table`` is the same on every rank whenever
+    RoundLoader calls :meth:`gather` every few steps. So ``table`` is the same on every rank when
     weights are made from it.
     """
 

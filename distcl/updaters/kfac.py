@@ -164,7 +164,7 @@ class KFACOnline(Updater):
         A sample lies along the first dimension that has as many entries as there are samples; or
         where none has, as equally many neighbours in the first one. Local.
         """
-        scale = self._scale.to(g)
+        scale, g = self._scale.to(self.runtime.dtype), g.to(self.runtime.dtype)
         inverse = torch.where(scale == 0, 0.0, 1 / scale)  # of no weight: no gradient
         shape = g.shape[:-1] if isinstance(layer.module, nn.Linear) else g.shape[:-3]
         if len(scale) in shape:

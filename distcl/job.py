@@ -243,7 +243,7 @@ class Job:
         def contents() -> Contents:
             state.seconds = before + time.perf_counter() - begun
             if runtime.is_main and stream.live_seconds:  # it may have got more
-                self._data = fingerprint(stream)
+                self._data = self._fingerprint(stream)
             return collect(state, config, trainer, monitor, self._data)
 
         keeper = Keeper(
@@ -293,24 +293,35 @@ class Job:
         """
         fault = ""
         if self._runtime.is_main:
-            before = random_state(self._runtime)
-            self._data = fingerprint(stream)
+            self._data = self._fingerprint(stream)
             if path is not None:
-                saved = read_manifest(path)["data"]
+                saved = read_manifest(path).get("data", {})
                 more = self._command != "train" and (stream.sequential or stream.live_seconds)
-                now = fingerprint(stream, saved) if more else self._data
-                changed = "; ".join(changes(saved, now))
-                if changed and "data" in allowed:
-                    self.say(f"[resume] the data changed since the checkpoint: {changed}")
-                elif changed:
-                    fault = (
-                        f"the data differ from those of '{path}': {changed}\n"
-                        "go on all the same with: --allow-changed data"
-                    )
-            set_random_state(before, self._runtime)
+                now = self._fingerprint(stream, saved) if more and saved else self._data
+                fault = self._changed(path, list(changes(saved, now)), "data" in allowed)
         fault = self._runtime.broadcast(fault)
         if fault:
             raise DataError(fault)
+
+    def _changed(self, path: Path, found: list[str], allowed: bool) -> str:
+        told = "; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        if found and allowed:
+            self.say(f"[resume] the data changed since the checkpoint: {told}")
+        if not found or allowed:
+            return ""
+        return (
+            f"the data differ from those of '{path}': {told}\n"
+            "go on all the same with: --allow-changed data"
+        )
+
+    def _fingerprint(
+        self, stream: DriftStream, like: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        before = random_state(self._runtime)
+        try:
+            return fingerprint(stream, like)
+        finally:
+            set_random_state(before, self._runtime)
 
     def _report(self, path: Path) -> None:
         from distcl.reporting.page import write_report

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from distcl.data.ids import blocks
+from distcl.data.shards.indexed import ShardSource
 from distcl.data.stream import DriftStream
 from distcl.errors import DataError
 from distcl.types import Ids, unpack_ids
@@ -47,7 +48,7 @@ def fingerprint(stream: DriftStream, like: Mapping[str, Any] | None = None) -> d
     sources: tuple[Any, Any] = (train, test)
     for (key, number), source in zip(numbers.items(), sources, strict=True):
         name = key.removesuffix(" samples")
-        if hasattr(source, "shards"):
+        if isinstance(source, ShardSource):
             key = f"{name} shards"
             most = len(source.shards if like is None else like.get(key, ()))
             lines = {s.name: f"{s.samples} {s.bytes} {s.sha256}" for s in source.shards[:most]}
@@ -71,7 +72,7 @@ def fingerprint(stream: DriftStream, like: Mapping[str, Any] | None = None) -> d
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """Yield, in words, what differs between two fingerprints. Local."""
-    for key in before.keys() | now.keys():
+    for key in dict.fromkeys((*before, *now)):
         a, b = before.get(key), now.get(key)
         if a == b or _RANDOM in (a, b):
             continue
@@ -110,7 +111,7 @@ def _content(stream: DriftStream, id_: np.int64) -> bytes:
     _, row, test = unpack_ids(ids)
     source: Any = stream.sources[int(test[0])]
     try:
-        if hasattr(source, "extents"):
+        if isinstance(source, ShardSource):
             return b"" if source.sequential else next(source.extents(row))
         batch = stream.read(ids)
     except DataError:

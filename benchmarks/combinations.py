@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.fault_campaign import table
-from tests.combinations import SOURCES, Combination, Result, attempt, draw, make_data
+from tests.combinations import SOURCES, Combination, Result, attempt, draw, kind_of, make_data
 
 COLUMNS = ("equal", "refused", "wrong", "hung", "crashed")
 FAILED = COLUMNS[2:]
@@ -54,7 +53,7 @@ class Tries:
         with self._lock:
             self.found[what.source][result.kind] += 1
             if result.kind == "refused":
-                self.reasons[re.sub(r"\d+(\.\d+)?|/\S+/", "…", result.why)] += 1
+                self.reasons[kind_of(result.why)] += 1
             print(
                 f"{number}: {result.kind} in {time.monotonic() - begun:.1f} s: {what}", flush=True
             )

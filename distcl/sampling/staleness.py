@@ -100,7 +100,7 @@ class Freshness:
         """Return the samples' weights, in means, and losses, float64 [n, 2], where both are.
 
         ``means``: those of the groups, or else they are worked out: collective if these are slices.
-        Losses are rounded as weights were, to float32: one sample drawn twice must be a tie.
+        Both are rounded to float32: ties must be ties, whatever last bits a cut of a batch leaves.
         """
         wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
         found = np.full(len(wanted), np.nan)
@@ -112,7 +112,8 @@ class Freshness:
                 at = np.searchsorted(wanted, ids).clip(max=len(wanted) - 1)
                 held = np.flatnonzero(wanted[at] == ids)
                 found[at[held]] = group.weights[start + held] / mean
-        pairs = np.stack([found[place], losses.float().double().cpu().numpy()], axis=1)
+        pairs = np.stack([found[place], losses.double().cpu().numpy()], axis=1)
+        pairs = pairs.astype(np.float32).astype(np.float64)
         known: npt.NDArray[np.float64] = pairs[np.isfinite(pairs).all(axis=1)]
         return known
 

@@ -86,13 +86,14 @@ def test_freshness_knows_the_weights_of_each_look(number: int) -> None:
 def test_a_sample_drawn_twice_is_a_tie_whatever_its_last_bits() -> None:
     """They depend on how a batch is cut among ranks, and must not decide the order of ranks."""
     rng = np.random.default_rng(4)
-    ids, weights = pack_ids(0, np.arange(40)), rng.random(40)
+    ids, weights = pack_ids(0, np.arange(40)), np.tile(rng.random(20), 2)
     losses, looked = np.tile(rng.random(40), 2), []
     for noise in (0.0, 1e-15):
         fresh = Freshness(Runtime())
         fresh.begin(8)
-        drawn = torch.from_numpy(losses + noise * rng.random(80))
-        fresh.take(torch.from_numpy(np.tile(ids, 2)), drawn, [Part(ids, weights, 1)])
+        found = torch.from_numpy(losses + noise * rng.random(80))
+        groups = [Part(ids, weights + noise * rng.random(40), 1)]
+        fresh.take(torch.from_numpy(np.tile(ids, 2)), found, groups)
         looked.append(fresh.correlation)
     assert looked[0] == looked[1]
 

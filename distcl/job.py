@@ -20,9 +20,9 @@ from distcl.checkpoint.store import CheckpointStore, read_manifest
 from distcl.config import Config
 from distcl.config.load import to_toml
 from distcl.data.stream import create_stream
-from distcl.distributed.failure import Cause
+from distcl.distributed.failure import Cause, describe
 from distcl.distributed.memory import give_back
-from distcl.distributed.runtime import Runtime, describe
+from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError, ConfigError, DivergenceError, Preempted, UsageError
 from distcl.monitoring.monitor import Monitor
 from distcl.reporting.progress import FolderProgress

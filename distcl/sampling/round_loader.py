@@ -182,6 +182,12 @@ class Feed:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
         return self._mix.steps(len(self._current), len(self._history), epochs)
 
+    def batch_sizes(self, steps: int) -> Iterator[tuple[int, int]]:
+        """Yield the sizes of the global training and history batches of each step. Local."""
+        whole = [which for which, plan in self._plans.items() if isinstance(plan, WindowPlan)]
+        current, history = len(self._current), len(self._history)
+        return self._mix.batch_sizes(current, history, self._replayed, steps, whole)
+
     def _groups(self, weights: RoundWeights) -> dict[int, list[Part]]:
         """Return what each plan draws from."""
         return self._mix.groups(weights, self._current, self._history, self._replayed)

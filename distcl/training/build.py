@@ -10,7 +10,7 @@ from distcl.config import Config
 from distcl.data.replay_buffer import CopyingStream
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
-from distcl.losses import create_loss
+from distcl.losses import create_loss, judged_by
 from distcl.models import create_model
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
@@ -20,6 +20,7 @@ from distcl.priority.scoring import Scorer
 from distcl.priority.signals import create_signal
 from distcl.sampling.round_loader import Feed
 from distcl.tracking import create_tracker
+from distcl.training.dry_run import DryRun
 from distcl.training.optimizer import create_optimizer
 from distcl.training.round_report import RoundRecorder
 from distcl.training.trainer import Parts
@@ -53,12 +54,6 @@ def assemble(
     if config.continual_learning.history_store == "copy":
         stream = CopyingStream(stream)
     criterion = create_loss(config.model.loss)
-    model, optimizer = runtime.prepare_training(
-        create_model(config.model, stream.spec, seed),
-        lambda params: create_optimizer(config.optimizer, params),
-    )
-    partition = create_partition(runtime, model)
-    forward = ShardedForward(runtime, model, partition, criterion)
     signal = create_signal(
         config.priority.signal,
         config.priority.options,
@@ -67,6 +62,18 @@ def assemble(
         classes=stream.spec.classes,
     )
     importance = config.continual_learning.importance_weighting
+    dry = DryRun(config, runtime, stream)
+    raw, scored = (
+        create_model(config.model, stream.spec, seed, dry.x),
+        signal if importance else None,
+    )
+    dry.before(raw, criterion, scored)
+    model, optimizer = runtime.prepare_training(
+        raw, lambda params: create_optimizer(config.optimizer, params), dry.unused
+    )
+    dry.after(model, criterion, scored)
+    partition = create_partition(runtime, model)
+    forward = ShardedForward(runtime, model, partition, criterion)
     keep = getattr(signal, "anchors", 1) if importance else 1
     host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
     anchor = Anchor(partition, keep, host)
@@ -89,10 +96,14 @@ def assemble(
             pretrained=bool(config.model.pretrained),
             accumulate=config.training.accumulate,
             ledger=ledger,
+            stand_in=dry.stand_in,
+            alone=dry.alone,
         ),
     )
     if importance:
         check_priority(config, signal, updater.uses_hist_batch)
+    judged_by(config.model.loss, stream.spec)
+    dry.conclude()
     feed = Feed(
         runtime,
         stream,

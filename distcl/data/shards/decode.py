@@ -21,7 +21,7 @@ import torch
 from distcl.data.sources.arrays import as_tensor
 from distcl.data.sources.npy import Array, parse_npy
 from distcl.data.transforms import Sample, create_transforms
-from distcl.errors import ConfigError, DataError, DistclError
+from distcl.errors import ConfigError, DataError, DistclError, named, told
 
 IMAGES = ("png", "jpg", "jpeg", "webp")
 
@@ -67,7 +67,7 @@ class Decoder:
             except DistclError:
                 raise
             except Exception as error:  # whatever a user's function raises
-                raise DataError(f"transform '{name}': {type(error).__name__}: {error}") from error
+                raise DataError(f"transform '{name}': {told(error) or named(error)}") from error
         return sample
 
 

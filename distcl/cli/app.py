@@ -15,7 +15,7 @@ import typer
 from distcl import __version__
 from distcl.cli import bench, compare, inspect, launch, setup, shard, training
 from distcl.cli.common import complain, launch_rank, say
-from distcl.errors import DistclError, named, told
+from distcl.errors import DistclError, told
 
 app = typer.Typer(
     help="Distributed continual learning with prioritized sampling.",
@@ -88,7 +88,8 @@ def fail(error: Exception) -> NoReturn:
         command = error.ctx.command_path if error.ctx else "distcl"
         code, text = 2, f"{error.format_message().rstrip('.')}; see '{command} --help'"
     else:
-        text = told(error) or f"internal error: {named(error)}"
+        first = str(error).strip().partition("\n")[0]
+        text = told(error) or f"internal error: {type(error).__name__}: {first}"
         text += "\nset DISTCL_DEBUG=1 for the traceback"
     if os.environ.get("DISTCL_DEBUG", "") not in ("", "0"):
         traceback.print_exception(error)

@@ -140,6 +140,7 @@ class Runtime:
 
         Raises UsageError where the strategy needs the optimizer too (zero1, zero2, zero3).
         """
+        self._strategy.unused = ()
         return self._strategy.prepare(model, None)[0]
 
     def prepare_training(

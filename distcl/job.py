@@ -30,6 +30,7 @@ from distcl.reporting.run_folder import RunFolder
 from distcl.reporting.summary import chance, save_final, summarize
 from distcl.tracking.tracker import Tracker, Trackers
 from distcl.training.build import Quiet, assemble
+from distcl.training.foresight import foresee_rounds
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Progress
 
@@ -226,6 +227,9 @@ class Job:
         )
         trainer.loop.keeper = keeper
         if monitor is None:
+            if path is None:
+                sequential = bool(getattr(parts.stream, "sequential", False))
+                foresee_rounds(parts.updater, config, stream.experiences, sequential)
             train(trainer, state)
             drifts: list[int] = []
             baseline: Sequence[float | None] = state.baseline

@@ -23,13 +23,19 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from distcl import registry
 from distcl.config import Config
 from distcl.distributed.failure import PeerFailure, describe
-from distcl.distributed.runtime import Runtime, part_of
+from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, DistclError, named, place
 from distcl.losses import unreduced
 from distcl.parallel.inference import evaluating
 from distcl.priority.scoring import checked
-from distcl.types import Batch, Outputs, PrioritySignal, PyTree, Stream, UnreducedLoss
-from distcl.updaters import Updater
+from distcl.types import (
+    Batch,
+    Outputs,
+    PrioritySignal,
+    PyTree,
+    Stream,
+    UnreducedLoss,
+)
 from distcl.updaters.jvp_reg import buffers_kept
 
 log = logging.getLogger("distcl")
@@ -215,37 +221,6 @@ class DryRun:
         if losses.isfinite().all() and not loss.isfinite().all():
             return "the loss is not finite when the model trains on one"
         return ""
-
-
-def foresee(
-    updater: Updater, batches: Iterator[tuple[int, int]], what: str, accumulate: int
-) -> None:
-    """Raise ConfigError if a step ahead trains on one sample, which the model cannot. Local.
-
-    ``batches``: the sizes of the global training and history batches of each step; ``what`` trains.
-    """
-    seen: set[tuple[int, int]] = set()
-    if not updater.setup.alone:
-        return
-    world = updater.runtime.world_size
-    for step, sizes in enumerate(batches, start=1):
-        if sizes in seen:
-            continue
-        seen.add(sizes)
-        for rank in range(world):
-            own = [hi - lo for lo, hi in (part_of(size, rank, world) for size in sizes)]
-            if 1 not in updater.passes(own[0], own[1]):
-                continue
-            history = f" and a history batch of {sizes[1]}" if sizes[1] else ""
-            cut = f", in {accumulate} parts each (training.accumulate)" if accumulate > 1 else ""
-            raise ConfigError(
-                f"{what}: step {step} has a batch of {sizes[0]}{history}; on {world} "
-                f"rank{'s' * (world > 1)}{cut}, rank {rank} would train on one sample at a time, "
-                f"and {updater.setup.alone}; change training.batch_size"
-                f"{', continual_learning.replay_batch_size' * bool(sizes[1])}, "
-                f"training.accumulate, stream.samples_per_experience or the number of processes, "
-                "or take GroupNorm for BatchNorm"
-            )
 
 
 def together(runtime: Runtime, look: Callable[[], None]) -> Exception | None:

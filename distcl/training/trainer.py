@@ -26,8 +26,8 @@ from distcl.priority.scoring import Scorer
 from distcl.sampling.round_loader import EMPTY, Feed
 from distcl.tracking.tracker import Tracker
 from distcl.training.accuracy_matrix import AccuracyMatrix
-from distcl.training.dry_run import foresee
 from distcl.training.evaluation import Evaluator
+from distcl.training.foresight import foresee
 from distcl.training.optimizer import reset
 from distcl.training.round_report import Reporter, RoundRecorder
 from distcl.training.step_loop import Stage, StepLoop
@@ -242,7 +242,7 @@ class ContinuousTrainer:
         self.parts.updater.begin_round(Round(self.parts.stream, ids, history.ids(), history.after))
 
     def _foresee(self, what: str, stage: Stage) -> None:
-        what = f"{what}, on experience {stage.experience.index + 1}"
+        what += f", on experience {stage.experience.index + 1}"
         batches = self.parts.feed.batch_sizes(stage.steps)
         foresee(self.parts.updater, batches, what, self.training.accumulate)
 

@@ -19,7 +19,9 @@ from distcl.parallel.anchor import Anchor
 from distcl.priority.scoring import compute_sample_priorities
 from distcl.training.build import assemble
 from distcl.training.dry_run import DryRun
+from distcl.training.foresight import foresee_rounds
 from distcl.training.trainer import ContinuousTrainer, Parts
+from distcl.types import Experience
 from distcl.updaters.fisher import Squares
 from tests import theirs
 from tests.small import small
@@ -176,6 +178,29 @@ def test_a_last_batch_of_one_sample_is_foreseen_with_batchnorm():
     assert "pretraining, on experience 1: step 7 has a batch of 1;" in text
     assert "BatchNorm 'norm' cannot train on one sample; change training.batch_size" in text
     assert trainer.loop.steps == 0
+
+
+def test_it_is_foreseen_for_all_rounds_before_the_first():
+    settings = config("Norm", "tracking.kind=none", "continual_learning.mix_historic_data=true")
+    stream = create_stream(settings.stream, 0)
+    updater = assemble(settings, Runtime(), stream, Path("unused")).updater
+    sizes = [[300, 320, 340], [300, 320, 481], [300, 351, 300]]  # with the history before them
+    found = []
+    for lengths in sizes:
+        experiences = [
+            Experience(k, np.arange(n) + (k << 40), np.arange(5)) for k, n in enumerate(lengths)
+        ]
+        try:
+            foresee_rounds(updater, settings, experiences, sequential=False)
+        except ConfigError as error:
+            found.append(str(error).partition(";")[0])
+        else:
+            found.append("")
+    assert found == [
+        "",
+        "the round on experience 3: step 23 has a batch of 1",
+        "the round on experience 2: step 14 has a batch of 1",
+    ]
 
 
 @pytest.mark.parametrize("mode", ["base", "er", "der", "jvp_reg", "agem", "lwf", "ewc_online"])

@@ -52,6 +52,7 @@ _PARSER_ERROR: Any = typer.BadParameter.__mro__[1]  # typer's UsageError, which 
 
 def main() -> NoReturn:
     """Run the command line and exit. Under a launcher, only rank 0 prints."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of torch's own, to its users
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:

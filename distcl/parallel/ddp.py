@@ -66,7 +66,6 @@ class DDP(Strategy):
                 f"gradient reaches {', '.join(self.unused)}; set it to 'auto' or true"
             )
         self.accelerator.ddp_handler.find_unused_parameters = search
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         with warnings.catch_warnings():  # accelerate has no word for DDP's newer option yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             model = self.accelerator.prepare(model)

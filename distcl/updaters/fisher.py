@@ -158,7 +158,8 @@ def _one_by_one(
             with runtime.accumulating(model, last=k + 1 == rounds):
                 runtime.backward(weight * criterion(model(batch.x), batch.y).sum())
     scale = runtime.world_size / len(ids)  # gradients are averaged over ranks
-    total = {name: grad.to(runtime.dtype) * scale for name, grad in partition.grads().items()}
+    total = {n: torch.zeros_like(w, dtype=runtime.dtype) for n, w in partition.trainable().items()}
+    total |= {name: grad.to(runtime.dtype) * scale for name, grad in partition.grads().items()}
     optimizer.zero_grad(set_to_none=True)
     return total
 

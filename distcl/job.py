@@ -23,9 +23,9 @@ from distcl.config.load import to_toml
 from distcl.config.paths import reachable
 from distcl.data.fingerprint import changes, fingerprint
 from distcl.data.stream import DriftStream, create_stream
-from distcl.distributed.failure import Cause
+from distcl.distributed.failure import Cause, describe
 from distcl.distributed.memory import give_back
-from distcl.distributed.runtime import Runtime, describe
+from distcl.distributed.runtime import Runtime
 from distcl.errors import (
     CheckpointError,
     ConfigError,
@@ -40,6 +40,7 @@ from distcl.reporting.run_folder import RunFolder
 from distcl.reporting.summary import chance, save_final, summarize
 from distcl.tracking.tracker import Tracker, Trackers
 from distcl.training.build import Quiet, assemble
+from distcl.training.foresight import foresee_rounds
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Experience, Progress
 
@@ -256,6 +257,9 @@ class Job:
         )
         trainer.loop.keeper = keeper
         if monitor is None:
+            if path is None:
+                sequential = bool(getattr(parts.stream, "sequential", False))
+                foresee_rounds(parts.updater, config, stream.experiences, sequential)
             train(trainer, state)
             drifts: list[int] = []
             experiences, untrained = stream.experiences, list[Experience]()

@@ -75,18 +75,26 @@ def create_loss(name: str) -> UnreducedLoss:
         if elementwise and y.is_floating_point() and outputs.numel() == y.numel():
             outputs = outputs.reshape(y.shape)  # [B, 1] against [B] would broadcast to [B, B]
         losses = criterion(outputs, y)
-        if not isinstance(losses, torch.Tensor):
-            raise ConfigError(f"model.loss = '{name}' returned {type(losses).__name__}, no tensor")
-        if elementwise and losses.shape == y.shape:
+        if elementwise and isinstance(losses, torch.Tensor) and losses.shape == y.shape:
             return _mean_positions(losses)
-        if losses.shape != batch:
-            raise ConfigError(
-                f"model.loss = '{name}' is a loss without unreduced form: it must return one "
-                f"number per sample, shape {list(batch)}, but returned {list(losses.shape)}"
-            )
-        return losses
+        return unreduced(losses, batch[0], f"model.loss = '{name}'")
 
     return checked
+
+
+def unreduced(losses: Any, number: int, who: str = "the criterion") -> torch.Tensor:
+    """Return losses that are one number a sample, [number]; else raise ConfigError. Local.
+
+    A mean or a sum over the batch would pass for the loss of each sample.
+    """
+    if not isinstance(losses, torch.Tensor):
+        raise ConfigError(f"{who} returned {type(losses).__name__}, no tensor")
+    if losses.shape != (number,):
+        raise ConfigError(
+            f"{who} is a loss without unreduced form: it must return one number per sample, shape "
+            f"[{number}], but returned {list(losses.shape)} (torch's take reduction='none')"
+        )
+    return losses
 
 
 def judged_by(loss_name: str, spec: DataSpec) -> Judgement:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from distcl import registry
 from distcl.config import ModelConfig
 from distcl.errors import CheckpointError, ConfigError
 from distcl.registry import Count, checked, nearest
-from distcl.types import DataSpec
+from distcl.types import DataSpec, PyTree
 from distcl.weights import WeightsFile, check_fit, spec_of
 
 log = logging.getLogger("distcl")
@@ -33,15 +34,20 @@ Norm = Literal["group", "batch"]
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 
-def create_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
+def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = None) -> nn.Module:
     """Build the configured model on the CPU, in float32. Local; equal on every rank.
 
     A factory is called as ``factory(spec, **options)``; ``timm:NAME`` is a model of the package
     timm. Weights depend on ``seed`` alone and the global random numbers are left as they were. Then
-    ``model.pretrained``, if given, is loaded.
+    ``model.pretrained``, if given, is loaded. ``x``: inputs [B, ...] on the CPU, equal on every
+    rank, of which lazy modules learn their shapes; without, they stay lazy.
+
+    Where the model returns something with ``logits`` (a ModelOutput, a named tuple, a dict), its
+    outputs are those logits.
 
     Raises ConfigError if the factory does not take an option or returns no module, if there is no
-    such file, or no timm; CheckpointError if the file does not hold finite weights for this model.
+    such file, or no timm, if a lazy module is not used; CheckpointError if the file does not hold
+    finite weights for this model.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -49,13 +55,47 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int) -> nn.Module:
             model = _timm(config.name.removeprefix("timm:"), spec, config.options)
         else:
             model = registry.create("model", config.name, spec, options=config.options)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model '{config.name}' must return a torch.nn.Module, not {type(model).__name__}"
-        )
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"model '{config.name}' must return a torch.nn.Module, not {type(model).__name__}"
+            )
+        if x is not None:
+            _make_real(model, config.name, x)
+    if type(model) not in (MLP, CNN, ResNet18, ViT):
+        model.register_forward_hook(_logits_alone)
     if config.pretrained:
         load_pretrained(model, Path(config.pretrained), config.pretrained_skip)
     return model
+
+
+def _logits_alone(module: nn.Module, args: Any, outputs: Any) -> Any:
+    """Return the logits of what a model returned; what has none is left as it is."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs
+    held = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    logits = getattr(outputs, "logits", None) if held is None else held
+    return outputs if logits is None else logits
+
+
+def _make_real(model: nn.Module, name: str, x: PyTree) -> None:
+    """Give lazy modules (nn.LazyLinear and its like) their weights, by a forward in eval mode."""
+
+    def lazy() -> list[str]:
+        both = (*model.named_parameters(), *model.named_buffers())
+        return [n for n, tensor in both if is_lazy(tensor)]
+
+    if not lazy():
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.no_grad():
+        model.eval()(x)
+    for module, mode in modes:
+        module.training = mode
+    if left := lazy():
+        raise ConfigError(
+            f"model '{name}': a forward does not use the lazy module that has '{left[0]}', so its "
+            "shape is not known; give it one, or leave it out"
+        )
 
 
 def _timm(name: str, spec: DataSpec, options: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
-from distcl.errors import ConfigError
+from distcl.errors import ConfigError, place, user_packages
 
 Factory = Callable[..., Any]
 
@@ -179,10 +179,12 @@ def resolve(kind: str, name: str) -> Factory:
     if "" not in sys.path:  # a console script does not have the user's folder on its path
         here = str(Path.cwd())
         sys.path.insert(0, here) if here not in sys.path else None
+    user_packages.add(target.partition(":")[0].partition(".")[0])
     try:
         found: Any = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{kind} '{name}' cannot be imported: {error}") from error
+        where = f" (in your code: {found_at})" if (found_at := place(error)) else ""
+        raise ConfigError(f"{kind} '{name}' cannot be imported: {error}{where}") from error
     if not callable(found):
         raise ConfigError(f"{kind} '{name}' is not callable")
     return found  # type: ignore[no-any-return]

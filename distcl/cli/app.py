@@ -52,6 +52,7 @@ _PARSER_ERROR: Any = typer.BadParameter.__mro__[1]  # typer's UsageError, which 
 
 def main() -> NoReturn:
     """Run the command line and exit. Under a launcher, only rank 0 prints."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings of torch's own, to its users
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
@@ -81,16 +82,17 @@ def fail(error: Exception) -> NoReturn:
 
     With DISTCL_DEBUG=1 every rank prints the traceback too.
     """
-    code, told = 1, of_path(error)
-    if isinstance(told, DistclError):
-        code, text = told.exit_code, str(told)
+    code, theirs = 1, told(error)
+    ours = error if theirs else of_path(error)
+    if isinstance(ours, DistclError):
+        code, text = ours.exit_code, str(ours)
     elif isinstance(error, _PARSER_ERROR):
         command = error.ctx.command_path if error.ctx else "distcl"
         code, text = 2, f"{error.format_message().rstrip('.')}; see '{command} --help'"
     else:
         first = str(error).strip().partition("\n")[0]
-        text = f"internal error: {type(error).__name__}: {first}\n"
-        text += "set DISTCL_DEBUG=1 for the traceback"
+        text = theirs or f"internal error: {type(error).__name__}: {first}"
+        text += "\nset DISTCL_DEBUG=1 for the traceback"
     if os.environ.get("DISTCL_DEBUG", "") not in ("", "0"):
         traceback.print_exception(error)
     if launch_rank() == 0:

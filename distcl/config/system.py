@@ -33,6 +33,11 @@ class ParallelConfig(Section):
     activation_checkpointing: bool = Field(
         False, description="recompute the model's blocks in backward instead of keeping activations"
     )
+    find_unused_parameters: bool | Literal["auto"] = Field(
+        "auto",
+        description="ddp: look at each step for parameters that it gives no gradient; auto: for "
+        "models with modules of your own, which may branch, or if the dry run has seen one",
+    )
     deepspeed_config: PathText = Field(
         "", description="zero1, zero2, zero3: a DeepSpeed JSON of your own"
     )

@@ -13,10 +13,10 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
 
 from distcl.data.transforms import training_view
-from distcl.errors import DataError, DistclError
+from distcl.errors import DataError, DistclError, UserCodeError, told
 from distcl.types import Batch, Ids, PyTree, Source
 
 T = TypeVar("T")
@@ -182,6 +182,10 @@ class _Reads(Dataset[Any]):
                 batch = self._source.read(ids)
         except DistclError as error:
             return error
+        except Exception as error:  # whatever a user's source raises
+            if get_worker_info() is None or (text := told(error)) is None:
+                raise
+            return UserCodeError(text)  # the traceback does not leave the worker
         # a tuple, which DataLoader knows how to pin; the ids asked for, in case others were read
         return batch.ids, batch.x, batch.y, total, torch.from_numpy(ids)
 

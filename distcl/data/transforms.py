@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 from distcl import registry
-from distcl.errors import ConfigError, DataError, DistclError
+from distcl.errors import ConfigError, DataError, DistclError, named, told
 from distcl.types import Batch, Ids, PyTree, Source
 
 Array = npt.NDArray[Any]
@@ -88,7 +88,7 @@ class Transforms:
             except DistclError:
                 raise
             except Exception as error:  # whatever a user's function raises
-                raise DataError(f"transform '{name}': {type(error).__name__}: {error}") from error
+                raise DataError(f"transform '{name}': {told(error) or named(error)}") from error
         return sample
 
 

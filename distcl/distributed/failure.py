@@ -22,6 +22,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from distcl.errors import DistclError, named, of_path, told
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -232,3 +234,34 @@ class FailureRelay:
             answer_of(lambda: self._store.set(_TOLD, "1"), ANSWER_SECONDS)
             time.sleep(_READ_SECONDS)
         os._exit(cause.exit_code)
+
+
+class PeerFailure(DistclError):
+    """Another rank failed first, or is gone; message and exit code are the first cause's."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(f"rank {cause.rank}: {cause.message}")
+        self.exit_code = cause.exit_code
+
+
+def describe(error: BaseException, rank: int) -> Cause:
+    """Return what to tell of an exception: our own errors as they are, others with their type.
+
+    Those of the user's code are told with its file and line.
+    """
+    theirs = told(error)
+    error = error if theirs else of_path(error)
+    if isinstance(error, DistclError):
+        return Cause(rank, error.exit_code, str(error))
+    if isinstance(error, KeyboardInterrupt):
+        return Cause(rank, 130, "interrupted from the keyboard")
+    if is_connection_loss(error):
+        first = str(error).strip().partition("\n")[0]
+        return Cause(rank, 1, f"lost contact with another rank, which is gone or hangs ({first})")
+    return Cause(rank, 1, theirs or named(error))
+
+
+def is_connection_loss(error: BaseException) -> bool:
+    """Tell whether an exception is a backend's word for a peer that is gone or hangs."""
+    signs = ("closed by peer", "onnection reset", "imed out", "Broken pipe", "NCCL", "refused")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -15,13 +15,20 @@ from torch import nn
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.environment import adopt, check_launcher
-from distcl.distributed.failure import Cause, FailureRelay
+from distcl.distributed.failure import (
+    Cause,
+    FailureRelay,
+    PeerFailure,
+    describe,
+    is_connection_loss,
+)
 from distcl.distributed.memory import keep_freed_memory
 from distcl.distributed.rendezvous import first_line, introduce, must_meet, tell_stderr
 from distcl.distributed.watchdog import Watchdog
-from distcl.errors import DistclError, Preempted, UsageError, of_path
+from distcl.errors import Preempted, UsageError
 from distcl.parallel import MakeOptimizer, create_strategy
 from distcl.parallel.activation_checkpointing import checkpoint_blocks
+from distcl.types import PyTree
 
 T = TypeVar("T")
 
@@ -132,21 +139,30 @@ class Runtime:
 
         Raises UsageError where the strategy needs the optimizer too (zero1, zero2, zero3).
         """
+        self._strategy.unused = ()
         return self._strategy.prepare(model, None)[0]
 
     def prepare_training(
-        self, model: nn.Module, make_optimizer: MakeOptimizer
+        self, model: nn.Module, make_optimizer: MakeOptimizer, unused: Collection[str] = ()
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Return a model, wrapped for training, and its optimizer. Collective.
 
         ``make_optimizer`` is called with the parameters that take gradients, once they are where
-        the strategy wants them.
+        the strategy wants them. ``unused``: those that get none in some forwards, as far as known.
         """
+        self._strategy.unused = unused
         if self._strategy.parallel.activation_checkpointing:
             checkpoint_blocks(model)
         prepared, optimizer = self._strategy.prepare(model, make_optimizer)
         assert optimizer is not None
         return prepared, optimizer
+
+    def settle(self, model: nn.Module, x: PyTree) -> None:
+        """Make the first step like later ones: forward and backward on inputs. Collective.
+
+        See ``parallel.ddp``. The caller puts buffers and random numbers back.
+        """
+        self._strategy.settle(model, x)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Take the loss scale (fp16) out of the gradients, once, before they are changed. Local."""
@@ -300,34 +316,6 @@ class Runtime:
         if dist.is_initialized():
             _left.append(dist.group.WORLD)
             dist.destroy_process_group()
-
-
-class PeerFailure(DistclError):
-    """Another rank failed first, or is gone; message and exit code are the first cause's."""
-
-    def __init__(self, cause: Cause) -> None:
-        super().__init__(f"rank {cause.rank}: {cause.message}")
-        self.exit_code = cause.exit_code
-
-
-def describe(error: BaseException, rank: int) -> Cause:
-    """Return what to tell of an exception: our own errors as they are, others with their type."""
-    error = of_path(error)
-    if isinstance(error, DistclError):
-        return Cause(rank, error.exit_code, str(error))
-    if isinstance(error, KeyboardInterrupt):
-        return Cause(rank, 130, "interrupted from the keyboard")
-    text = str(error).strip().splitlines()
-    first = text[0] if text else ""
-    if is_connection_loss(error):
-        return Cause(rank, 1, f"lost contact with another rank, which is gone or hangs ({first})")
-    return Cause(rank, 1, f"{type(error).__name__}: {first}")
-
-
-def is_connection_loss(error: BaseException) -> bool:
-    """Tell whether an exception is a backend's word for a peer that is gone or hangs."""
-    signs = ("closed by peer", "onnection reset", "imed out", "Broken pipe", "NCCL", "refused")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -12,9 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from distcl.config import ParallelConfig, RunConfig
 from distcl.distributed.runtime import Runtime
+from distcl.errors import UsageError
 from distcl.parallel.flat_shards import (
     Whole,
     average_buffers,
@@ -26,13 +28,19 @@ from distcl.parallel.flat_shards import (
 )
 from distcl.parallel.partition import Fetch, OptimizerState
 from distcl.parallel.strategy import MakeOptimizer, Strategy, trainable
+from distcl.types import PyTree
 from distcl.weights import Spec, spec_of
 
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class DDP(Strategy):
-    """``ddp``: under bf16 and fp16, float32 weights and torch's autocast."""
+    """``ddp``: under bf16 and fp16, float32 weights and torch's autocast.
+
+    A parameter that a forward does not use gets no gradient, and DDP waits for it unless it looks
+    for such ones at each step. It does so where :func:`always_uses_all` does not hold, where
+    ``unused`` says so, or as ``parallel.find_unused_parameters`` has it.
+    """
 
     def __init__(self, run: RunConfig, parallel: ParallelConfig) -> None:
         super().__init__(run, parallel)
@@ -51,6 +59,15 @@ class DDP(Strategy):
         """See the base class."""
         dtype = torch.float64 if self.precision == "fp64" else torch.float32
         model = model.to(self.accelerator.device, dtype)
+        search = self.parallel.find_unused_parameters
+        if search == "auto":
+            search = bool(self.unused) or not always_uses_all(model)
+        elif self.unused and not search and self.accelerator.num_processes > 1:
+            raise UsageError(
+                "parallel.find_unused_parameters = false, but there are forwards in which no "
+                f"gradient reaches {', '.join(self.unused)}; set it to 'auto' or true"
+            )
+        self.accelerator.ddp_handler.find_unused_parameters = search
         with warnings.catch_warnings():  # accelerate has no word for DDP's newer option yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             model = self.accelerator.prepare(model)
@@ -60,6 +77,18 @@ class DDP(Strategy):
         if self.precision == "fp16":  # otherwise a wrapper only costs time at each step
             optimizer = self.accelerator.prepare(optimizer)
         return model, optimizer
+
+    def settle(self, model: nn.Module, x: PyTree) -> None:
+        """See the base class: DDP lays its gradient buckets anew after the first backward.
+
+        Their layout decides in which order a ring of three ranks or more adds up. So it is settled
+        here, before the first step, in a new run and in one that goes on alike. Where unused
+        parameters are looked for it never changes.
+        """
+        if isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
+            sums = [t.sum() for t in tree_leaves(model(x)) if t.requires_grad]
+            torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
+            model.zero_grad(set_to_none=True)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """See the base class."""
@@ -89,6 +118,15 @@ class DDP(Strategy):
         """See the base class."""
         if self.precision == "fp16":
             self.accelerator.unscale_gradients(optimizer)
+
+
+def always_uses_all(model: nn.Module) -> bool:
+    """Tell whether each forward surely uses the same parameters, whatever the data. Local.
+
+    So it is where all modules are torch's or distcl's own: those of others may branch.
+    """
+    own = ("torch.nn.modules.", "distcl.models")
+    return all(type(module).__module__.startswith(own) for module in model.modules())
 
 
 # Replicated weights (plain process, DDP): every rank computes with all, owns 1/W of them.

@@ -24,7 +24,6 @@ from torch.distributed.tensor import DTensor
 
 from distcl.config import ParallelConfig, RunConfig
 from distcl.distributed.runtime import Runtime
-from distcl.errors import UsageError
 from distcl.parallel.flat_shards import (
     Whole,
     average_buffers,
@@ -39,6 +38,7 @@ from distcl.parallel.strategy import (
     Strategy,
     join_alone,
     refuse_batchnorm,
+    refuse_scalars,
     trainable,
 )
 from distcl.weights import Spec, spec_of
@@ -64,12 +64,7 @@ class FSDP2(Strategy):
         self, model: nn.Module, make_optimizer: MakeOptimizer | None
     ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         """See the base class. Raises UsageError naming a parameter that cannot be sharded."""
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 0:
-                raise UsageError(
-                    f"parallel.strategy = 'fsdp2' cannot shard the scalar parameter '{name}'; "
-                    "give it shape (1,), or use 'zero3'"
-                )
+        refuse_scalars(model, self.parallel.strategy)
         refuse_batchnorm(model, self.parallel.strategy, self.precision)
         device = self.accelerator.device
         model = model.float()

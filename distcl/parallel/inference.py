@@ -14,6 +14,7 @@ from torch import nn
 
 from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
+from distcl.losses import unreduced
 from distcl.parallel.partition import Partition
 from distcl.types import Batch, Ids, Outputs, PyTree, Source, UnreducedLoss
 
@@ -60,10 +61,13 @@ class ShardedForward:
         return self.runtime.all_gather(mine, n, each=-(-chunks // self.runtime.world_size) * size)
 
     def outputs(self, batch: Batch) -> Outputs:
-        """Return loss [B] and logits of one chunk already on the device; see :meth:`inferring`."""
+        """Return loss [B] and logits of one chunk already on the device; see :meth:`inferring`.
+
+        Raises ConfigError if the loss is not one number a sample.
+        """
         with self.runtime.autocast():
             logits = self.module(batch.x)
-            loss = self.criterion(logits, batch.y)
+            loss = unreduced(self.criterion(logits, batch.y), len(batch))
         return Outputs(loss=loss.to(self.runtime.dtype), logits=logits)
 
     @contextmanager

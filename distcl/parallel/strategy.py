@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 
 from distcl.config import ParallelConfig, RunConfig
 from distcl.errors import UsageError
+from distcl.types import PyTree
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer of the parameters that take gradients."""
@@ -27,6 +28,8 @@ class Strategy(ABC):
     """
 
     accelerator: Accelerator
+    unused: Collection[str] = ()
+    """Parameters known to get no gradient in some forwards; set before :meth:`prepare`."""
 
     def __init__(self, run: RunConfig, parallel: ParallelConfig) -> None:
         self.parallel = parallel
@@ -38,6 +41,12 @@ class Strategy(ABC):
         self, model: nn.Module, make_optimizer: MakeOptimizer | None
     ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         """Return the model, wrapped and on its device, and its optimizer if asked. Collective."""
+
+    def settle(self, model: nn.Module, x: PyTree) -> None:  # noqa: B027 most have nothing to do
+        """Run forward and backward on inputs ``x``, where the first one differs from later ones.
+
+        ``model`` is the prepared one. The caller puts buffers and random numbers back. Collective.
+        """
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the module that the model was made of. Local."""
@@ -70,6 +79,16 @@ def refuse_batchnorm(model: nn.Module, strategy: str, precision: str) -> None:
                 f"run.precision = '{precision}' with parallel.strategy = '{strategy}' computes in "
                 f"half precision throughout, in which the statistics of BatchNorm '{name}' would "
                 "be lost; use GroupNorm, fp32, or ddp"
+            )
+
+
+def refuse_scalars(model: nn.Module, strategy: str) -> None:
+    """Raise UsageError naming a parameter without dimensions, which cannot be sharded. Local."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            raise UsageError(
+                f"parallel.strategy = '{strategy}' cannot shard the scalar parameter '{name}'; "
+                "give it shape (1,), or use 'ddp'"
             )
 
 

@@ -25,6 +25,7 @@ from distcl.parallel.strategy import (
     Strategy,
     join_alone,
     refuse_batchnorm,
+    refuse_scalars,
     trainable,
 )
 
@@ -84,12 +85,16 @@ class Zero(Strategy):
     def prepare(
         self, model: nn.Module, make_optimizer: MakeOptimizer | None
     ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-        """See the base class. Raises UsageError without an optimizer, which ZeRO partitions."""
+        """See the base class.
+
+        Raises UsageError without an optimizer, which ZeRO partitions, and for a scalar parameter.
+        """
         if make_optimizer is None:
             raise UsageError(
                 f"parallel.strategy = '{self.parallel.strategy}' prepares a model together with "
                 "its optimizer: use Runtime.prepare_training"
             )
+        refuse_scalars(model, self.parallel.strategy)
         refuse_batchnorm(model, self.parallel.strategy, self.precision)
         device, dtype = self.accelerator.device, _DTYPES[self.precision]
         for parameter in model.parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from math import floor
@@ -54,6 +55,25 @@ class Mix:
             return epochs * of_a_pass
         steps = self._training.steps_per_round or self._training.epochs * of_a_pass
         return max(1, round(exact(self._training.step_factor) * steps))
+
+    def batch_sizes(
+        self, current: int, history: int, replayed: bool, steps: int, whole: Collection[int] = ()
+    ) -> Iterator[tuple[int, int]]:
+        """Yield the sizes of the global training and history batches of each of ``steps``.
+
+        The last batch of a pass may be smaller, but for plans in ``whole``. ``replayed``: there are
+        history batches.
+        """
+        passes = {MAIN: sum(self.draws(current, history)), HISTORY: history if replayed else 0}
+
+        def size(which: int, step: int) -> int:
+            most, draws = self.sizes[which], passes[which]
+            if which in whole or not draws:
+                return most if draws else 0
+            return min(most, draws - step % -(-draws // most) * most)
+
+        for step in range(steps):
+            yield size(MAIN, step), size(HISTORY, step)
 
     def replays(self, current: int, history: int, history_batch: bool) -> Fraction:
         """Return how often a round draws a stored sample, on average."""

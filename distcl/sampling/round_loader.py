@@ -115,6 +115,19 @@ class RoundLoader:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
         return self._mix.steps(len(self._current), len(self._history), epochs)
 
+    def batch_sizes(self, steps: int) -> Iterator[tuple[int, int]]:
+        """Yield the sizes of the global training and history batches of each step. Local."""
+        current, history = len(self._current), len(self._history)
+        return self._mix.batch_sizes(current, history, self._replayed, steps, self._windowed())
+
+    def _windowed(self) -> dict[int, DistributedWeightedSampler]:
+        """Return the samplers that draw in windows."""
+        return {
+            which: sampler
+            for which, sampler in self._samplers.items()
+            if isinstance(sampler, DistributedWeightedSampler) and sampler.window
+        }
+
     def _dealt(self, weights: RoundWeights, current: Ids, history: Ids) -> RoundWeights:
         """Return weights that know which ids this rank has, if it has some only. Collective."""
         dealer = self._weighter.dealer
@@ -219,15 +232,11 @@ class RoundLoader:
         assert self._weighter.ledger is not None
         self._weighter.ledger.gather()
         update, rest = divmod(step, every)
-        windows = [
-            (which, sampler)
-            for which, sampler in self._samplers.items()
-            if isinstance(sampler, DistributedWeightedSampler) and sampler.window
-        ]
+        windows = self._windowed()
         if windows and not rest and step + every < self.steps():
             those = self.weights.weighted, self._round, self._current, self._history
             groups = self._groups(self._weighter.by_ledger(*those, update))
-            for which, sampler in windows:
+            for which, sampler in windows.items():
                 sampler.set_groups(groups[which], from_step=step + every)
         self._refresh_seconds += time.perf_counter() - clock
 

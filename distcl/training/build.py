@@ -11,7 +11,7 @@ from distcl.data.replay_buffer import CopyingStream
 from distcl.data.transforms import Transforms
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
-from distcl.losses import create_loss
+from distcl.losses import create_loss, judged_by
 from distcl.models import create_model
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
@@ -25,6 +25,7 @@ from distcl.sampling.composition import Mix
 from distcl.sampling.groups import Permutations
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking import create_tracker
+from distcl.training.dry_run import DryRun
 from distcl.training.optimizer import create_optimizer
 from distcl.training.round_report import RoundRecorder
 from distcl.training.trainer import Parts
@@ -66,12 +67,6 @@ def assemble(
             )
         stream = CopyingStream(stream)
     criterion = create_loss(config.model.loss)
-    model, optimizer = runtime.prepare_training(
-        create_model(config.model, stream.spec, seed),
-        lambda params: create_optimizer(config.optimizer, params),
-    )
-    partition = create_partition(runtime, model)
-    forward = ShardedForward(runtime, model, partition, criterion)
     signal = create_signal(
         config.priority.signal,
         config.priority.options,
@@ -81,6 +76,18 @@ def assemble(
     )
     importance = config.continual_learning.importance_weighting
     sequential = bool(getattr(stream, "sequential", False))
+    dry = DryRun(config, runtime, stream)
+    raw, scored = (
+        create_model(config.model, stream.spec, seed, dry.x),
+        signal if importance else None,
+    )
+    dry.before(raw, criterion, scored)
+    model, optimizer = runtime.prepare_training(
+        raw, lambda params: create_optimizer(config.optimizer, params), dry.unused
+    )
+    dry.after(model, criterion, scored)
+    partition = create_partition(runtime, model)
+    forward = ShardedForward(runtime, model, partition, criterion)
     keep = getattr(signal, "anchors", 1) if importance else 1
     host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
     anchor = Anchor(partition, keep, host, undo=config.training.accept == "improves")
@@ -104,10 +111,14 @@ def assemble(
             accumulate=config.training.accumulate,
             ledger=ledger,
             min_score=config.priority.min_score,
+            stand_in=dry.stand_in,
+            alone=dry.alone,
         ),
     )
     if importance:
         check_priority(config, signal, updater.uses_hist_batch, sequential)
+    judged_by(config.model.loss, stream.spec)
+    dry.conclude()
     dealer = None
     if sequential:
         lanes_of = stream.lanes_of  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ from distcl.sampling.round_loader import EMPTY, RoundLoader
 from distcl.tracking.tracker import Tracker
 from distcl.training.accuracy_matrix import AccuracyMatrix
 from distcl.training.evaluation import Evaluator
+from distcl.training.foresight import foresee
 from distcl.training.optimizer import reset
 from distcl.training.round_report import Reporter, RoundRecorder
 from distcl.training.step_loop import Stage, StepLoop
@@ -160,6 +161,7 @@ class ContinuousTrainer:
             number, experience.train, self.history.ids(), weights, updater.uses_hist_batch
         )
         self.stage = Stage(number, trigger, experience, loader.steps() if updater.trains else 0)
+        self._foresee(f"round {number}", self.stage)
         self.stage.report = {
             "priority_seconds": priority_seconds,
             "scored": scored,
@@ -209,6 +211,7 @@ class ContinuousTrainer:
             loader.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
             steps = loader.steps(self.training.pretrain_epochs)
             self.stage = Stage(0, "pretraining", experience, steps, report={"before": before})
+            self._foresee("pretraining", self.stage)
         stage = self.stage
         self.loop.run(stage, "pretraining")
         clock = time.perf_counter()
@@ -250,6 +253,11 @@ class ContinuousTrainer:
         """Tell the updater what the round trains on."""
         ids, history = experience.train, self.history
         self.parts.updater.begin_round(Round(self.parts.stream, ids, history.ids(), history.after))
+
+    def _foresee(self, what: str, stage: Stage) -> None:
+        what += f", on experience {stage.experience.index + 1}"
+        batches = self.parts.loader.batch_sizes(stage.steps)
+        foresee(self.parts.updater, batches, what, self.training.accumulate)
 
     def _compute_priorities(
         self, experience: Experience, held_out: Sequence[Experience]

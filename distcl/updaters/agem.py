@@ -36,6 +36,10 @@ class AGEM(Updater):
             self.partition.add_grad_({n: ref * (-along / square) for n, ref in reference.items()})
         return result
 
+    def passes(self, batch: int, history: int) -> list[int]:
+        """See the base class: the history batch goes first, whole."""
+        return [history, *super().passes(batch, 0)]
+
     def _dot(self, a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the dot product of my slices, summed in float64. Absent names mean zeros."""
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)

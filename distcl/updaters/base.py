@@ -18,7 +18,10 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from distcl.config import ContinualLearningConfig
 from distcl.distributed.runtime import Runtime
+from distcl.errors import ConfigError
+from distcl.losses import unreduced
 from distcl.parallel.anchor import Anchor
+from distcl.parallel.inference import evaluating
 from distcl.parallel.partition import Partition
 from distcl.priority.online import Ledger
 from distcl.priority.scoring import Scorer, Weights, priorities
@@ -33,6 +36,8 @@ class UpdaterSetup:
     the scores of training batches, under ``priority.source = "online"``.
     ``accumulate``: in how many parts a step's batches are computed (``training.accumulate``).
     ``min_score``: the least score that priorities are made of (``priority.min_score``).
+    ``stand_in``: inputs [1, ...] of a sample, on the device, for forwards of ranks that have none;
+    None: zeros. ``alone``: why the model cannot train on one sample, as BatchNorm cannot; or "".
     """
 
     config: ContinualLearningConfig
@@ -48,6 +53,8 @@ class UpdaterSetup:
     ledger: Ledger | None = None
     accumulate: int = 1
     min_score: float = 1e-8
+    stand_in: PyTree = None
+    alone: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +207,13 @@ class Updater:
         losses = torch.cat([r.losses for r in results])
         return StepResult(losses, torch.cat([r.ids for r in results]), results[0].total)
 
+    def passes(self, batch: int, history: int) -> list[int]:
+        """Return the sizes of a step's training forwards, for a rank's parts of such sizes. Local.
+
+        Override it where ``fwd_bwd`` puts history samples through the model in training mode.
+        """
+        return cut(batch, self.setup.accumulate)
+
     def _unreduced_criterion(self, outputs: PyTree, y: PyTree) -> torch.Tensor:
         """Return the loss of each sample, [B]; of no sample, [0] with a gradient (of zero)."""
         leaves = [outputs] if isinstance(outputs, torch.Tensor) else tree_leaves(outputs)
@@ -210,19 +224,24 @@ class Updater:
     def forward(self, batch: Batch) -> PyTree:
         """Return the outputs [B, ...] of a training forward. Collective.
 
-        A rank without samples runs a row of zeros through the model in eval mode and cuts the
-        outputs to none, so that it joins the collectives of forward and backward; its gradient is
-        exactly zero.
+        A rank without samples runs a stand-in through the model in eval mode and cuts the outputs
+        to none, so that it joins the collectives of forward and backward; its gradient is exactly
+        zero. Raises ConfigError for one sample, where the model cannot train on one.
         """
         if self.first_part:  # its total is that of all parts
             self.trained += batch.total
+        if len(batch) == 1 and self.setup.alone and self.model.training:
+            raise ConfigError(
+                f"a training forward of one sample, id {int(batch.ids[0])}, of a global batch of "
+                f"{batch.total}: {self.setup.alone}"
+            )
         if len(batch):
             return self.model(batch.x)
-        x = tree_map_only(torch.Tensor, lambda t: t.new_zeros((1, *t.shape[1:])), batch.x)
-        training = self.model.training
-        self.model.eval()
-        outputs = self.model(x)
-        self.model.train(training)
+        x = self.setup.stand_in
+        if x is None:
+            x = tree_map_only(torch.Tensor, lambda t: t.new_zeros((1, *t.shape[1:])), batch.x)
+        with evaluating(self.model):
+            outputs = self.model(x)
         return tree_map(lambda t: t[:0], outputs)
 
     def losses(self, batch: Batch) -> torch.Tensor:
@@ -231,7 +250,7 @@ class Updater:
 
     def losses_of(self, outputs: PyTree, batch: Batch) -> torch.Tensor:
         """Return the losses [B] of a training forward's outputs, and note their scores. Local."""
-        losses = self._unreduced_criterion(outputs, batch.y)
+        losses = unreduced(self._unreduced_criterion(outputs, batch.y), len(batch))
         if self.setup.ledger is not None:
             self.setup.ledger.observe(batch, outputs, losses)
         return losses
@@ -243,6 +262,11 @@ class Updater:
         """
         losses = weighted(losses, batch)
         self.runtime.backward(losses.sum() * (self.runtime.world_size / batch.total))
+
+
+def cut(number: int, parts: int) -> list[int]:
+    """Return the sizes of the parts of a batch; see :meth:`distcl.types.Batch.part`."""
+    return [number * (k + 1) // parts - number * k // parts for k in range(parts)]
 
 
 def weighted(losses: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from distcl.types import Batch, Ids, Source
-from distcl.updaters.base import Round, StepResult, Updater, UpdaterSetup, weighted
+from distcl.updaters.base import Round, StepResult, Updater, UpdaterSetup, cut, weighted
 from distcl.updaters.logits import LastLogits, LogitTable, compute_logits, merged_notes, one_tensor
 
 
@@ -43,6 +43,11 @@ class DarkExperienceReplay(Updater):
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """One forward on the union; the losses returned are of both. Collective."""
         return self.accumulated(self._part, batch, hist_batch)
+
+    def passes(self, batch: int, history: int) -> list[int]:
+        """See the base class: each part is of both batches."""
+        parts = self.setup.accumulate
+        return [n + past for n, past in zip(cut(batch, parts), cut(history, parts), strict=True)]
 
     def _part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         both = batch if hist_batch is None else batch.joined(hist_batch)

@@ -19,3 +19,7 @@ class ExperienceReplay(Updater):
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """Forward and backward on the union; the losses returned are of both. Collective."""
         return super().fwd_bwd(batch if hist_batch is None else batch.joined(hist_batch), None)
+
+    def passes(self, batch: int, history: int) -> list[int]:
+        """See the base class."""
+        return super().passes(batch + history, 0)

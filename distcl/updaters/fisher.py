@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,12 @@ from torch.utils._pytree import tree_map
 
 from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
+from distcl.errors import named
 from distcl.parallel.inference import evaluating
 from distcl.parallel.partition import Partition, ShardedPartition
 from distcl.types import Batch, Ids, PyTree, Source, UnreducedLoss
+
+log = logging.getLogger("distcl")
 
 CHUNK = 256
 """Most samples of one forward."""
@@ -71,6 +75,8 @@ class Squares:
         weights = sum(p.numel() for p in module.parameters() if p.requires_grad)
         self.size = min(CHUNK, max(1, CHUNK_ELEMENTS // max(1, weights)))
         """Samples whose gradients are held at a time, where they are made."""
+        self.single = False
+        """Whether the model has shown not to work under vmap."""
 
     @property
     def chunk(self) -> int:
@@ -84,7 +90,20 @@ class Squares:
             if found is not None:
                 return found
             self.layers = None
-        return self.vectorized(batch)
+        if self.single:
+            return self.one_by_one(batch)
+        try:
+            return self.vectorized(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # vmap has no error of its own, and shows models other tensors
+            found = self.one_by_one(batch)
+            self.single = True
+            log.warning(
+                f"[fisher] gradients of single samples are made one at a time, which is slower: "
+                f"the model does not work under torch.func.vmap ({named(error)})"
+            )
+            return found
 
     def vectorized(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the same from the gradients of single samples, made for a part at a time."""
@@ -103,6 +122,19 @@ class Squares:
             for name, grad in per_sample(weights, part.x, part.y).items():
                 # not in place: weights may share one gradient, and samples a gradient of zeros
                 total[name] += grad.to(self.dtype).square().sum(dim=0)
+        return total
+
+    def one_by_one(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return the same by a forward and backward of each sample."""
+        weights = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        total = {name: torch.zeros_like(w, dtype=self.dtype) for name, w in weights.items()}
+        for k in range(len(batch)):
+            one = batch.part(k, len(batch))
+            loss = self.criterion(self.module(one.x), one.y).sum()
+            grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            for name, grad in zip(weights, grads, strict=True):
+                if grad is not None:
+                    total[name] += grad.to(self.dtype).square()
         return total
 
 
@@ -126,7 +158,8 @@ def _one_by_one(
             with runtime.accumulating(model, last=k + 1 == rounds):
                 runtime.backward(weight * criterion(model(batch.x), batch.y).sum())
     scale = runtime.world_size / len(ids)  # gradients are averaged over ranks
-    total = {name: grad.to(runtime.dtype) * scale for name, grad in partition.grads().items()}
+    total = {n: torch.zeros_like(w, dtype=runtime.dtype) for n, w in partition.trainable().items()}
+    total |= {name: grad.to(runtime.dtype) * scale for name, grad in partition.grads().items()}
     optimizer.zero_grad(set_to_none=True)
     return total
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.errors import ConfigError
 from distcl.types import Batch, PyTree
-from distcl.updaters.base import StepResult, Updater
+from distcl.updaters.base import StepResult, Updater, cut
 
 
 class JVPReg(Updater):
@@ -56,6 +56,11 @@ class JVPReg(Updater):
         with buffers_kept(self.runtime.unwrap(self.model)), moved:
             self.accumulated(self._moved_part, batch)
         return result
+
+    def passes(self, batch: int, history: int) -> list[int]:
+        """See the base class: each part is of both batches."""
+        parts = self.setup.accumulate
+        return [n + past for n, past in zip(cut(batch, parts), cut(history, parts), strict=True)]
 
     def _part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """First pass: the gradient at w; keep the inputs, moved, for the second one."""
@@ -145,11 +150,18 @@ def normalized(vectors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Put the module's buffers back at the end, also when the body raises. Local."""
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    """Put the module's buffers back at the end, also when the body raises. Local.
+
+    Those that the body replaces by other tensors, or sets to None, too.
+    """
+    kept = [
+        (owner, name, buffer, buffer.clone())
+        for owner in module.modules()
+        for name, buffer in owner.named_buffers(recurse=False)
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+            for owner, name, buffer, value in kept:
+                owner._buffers[name] = buffer.copy_(value)

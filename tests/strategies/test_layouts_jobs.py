@@ -24,8 +24,10 @@ KEYS = (
 without_deepspeed = pytest.mark.skipif(not DEEPSPEED, reason=WITHOUT)
 
 
-def _job(strategy: str, world: int, out: Path, polls: int = 0, resume: str = "never") -> list[Any]:
-    keys = (*KEYS, f"parallel.strategy={strategy}")
+def _job(
+    strategy: str, world: int, out: Path, *more: str, polls: int = 0, resume: str = "never"
+) -> list[Any]:
+    keys = (*KEYS, f"parallel.strategy={strategy}", *more)
     return run_ranks(world, go, "train", keys, out, polls, resume, timeout=150)
 
 
@@ -33,11 +35,16 @@ def _interrupted(strategy: str, out: Path) -> None:
     assert _job(strategy, 2, out, polls=8) == ["preempted"] * 2  # in round 1
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("zero3", marks=without_deepspeed)])
+ZEROS = [pytest.param(f"zero{k}", marks=without_deepspeed) for k in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", *ZEROS])
 def test_a_job_goes_on_bit_for_bit(strategy: str, tmp_path: Path) -> None:
-    _interrupted(strategy, tmp_path / "cut")
-    assert _job(strategy, 2, tmp_path / "cut", resume="auto") == ["done"] * 2
-    assert _job(strategy, 2, tmp_path / "whole") == ["done"] * 2
+    """At three ranks, whose parts of a batch are of unlike size, some weights never used."""
+    model = ("model.name=tests.theirs:Unused", "model.options={}")
+    assert _job(strategy, 3, tmp_path / "cut", *model, polls=8) == ["preempted"] * 3
+    assert _job(strategy, 3, tmp_path / "cut", *model, resume="auto") == ["done"] * 3
+    assert _job(strategy, 3, tmp_path / "whole", *model) == ["done"] * 3
     cut, whole = outcome(tmp_path / "cut"), outcome(tmp_path / "whole")
     assert cut == whole
 

@@ -13,12 +13,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distcl.errors import DataError, DistclError
+from distcl.errors import DataError, DistclError, UsageError
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.partition import create_partition
+from distcl.types import DataSpec
 from tests.layouts import available, each, fresh_runtime, layout_params, tensors
 from tests.models import tangled
 from tests.spawn import exit_codes, run_ranks
+from tests.theirs import Scalar
 
 NAMES = ["fsdp2 in units", "zero1", "zero2", "zero3", "zero3 mixed"]
 
@@ -143,3 +145,19 @@ def test_an_exception_inside_a_swap_on_one_rank_ends_all(layout: str, tmp_path: 
     assert told.count("\n") == 1
     assert told.startswith("rank 0: ")
     assert "shard 7 is torn" in told
+
+
+def _scalar(layout: str, folder: Path) -> str:
+    runtime = fresh_runtime(layout, folder=folder)
+    model = Scalar(DataSpec((7,), 3))
+    with pytest.raises(UsageError) as caught:
+        runtime.prepare_training(model, lambda params: torch.optim.SGD(params, lr=0.1))
+    return str(caught.value)
+
+
+def test_a_scalar_parameter_is_refused_by_name(tmp_path: Path) -> None:
+    names = available(["fsdp2", "zero1", "zero2", "zero3"])
+    [told] = run_ranks(1, each, names, _scalar, tmp_path)
+    for name in names:
+        wanted = f"'{name}' cannot shard the scalar parameter 't'; give it shape (1,), or use 'ddp'"
+        assert wanted in told[name]

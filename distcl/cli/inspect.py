@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from distcl.cli.common import Json, launch_rank, say
+from distcl.reporting.run_folder import protect
 
 
 def evaluate(
@@ -67,6 +68,7 @@ def export_checkpoint(
     """Write the weights as one safetensors file and config.toml, readable without distcl."""
     from distcl.checkpoint.export import export
 
+    protect(to / "config.toml")
     for file in export(path, to):
         say(f"wrote {file}")
 
@@ -90,6 +92,7 @@ def report(
     if launch_rank() != 0:
         return
     file = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    protect(file)
     pictures = write_report(runs, file, png)
     say(f"wrote {file}" + (f" and {len(pictures)} PNG files in {png}" if png else ""))
 

@@ -15,7 +15,7 @@ import typer
 from distcl import __version__
 from distcl.cli import bench, compare, inspect, launch, setup, shard, training
 from distcl.cli.common import complain, launch_rank, say
-from distcl.errors import DistclError, of_path
+from distcl.errors import DistclError, of_path, told
 
 app = typer.Typer(
     help="Distributed continual learning with prioritized sampling.",

@@ -9,8 +9,13 @@ from typing import Annotated
 
 import typer
 
+<<<<<<< HEAD
 from distcl.cli.common import Json, complain, launch_rank, say
 from distcl.config.paths import expanded
+=======
+from distcl.cli.common import Json, launch_rank, say
+from distcl.reporting.run_folder import protect
+>>>>>>> telling
 
 
 def evaluate(
@@ -68,7 +73,12 @@ def export_checkpoint(
     """Write the weights as one safetensors file and config.toml, readable without distcl."""
     from distcl.checkpoint.export import export
 
+<<<<<<< HEAD
     for file in export(path, to, complain):
+=======
+    protect(to / "config.toml")
+    for file in export(path, to):
+>>>>>>> telling
         say(f"wrote {file}")
 
 
@@ -98,6 +108,7 @@ def report(
     if launch_rank() != 0:
         return
     file = out or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    protect(file)
     pictures = write_report(runs, file, png)
     say(f"wrote {file}" + (f" and {len(pictures)} PNG files in {png}" if png else ""))
 

@@ -205,6 +205,13 @@ def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in _SIGNS)
 
 
+def protect(file: Path) -> None:
+    """Raise UsageError if a file to be written is one that a run left, but for its report."""
+    own = file.name in (*_SIGNS, *_REST) and file.name != "report.html"
+    if own and holds_run(file.parent):
+        raise UsageError(f"'{file}' is part of a run: give another file")
+
+
 def clear(folder: Path) -> None:
     """Remove what a run left in its folder, and nothing else."""
     for name in (*_SIGNS, *_REST):

@@ -12,7 +12,7 @@ import pytest
 from distcl import job
 from distcl.config import Config
 from distcl.errors import UsageError
-from distcl.reporting.run_folder import RunFolder, make_numbered, numbered
+from distcl.reporting.run_folder import RunFolder, make_numbered, numbered, protect
 from tests.small import SMALL, small
 from tests.spawn import run_ranks
 
@@ -145,3 +145,13 @@ def test_the_command_line_refuses_with_code_2_and_numbers(tmp_path: Path) -> Non
     assert done.stdout.endswith("everything is in runs/a-2\n")
     refused = subprocess.run([*start, "--out", "runs/a"], cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 2 and "'runs/a' holds a run" in refused.stderr
+
+
+def test_what_is_made_of_runs_does_not_replace_their_files(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text("{}")
+    protect(tmp_path / "report.html")
+    protect(tmp_path / "mine.json")
+    protect(tmp_path / "other" / "config.toml")
+    for name in ("summary.json", "config.toml", "status.json", "metrics.jsonl"):
+        with pytest.raises(UsageError, match="is part of a run"):
+            protect(tmp_path / name)

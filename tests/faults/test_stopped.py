@@ -17,7 +17,7 @@ from tests.small import SMALL
 from tests.spawn import free_port, rank_environment
 
 ROOT = Path(__file__).parent.parent.parent
-TIMEOUT = 6
+TIMEOUT = 12
 BUSY = 5
 """Seconds that a machine which has much else to do may take longer."""
 KEYS = (*SMALL, "training.epochs=4000", f"run.timeout_seconds={TIMEOUT}", "data.workers=0")
@@ -40,7 +40,7 @@ if int(os.environ["RANK"]) == culprit:
             os.kill(os.getpid(), signal.SIGSTOP)
         runtime.introduce = stop
 print("ready", flush=True)
-made = runtime.Runtime(RunConfig(timeout_seconds=6))
+made = runtime.Runtime(RunConfig(timeout_seconds=12))
 with made.guard():
     made.barrier()
 """
@@ -87,7 +87,10 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_run(
     (tmp_path / "a.toml").write_text("")
     command = ("-m", "distcl", "train", str(tmp_path / "a.toml"), "--out", str(out), *words)
     processes = start(3, *command)
-    wait_for(lambda: '"loss"' in read(out, "metrics.jsonl"), "the first step", 300)
+    wait_for(
+        lambda: '"loss"' in read(out, "metrics.jsonl") or any(p.poll() for p in processes),
+        "the first step",
+    )
     processes[culprit].send_signal(number)
     said = rest(processes, culprit, TIMEOUT + 5 + BUSY)
     status = json.loads(read(out, "status.json"))

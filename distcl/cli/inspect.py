@@ -9,13 +9,9 @@ from typing import Annotated
 
 import typer
 
-<<<<<<< HEAD
 from distcl.cli.common import Json, complain, launch_rank, say
 from distcl.config.paths import expanded
-=======
-from distcl.cli.common import Json, launch_rank, say
 from distcl.reporting.run_folder import protect
->>>>>>> telling
 
 
 def evaluate(
@@ -73,12 +69,8 @@ def export_checkpoint(
     """Write the weights as one safetensors file and config.toml, readable without distcl."""
     from distcl.checkpoint.export import export
 
-<<<<<<< HEAD
-    for file in export(path, to, complain):
-=======
     protect(to / "config.toml")
-    for file in export(path, to):
->>>>>>> telling
+    for file in export(path, to, complain):
         say(f"wrote {file}")
 
 

@@ -167,9 +167,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str, str]]:
         note = f"at the end, of its last {end['samples']:,} samples"
         tiles.append((name, value.replace("-", "−"), unit, note))
     for key, name, note, unit in _FIGURES:
-        value = run.summary.get(key)
-        if value is not None:
-            shown = f"{100 * value:.1f}" if percent else f"{value:.3f}"
+        figure = run.summary.get(key)
+        if figure is not None:
+            shown = f"{100 * figure:.1f}" if percent else f"{figure:.3f}"
             if not percent:
                 name, unit = name.replace("accuracy", "R²"), ""
             tiles.append((name, shown.replace("-", "−"), unit, note))

@@ -131,6 +131,10 @@ def test_sparse_members_are_refused_by_name_by_all(tmp_path, form, holes):
         assert (expected if who != "recut" else "sample '0000': member '0000.npy': it is") in text
     manifest, problems = index_folder(tmp_path / "s", skip=True)
     assert len(problems) == 2 and manifest.shards[0].samples == 4
+    with pytest.raises(
+        DataError, match=r"id 0: it is marked as bad: member '0000\.npy': it is sparse"
+    ):
+        source(tmp_path / "s", "indexed")
     for access in ("indexed", "stream"):
         found = source(tmp_path / "s", access, on_bad_sample="skip").read(np.array([2, 3, 0]))
         assert found.ids.tolist() == [2, 3, 2] and found.x[:, 0].tolist() == [2, 3, 2]

@@ -352,7 +352,7 @@ def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
                 if not same:
                     raise DataError(CHANGED)
                 if index[1, row] < 0:
-                    raise DataError("it has no label, or is marked as bad")
+                    raise DataError(marked(extent))
                 for ext, data in read_members(extent)[1].items():
                     decode(ext, data)
             except DataError as error:
@@ -369,6 +369,15 @@ def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
     if row + 1 != shard.samples:
         problems.append(f"shard '{tar.name}' has {row + 1} samples, the index {shard.samples}")
     return problems
+
+
+def marked(extent: bytes) -> str:
+    """Say why the index has a sample as not to be used."""
+    try:
+        read_members(extent)
+    except DataError as error:
+        return f"it is marked as bad: {error}"
+    return "it has no label, or is marked as bad"
 
 
 def place(shard: Shard, extent: bytes, row: int) -> str:

@@ -24,6 +24,7 @@ from distcl.data.shards.index import (
     CRC_MASK,
     changed_rows,
     labels_in,
+    marked,
     open_index,
     place,
 )
@@ -104,11 +105,11 @@ class ShardSource:
                 raise DataError(fault) from None
             self.problems.append(fault)
             return None
-        marked = np.flatnonzero(labels_in(index) < 0).tolist()
+        bad = np.flatnonzero(labels_in(index) < 0).tolist()
         changed = changed_rows(folder / shard.name, index, self._share)
-        for row in sorted({*marked, *changed}):
+        for row in sorted({*bad, *changed}):
             extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
-            fault = CHANGED if row in changed else "it has no label, or is marked as bad"
+            fault = CHANGED if row in changed else marked(extent)
             fault = f"{place(shard, extent, row)}: {fault}"
             if self._data.on_bad_sample == "error":
                 raise DataError(fault)
@@ -262,7 +263,7 @@ class ShardSource:
                 raise DataError(CHANGED)
             key, members = read_members(extent)
             if word < 0:
-                raise DataError("it has no label, or is marked as bad")
+                raise DataError(marked(extent))
             return self._decode(key, id_, word >> 32, members)
         except DataError as error:
             raise DataError(f"{place(self.shards[number], extent, row)}: {error}") from error

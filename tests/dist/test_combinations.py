@@ -18,7 +18,8 @@ from tests.forked import Started
 
 RANKS = (1, 2, 3)
 SEED = 1
-NUMBERS = range(12)
+NUMBERS = (0, 2, 4, 5, 6, 7, 8, 10, 16, 20, 24, 26)
+"""Every updater and signal, every source but hf, streams and resumes among them."""
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,6 @@ def test_a_combination_is_one_run_on_1_2_and_3_ranks(
 ) -> None:
     what = draw(SEED, number, data, RANKS)
     result = attempt(what, tmp_path / "runs", RANKS)
-    if "needs the package 'datasets'" in result.why:
-        pytest.skip(result.why)
     again = f"python benchmarks/combinations.py --seed {SEED} --only {number}"
     assert result.kind == "equal", f"{what}: {result.why}\n{what.toml}\nagain: {again}"
 

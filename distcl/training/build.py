@@ -29,7 +29,7 @@ from distcl.training.dry_run import DryRun
 from distcl.training.optimizer import create_optimizer
 from distcl.training.round_report import RoundRecorder
 from distcl.training.trainer import Parts
-from distcl.types import PrioritySignal, Progress, Stream
+from distcl.types import DataSpec, PrioritySignal, Progress, Stream, UnreducedLoss
 from distcl.updaters import UpdaterSetup, create_updater
 
 _POOL = 2  # a stream of draws beside those of the samplers
@@ -66,26 +66,17 @@ def assemble(
                 "Use history_store = 'ids', or transforms that are not random"
             )
         stream = CopyingStream(stream)
-    criterion = create_loss(config.model.loss)
-    signal = create_signal(
-        config.priority.signal,
-        config.priority.options,
-        criterion=criterion,
-        loss=config.model.loss,
-        classes=stream.spec.classes,
-    )
+    criterion, signal = create_judges(config, stream.spec)
     importance = config.continual_learning.importance_weighting
     sequential = bool(getattr(stream, "sequential", False))
     dry = DryRun(config, runtime, stream)
-    raw, scored = (
-        create_model(config.model, stream.spec, seed, dry.x),
-        signal if importance else None,
-    )
-    dry.before(raw, criterion, scored)
+    raw = create_model(config.model, stream.spec, seed, dry.x)
+    tried, scored = create_judges(config, stream.spec)  # they may count what they are asked
+    dry.before(raw, tried, scored if importance else None)
     model, optimizer = runtime.prepare_training(
         raw, lambda params: create_optimizer(config.optimizer, params), dry.unused
     )
-    dry.after(model, criterion, scored)
+    dry.after(model, tried, scored if importance else None)
     partition = create_partition(runtime, model)
     forward = ShardedForward(runtime, model, partition, criterion)
     keep = getattr(signal, "anchors", 1) if importance else 1
@@ -149,6 +140,19 @@ def assemble(
         recorder=RoundRecorder(runtime, out, tracker),
         progress=shown,
     )
+
+
+def create_judges(config: Config, spec: DataSpec) -> tuple[UnreducedLoss, PrioritySignal]:
+    """Return the configured loss and, of it, the signal. Local."""
+    criterion = create_loss(config.model.loss)
+    signal = create_signal(
+        config.priority.signal,
+        config.priority.options,
+        criterion=criterion,
+        loss=config.model.loss,
+        classes=spec.classes,
+    )
+    return criterion, signal
 
 
 def check_priority(

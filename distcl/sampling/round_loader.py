@@ -175,9 +175,8 @@ class Feed:
         self._choosers: dict[int, Chooser] = {}
         groups = self._groups(self._weights)
         self._plans = {which: self._plan(which, g) for which, g in groups.items()}
-        parts = [part for g in groups.values() for part in g]
-        weighted = any(part.weights is not None for part in parts)
-        self._freshness.begin(self.steps() if weighted else 0, parts)
+        weighted = [part for g in groups.values() for part in g if part.weights is not None]
+        self._freshness.begin(self.steps() if weighted else 0, weighted)
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""

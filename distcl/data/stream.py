@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+<<<<<<< HEAD
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+=======
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+>>>>>>> equality
 
 import numpy as np
 import torch
@@ -342,7 +348,7 @@ class DriftStream:
 
     def _blend(self, e: int, rows: Ids, before: Mask, rng: np.random.Generator) -> None:
         """Let early places of the stream order ``rows`` come from the concept before, in place."""
-        n = math.ceil(exact(self._config.transition_fraction) * len(rows))
+        n = -int(-exact(self._config.transition_fraction) * len(rows) // 1)  # rounded up
         older = np.pad(rng.random(n) < 1 - np.arange(n) / n, (0, len(rows) - n))
         unused = before.copy()
         unused[rows[~older]] = False

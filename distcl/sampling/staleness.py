@@ -57,8 +57,7 @@ class Freshness:
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, list[Part]]] = []
         self._mine: list[npt.NDArray[np.float64]] = []  # looked up, not gathered yet
         self._pairs: npt.NDArray[np.float64] = np.empty((0, 2))
-        in_slices = [group for group in groups if group.over is not WHOLE]
-        self._means = _means([group for group in in_slices if group.weights is not None])
+        self._means = _means([group for group in groups if group.over is not WHOLE])
 
     def wants(self, step: int) -> bool:
         """Whether to look at the round's ``step``-th step, from 1. Local; equal on all ranks."""

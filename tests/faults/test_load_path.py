@@ -137,6 +137,12 @@ def _mapped(word: str) -> int:
     return total
 
 
+def _anonymous() -> int:
+    """Bytes of this process's memory that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
 class Rotary(nn.Module):
     def __init__(self, spec: DataSpec) -> None:
         super().__init__()
@@ -259,9 +265,10 @@ def test_a_file_that_one_rank_finds_damaged_makes_all_fall_back(tmp_path: Path) 
 
 def test_what_a_file_holds_is_not_read_before_it_is_used(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(5_000_000)}, tmp_path / "rank-00000.pt")
+    before = _anonymous()
     held = load(tmp_path / "rank-00000.pt")
-    before = _mapped("/rank-00000.pt")
-    assert before < 2**20
+    assert _mapped("/rank-00000.pt") < 2**20
+    assert _anonymous() - before < 5 * 2**20  # of 20 MB
     assert held["a"][:10].sum() == 10
     held["a"][0] = 5  # a copy of the page, not the file
     assert load(tmp_path / "rank-00000.pt")["a"][0] == 1

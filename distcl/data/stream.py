@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-<<<<<<< HEAD
-import math
 from collections.abc import Iterator
 from dataclasses import replace
-=======
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
->>>>>>> equality
 
 import numpy as np
 import torch

@@ -101,34 +101,14 @@ class RoundLoader:
         history_batch: bool,
     ) -> None:
         """Set up the draws of a round; every rank passes the same. Collective."""
-<<<<<<< HEAD
         if self._weighter.ledger is not None:
             self._weighter.ledger.expect(round_index, self._source, current, history)
         weights = self._dealt(weights, current, history)
         self._begin(round_index, current, history, weights, history_batch and len(history) > 0)
         groups = self._groups(weights)
         self._samplers = {which: self._sampler(which, g) for which, g in groups.items()}
-        parts = [part for g in groups.values() for part in g]
-        weighted = any(part.weights is not None for part in parts)
-        self._freshness.begin(self.steps() if weighted else 0, parts)
-=======
-        if self._ledger is not None:
-            self._ledger.expect(round_index, self._source, current, history)
-        self._clear()
-        self._round, self._current, self._history = round_index, current, history
-        self._weights = weights
-        self.account: Account = WholeAccount(self._runtime)
-        if self._streamed is not None:
-            self._weights = self._streamed.dealt(weights, current, history)
-            self.account = self._streamed.account()
-        self._replayed = history_batch and len(history) > 0
-        self._refresh_seconds = 0.0
-        self._choosers: dict[int, Chooser] = {}
-        groups = self._groups(self._weights)
-        self._plans = {which: self._plan(which, g) for which, g in groups.items()}
         weighted = [part for g in groups.values() for part in g if part.weights is not None]
         self._freshness.begin(self.steps() if weighted else 0, weighted)
->>>>>>> equality
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""

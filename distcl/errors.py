@@ -83,7 +83,8 @@ def place(error: BaseException) -> str | None:
     """
     if isinstance(error, SyntaxError) and error.filename and not _is_library(error.filename, ""):
         return f"{error.filename}, line {error.lineno}"
-    called, found = False, None
+    called = False
+    found: str | None = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename
         if file.startswith(_OURS):

@@ -92,7 +92,11 @@ class Reporter:
                 f"[guard] round {stage.number}: sampling by priority is likely to hurt: "
                 + "; ".join(found)
             )
-        told = {"uniform": judged.uniform, "aim": judged.aim, "staleness": staleness}
+        told: dict[str, Any] = {
+            "uniform": judged.uniform,
+            "aim": judged.aim,
+            "staleness": staleness,
+        }
         if judged.uniform:
             told["words"] = f"uniform draws: {'; '.join(judged.doubts)}"
         elif found:

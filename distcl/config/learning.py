@@ -15,7 +15,9 @@ class RunConfig(Section):
     """The run as a whole."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="seed of every random number of the run")
-    out: PathText = Field("", description="run folder; empty: runs/<name of the config file>")
+    out: PathText = Field(
+        "", description="run folder; empty: runs/<name of the config file>, then -2, …"
+    )
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
         "fp32", description="arithmetic of the model; fp64 under ddp only, for exactness"
     )

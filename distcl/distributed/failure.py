@@ -82,7 +82,7 @@ class FailureRelay:
         world_size: int = 1,
         timeout: float = math.inf,
     ) -> None:
-        self._store = store.clone()  # type: ignore[attr-defined]  # nobody else's requests are to be waited for
+        self._store: Store = store.clone()  # type: ignore[attr-defined]  # of its own
         self._rank = rank
         self.note: Callable[[Cause], None] = lambda _: None
         """Writes the cause down on rank 0 before others, and with them the launcher, go on."""

@@ -162,10 +162,10 @@ def _tiles(run: Run) -> list[tuple[str, str, str, str]]:
     tiles = []
     end = run.summary.get("stream_end")
     if end:
-        value = f"{100 * (1 - end['accuracy']):.1f}" if percent else f"{end['r2']:.3f}"
+        told = f"{100 * (1 - end['accuracy']):.1f}" if percent else f"{end['r2']:.3f}"
         name, unit = ("error on the stream", "%") if percent else ("R² on the stream", "")
         note = f"at the end, of its last {end['samples']:,} samples"
-        tiles.append((name, value.replace("-", "−"), unit, note))
+        tiles.append((name, told.replace("-", "−"), unit, note))
     for key, name, note, unit in _FIGURES:
         figure = run.summary.get(key)
         if figure is not None:

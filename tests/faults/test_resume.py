@@ -247,7 +247,7 @@ def test_other_data_are_refused_unless_allowed(tmp_path: Path) -> None:
 
 def test_resume_names_what_it_cannot_use(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'nowhere' does not exist"):
-        go("train", (), tmp_path, 0, "nowhere")
+        go("train", (), tmp_path / "other", 0, "nowhere")
     assert go("train", (), tmp_path, 2, "never") == "preempted"
     with pytest.raises(CheckpointError, match="is of 'distcl train', not 'distcl run'"):
         go("run", (), tmp_path, 0, "auto")

@@ -16,6 +16,7 @@ from tests.runs import read, wait_for
 from tests.small import SMALL
 from tests.spawn import free_port, rank_environment
 
+pytestmark = pytest.mark.timeout(400)
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT = 12
 BUSY = 5
@@ -90,6 +91,7 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_run(
     wait_for(
         lambda: '"loss"' in read(out, "metrics.jsonl") or any(p.poll() for p in processes),
         "the first step",
+        250,
     )
     processes[culprit].send_signal(number)
     said = rest(processes, culprit, TIMEOUT + 5 + BUSY)

@@ -156,7 +156,7 @@ def create_judges(config: Config, spec: DataSpec) -> tuple[UnreducedLoss, Priori
 
 
 def check_priority(
-    config: Config, signal: PrioritySignal, takes_history: bool, sequential: bool
+    config: Config, signal: PrioritySignal, takes_history: bool, sequential: bool = False
 ) -> None:
     """Raise ConfigError, naming both, for keys that cannot be combined.
 

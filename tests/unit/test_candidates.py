@@ -54,7 +54,7 @@ def test_one_of_two_is_kept_in_proportion_to_the_weights() -> None:
     scores = np.array([1.0, 2.0, 3.0, 6.0])
     chooser, batch, ids = _chooser(scores, of=4)
     steps = 4000
-    kept = [k for _, k in chooser.choose(1, [(batch, ids)] * steps)]
+    kept = [k for _, [(_, k)] in chooser.choose(1, [(batch, [(0, ids)])] * steps)]
     assert all(len(k) == 1 for k in kept)
     counts = np.bincount(np.concatenate(kept), minlength=4)
     assert chisquare(counts, scores / scores.sum() * steps).pvalue > 1e-3
@@ -66,7 +66,7 @@ def test_pairs_are_kept_as_often_as_draws_without_replacement_say() -> None:
     chooser, batch, ids = _chooser(w, of=2)
     steps = 4000
     pairs = np.zeros((4, 4))
-    for part, kept in chooser.choose(1, [(batch, ids)] * steps):
+    for part, [(_, kept)] in chooser.choose(1, [(batch, [(0, ids)])] * steps):
         assert sorted(part.ids.tolist()) == sorted(kept.tolist())
         assert part.total == 2
         pairs[tuple(kept)] += 1
@@ -82,7 +82,9 @@ def test_the_choice_depends_on_round_and_step_and_nothing_else() -> None:
 
     def kept(round_index: int) -> list[list[int]]:
         chooser, batch, ids = _chooser(scores, of=2)
-        return [k.tolist() for _, k in chooser.choose(round_index, [(batch, ids)] * 3)]
+        return [
+            k.tolist() for _, [(_, k)] in chooser.choose(round_index, [(batch, [(0, ids)])] * 3)
+        ]
 
     assert kept(1) == kept(1)
     assert kept(1) != kept(2)
@@ -92,7 +94,7 @@ def test_the_choice_depends_on_round_and_step_and_nothing_else() -> None:
 def test_statistics_are_of_all_candidates() -> None:
     scores = np.random.default_rng(1).random(32).astype(np.float32)
     chooser, batch, ids = _chooser(scores, of=2, alpha=2.0)
-    list(chooser.choose(1, [(batch, ids)] * 2))
+    list(chooser.choose(1, [(batch, [(0, ids)])] * 2))
     found = chooser.statistics()
     priority = scores.astype(np.float64) ** 2
     assert found["n"] == 64

@@ -125,9 +125,9 @@ def test_a_subset_of_each_experience():
     for some, every in zip(made.experiences, whole.experiences, strict=True):
         assert np.array_equal(some.train, every.train[:50])
         assert np.array_equal(some.test, every.test)
-    with pytest.raises(ConfigError, match="samples_per_experience = 121, but experience 0 has 120"):
+    with pytest.raises(ConfigError, match="samples_per_experience = 121, but experience 1 has 120"):
         stream(drift="rotate", samples_per_experience=121)
-    with pytest.raises(ConfigError, match="samples_per_experience = 60, but experience 0 has"):
+    with pytest.raises(ConfigError, match="samples_per_experience = 60, but experience 1 has"):
         stream(drift="split", samples_per_experience=60)
 
 
@@ -176,7 +176,7 @@ def test_gradual_split_that_needs_more_rows_than_there_are_is_refused():
         try:
             DriftStream(source, source, config, seed)
         except ConfigError as error:
-            assert "samples of experience 0 in experience 1, but there are 5" in str(error)
+            assert "samples of experience 1 in experience 2, but there are 5" in str(error)
             refused.append(seed)
     assert 0 < len(refused) < 12
 
@@ -184,9 +184,9 @@ def test_gradual_split_that_needs_more_rows_than_there_are_is_refused():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (pack_ids(3, [0])[0], "experience 3 of 3, train row 0 of 120"),
-        (pack_ids(1, [N])[0], "experience 1 of 3, train row 120 of 120"),
-        (pack_ids(2, [N_TEST], test=True)[0], "experience 2 of 3, test row 30 of 30"),
+        (pack_ids(3, [0])[0], "experience 4 of 3, train row 0 of 120"),
+        (pack_ids(1, [N])[0], "experience 2 of 3, train row 120 of 120"),
+        (pack_ids(2, [N_TEST], test=True)[0], "experience 3 of 3, test row 30 of 30"),
         (-5, "sample -5 is not in the stream"),
     ],
 )

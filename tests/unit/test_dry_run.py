@@ -225,16 +225,16 @@ def test_the_sizes_of_training_forwards_are_foreseen(mode):
     trainer.pretrain(stream.experiences[0])
     trainer.parts.model.register_forward_pre_hook(note)
     foreseen: list[int] = []
-    rebuild = trainer.parts.feed.rebuild
+    rebuild = trainer.parts.loader.rebuild
 
     def rebuilt(*args: Any) -> None:
         rebuild(*args)
-        steps = trainer.parts.feed.steps()
-        for batch, history in trainer.parts.feed.batch_sizes(steps):
+        steps = trainer.parts.loader.steps()
+        for batch, history in trainer.parts.loader.batch_sizes(steps):
             sizes = [n for n in trainer.parts.updater.passes(batch, history) if n]
             foreseen.extend(sizes * (2 if mode == "jvp_reg" else 1))
 
-    trainer.parts.feed.rebuild = rebuilt  # type: ignore[method-assign]
+    trainer.parts.loader.rebuild = rebuilt  # type: ignore[method-assign]
     trainer.run_round(stream.experiences[1], "test")
     assert sorted(seen) == sorted(foreseen)
 

@@ -18,7 +18,7 @@ from tests.forked import Started
 
 RANKS = (1, 2, 3)
 SEED = 1
-NUMBERS = (0, 2, 4, 5, 6, 7, 8, 10, 16, 20, 24, 26)
+NUMBERS = (0, 2, 4, 5, 6, 7, 8, 10, 15, 16, 20, 24)
 """Every updater and signal, every source but hf, streams and resumes among them."""
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from distcl.checkpoint.store import SCHEMA
 from tests.faults.traps import (
     POINTS,
     Trap,
@@ -360,10 +361,10 @@ def old_schema(c: Campaign, random: Random) -> str:
     for path in found if every else found[:1]:
         manifest = json.loads((path / "manifest.json").read_text())
         (path / "manifest.json").write_text(json.dumps(manifest | {"schema": 0}))
+    said = f"has schema 0; this version reads {SCHEMA}"
     if not every:
-        return c.finish(out, says="has schema 0; this version reads 1; falling back")
-    ended = c.start(out).end()
-    return c.judge(ended, (1, 5), ("has schema 0; this version reads 1",)) or "clean stop"
+        return c.finish(out, says=f"{said}; falling back")
+    return c.judge(c.start(out).end(), (1, 5), (said,)) or "clean stop"
 
 
 def clock_jumps_back(c: Campaign, random: Random) -> str:

@@ -44,6 +44,7 @@ def test_what_was_found_bad_before_a_checkpoint_is_left_out_after_it(tmp_path):
     make_data(tmp_path / "data")
     keys = {
         "run.precision": "fp64",
+        "run.poll_steps": 10,
         "run.report": False,
         "stream.source": "shards",
         "stream.path": str(tmp_path / "data" / "damaged"),
@@ -53,11 +54,12 @@ def test_what_was_found_bad_before_a_checkpoint_is_left_out_after_it(tmp_path):
         "training.batch_size": 7,
         "training.steps_per_round": 3,
         "training.pretrain_epochs": 1,
-        "checkpoint.every_steps": 20,  # once: of pretraining's 25 steps, and two rounds of 3
+        "checkpoint.every_round": False,
+        "checkpoint.every_steps": 30,  # once: of pretraining's 37 steps, and two rounds of 3
     }
     what = Combination("train", "damaged shards", keys, resume=(3, 3))
     assert attempt(what, tmp_path / "runs", ranks=(3,)) == Result("equal")
     saved = list((tmp_path / "runs" / "ranks-3" / "checkpoints").glob("step-*"))
-    assert [path.name for path in saved] == ["step-00000020"]
+    assert [path.name for path in saved] == ["step-00000030"]
     log = (tmp_path / "runs" / "resumed" / "log.txt").read_text()
     assert "[bad samples] 6 skipped" in log

@@ -38,15 +38,18 @@ def show_config(
 def init(
     path: Annotated[Path, typer.Argument(metavar="PATH", parser=expanded)] = Path("distcl.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every key, not the common ones only.")
+    ] = False,
 ) -> None:
-    """Write a configuration: every key described, what is recommended set."""
+    """Write a configuration: keys described, what is recommended set."""
     from distcl.config.reference import template
 
     if launch_rank() != 0:
         return
     try:
         with path.open("w" if force else "x", encoding="utf-8") as stream:
-            stream.write(template())
+            stream.write(template(every))
     except FileExistsError:
         raise UsageError(f"{path} exists; --force overwrites it") from None
     except OSError as error:

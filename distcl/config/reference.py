@@ -31,11 +31,27 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
 }
 """What ``distcl init`` sets: replay whose history is drawn by the entropy that training tells."""
 
+COMMON: dict[str, tuple[str, ...]] = {
+    "run": ("seed", "precision"),
+    "stream": ("source", "path", "drift", "experiences", "samples_per_experience"),
+    "model": ("name", "options", "loss"),
+    "optimizer": ("name", "lr", "momentum"),
+    "training": ("batch_size", "epochs", "pretrain_epochs"),
+    "continual_learning": ("update_mode", "importance_weighting", "importance_alpha"),
+    "monitor": ("metric", "window"),
+    "detector": ("name",),
+    "parallel": ("strategy",),
+    "data": ("workers", "transforms"),
+    "checkpoint": ("every_minutes",),
+    "tracking": ("kind",),
+}
+"""Keys that ``distcl init`` writes beside those of ``RECOMMENDED``."""
+
 _INIT_HEAD = """\
-# A distcl configuration. Every key stands here: with '#' before it, at its default; without, set to
-# what is recommended: replay whose history is drawn by the entropy that training saw. When it helps
-# is in docs/METHOD.md. The defaults stay off: without those lines, draws are uniform.
+# With '#' before it, a key is at its default; without, it is set to what is recommended: replay whose
+# history is drawn by the entropy that training saw. When that helps is in docs/METHOD.md.
 """
+_INIT_TAIL = "# All keys: distcl init --all, or docs/CONFIG.md.\n"
 
 _REFERENCE_HEAD = f"""\
 # Configuration reference
@@ -54,21 +70,28 @@ names; an argument that the factory does not take is an error.
 """
 
 
-def template() -> str:
-    """Return a TOML file in which every key is described: set as recommended, or commented out."""
+def template(every: bool = False) -> str:
+    """Return a TOML file of common keys, or ``every`` one: set as recommended, or commented out."""
     defaults = tomllib.loads(to_toml(Config()))
     blocks = [_INIT_HEAD]
     for section, model in SECTIONS.items():
+        recommended, common = RECOMMENDED.get(section, {}), COMMON.get(section, ())
         lines = [f"[{section}]  # {_title(model.__doc__)}"]
         for key, field in model.model_fields.items():
-            accepts = allowed(section, key)
-            note = "" if accepts == "a text" else f" ({accepts})"
-            lines += ["", f"# {field.description}{note}"]
-            chosen = RECOMMENDED.get(section, {}).get(key)
-            line = f"# {key} = {_toml(defaults[section][key])}"
-            lines.append(line if chosen is None else f"{key} = {_toml(chosen)}")
+            if not (every or key in recommended or key in common):
+                continue
+            mark, value = (
+                ("", recommended[key]) if key in recommended else ("# ", defaults[section][key])
+            )
+            line = f"{mark}{key} = {_toml(value)}"
+            if every:
+                accepts = allowed(section, key)
+                note = "" if accepts == "a text" else f" ({accepts})"
+                lines += ["", f"# {field.description}{note}", line]
+            else:
+                lines.append(f"{line:<32}  # {field.description}")
         blocks.append("\n".join(lines) + "\n")
-    return "\n".join(blocks)
+    return "\n".join(blocks if every else [*blocks, _INIT_TAIL])
 
 
 def reference() -> str:

@@ -234,6 +234,12 @@ def test_init_writes_once_and_overwrites_when_forced(distcl_command, tmp_path):
     assert distcl_command("init", path)[0] == 0
     written = load_config(path)
     assert written.priority.source == "online"
+    assert len(path.read_text().splitlines()) <= 60
+    assert distcl_command("init", tmp_path / "all.toml", "--all")[0] == 0
+    assert load_config(tmp_path / "all.toml") == written
+    whole = (tmp_path / "all.toml").read_text()
+    keys = [f"{key} = " for model in SECTIONS.values() for key in model.model_fields]
+    assert all(f"\n{key}" in whole or f"\n# {key}" in whole for key in keys)
     path.write_text("mine")
     assert distcl_command("init", path) == (
         2,

@@ -33,22 +33,22 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
 
 COMMON: dict[str, tuple[str, ...]] = {
     "run": ("seed", "precision"),
-    "stream": ("source", "path", "drift", "experiences", "samples_per_experience"),
-    "model": ("name", "options", "loss"),
-    "optimizer": ("name", "lr", "momentum"),
-    "training": ("batch_size", "epochs", "pretrain_epochs"),
+    "stream": ("source", "path", "drift", "experiences"),
+    "model": ("name", "loss"),
+    "optimizer": ("name", "lr"),
+    "training": ("batch_size", "epochs"),
     "continual_learning": ("update_mode", "importance_weighting", "importance_alpha"),
-    "monitor": ("metric", "window"),
+    "monitor": ("metric",),
     "detector": ("name",),
     "parallel": ("strategy",),
-    "data": ("workers", "transforms"),
+    "data": ("workers",),
     "checkpoint": ("every_minutes",),
     "tracking": ("kind",),
 }
 """Keys that ``distcl init`` writes beside those of ``RECOMMENDED``."""
 
 _INIT_HEAD = """\
-# With '#' before it, a key is at its default; without, it is set to what is recommended: replay whose
+# With '#' before it, a key is at its default; without, set to what is recommended: replay whose
 # history is drawn by the entropy that training saw. When that helps is in docs/METHOD.md.
 """
 _INIT_TAIL = "# All keys: distcl init --all, or docs/CONFIG.md.\n"
@@ -80,10 +80,9 @@ def template(every: bool = False) -> str:
         for key, field in model.model_fields.items():
             if not (every or key in recommended or key in common):
                 continue
-            mark, value = (
-                ("", recommended[key]) if key in recommended else ("# ", defaults[section][key])
-            )
-            line = f"{mark}{key} = {_toml(value)}"
+            line = f"# {key} = {_toml(defaults[section][key])}"
+            if key in recommended:
+                line = f"{key} = {_toml(recommended[key])}"
             if every:
                 accepts = allowed(section, key)
                 note = "" if accepts == "a text" else f" ({accepts})"

@@ -10,6 +10,7 @@ import pytest
 import distcl
 from distcl import load_config, registry
 from distcl.cli import app
+from distcl.config.load import SECTIONS
 from distcl.config.reference import reference
 from distcl.distributed.doctor import examine
 from distcl.errors import DataError, DivergenceError

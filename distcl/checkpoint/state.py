@@ -19,7 +19,8 @@ from distcl.errors import CheckpointError, ConfigError
 from distcl.monitoring.monitor import Monitor
 from distcl.parallel.partition import Partition
 from distcl.training.optimizer import place_steps
-from distcl.training.trainer import ContinuousTrainer, Parts
+from distcl.training.parts import Parts
+from distcl.training.trainer import ContinuousTrainer
 
 HARMLESS = (
     "run.out",

@@ -15,7 +15,8 @@ from distcl.distributed.memory import peak_memory
 from distcl.errors import CheckpointError
 from distcl.reporting.status import finite
 from distcl.training.accuracy_matrix import AccuracyMatrix
-from distcl.training.trainer import ContinuousTrainer, Parts
+from distcl.training.parts import Parts
+from distcl.training.trainer import ContinuousTrainer
 
 
 def chance(trainer: ContinuousTrainer) -> float | None:

@@ -27,8 +27,8 @@ from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking import create_tracker
 from distcl.training.dry_run import DryRun
 from distcl.training.optimizer import create_optimizer
+from distcl.training.parts import Parts
 from distcl.training.round_report import RoundRecorder
-from distcl.training.trainer import Parts
 from distcl.types import DataSpec, PrioritySignal, Progress, Stream, UnreducedLoss
 from distcl.updaters import UpdaterSetup, create_updater
 

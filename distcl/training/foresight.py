@@ -12,6 +12,8 @@ from distcl.config import Config
 from distcl.distributed.runtime import part_of
 from distcl.errors import ConfigError
 from distcl.sampling.composition import Mix
+from distcl.training.parts import Parts
+from distcl.training.step_loop import Stage
 from distcl.types import Experience
 from distcl.updaters import Updater
 
@@ -45,6 +47,12 @@ def foresee(
                 f"training.accumulate, stream.samples_per_experience or the number of processes, "
                 "or take GroupNorm for BatchNorm"
             )
+
+
+def foresee_stage(parts: Parts, stage: Stage, what: str, accumulate: int) -> None:
+    """Raise as :func:`foresee` for a round whose draws are set up. Local."""
+    what += f", on experience {stage.experience.index + 1}"
+    foresee(parts.updater, parts.loader.batch_sizes(stage.steps), what, accumulate)
 
 
 def foresee_rounds(

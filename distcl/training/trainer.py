@@ -5,55 +5,31 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
-
-import torch
-from torch import nn
 
 from distcl.config import Config
 from distcl.data.bad_samples import BadSamples
 from distcl.data.replay_buffer import CopyingStream, History
 from distcl.distributed.memory import give_back
-from distcl.distributed.runtime import Runtime
 from distcl.errors import DivergenceError
 from distcl.losses import judged_by
-from distcl.parallel.anchor import Anchor
-from distcl.parallel.inference import ShardedForward
-from distcl.priority.guard import Judgement, judge
+from distcl.priority.guard import Judgement
 from distcl.priority.round_weights import RoundWeights
-from distcl.priority.scoring import Scorer
-from distcl.sampling.round_loader import EMPTY, RoundLoader
-from distcl.tracking.tracker import Tracker
+from distcl.sampling.round_loader import EMPTY
 from distcl.training.accuracy_matrix import AccuracyMatrix
 from distcl.training.evaluation import Evaluator
-from distcl.training.foresight import foresee
+from distcl.training.foresight import foresee_stage
 from distcl.training.optimizer import reset
-from distcl.training.round_report import Reporter, RoundRecorder
+from distcl.training.parts import Parts
+from distcl.training.priorities import compute_priorities, held_out_errors
+from distcl.training.round_report import Reporter
 from distcl.training.step_loop import Stage, StepLoop
 from distcl.training.undo import Undo
-from distcl.types import Experience, Progress, Stream
-from distcl.updaters import Round, Updater
+from distcl.types import Experience
+from distcl.updaters import Round
 
 log = logging.getLogger("distcl")
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a trainer works with, built by ``training.build.assemble`` from a configuration."""
-
-    runtime: Runtime
-    stream: Stream
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    anchor: Anchor
-    forward: ShardedForward
-    scorer: Scorer
-    updater: Updater
-    loader: RoundLoader
-    tracker: Tracker
-    recorder: RoundRecorder
-    progress: Progress
 
 
 class ContinuousTrainer:
@@ -80,6 +56,11 @@ class ContinuousTrainer:
         self.history = History(self.continual.buffer_size, config.run.seed, copies)
         self.bad = BadSamples(parts.stream, parts.runtime)
         self.matrix = AccuracyMatrix()
+        self._stateful: dict[str, Any] = {
+            "matrix": self.matrix,
+            "history": self.history,
+            "bad": self.bad,
+        }
         self.rounds: list[dict[str, Any]] = []
         self.pretraining: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0
@@ -143,10 +124,22 @@ class ContinuousTrainer:
 
         clock = time.perf_counter()
         before = self._reporter.counts()
+        weights, judged = RoundWeights(), Judgement()
         try:
-            weights, judged = self._compute_priorities(experience, held_out)  # 1. priorities
+            if updater.trains and self.continual.importance_weighting:
+                weights, judged = compute_priorities(  # 1. priorities
+                    self.parts,
+                    number,
+                    experience.train,
+                    self.history.ids(),
+                    self.bad,
+                    held_out_errors(self.matrix, held_out),
+                    self.guarded,
+                )
         except DivergenceError as error:
             raise DivergenceError(f"before step 1 of round {number}: {error}") from error
+        for line in weights.lines():
+            self._say(line)
         scored = self.parts.forward.forwards - before[0]
         give_back()  # arrays of all samples came and went
         priority_seconds = time.perf_counter() - clock
@@ -161,7 +154,7 @@ class ContinuousTrainer:
             number, experience.train, self.history.ids(), weights, updater.uses_hist_batch
         )
         self.stage = Stage(number, trigger, experience, loader.steps() if updater.trains else 0)
-        self._foresee(f"round {number}", self.stage)
+        foresee_stage(self.parts, self.stage, f"round {number}", self.training.accumulate)
         self.stage.report = {
             "priority_seconds": priority_seconds,
             "scored": scored,
@@ -180,14 +173,12 @@ class ContinuousTrainer:
         if before is None:
             return True
         after = self._mean_accuracy(held_out)
-        if after >= before:
-            self.undo.forget()
+        if self.undo.settle(before, after):
             return True
         self._say(
             f"[accept] round {stage.number} is taken back: mean {self.metric} on held-out data "
             f"fell from {before:.4f} to {after:.4f}"
         )
-        self.undo.put_back()
         return False
 
     def _mean_accuracy(self, experiences: Sequence[Experience]) -> float:
@@ -211,7 +202,7 @@ class ContinuousTrainer:
             loader.rebuild(0, experience.train, EMPTY, RoundWeights(), history_batch=False)
             steps = loader.steps(self.training.pretrain_epochs)
             self.stage = Stage(0, "pretraining", experience, steps, report={"before": before})
-            self._foresee("pretraining", self.stage)
+            foresee_stage(self.parts, self.stage, "pretraining", self.training.accumulate)
         stage = self.stage
         self.loop.run(stage, "pretraining")
         clock = time.perf_counter()
@@ -254,45 +245,6 @@ class ContinuousTrainer:
         ids, history = experience.train, self.history
         self.parts.updater.begin_round(Round(self.parts.stream, ids, history.ids(), history.after))
 
-    def _foresee(self, what: str, stage: Stage) -> None:
-        what += f", on experience {stage.experience.index + 1}"
-        batches = self.parts.loader.batch_sizes(stage.steps)
-        foresee(self.parts.updater, batches, what, self.training.accumulate)
-
-    def _compute_priorities(
-        self, experience: Experience, held_out: Sequence[Experience]
-    ) -> tuple[RoundWeights, Judgement]:
-        if not (self.continual.importance_weighting and self.parts.updater.trains):
-            return RoundWeights(), Judgement()
-        history = self.history.ids()
-        weights = self.parts.loader.weigh(
-            len(self.rounds) + 1,
-            experience.train,
-            history,
-            self.parts.updater.uses_hist_batch,
-        )
-        current, stored = weights.held(experience.train, history)
-        self.bad.silence((current, weights.current), (stored, weights.history))
-        judged = judge(
-            self.parts.runtime,
-            self.guarded,
-            weights,
-            history,
-            [(e.train, self._held_out_error(e)) for e in held_out],
-        )
-        if judged.uniform:
-            note = f"[guard] uniform draws in this round: {'; '.join(judged.doubts)}"
-            weights = weights.stand_down(note)
-        for line in weights.lines():
-            self._say(line)
-        return weights, judged
-
-    def _held_out_error(self, experience: Experience) -> float | None:
-        """Return 1 - the last measured accuracy (or R²) on an experience, if there is one."""
-        row = (self.matrix.rows() or [[]])[-1]
-        known = row[experience.index] if experience.index < len(row) else None
-        return None if known is None else 1.0 - known
-
     def _say(self, text: str) -> None:
         if self.parts.runtime.is_main:
             log.info(text)
@@ -303,9 +255,7 @@ class ContinuousTrainer:
         return {
             "rounds": self.rounds,
             "pretraining": self.pretraining,
-            "matrix": self.matrix.state_dict(),
-            "history": self.history.state_dict(),
-            "bad": self.bad.state_dict(),
+            **{name: part.state_dict() for name, part in self._stateful.items()},
             "evaluate_seconds": self.evaluate_seconds,
             "steps": self.loop.steps,
             "samples": self.loop.samples,
@@ -317,9 +267,8 @@ class ContinuousTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
         self.rounds, self.pretraining = state["rounds"], state["pretraining"]
-        self.matrix.load_state_dict(state["matrix"])
-        self.history.load_state_dict(state["history"])
-        self.bad.load_state_dict(state["bad"])
+        for name, part in self._stateful.items():
+            part.load_state_dict(state[name])
         self.evaluate_seconds = state["evaluate_seconds"]
         self.loop.steps, self.loop.samples = state["steps"], state["samples"]
         self.parts.updater.trained = state["trained"]

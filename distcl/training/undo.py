@@ -50,6 +50,14 @@ class Undo:
         """Let go of it: the round stays. Local."""
         self._state = self._ledger = None
 
+    def settle(self, before: float, after: float) -> bool:
+        """Take a round back that made held-out data worse; whether it stays. Collective."""
+        if after >= before:
+            self.forget()
+        else:
+            self.put_back()
+        return after >= before
+
     def put_back(self) -> None:
         """Make everything what it was at the start of the round. Collective."""
         self._anchor.put_back(self._model.buffers())

@@ -20,7 +20,8 @@ from distcl.priority.scoring import compute_sample_priorities
 from distcl.training.build import assemble
 from distcl.training.dry_run import DryRun
 from distcl.training.foresight import foresee_rounds
-from distcl.training.trainer import ContinuousTrainer, Parts
+from distcl.training.parts import Parts
+from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Experience
 from distcl.updaters.fisher import Squares
 from tests import theirs

@@ -1,0 +1,36 @@
+"""What a trainer works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from distcl.distributed.runtime import Runtime
+from distcl.parallel.anchor import Anchor
+from distcl.parallel.inference import ShardedForward
+from distcl.priority.scoring import Scorer
+from distcl.sampling.round_loader import RoundLoader
+from distcl.tracking.tracker import Tracker
+from distcl.training.round_report import RoundRecorder
+from distcl.types import Progress, Stream
+from distcl.updaters import Updater
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a trainer works with, built by ``training.build.assemble`` from a configuration."""
+
+    runtime: Runtime
+    stream: Stream
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    anchor: Anchor
+    forward: ShardedForward
+    scorer: Scorer
+    updater: Updater
+    loader: RoundLoader
+    tracker: Tracker
+    recorder: RoundRecorder
+    progress: Progress

@@ -1,0 +1,46 @@
+"""Step 1 of a round: the weights of what it may draw, and whether they are to be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distcl.data.bad_samples import BadSamples
+from distcl.priority.guard import HeldOut, Judgement, judge
+from distcl.priority.round_weights import RoundWeights
+from distcl.training.accuracy_matrix import AccuracyMatrix
+from distcl.training.parts import Parts
+from distcl.types import Experience, Ids
+
+
+def compute_priorities(
+    parts: Parts,
+    number: int,
+    current: Ids,
+    history: Ids,
+    bad: BadSamples,
+    held_out: HeldOut,
+    guarded: bool,
+) -> tuple[RoundWeights, Judgement]:
+    """Return the weights of round ``number``, and what the guard says of them. Collective.
+
+    ``held_out``: see :func:`held_out_errors`. ``guarded``: doubts make the round uniform. Raises
+    DivergenceError or ConfigError naming signal and sample id for a bad score.
+    """
+    weights = parts.loader.weigh(number, current, history, parts.updater.uses_hist_batch)
+    mine, stored = weights.held(current, history)
+    bad.silence((mine, weights.current), (stored, weights.history))
+    judged = judge(parts.runtime, guarded, weights, history, held_out)
+    if judged.uniform:
+        note = f"[guard] uniform draws in this round: {'; '.join(judged.doubts)}"
+        weights = weights.stand_down(note)
+    return weights, judged
+
+
+def held_out_errors(matrix: AccuracyMatrix, experiences: Sequence[Experience]) -> HeldOut:
+    """Return each one's training ids, and 1 - its accuracy (or R²) as last measured, or None."""
+    row = (matrix.rows() or [[]])[-1]
+    known = [row[e.index] if e.index < len(row) else None for e in experiences]
+    return [
+        (e.train, None if value is None else 1.0 - value)
+        for e, value in zip(experiences, known, strict=True)
+    ]

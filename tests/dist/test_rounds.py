@@ -76,7 +76,7 @@ def _lag(out: Path, misplaced: bool) -> dict[str, Any]:
         updater.cl_postprocessing = late  # type: ignore[method-assign]
     starts: list[dict[str, torch.Tensor]] = []
     lagged: list[bool] = []
-    compute = trainer._compute_priorities
+    compute = trainer.parts.loader.weigh
 
     def watched(*args: Any) -> Any:
         starts.append(_dense(trainer))
@@ -89,7 +89,7 @@ def _lag(out: Path, misplaced: bool) -> dict[str, Any]:
         )
         return compute(*args)
 
-    trainer._compute_priorities = watched  # type: ignore[method-assign]
+    trainer.parts.loader.weigh = watched  # type: ignore[method-assign]
     experiences = trainer.parts.stream.experiences
     trainer.pretrain(experiences[0])
     for experience in experiences:

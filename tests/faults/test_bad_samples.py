@@ -169,7 +169,7 @@ def test_an_experience_known_to_be_bad_is_refused(tmp_path):
         experiences=3,
         options={"experiences": "shards"},
     )
-    with pytest.raises(DataError, match="experience 1 has no training samples"):
+    with pytest.raises(DataError, match="experience 2 has no training samples"):
         create_stream(config, 0, DataConfig(on_bad_sample="skip"))
 
 

@@ -77,9 +77,12 @@ class InfiniteOnRank1(Sick):
 
 
 class NanTwice(Sick):
-    """Two of these lose their numbers in a process; the third is well."""
+    """Two of these lose their numbers in a process; the third is well.
 
-    lives: ClassVar[list[int]] = [1000, 5, 25]
+    Each start makes one, and another for the dry run.
+    """
+
+    lives: ClassVar[list[int]] = [1000, 1000, 1000, 5, 1000, 25]
 
     def __init__(self) -> None:
         self.left = self.lives.pop()

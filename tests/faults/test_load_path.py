@@ -84,7 +84,7 @@ def test_weights_of_another_model_are_refused(
         job.execute("train", small(*KEYS), tmp_path, resume=str(newest))
     final = run / "checkpoints" / "final.safetensors"
     with pytest.raises(CheckpointError, match=REFUSED[kind]):
-        execute("train", (*KEYS, f"model.pretrained={final}"), tmp_path)
+        execute("train", (*KEYS, f"model.pretrained={final}"), tmp_path / "pretrained")
 
 
 def channels_last(spec: DataSpec) -> nn.Module:

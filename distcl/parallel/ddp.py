@@ -112,7 +112,10 @@ class DDP(Strategy):
 
             return note
 
-        handles = [p.register_hook(noting(k)) for k, p in enumerate(parameters)]
+        handles = [
+            p.register_hook(noting(k))  # type: ignore[no-untyped-call]
+            for k, p in enumerate(parameters)
+        ]
         try:
             yield
         finally:

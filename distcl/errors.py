@@ -94,6 +94,14 @@ def place(error: BaseException) -> str | None:
     return found
 
 
+def raised_by_user(error: BaseException) -> bool:
+    """Tell whether a line of the user's raised an exception itself, and nothing that it called."""
+    *_, (innermost, _) = [(None, 0), *traceback.walk_tb(error.__traceback__)]
+    if innermost is None or place(error) is None:
+        return False
+    return not _is_library(innermost.f_code.co_filename, str(innermost.f_globals.get("__name__")))
+
+
 def told(error: BaseException) -> str | None:
     """Return one line on an exception of the user's own code; None if it is not theirs. Local.
 

@@ -51,6 +51,22 @@ class Branching(Plain):
         return self.b(h)
 
 
+class Experts(Plain):
+    """Sends each sample through one of many layers: a batch uses some, a stand-in another."""
+
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__(spec)
+        self.experts = nn.ModuleList(nn.Linear(12, 12) for _ in range(9))
+
+    def forward(self, x):
+        h = self.hidden(x)
+        chosen = (x.flatten(1).sum(1) * 100).long() % len(self.experts)
+        out = h
+        for k in chosen.unique().tolist():
+            out = torch.where((chosen == k)[:, None], self.experts[k](h), out)
+        return self.b(out)
+
+
 class Scalar(Plain):
     """Has a parameter without dimensions."""
 
@@ -211,6 +227,14 @@ def broken_loss(outputs, y):
     raise KeyError("their loss")
 
 
+def leaving_loss(outputs, y):
+    raise SystemExit(0)
+
+
+def refused_loss(outputs, y):
+    raise RuntimeError("connection refused: it timed out")
+
+
 class BrokenSignal:
     needs_anchor = False
     needs_logits = False
@@ -231,18 +255,23 @@ def broken_source(config):
 class Late:
     """Samples, one of which cannot be read."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, error: BaseException) -> None:
         self.labels = torch.arange(n).numpy() % 3
+        self.error = error
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, ids):
         if 77 in ids:
-            raise OverflowError("sample 77\nis theirs")
+            raise self.error
         ids = torch.as_tensor(ids)
         return Batch(ids, ids[:, None].float(), ids % 3, len(ids))
 
 
 def late_source(config):
-    return Late(100), Late(50)
+    return Late(100, OverflowError("sample 77\nis theirs")), Late(50, OverflowError())
+
+
+def leaving_source(config):
+    return Late(100, SystemExit(0)), Late(50, SystemExit(0))

@@ -57,7 +57,7 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # the outermost place: whatever it is becomes an exit code
+    except BaseException as error:  # the outermost place: a model may raise SystemExit(0), too
         fail(error)
     leave(code or 0)
 
@@ -77,7 +77,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def fail(error: Exception) -> NoReturn:
+def fail(error: BaseException) -> NoReturn:
     """End this process on an error: rank 0 prints one or two lines, every rank its exit code.
 
     With DISTCL_DEBUG=1 every rank prints the traceback too.

@@ -182,7 +182,7 @@ class _Reads(Dataset[Any]):
                 batch = self._source.read(ids)
         except DistclError as error:
             return error
-        except Exception as error:  # whatever a user's source raises
+        except (Exception, SystemExit) as error:  # whatever a user's source raises
             if get_worker_info() is None or (text := told(error)) is None:
                 raise
             return UserCodeError(text)  # the traceback does not leave the worker

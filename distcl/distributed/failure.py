@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from distcl.errors import DistclError, named, of_path, told
+from distcl.errors import DistclError, named, of_path, raised_by_user, told
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -264,4 +264,5 @@ def describe(error: BaseException, rank: int) -> Cause:
 def is_connection_loss(error: BaseException) -> bool:
     """Tell whether an exception is a backend's word for a peer that is gone or hangs."""
     signs = ("closed by peer", "onnection reset", "imed out", "Broken pipe", "NCCL", "refused")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    found = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return found and not raised_by_user(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -182,6 +182,16 @@ class Runtime:
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of a loss; gradients are averaged over ranks. Collective."""
         self._strategy.backward(loss)
+
+    def only_used(
+        self, model: nn.Module, stands_in: Callable[[], bool]
+    ) -> AbstractContextManager[None]:
+        """Leave no gradient, at the end, where none but a stand-in's forward has one. Collective.
+
+        So it is on one process, which needs no stand-ins: momentum and weight decay do not move
+        such a parameter. ``stands_in`` tells whether the last forward was a stand-in's.
+        """
+        return self._strategy.only_used(model, stands_in, self.all_reduce)
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Return the context of one forward and backward out of several that make a step. Local.

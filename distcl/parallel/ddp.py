@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -44,6 +44,7 @@ class DDP(Strategy):
 
     def __init__(self, run: RunConfig, parallel: ParallelConfig) -> None:
         super().__init__(run, parallel)
+        self._branches = False
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             mixed_precision=_MIXED[run.precision],
@@ -68,6 +69,7 @@ class DDP(Strategy):
                 f"gradient reaches {', '.join(self.unused)}; set it to 'auto' or true"
             )
         self.accelerator.ddp_handler.find_unused_parameters = search
+        self._branches = bool(search)
         with warnings.catch_warnings():  # accelerate has no word for DDP's newer option yet
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
             model = self.accelerator.prepare(model)
@@ -89,6 +91,40 @@ class DDP(Strategy):
             sums = [t.sum() for t in tree_leaves(model(x)) if t.requires_grad]
             torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
             model.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def only_used(
+        self,
+        model: nn.Module,
+        stands_in: Callable[[], bool],
+        all_reduce: Callable[..., torch.Tensor],
+    ) -> Iterator[None]:
+        """See the base class: only models that may branch are looked at."""
+        if not self._branches:
+            yield
+            return
+        parameters = trainable(model)
+        used = torch.zeros(len(parameters), dtype=torch.int32)
+
+        def noting(k: int) -> Callable[[torch.Tensor], None]:
+            def note(_: torch.Tensor) -> None:
+                used[k] |= not stands_in()
+
+            return note
+
+        handles = [
+            p.register_hook(noting(k))  # type: ignore[no-untyped-call]
+            for k, p in enumerate(parameters)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        used = all_reduce(used.to(self.accelerator.device), "max").cpu()
+        for parameter, by_any in zip(parameters, used.tolist(), strict=True):
+            if not by_any:
+                parameter.grad = None
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         """See the base class."""

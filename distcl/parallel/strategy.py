@@ -67,6 +67,15 @@ class Strategy(ABC):
         """
         return nullcontext()
 
+    def only_used(
+        self,
+        model: nn.Module,
+        stands_in: Callable[[], bool],
+        all_reduce: Callable[..., torch.Tensor],
+    ) -> AbstractContextManager[None]:
+        """See ``Runtime.only_used``; most give every parameter a gradient at each step."""
+        return nullcontext()
+
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 most have none
         """Take the loss scale (fp16) out of the gradients. Local."""
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from distcl.config import Config
 from distcl.config.load import to_toml
+from distcl.config.paths import expanded
 from distcl.errors import UsageError
 from distcl.reporting.status import read_json
 
@@ -102,7 +103,7 @@ class RunFolder:
 
     def _take(self, resume: str, overwrite: bool) -> IO[str]:
         """Choose the folder and lock it; no other process that asks gets the same."""
-        own = Path(resume).absolute().parent.parent  # of a checkpoint
+        own = expanded(resume).resolve().parent.parent  # of a checkpoint
         if self._numbered and not overwrite:
             last = self._last() if resume == "auto" else None
             if resume not in ("auto", "never") and holds_run(own):
@@ -112,7 +113,7 @@ class RunFolder:
         lock = self._lock()
         if holds_run(self.path):
             self.before = read_json(self.path, "status.json") or {}
-            same = resume == "auto" or own == self.path.absolute()
+            same = resume == "auto" or own == self.path.resolve()
             if overwrite:
                 clear(self.path)
             elif not same:

@@ -87,7 +87,7 @@ class DryRun:
         if self.unused and self._runtime.is_main:
             log.info(
                 f"[dry run] no gradient reaches {', '.join(self.unused)} in some forwards; where "
-                "none does, they stay as they are"
+                "none does, nothing but weight decay may move them"
             )
 
     def after(

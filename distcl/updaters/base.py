@@ -9,6 +9,7 @@ A round calls them in this order: ``begin_round``, ``cl_preprocessing``; for eve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,7 @@ class Updater:
         self.anchor = setup.anchor
         self.first_part = True
         """Whether this is the first part of a step's batches; see :meth:`accumulated`."""
+        self._stands_in = False  # whether the last training forward was of no sample
         self.trained = 0
         """Samples that went forward and backward so far, over all ranks: 3 units of compute each"""
 
@@ -196,11 +198,14 @@ class Updater:
         """
         parts = self.setup.accumulate
         results: list[StepResult] = []
-        for k in range(parts):
-            self.first_part = k == 0
-            with self.runtime.accumulating(self.model, last=k + 1 == parts):
-                past = hist_batch.part(k, parts) if hist_batch is not None else None
-                results.append(fwd_bwd(batch.part(k, parts), past))
+        with ExitStack() as stack:
+            if batch.total // self.runtime.world_size < parts:  # some part has no sample
+                stack.enter_context(self.runtime.only_used(self.model, lambda: self._stands_in))
+            for k in range(parts):
+                self.first_part = k == 0
+                with self.runtime.accumulating(self.model, last=k + 1 == parts):
+                    past = hist_batch.part(k, parts) if hist_batch is not None else None
+                    results.append(fwd_bwd(batch.part(k, parts), past))
         self.first_part = True
         if parts == 1:
             return results[0]
@@ -226,7 +231,8 @@ class Updater:
 
         A rank without samples runs a stand-in through the model in eval mode and cuts the outputs
         to none, so that it joins the collectives of forward and backward; its gradient is exactly
-        zero. Raises ConfigError for one sample, where the model cannot train on one.
+        zero, or none where no sample gives one. Raises ConfigError for one sample, where the model
+        cannot train on one.
         """
         if self.first_part:  # its total is that of all parts
             self.trained += batch.total
@@ -235,6 +241,7 @@ class Updater:
                 f"a training forward of one sample, id {int(batch.ids[0])}, of a global batch of "
                 f"{batch.total}: {self.setup.alone}"
             )
+        self._stands_in = len(batch) == 0
         if len(batch):
             return self.model(batch.x)
         x = self.setup.stand_in

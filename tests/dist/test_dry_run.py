@@ -33,6 +33,8 @@ TRAIN = {
     "unused": ("model.name=tests.theirs:Unused",),
     "branching": ("model.name=tests.theirs:Branching",),
     "branching in parts": ("model.name=tests.theirs:Branching", "training.accumulate=2"),
+    "experts": ("model.name=tests.theirs:Experts",),
+    "experts in parts": ("model.name=tests.theirs:Experts", "training.accumulate=2"),
     "ewc": ("model.name=tests.theirs:Branching", "continual_learning.update_mode=ewc_online"),
     "lazy": ("model.name=tests.theirs:Lazy",),
     "logits": ("model.name=tests.theirs:Returning", "model.options.how=dict"),

@@ -42,7 +42,7 @@ def taken(path: Path, resume: str = "never", command: str = "train", **more: boo
 
 
 def test_without_out_each_run_has_a_folder_and_auto_takes_the_newest_of_its_command(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tmp_path / "runs" / "a[1]"
     assert taken(base) == base
@@ -56,6 +56,10 @@ def test_without_out_each_run_has_a_folder_and_auto_takes_the_newest_of_its_comm
     assert [path.name for path in numbered(base)] == ["a[1]", "a[1]-2", "a[1]-3", "a[1]-4"]
     checkpoint = base / "checkpoints" / "step-00000007"
     assert taken(base, str(checkpoint)) == base
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert taken(base, "~/runs/a[1]/checkpoints/step-00000007") == base
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    assert taken(base, str(tmp_path / "link" / checkpoint.relative_to(base.parent))) == base
     assert taken(base, overwrite=True) == base
     other = taken(tmp_path / "runs" / "a[1]-4")  # another configuration's name
     assert other == tmp_path / "runs" / "a[1]-4-2"

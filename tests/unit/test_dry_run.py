@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from distcl.data.stream import create_stream
+from distcl.distributed.failure import Cause, describe
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, told
 from distcl.models import create_model
@@ -74,6 +75,8 @@ def test_logits_are_taken_from_what_names_them(how):
     [
         (["model.name=tests.theirs:Broken"], ZeroDivisionError, "forward"),
         (["model.loss=tests.theirs:broken_loss"], KeyError, "broken_loss"),
+        (["model.loss=tests.theirs:leaving_loss"], SystemExit, "leaving_loss"),
+        (["model.loss=tests.theirs:refused_loss"], RuntimeError, "refused_loss"),
         (["priority.signal=tests.theirs:BrokenSignal"], IndexError, "score"),
         (["stream.source=tests.theirs:broken_source"], ValueError, "broken_source"),
     ],
@@ -85,6 +88,7 @@ def test_a_users_exception_is_told_as_theirs(keys, kind, function):
     assert text is not None
     assert text.startswith(f"{kind.__name__}: ")
     assert f"{theirs.__file__}, line " in text and f"in {function})" in text
+    assert describe(caught.value, 0) == Cause(0, 1, text)  # no loss of contact, though it says so
 
 
 def test_ours_is_not_told_as_theirs():
@@ -97,11 +101,18 @@ def test_ours_is_not_told_as_theirs():
     assert told(divided.value) is None  # no line of distcl's has called it
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_command_line_names_file_and_line(workers, tmp_path):
+@pytest.mark.parametrize(
+    ("workers", "source", "told"),
+    [
+        (0, "leaving_source", "SystemExit: 0"),
+        (1, "leaving_source", "SystemExit: 0"),
+        (1, "late_source", "OverflowError: sample 77"),
+    ],
+)
+def test_the_command_line_names_file_and_line(workers, source, told, tmp_path):
     (tmp_path / "c.toml").write_text("")
     sets = (
-        "stream.source=tests.theirs:late_source",
+        f"stream.source=tests.theirs:{source}",
         f"data.workers={workers}",
         "stream.drift=none",
         "stream.experiences=1",
@@ -117,10 +128,10 @@ def test_the_command_line_names_file_and_line(workers, tmp_path):
     )
     assert ended.returncode == 1
     first = ended.stderr.splitlines()[0]
-    assert first.startswith("distcl: OverflowError: sample 77")
+    assert first.startswith(f"distcl: {told}")
     assert f"{theirs.__file__}, line " in first and "in read)" in first
     assert "internal error" not in ended.stderr
-    assert "OverflowError" in (tmp_path / "run" / "status.json").read_text()
+    assert told.partition(":")[0] in (tmp_path / "run" / "status.json").read_text()
 
 
 def test_a_look_leaves_no_trace():

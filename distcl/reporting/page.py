@@ -20,6 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from distcl import __version__
+from distcl.config.files import write_atomically
 from distcl.errors import UsageError
 from distcl.reporting import plots
 from distcl.reporting.comparison import Arm
@@ -111,9 +112,7 @@ def write_page(
     written = []
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
+        write_atomically(out, page)
         if png is not None:
             png.mkdir(parents=True, exist_ok=True)
             for plot in every:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from distcl.config import Config
+from distcl.config.files import write_atomically
 from distcl.config.load import to_toml
 from distcl.errors import UsageError
 from distcl.reporting.status import read_json
@@ -160,10 +161,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a file as a whole: readers see the old or the new one. Raises UsageError."""
-        temporary = self.path / f".{name}.{os.getpid()}"
         try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(self.path / name)
+            write_atomically(self.path / name, text + "\n")
         except OSError as error:
             raise self._not_writable(error) from error
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from distcl.checkpoint.state import weights
 from distcl.config import Config
+from distcl.config.files import write_atomically
 from distcl.distributed.memory import peak_memory
 from distcl.errors import CheckpointError
 from distcl.reporting.status import finite
@@ -97,10 +98,8 @@ def save_final(parts: Parts, path: Path) -> None:
     """
     state = weights(parts)
     if parts.runtime.is_main:
-        part = path.with_name(f".{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(state, str(part))
-            part.replace(path)
+            write_atomically(path, lambda part: save_file(state, str(part)))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"'{path}' cannot be written: {error}") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from distcl.config.files import write_atomically
 from distcl.errors import UsageError
 from distcl.reporting.comparison import MEASURES, TOLERANCE, Arm, Outcome, Plan
 from distcl.reporting.status import finite
@@ -323,8 +324,6 @@ def write_json(result: Result, path: Path) -> None:
     """Write the result; raises UsageError naming the file if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(json.dumps(as_json(result), indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(as_json(result), indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UsageError(f"'{path}' cannot be written: {error.strerror}") from error

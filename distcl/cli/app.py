@@ -24,11 +24,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "run": training.run,
-    "train": training.train,
-    "detect": training.detect,
+    "run": training.run_command,
+    "train": training.train_command,
+    "detect": training.detect_command,
     "compare": compare.compare,
-    "eval": inspect.evaluate,
+    "eval": inspect.evaluate_run,
     "report": inspect.report,
     "status": inspect.status,
     "config": setup.show_config,

@@ -26,7 +26,7 @@ from distcl.config.load import load_with_origins
 from distcl.errors import UsageError
 
 
-def run(
+def run_command(
     config: ConfigArgument = None,
     file: ConfigOption = None,
     sets: Overrides = None,
@@ -41,7 +41,7 @@ def run(
     _execute("run", config, file, sets, out, resume, allow_changed, overwrite, quiet, as_json)
 
 
-def train(
+def train_command(
     config: ConfigArgument = None,
     file: ConfigOption = None,
     sets: Overrides = None,
@@ -56,7 +56,7 @@ def train(
     _execute("train", config, file, sets, out, resume, allow_changed, overwrite, quiet, as_json)
 
 
-def detect(
+def detect_command(
     config: ConfigArgument = None,
     file: ConfigOption = None,
     sets: Overrides = None,

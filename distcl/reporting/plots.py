@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from distcl.reporting.figures import words_of
+
 Entry = float | None
 Matrix = Sequence[Sequence[Entry]]
 
@@ -99,6 +101,7 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
     rows, names = rows[-_MOST_ROWS * 2 :], names[-_MOST_ROWS * 2 :]
     values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
     high, width = values.shape
+    words = words_of(metric)
     figure, axes = _figure(0.9 + 0.31 * high)
     known = values[np.isfinite(values)]
     low = float(min(known.min(initial=1.0), 0.99))
@@ -109,9 +112,7 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
             axes.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, color=color, lw=0))
             if width <= 10:
                 text = "white" if scale[i, j] > 0.45 else "black"
-                shown = (
-                    f"{100 * values[i, j]:.1f}" if metric == "accuracy" else f"{values[i, j]:.2f}"
-                )
+                shown = f"{words.scale * values[i, j]:.{min(words.digits, 2)}f}"
                 axes.text(j, i, shown, ha="center", va="center", color=text, fontsize=8)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(high - 0.5, -0.5), xlabel="experience")
     axes.set_yticks(range(high), names)
@@ -125,8 +126,9 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
 def forgetting(values: Sequence[Entry], metric: str = "accuracy") -> Figure:
     """Bars: points, or R², lost of each experience since it was known best."""
     figure, axes = _figure(2.1)
-    scale, digits = (100, 1) if metric == "accuracy" else (1, 2)
-    points = [np.nan if v is None else scale * v for v in values]
+    words = words_of(metric)
+    digits = min(words.digits, 2)
+    points = [np.nan if v is None else words.scale * v for v in values]
     colors = [LINES[1] if v > 0 else LINES[2] for v in points]
     axes.bar(range(len(points)), points, color=colors, width=0.62)
     axes.axhline(0, color=SOFT, lw=0.8)
@@ -143,9 +145,7 @@ def forgetting(values: Sequence[Entry], metric: str = "accuracy") -> Figure:
                 fontsize=8,
             )
     axes.margins(y=0.22)
-    axes.set(
-        xlabel="experience", ylabel="points forgotten" if metric == "accuracy" else "R² forgotten"
-    )
+    axes.set(xlabel="experience", ylabel=f"{words.gain} forgotten")
     _whole_ticks(axes, len(points))
     return figure
 
@@ -188,7 +188,7 @@ def loss(
 
 
 @_styled
-def weights(
+def weight_histograms(
     histograms: Sequence[npt.NDArray[np.float64]],
     edges: npt.NDArray[np.float64],
     ess: Sequence[Entry],

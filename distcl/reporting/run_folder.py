@@ -126,7 +126,7 @@ class RunFolder:
 
     def _last(self) -> Path | None:
         """Return the newest of the numbered folders that holds a run of this command and name."""
-        for path in reversed(numbered(self.path)):
+        for path in reversed(numbered_folders(self.path)):
             if holds_run(path):
                 status = read_json(path, "status.json") or {}
                 if self._about.items() <= (self._about | status).items():
@@ -220,7 +220,7 @@ def clear(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def numbered(path: Path) -> list[Path]:
+def numbered_folders(path: Path) -> list[Path]:
     """Return what there is of PATH, PATH-2, PATH-3, …, in this order."""
     found = {}
     for one in path.parent.glob(f"{glob.escape(path.name)}*"):
@@ -232,7 +232,7 @@ def numbered(path: Path) -> list[Path]:
 
 def next_numbered(path: Path) -> Path:
     """Return the first of PATH, PATH-2, PATH-3, … after all that exist."""
-    last = [one.name for one in numbered(path)[-1:]]
+    last = [one.name for one in numbered_folders(path)[-1:]]
     if not last:
         return path
     return path.with_name(f"{path.name}-{int(last[0].removeprefix(path.name)[1:] or 1) + 1}")

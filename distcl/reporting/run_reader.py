@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distcl.errors import UsageError
+from distcl.reporting.figures import row_names, untrained
 from distcl.reporting.status import read_json, read_metrics
 from distcl.training.accuracy_matrix import AccuracyMatrix
 
@@ -64,12 +65,6 @@ class Run:
         return [row + [None] * (width - len(row)) for row in rows]
 
     @property
-    def untrained(self) -> list[int]:
-        """The matrix's columns, from 0, of experiences that were never trained on."""
-        told = self.summary.get("experiences") or []
-        return [k for k, one in enumerate(told) if not one["trained"]]
-
-    @property
     def rounds(self) -> list[dict[str, Any]]:
         """The reports of its rounds, as in ``summary.json``."""
         return list(self.summary.get("rounds") or [])
@@ -83,20 +78,17 @@ class Run:
     def row_names(self) -> list[str]:
         """Names of the accuracy matrix's rows."""
         if self.summary:
-            before = len(self.accuracy) - len(self.rounds)
-        else:
-            prefix = f"{self.metric}/"
-            marked = [x["round"] for x in self.lines if any(k.startswith(prefix) for k in x)]
-            before = marked.count(0)
-        total = len(self.accuracy) - before
-        name = "pretrained" if self.summary.get("pretrain", True) else "untrained"
-        return [name] * before + [f"round {k + 1}" for k in range(total)]
+            return row_names(self.summary)
+        prefix, rows = f"{self.metric}/", len(self.accuracy)
+        marked = [x["round"] for x in self.lines if any(k.startswith(prefix) for k in x)]
+        before = marked.count(0)
+        return ["pretrained"] * before + [f"round {k + 1}" for k in range(rows - before)]
 
     def matrix(self) -> AccuracyMatrix:
         """Return the accuracy matrix with its metrics: row i has seen experiences 0 to i."""
         matrix = AccuracyMatrix()
         for i, row in enumerate(self.accuracy):
-            matrix.append(row, min(i + 1, len(row) - len(self.untrained)))
+            matrix.append(row, min(i + 1, len(row) - len(untrained(self.summary))))
         return matrix
 
     def series(self, key: str, at: str) -> tuple[list[float], list[float]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distcl.errors import UsageError
+from distcl.reporting.figures import clock, words_of
 
 FILE = "progress.json"
 
@@ -50,7 +51,7 @@ class RunStatus:
             lines.append(f"time left   about {clock(self.left)}")
         if self.silent is not None and self.silent >= 60:
             lines.append(f"last sign   {clock(self.silent)} ago")
-        shown = "{:.3f}".format if self.metric == "r2" else lambda value: f"{100 * value:.1f}"
+        shown = words_of(self.metric).number
         lines += [f"{name:<11} {shown(value)}" for name, value in self.results.items()]
         return "\n".join(lines)
 
@@ -83,21 +84,16 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
     results, metric = {}, "accuracy"
     if summary:
         metric = str(summary.get("metric", metric))
-        name = "R²" if metric == "r2" else "accuracy %"
-        keys = {name: summary.get("average_accuracy"), "forgetting": summary.get(_FORGETTING)}
+        keys = {}
         if end := summary.get("stream_end"):
-            first = {"R² at end": end.get("r2")}
-            if metric != "r2":
-                first = {"error %": 1 - end["accuracy"]}
-            keys = first | keys
+            keys = {"R² at end": end["r2"]} if "r2" in end else {"error %": 1 - end["accuracy"]}
+        keys[words_of(metric).label.replace(",", "")] = summary.get("average_accuracy")
+        keys["forgetting"] = summary.get("average_forgetting")
         seconds, rate = summary.get("seconds"), summary.get("samples_per_second")
         last = len(summary.get("rounds") or [])
         results = {name: value for name, value in keys.items() if isinstance(value, float)}
     stage = _stage(progress)
     return RunStatus(state, reason, last, stage, rate, seconds, left, silent, results, metric)
-
-
-_FORGETTING = "average_forgetting"
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
@@ -151,13 +147,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def clock(seconds: float) -> str:
-    """Return a duration for people, such as 1:02:05."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _last_round(folder: Path) -> int | None:

@@ -5,7 +5,7 @@ import pytest
 from distcl.errors import UsageError
 from distcl.reporting.comparison import Arm, Outcome, Plan, Variant, parse_variant
 from distcl.reporting.page import write_comparison
-from distcl.reporting.verdict import as_json, judge, table
+from distcl.reporting.verdict import as_json, conclude, table
 
 OFF = "continual_learning.importance_weighting=false"
 NOISE = (0.0, 0.002, -0.003, 0.001)
@@ -35,7 +35,7 @@ def arm(name, accuracy, diverged=(), metric="accuracy", units=300):
 def result(*arms):
     variants = tuple(a.variant for a in arms)
     plan = Plan(Path("a.toml"), variants, tuple(range(4)), Path("out"))
-    return judge(plan, list(arms))
+    return conclude(plan, list(arms))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_pairs_with_a_diverged_run_are_left_out_and_named():
     found = result(arm("", 0.7), arm(OFF, 0.72, diverged=(1,)))
     assert found.differences[0].accuracy.n == 3
     assert found.verdict.endswith(f"Diverged, so left out: 1 of '{OFF}'.")
-    assert table(found)[1][1][1] == "3 (1 diverged)"
+    assert table(found.groups)[1][1][1] == "3 (1 diverged)"
     all_lost = result(arm("", 0.7), arm(OFF, 0.72, diverged=range(4)))
     assert all_lost.verdict.startswith("There are fewer than two pairs")
     assert as_json(all_lost)["differences"][0]["p_holm"] is None
@@ -107,6 +107,7 @@ def test_the_page_has_the_verdict_and_the_plots(tmp_path):
     assert [p.stem.removeprefix("compare-") for p in pictures] == [
         "differences",
         "curves",
+        "accuracy",
         "forgetting",
     ]
     assert "is better here by 2.0 points" in page and "'<b>'" not in page

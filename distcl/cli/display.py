@@ -17,10 +17,10 @@ from rich.table import Table
 
 from distcl.reporting.figures import (
     clock,
+    figures_of,
     row_names,
     stream_end,
     time_spent,
-    told,
     untrained,
     words_of,
 )
@@ -199,7 +199,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     figures = Table.grid(padding=(0, 2))
     for name, *end in stream_end(summary):
         figures.add_row(name, " ".join(filter(None, end)))
-    for name, value, unit, _ in told(summary):
+    for name, value, unit, _ in figures_of(summary):
         figures.add_row(name, f"{value} {unit}".rstrip())
     if drifts := summary.get("drifts"):
         figures.add_row("drifts at", ", ".join(map(str, drifts)))

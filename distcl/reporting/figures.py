@@ -66,7 +66,7 @@ def words_of(*metrics: str) -> Words:
     return _ACCURACY if all(metric == "accuracy" for metric in metrics) else _R2
 
 
-def told(summary: Summary) -> list[tuple[str, str, str, str]]:
+def figures_of(summary: Summary) -> list[tuple[str, str, str, str]]:
     """Return (name, number, unit, note) of each figure that the run has."""
     words = words_of(summary.get("metric", "accuracy"))
     known = [(figure, summary.get(figure.key)) for figure in FIGURES]
@@ -79,7 +79,7 @@ def told(summary: Summary) -> list[tuple[str, str, str, str]]:
 
 
 def stream_end(summary: Summary) -> list[tuple[str, str, str, str]]:
-    """Return, as :func:`told`, what a run on a stream is judged by first; [] of other runs."""
+    """Return, as :func:`figures_of`, what a run on a stream is judged by first; [] of other runs."""
     end = summary.get("stream_end")
     if not end:
         return []

@@ -14,10 +14,10 @@ from distcl.reporting import plots
 from distcl.reporting.figures import (
     SPENT,
     clock,
+    figures_of,
     stages,
     stream_end,
     time_spent,
-    told,
     untrained,
     words_of,
 )
@@ -73,7 +73,7 @@ def run_section(run: Run, index: int) -> RunSection:
         facts=_facts(run),
         tiles=[
             (name, value.replace("-", "−"), unit, note)
-            for name, value, unit, note in stream_end(run.summary) + told(run.summary)
+            for name, value, unit, note in stream_end(run.summary) + figures_of(run.summary)
         ],
         plots=found,
         rounds=[_round_row(report) for report in run.rounds],

@@ -24,9 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "run": training.run_command,
-    "train": training.train_command,
-    "detect": training.detect_command,
+    **training.COMMANDS,
     "compare": compare.compare,
     "eval": inspect.evaluate_run,
     "report": inspect.report,

@@ -126,12 +126,11 @@ class PlainDisplay:
         """Do nothing: every line is out already."""
 
 
-class LiveDisplay:
+class LiveDisplay(PlainDisplay):
     """A progress bar on a terminal; rounds that are complete stay as lines above it."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._stage = _Stage("", 0)
+        super().__init__(console)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -159,16 +158,12 @@ class LiveDisplay:
             self._bar.update(self._task, visible=False)
             self.message(str(self._stage))
 
-    def message(self, text: str) -> None:
-        """Print one line above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     def close(self) -> None:
         """Take the bar away and give the cursor back. May be called twice."""
         self._bar.stop()
 
 
-def open_display(console: Console) -> PlainDisplay | LiveDisplay:
+def open_display(console: Console) -> PlainDisplay:
     """Return a display that fits: a bar on a terminal, lines elsewhere."""
     live = console.is_terminal and not console.is_dumb_terminal
     return LiveDisplay(console) if live else PlainDisplay(console)

@@ -18,7 +18,7 @@ import math
 import zlib
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from random import Random
 from statistics import fmean
@@ -39,15 +39,17 @@ Direction = Literal["up", "both"]
 class RiverDetector(ABC):
     """One of river's detectors, with a direction and a state that can be saved.
 
-    make: returns a fresh river detector; options: what it is made with, saved with the state.
+    kind: the class in river; options: the direction, and what a ``kind`` is made with beside
+    ``more``; saved with the state.
     """
 
     name: str
 
-    def __init__(self, make: Callable[[], Any], options: dict[str, Any]) -> None:
-        self._make = make
-        self._options = options
-        self._river = make()
+    def __init__(self, kind: type, options: Mapping[str, Any], **more: str) -> None:
+        self._options = dict(options)
+        given = {key: value for key, value in options.items() if key != "direction"} | more
+        self._make = partial(kind, **given)
+        self._river: Any = self._make()
 
     def update(self, value: float) -> bool:
         """Take the next value; True on drift. Raises DivergenceError if it is not finite."""
@@ -204,16 +206,10 @@ def adwin(
     grace_period: values before the first check. Unbounded metrics work; the bound on false alarms
     holds for values in [0, 1]. Raises ConfigError on an option out of range.
     """
+    options = dict(locals())
     from river.drift import ADWIN
 
-    options: dict[str, Any] = {
-        "delta": delta,
-        "clock": clock,
-        "max_buckets": max_buckets,
-        "min_window_length": min_window_length,
-        "grace_period": grace_period,
-    }
-    return _Adwin(partial(ADWIN, **options), {**options, "direction": direction})
+    return _Adwin(ADWIN, options)
 
 
 @checked("detector")
@@ -234,6 +230,7 @@ def kswin(
     the newest values have the larger mean, so a change of shape alone needs ``"both"``. Raises
     ConfigError on an option out of range.
     """
+    options = dict(locals())
     if window_size < 2 * stat_size:
         raise ConfigError(
             f"detector.options.window_size: must be at least twice stat_size ({stat_size}), "
@@ -241,13 +238,7 @@ def kswin(
         )
     from river.drift import KSWIN
 
-    options: dict[str, Any] = {
-        "alpha": alpha,
-        "window_size": window_size,
-        "stat_size": stat_size,
-        "seed": seed,
-    }
-    return _Kswin(partial(KSWIN, **options), {**options, "direction": direction})
+    return _Kswin(KSWIN, options)
 
 
 @checked("detector")
@@ -265,17 +256,10 @@ def page_hinkley(
     threshold: sum at which it fires, above 0, in units of the metric; alpha: forgetting factor, in
     (0, 1]. Raises ConfigError on an option out of range.
     """
+    options = dict(locals())
     from river.drift import PageHinkley
 
-    options: dict[str, Any] = {
-        "min_instances": min_instances,
-        "delta": delta,
-        "threshold": threshold,
-        "alpha": alpha,
-    }
-    return _PageHinkley(
-        partial(PageHinkley, **options, mode=direction), {**options, "direction": direction}
-    )
+    return _PageHinkley(PageHinkley, options, mode=direction)
 
 
 class Ensemble:

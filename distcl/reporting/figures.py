@@ -79,7 +79,7 @@ def figures_of(summary: Summary) -> list[tuple[str, str, str, str]]:
 
 
 def stream_end(summary: Summary) -> list[tuple[str, str, str, str]]:
-    """Return, as :func:`figures_of`, what a run on a stream is judged by first; [] of other runs."""
+    """Return the same of what a run on a stream is judged by first; [] of other runs."""
     end = summary.get("stream_end")
     if not end:
         return []

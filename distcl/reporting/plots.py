@@ -305,37 +305,40 @@ def curves(series: Mapping[str, Sequence[Sequence[float]]], ylabel: str) -> Figu
 @_styled
 def dots(groups: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     """One value per run: dots of each variant, with mean and standard deviation."""
-    names = [name.replace(", ", "\n") for name in groups]
-    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
+    figure, axes = _rows([name.replace(", ", "\n") for name in groups], xlabel)
     for k, values in enumerate(groups.values()):
-        color, n = LINES[k % len(LINES)], len(values)
-        axes.plot(values, [k] * n, "o", ms=4, color=color, alpha=0.45, mew=0)
-        spread = float(np.std(values, ddof=1)) if n > 1 else 0.0
+        color = _dots(axes, values, k)
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         mean = float(np.mean(values))
         axes.errorbar(mean, k, xerr=spread, fmt="|", ms=12, mew=2, color=color, capsize=3)
-    axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
-    axes.set_yticks(range(len(groups)), names)
-    axes.tick_params(axis="y", length=0)
-    axes.margins(x=0.1)
     return figure
 
 
 @_styled
 def differences(groups: Mapping[str, tuple[Sequence[float], float, float]], xlabel: str) -> Figure:
     """Paired differences: a dot per pair, the mean, and its confidence interval (low, high)."""
-    names = [name.replace("; ", "\n") for name in groups]
-    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
+    figure, axes = _rows([name.replace("; ", "\n") for name in groups], xlabel)
     axes.axvline(0, color=SOFT, lw=0.8)
     for k, (values, low, high) in enumerate(groups.values()):
-        color = LINES[k % len(LINES)]
-        axes.plot(values, [k] * len(values), "o", ms=4, color=color, alpha=0.45, mew=0)
+        color = _dots(axes, values, k)
         axes.plot([float(np.mean(values))], [k], "|", ms=14, mew=2, color=color)
         axes.plot([low, high], [k, k], color=color, lw=2)
-    axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
-    axes.set_yticks(range(len(groups)), names)
+    return figure
+
+
+def _rows(names: Sequence[str], xlabel: str) -> tuple[Figure, Axes]:
+    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
+    axes.set(xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+    axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.1)
-    return figure
+    return figure, axes
+
+
+def _dots(axes: Axes, values: Sequence[float], row: int) -> str:
+    color = LINES[row % len(LINES)]
+    axes.plot(values, [row] * len(values), "o", ms=4, color=color, alpha=0.45, mew=0)
+    return color
 
 
 def _canvas(height: float) -> Figure:

@@ -20,7 +20,7 @@ from distcl.config import Config
 from distcl.config.files import write_atomically
 from distcl.config.load import to_toml
 from distcl.errors import UsageError
-from distcl.reporting.status import read_json
+from distcl.reporting.status import has_ended, read_json
 
 _ORPHANS_SECONDS = 15.0
 _SIGNS = ("status.json", "summary.json", "metrics.jsonl", "checkpoints")
@@ -147,7 +147,9 @@ class RunFolder:
             except BlockingIOError:
                 lock.seek(0)
                 who = lock.read().strip()
-            if not _is_dead(who) or time.monotonic() > deadline:
+            words = who.split()  # process PID on HOST
+            dead = len(words) == 4 and words[1].isdigit() and has_ended(words[3], int(words[1]))
+            if not dead or time.monotonic() > deadline:
                 lock.close()
                 raise UsageError(
                     f"the run folder '{self.path}' is in use by another run ({who or 'unknown'}); "
@@ -258,17 +260,3 @@ class _LogFile(logging.FileHandler):
         """Close it; what the disk has no room for is lost."""
         with suppress(OSError):
             super().close()
-
-
-def _is_dead(who: str) -> bool:
-    """Tell whether the holder of a lock was a process of this machine that is gone."""
-    words = who.split()
-    if len(words) != 4 or words[3] != socket.gethostname() or not words[1].isdigit():
-        return False
-    try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from distcl.errors import UsageError
 from distcl.reporting.figures import row_names, untrained
 from distcl.reporting.status import read_json, read_metrics
+from distcl.tracking.tracker import flat
 from distcl.training.accuracy_matrix import AccuracyMatrix
 
-_IGNORED = ("run.seed", "run.out", "tracking", "checkpoint", "run.poll_steps", "run.timeout")
+_IGNORED = ("run/seed", "run/out", "tracking/", "checkpoint/", "run/poll_steps", "run/timeout")
 """Keys that do not make two runs different experiments."""
 
 _LONGEST = 90  # characters of a variant's name
@@ -132,12 +133,17 @@ def variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     A group is named by the keys in which it differs from the others; where those are too many to be
     read in a plot, by its first run's folder.
     """
-    flat = [_flat(run.config) for run in runs]
-    keys = sorted({key for one in flat for key in one})
-    differing = [key for key in keys if len({repr(one.get(key)) for one in flat}) > 1]
+    configs = [
+        {key: value for key, value in flat(run.config).items() if not key.startswith(_IGNORED)}
+        for run in runs
+    ]
+    keys = sorted({key for one in configs for key in one})
+    differing = [key for key in keys if len({repr(one.get(key)) for one in configs}) > 1]
     found: dict[str, list[Run]] = {}
-    for run, one in zip(runs, flat, strict=True):
-        values = (f"{key.split('.', 1)[-1]} = {one.get(key, '–')}" for key in differing)
+    for run, one in zip(runs, configs, strict=True):
+        values = (
+            f"{key.split('/', 1)[-1].replace('/', '.')} = {one.get(key, '–')}" for key in differing
+        )
         found.setdefault(", ".join(values) or "all runs", []).append(run)
     if max(map(len, found), default=0) <= _LONGEST:
         return found
@@ -146,19 +152,6 @@ def variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
         name = members[0].name
         groups[name if name not in groups else str(members[0].folder)] = members
     return groups
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if name.startswith(_IGNORED):
-            continue
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def _read_config(path: Path) -> dict[str, Any]:

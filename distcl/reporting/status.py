@@ -70,7 +70,7 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
     if progress:
         seconds, silent = progress["time"] - progress["begun"], now - progress["time"]
     if state == "running":
-        if _is_gone(progress):
+        if progress and has_ended(progress["host"], progress["pid"]):
             state, reason = "gone", f"process {progress['pid']} of {progress['host']} has ended"
         elif (
             seconds
@@ -170,14 +170,14 @@ def _stage(progress: dict[str, Any]) -> str:
     return text
 
 
-def _is_gone(progress: dict[str, Any]) -> bool:
-    """Tell whether the writer of ``progress`` ran on this machine and has ended."""
-    if not progress or progress["host"] != socket.gethostname():
+def has_ended(host: str, pid: int) -> bool:
+    """Tell whether a process was one of this machine and is gone."""
+    if host != socket.gethostname():
         return False
     try:
-        os.kill(progress["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass
     return False

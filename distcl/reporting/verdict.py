@@ -178,7 +178,7 @@ def _verdict(
     better = [d for d in found if d.accuracy.mean > 0]
     worse = [d for d in found if d.accuracy.mean < 0]
     open_ = [d for d in differences if not d.significant and d.accuracy.n > 1]
-    names, advice = _words(first, others)
+    names, advice = _words(others)
     said = {d.variant: f"{names[d.variant]} by {_size(d, told)}" for d in found}
     if better:
         best, *next_ = (d.variant for d in better)
@@ -220,22 +220,18 @@ def _size(d: Difference, told: Words, signed: bool = False) -> str:
     return f"{shown} {told.gain} ({interval})"
 
 
-def _words(first: Arm, others: Sequence[Arm]) -> tuple[dict[str, str], dict[str, str]]:
+def _words(others: Sequence[Arm]) -> tuple[dict[str, str], dict[str, str]]:
     """Return names of the variants, the first as '', and what to do if one is the best."""
-    names = {"": "the configuration as it is"}
-    advice = {"": "leave it"}
-    for arm in others:
-        names[arm.variant.name] = f"'{arm.variant.name}'"
-        advice[arm.variant.name] = "set it"
     only = others[0].variant if len(others) == 1 else None
     if only is not None and len(only.overrides) == 1 and only.name.startswith(_IMPORTANCE):
         off = only.name.removeprefix(_IMPORTANCE).strip() == "false"
-        names = {"": "prioritized sampling", only.name: "uniform"}
-        advice = {"": "leave importance on", only.name: "switch importance off"}
-        if not off:
-            names = {"": "uniform", only.name: "prioritized sampling"}
-            advice = {"": "leave importance off", only.name: "switch importance on"}
-    return names, advice
+        first, second = ("prioritized sampling", "uniform")[:: 1 if off else -1]
+        is_on, switch = ("on", "off") if off else ("off", "on")
+        advice = {"": f"leave importance {is_on}", only.name: f"switch importance {switch}"}
+        return {"": first, only.name: second}, advice
+    given = [arm.variant.name for arm in others]
+    names = {"": "the configuration as it is"} | {name: f"'{name}'" for name in given}
+    return names, {"": "leave it"} | dict.fromkeys(given, "set it")
 
 
 def _diverged(arm: Arm) -> int:
@@ -320,7 +316,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "command": plan.command,
         "equal": plan.equal,
         "seeds": list(plan.seeds),
-        "metric": next((o.metric for group in result.groups.values() for o in group), "accuracy"),
+        "metric": "accuracy" if words_for(result.groups).unit else "r2",
         "arms": [
             {
                 "name": arm.variant.name,

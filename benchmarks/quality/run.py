@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.quality import data, tables  # noqa: E402
 from benchmarks.quality.grid import Grid  # noqa: E402
 from benchmarks.quality.suites import QUICK, SUITES, Study, Suite  # noqa: E402
-from distcl.reporting.comparison import Plan, Variant, execute  # noqa: E402
-from distcl.reporting.verdict import as_json, judge  # noqa: E402
+from distcl.reporting.comparison import Plan, Variant, run_plan  # noqa: E402
+from distcl.reporting.verdict import as_json, conclude  # noqa: E402
 from tests.forked import start  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -114,7 +114,7 @@ def run_study(
         jobs=jobs,
     )
     say = lambda text: print(f"  {study.name}: {text}", flush=True)  # noqa: E731
-    return as_json(judge(plan, execute(plan, say, start)))
+    return as_json(conclude(plan, run_plan(plan, say, start)))
 
 
 def _write(found: dict[str, Any], path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from benchmarks.quality import detection, triggered
 from benchmarks.quality.suites import SUITES, Suite
 from distcl.reporting import plots
+from distcl.reporting.figures import spread
 from distcl.reporting.verdict import Paired, holm, paired
 
 OTHERS = {"detection": detection, "triggered": triggered}
@@ -125,8 +126,8 @@ def headline(studies: list[dict[str, Any]]) -> str:
             [
                 study["name"],
                 str(d.n),
-                _spread(theirs),
-                _spread(ours),
+                spread(theirs, 2, 100),
+                spread(ours, 2, 100),
                 _interval(d),
                 f"{d.p:.2g}",
                 f"{p:.2g}",
@@ -184,8 +185,8 @@ def arms(studies: list[dict[str, Any]], suite: Suite) -> str:
                     study["name"] if k == 0 else "",
                     arm["name"],
                     str(len(good)) + (f" ({lost} diverged)" if lost else ""),
-                    _spread(_accuracies(arm)),
-                    _spread(forgotten),
+                    spread(_accuracies(arm), 2, 100),
+                    spread(forgotten, 2, 100),
                     _interval(d) + other if k else "",
                     _p(d) if k else "",
                     f"{fmean(r['steps'] for r in good):,.0f}" if good else "–",
@@ -222,13 +223,6 @@ def _against(first: dict[str, Any], arm: dict[str, Any]) -> Paired:
 
 def _accuracies(arm: dict[str, Any]) -> list[float]:
     return [run["average_accuracy"] for run in arm["runs"] if not run["diverged"]]
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "–"
-    mean = f"{100 * fmean(values):.2f}"
-    return f"{mean} ± {100 * stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def _interval(d: Paired) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from distcl.config.files import file_digest, sync_to_disk
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
 
@@ -33,7 +33,6 @@ SHARED = "shared.pt"
 _PARTIAL = ".partial-"
 _OLD = ".old-"
 _ASIDE = "aside-"
-_BLOCK = 1 << 20
 
 
 def rank_file(rank: int) -> str:
@@ -146,14 +145,14 @@ class CheckpointStore:
             path = writing.partial / MANIFEST
             text = json.dumps(sealed(manifest), indent=1, allow_nan=False)
             path.write_text(text, encoding="utf-8")
-            _sync(path)
-            _sync(writing.partial)
+            sync_to_disk(path)
+            sync_to_disk(writing.partial)
             old = self.folder / f"{_OLD}{final.name}"
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():  # one of the same step, from before the run was resumed
                 _rename(final, old)
             _rename(writing.partial, final)
-            _sync(self.folder)
+            sync_to_disk(self.folder)
         except OSError as error:
             return [f"rank 0: {error.strerror or error}"]
         shutil.rmtree(old, ignore_errors=True)
@@ -319,7 +318,7 @@ def _check_file(file: Path, entry: Any) -> None:
         raise CheckpointError(
             f"checkpoint file '{file}' has {file.stat().st_size} bytes, not {entry.get('bytes')}"
         )
-    if _sha256(file) != entry.get("sha256"):
+    if file_digest(file) != entry.get("sha256"):
         raise CheckpointError(f"checkpoint file '{file}' is damaged: its SHA-256 differs")
 
 
@@ -346,8 +345,8 @@ def _write(writing: _Writing, files: Mapping[str, Any]) -> None:
                 save_file(content, str(path))
             else:
                 torch.save(content, path)
-            _sync(path)
-            writing.files[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            sync_to_disk(path)
+            writing.files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         writing.error = ""
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in three libraries
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -367,22 +366,6 @@ def copied(value: Any) -> Any:
 
 def _rename(path: Path, to: Path) -> None:
     path.rename(to)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _score(path: Path) -> float | None:

@@ -24,11 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "run": training.run,
-    "train": training.train,
-    "detect": training.detect,
+    **training.COMMANDS,
     "compare": compare.compare,
-    "eval": inspect.evaluate,
+    "eval": inspect.evaluate_run,
     "report": inspect.report,
     "status": inspect.status,
     "config": setup.show_config,

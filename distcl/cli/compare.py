@@ -17,6 +17,8 @@ from distcl.errors import UsageError
 AS_GIVEN = "as given"
 """Name of the configuration without any ``--vs``."""
 
+_SHOWN = ("average_accuracy", "average_forgetting")  # on a terminal; the page has every figure
+
 
 def compare(
     config: ConfigArgument = None,
@@ -75,7 +77,7 @@ def compare(
     from distcl.reporting import comparison as comparing
     from distcl.reporting.page import write_comparison
     from distcl.reporting.verdict import as_json as plain
-    from distcl.reporting.verdict import differences, judge, table, write_json
+    from distcl.reporting.verdict import conclude, difference_table, table, write_json
 
     variants = [comparing.Variant(AS_GIVEN), *map(comparing.parse_variant, vs)]
     overrides = tuple(sets or [])
@@ -99,7 +101,7 @@ def compare(
         if not quiet:
             print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    result = judge(plan, comparing.execute(plan, tell))
+    result = conclude(plan, comparing.run_plan(plan, tell))
     write_json(result, plan.out / "compare.json")
     write_comparison(result, plan.out / "report.html")
     if as_json:
@@ -110,8 +112,8 @@ def compare(
         print()
         for name, letter in names.items():
             print(f"{letter}  {name}")
-        _print(*table(result), names)
-        _print(*differences(result), names)
+        _print(*table(result.groups, _SHOWN), names)
+        _print(*difference_table(result), names)
     say(result.verdict)
     tell(f"everything is in {plan.out}")
 

@@ -5,9 +5,8 @@ Nothing here decides anything; it reads ``types.Progress`` calls and the keys of
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+from distcl.reporting.figures import (
+    clock,
+    figures_of,
+    row_names,
+    stream_end,
+    time_spent,
+    untrained,
+    words_of,
+)
 
 PLAIN_SECONDS = 5.0
 """Least time between two plain lines of one round."""
@@ -53,7 +62,7 @@ class _Stage:
         if self.rate > 0:
             text += f"  {self.rate:,.0f} samples/s"
         if self.left is not None and not self.complete:
-            text += f"  {_clock(self.left)} left"
+            text += f"  {clock(self.left)} left"
         return text
 
     def __str__(self) -> str:
@@ -117,12 +126,11 @@ class PlainDisplay:
         """Do nothing: every line is out already."""
 
 
-class LiveDisplay:
+class LiveDisplay(PlainDisplay):
     """A progress bar on a terminal; rounds that are complete stay as lines above it."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._stage = _Stage("", 0)
+        super().__init__(console)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -150,16 +158,12 @@ class LiveDisplay:
             self._bar.update(self._task, visible=False)
             self.message(str(self._stage))
 
-    def message(self, text: str) -> None:
-        """Print one line above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     def close(self) -> None:
         """Take the bar away and give the cursor back. May be called twice."""
         self._bar.stop()
 
 
-def open_display(console: Console) -> PlainDisplay | LiveDisplay:
+def open_display(console: Console) -> PlainDisplay:
     """Return a display that fits: a bar on a terminal, lines elsewhere."""
     live = console.is_terminal and not console.is_dumb_terminal
     return LiveDisplay(console) if live else PlainDisplay(console)
@@ -167,109 +171,33 @@ def open_display(console: Console) -> PlainDisplay | LiveDisplay:
 
 def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     """Print the tables of a finished run from the contents of ``summary.json``."""
-    rounds: Sequence[Mapping[str, Any]] = summary.get("rounds") or []
     accuracy: Sequence[Sequence[float | None]] = summary.get("accuracy") or []
     console.print()
     if accuracy and accuracy[0]:
-        before = len(accuracy) - len(rounds)
-        names = ["pretrained" if summary.get("pretrain") else "untrained"] * before + [
-            f"round {r.get('round')}" for r in rounds
-        ]
-        names = names[-len(accuracy) :]
+        words = words_of(summary.get("metric", "accuracy"))
+        console.print(f"{words.label.replace(',', ' in')}; columns: experiences", highlight=False)
         fit = max((console.width - _NAMES) // _CELL, 1)
         first = max(0, len(accuracy[0]) - fit)  # the newest experiences, if not all fit
-        what = "R²" if summary.get("metric") == "r2" else "accuracy in %"
-        console.print(f"{what}; columns: experiences", highlight=False)
-        columns = summary.get("experiences") or []
-        untrained = {k for k, one in enumerate(columns) if not one["trained"]}
-        console.print(_matrix(accuracy, names, first, _shown(summary), untrained))
+        marked = untrained(summary)
+        table = Table(box=None, padding=(0, 0))
+        table.add_column("", width=_NAMES)
+        for column in range(first, len(accuracy[0])):
+            mark = "*" if column in marked else ""
+            table.add_column(f"{column + 1}{mark}", justify="right", width=_CELL)
+        for name, row in zip(row_names(summary), accuracy, strict=True):
+            table.add_row(name, *(words.number(value, unknown="-") for value in row[first:]))
+        console.print(table)
         if first:
             console.print(f"experiences 1 to {first} are in summary.json", highlight=False)
-        if untrained:
+        if marked:
             console.print("* never trained on: not in the averages", highlight=False)
     figures = Table.grid(padding=(0, 2))
-    told = (_stream_end(summary), _metrics(summary), _drifts(summary), _times(summary, rounds))
-    for name, text in itertools.chain(*told):
-        figures.add_row(name, text)
+    for name, *end in stream_end(summary):
+        figures.add_row(name, " ".join(filter(None, end)))
+    for name, value, unit, _ in figures_of(summary):
+        figures.add_row(name, f"{value} {unit}".rstrip())
+    if drifts := summary.get("drifts"):
+        figures.add_row("drifts at", ", ".join(map(str, drifts)))
+    if spent := time_spent(summary):
+        figures.add_row("time", spent)
     console.print(figures, highlight=False)
-
-
-def _matrix(
-    accuracy: Sequence[Sequence[float | None]],
-    names: list[str],
-    first: int,
-    shown: Callable[[float | None], str],
-    untrained: Collection[int],
-) -> Table:
-    width = len(accuracy[0])
-    table = Table(box=None, padding=(0, 0))
-    table.add_column("", width=_NAMES)
-    for column in range(first, width):
-        mark = "*" if column in untrained else ""
-        table.add_column(f"{column + 1}{mark}", justify="right", width=_CELL)
-    for name, row in zip(names, accuracy, strict=True):
-        table.add_row(name, *(shown(value) for value in row[first:]))
-    return table
-
-
-def _metrics(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    r2, shown = summary.get("metric") == "r2", _shown(summary)
-    figures = [
-        ("average R²" if r2 else "average accuracy", "average_accuracy", "%"),
-        ("worst experience", "worst_experience_accuracy", "%"),
-        ("forgetting", "average_forgetting", "points"),
-        ("backward transfer", "backward_transfer", "points"),
-        ("forward transfer", "forward_transfer", "points"),
-    ]
-    known = [(name, summary.get(key), "" if r2 else f" {unit}") for name, key, unit in figures]
-    return [(name, f"{shown(value)}{unit}") for name, value, unit in known if value is not None]
-
-
-def _stream_end(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the figure that a run on a stream is judged by first."""
-    end = summary.get("stream_end")
-    if not end:
-        return []
-    if "r2" in end:
-        return [("R² at the end", f"{_plain(end['r2'])} on the stream's last {end['samples']:,}")]
-    error = f"{100 * (1 - end['accuracy']):.1f} % of the stream's last {end['samples']:,} samples"
-    return [("error at the end", error)]
-
-
-def _drifts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    drifts = summary.get("drifts") or []
-    return [("drifts at", ", ".join(str(position) for position in drifts))] if drifts else []
-
-
-def _times(
-    summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, str]]:
-    total = float(summary.get("seconds") or 0.0)
-    stages = [*rounds, summary.get("pretrain") or {}]
-    parts = {
-        name: sum(float(stage.get(f"{key}_seconds") or 0.0) for stage in stages)
-        for name, key in (("training", "train"), ("priorities", "priority"))
-    }
-    evaluated = sum(float(stage.get("evaluate_seconds") or 0.0) for stage in stages)
-    parts["evaluation"] = float(summary.get("evaluate_seconds") or evaluated)
-    parts["the rest"] = max(0.0, total - sum(parts.values()))
-    shown = [f"{name} {s:.1f} s ({s / total:.0%})" for name, s in parts.items() if s and total]
-    return [("time", f"{total:.1f} s: " + ", ".join(shown))] if shown else []
-
-
-def _shown(summary: Mapping[str, Any]) -> Callable[[float | None], str]:
-    return _plain if summary.get("metric") == "r2" else _percent
-
-
-def _plain(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

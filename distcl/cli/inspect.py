@@ -11,21 +11,22 @@ import typer
 
 from distcl.cli.common import Json, complain, launch_rank, say
 from distcl.config.paths import expanded
+from distcl.reporting.figures import words_of
 from distcl.reporting.run_folder import protect
 
 
-def evaluate(
+def evaluate_run(
     path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", parser=expanded)],
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's weights, or a checkpoint's, on every experience of its stream."""
-    from distcl.checkpoint.export import evaluate as evaluate_weights
+    from distcl.checkpoint.export import evaluate
 
-    result = evaluate_weights(path, complain if launch_rank() == 0 else lambda text: None)
+    result = evaluate(path, complain if launch_rank() == 0 else lambda text: None)
     if as_json:
         say(json.dumps(result, indent=2))
         return
-    say(f"{'R²' if result['metric'] == 'r2' else result['metric']} of {result['weights']}")
+    say(f"{words_of(result['metric']).name} of {result['weights']}")
     for k, value in enumerate(result["accuracy"]):
         say(f"  experience {k + 1}  {value:.4f}")
     say(f"  average       {result['average_accuracy']:.4f}")

@@ -1,4 +1,8 @@
-"""``distcl launch``."""
+"""``distcl launch``: submit one of the job scripts of ``launch/slurm`` to SLURM.
+
+The scripts run as they are; what a user asks for becomes options of ``sbatch``, which override
+the script's own. Nothing is generated, so what is submitted can be read, and typed by hand.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,14 @@ from distcl.config.paths import expanded
 from distcl.errors import UsageError
 from distcl.reporting.run_folder import make_numbered, next_numbered
 
+Via = Literal["auto", "srun", "torchrun", "accelerate"]
+
+_SCRIPTS = {
+    "srun": "multi_node.sbatch",
+    "torchrun": "multi_node_torchrun.sbatch",
+    "accelerate": "multi_node_accelerate.sbatch",
+}
+
 
 def launch(
     config: ConfigArgument = None,
@@ -39,7 +51,7 @@ def launch(
     account: Annotated[str, typer.Option(help="Account.")] = "",
     name: Annotated[str, typer.Option(help="Name of the job. Default: of the run folder.")] = "",
     via: Annotated[
-        Literal["auto", "srun", "torchrun", "accelerate"],
+        Via,
         typer.Option(help="What starts the processes; auto: torchrun on one node, srun on more."),
     ] = "auto",
     setup: Annotated[
@@ -63,11 +75,8 @@ def launch(
     folder = out or Path(loaded.run.out or f"runs/{path.stem}")
     if not (out or loaded.run.out):
         folder = next_numbered(folder) if dry_run else make_numbered(folder)
-    arguments = [command, str(path)]
-    for one in sets or []:
-        arguments += ["--set", one]
     job = Submission(
-        arguments=arguments,
+        arguments=[command, str(path), *(word for one in sets or [] for word in ("--set", one))],
         out=folder,
         nodes=nodes,
         gpus=gpus,
@@ -85,21 +94,6 @@ def launch(
         say(f"{job}\n\n{job.script.read_text(encoding='utf-8').rstrip()}")
         return
     say(f"submitted job {submit(job)}; its output: {job.out}/slurm-*.out")
-
-
-# ``distcl launch``: submit one of the job scripts of ``launch/slurm`` to SLURM.
-#
-# The scripts run as they are; what a user asks for becomes options of ``sbatch``, which override
-# the script's own. Nothing is generated, so what is submitted can be read, and typed by hand.
-
-
-Via = Literal["auto", "srun", "torchrun", "accelerate"]
-
-_SCRIPTS = {
-    "srun": "multi_node.sbatch",
-    "torchrun": "multi_node_torchrun.sbatch",
-    "accelerate": "multi_node_accelerate.sbatch",
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -25,56 +26,44 @@ from distcl.cli.common import (
 from distcl.config.load import load_with_origins
 from distcl.errors import UsageError
 
-
-def run(
-    config: ConfigArgument = None,
-    file: ConfigOption = None,
-    sets: Overrides = None,
-    out: Out = None,
-    resume: Resume = "never",
-    allow_changed: AllowChanged = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Watch the stream and start a round of training whenever drift is detected."""
-    _execute("run", config, file, sets, out, resume, allow_changed, overwrite, quiet, as_json)
+Command = Literal["run", "train", "detect"]
 
 
-def train(
-    config: ConfigArgument = None,
-    file: ConfigOption = None,
-    sets: Overrides = None,
-    out: Out = None,
-    resume: Resume = "never",
-    allow_changed: AllowChanged = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Train one round per experience, without a detector."""
-    _execute("train", config, file, sets, out, resume, allow_changed, overwrite, quiet, as_json)
+def _command(command: Command, does: str) -> Callable[..., None]:
+    """Return a command of the command line; ``does``: what it says of itself."""
+
+    def execute(
+        config: ConfigArgument = None,
+        file: ConfigOption = None,
+        sets: Overrides = None,
+        out: Out = None,
+        resume: Resume = "never",
+        allow_changed: AllowChanged = None,
+        overwrite: Overwrite = False,
+        quiet: Quiet = False,
+        as_json: Json = False,
+    ) -> None:
+        path = one_config(config, file)
+        if path is None:
+            raise UsageError(f"distcl {command} needs a CONFIG; 'distcl init' writes one")
+        _execute(command, path, sets, out, resume, allow_changed, overwrite, quiet, as_json)
+
+    execute.__doc__ = does
+    return execute
 
 
-def detect(
-    config: ConfigArgument = None,
-    file: ConfigOption = None,
-    sets: Overrides = None,
-    out: Out = None,
-    resume: Resume = "never",
-    allow_changed: AllowChanged = None,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Watch the stream and report drift, without rounds of training."""
-    _execute("detect", config, file, sets, out, resume, allow_changed, overwrite, quiet, as_json)
+COMMANDS = {
+    "run": _command(
+        "run", "Watch the stream and start a round of training whenever drift is detected."
+    ),
+    "train": _command("train", "Train one round per experience, without a detector."),
+    "detect": _command("detect", "Watch the stream and report drift, without rounds of training."),
+}
 
 
 def _execute(
-    command: Literal["run", "train", "detect"],
-    argument: Path | None,
-    option: Path | None,
+    command: Command,
+    path: Path,
     sets: list[str] | None,
     out: Path | None,
     resume: str,
@@ -83,9 +72,6 @@ def _execute(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    path = one_config(argument, option)
-    if path is None:
-        raise UsageError(f"distcl {command} needs a CONFIG; 'distcl init' writes one")
     config, _ = load_with_origins(path, sets or [])
     folder = out or Path(config.run.out or f"runs/{path.stem}")
     numbered = not (out or config.run.out)

@@ -78,7 +78,7 @@ class Transforms:
         for name, value in sample.items():
             if name != "cls" and isinstance(value, np.ndarray | torch.Tensor):
                 own = np.array(value)  # a copy: a function may write to it
-                sample[name] = as_tensor(own, True).numpy()
+                sample[name] = to_tensor(own, True).numpy()
         sample |= {"__key__": key, "__id__": id_}
         for name, transform, random in self._steps:
             try:
@@ -212,7 +212,7 @@ def _on_images(name: str, sample: Sample, function: Callable[[Array], Array]) ->
 # ---------------------------------------------------------------- from samples to batches
 
 
-def as_tensor(taken: Array, keep_integers: bool = False) -> torch.Tensor:
+def to_tensor(taken: Array, keep_integers: bool = False) -> torch.Tensor:
     """Return numbers as a tensor: uint8 as float32 in [0, 1], float64 as it is, others as float32.
 
     ``keep_integers``: signed integers and booleans keep their type.
@@ -246,7 +246,7 @@ def arrays_of(sample: Sample) -> Sample:
 class Stack:
     """Makes batches of samples that are alike: all have the shapes and types of the first ever.
 
-    ``name`` is the source's; ``keep_integers``: see :func:`as_tensor`, for one array alone.
+    ``name`` is the source's; ``keep_integers``: see :func:`to_tensor`, for one array alone.
     """
 
     def __init__(self, name: str, keep_integers: bool = False) -> None:
@@ -271,7 +271,7 @@ class Stack:
             if kinds != self._first[1]:
                 self._refuse(id_, kinds)
         x = {
-            ext.removesuffix(".npy"): as_tensor(
+            ext.removesuffix(".npy"): to_tensor(
                 np.stack([row[ext] for row in rows]), keep_integers=self._keep or not alone
             )
             for ext in sorted(rows[0])
@@ -280,7 +280,7 @@ class Stack:
             targets = np.stack([np.asarray(sample["cls"]) for sample in samples])
         except ValueError as error:
             raise DataError(f"{self._name}: targets differ in shape ({error})") from None
-        y = as_tensor(targets if targets.dtype.kind == "f" else targets.astype(np.int64), True)
+        y = to_tensor(targets if targets.dtype.kind == "f" else targets.astype(np.int64), True)
         return x[""] if alone else x, y
 
     def _refuse(self, id_: int, kinds: dict[str, tuple[Any, ...]]) -> NoReturn:

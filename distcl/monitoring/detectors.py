@@ -5,6 +5,9 @@ A detector starts anew after each detection, as river's do. Its state is JSON an
 (ADWIN's grows with the logarithm of the samples seen), and a restored detector goes on exactly like
 one that was never interrupted. river is imported when a detector is made, since that takes most of
 a second.
+
+river has no way to save a detector but pickle. Its state is therefore taken as pickle takes it,
+attribute by attribute under whatever name, but into plain values, and only of a known kind.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ import importlib.metadata
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from functools import partial
+from random import Random
 from statistics import fmean
+from types import MethodType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -33,15 +39,17 @@ Direction = Literal["up", "both"]
 class RiverDetector(ABC):
     """One of river's detectors, with a direction and a state that can be saved.
 
-    make: returns a fresh river detector; options: what it is made with, saved with the state.
+    kind: the class in river; options: the direction, and what a ``kind`` is made with beside
+    ``more``; saved with the state.
     """
 
     name: str
 
-    def __init__(self, make: Callable[[], Any], options: dict[str, Any]) -> None:
-        self._make = make
-        self._options = options
-        self._river = make()
+    def __init__(self, kind: type, options: Mapping[str, Any], **more: str) -> None:
+        self._options = dict(options)
+        given = {key: value for key, value in options.items() if key != "direction"} | more
+        self._make = partial(kind, **given)
+        self._river: Any = self._make()
 
     def update(self, value: float) -> bool:
         """Take the next value; True on drift. Raises DivergenceError if it is not finite."""
@@ -62,7 +70,7 @@ class RiverDetector(ABC):
             "detector": self.name,
             "options": dict(self._options),
             "river": importlib.metadata.version("river"),
-            "state": self._save(),
+            "state": {name: _plain(value) for name, value in self._attributes(self._river)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -80,7 +88,8 @@ class RiverDetector(ABC):
                         f"the saved state of detector '{self.name}' has {key} = {state[key]!r}, "
                         f"this run has {mine[key]!r}"
                     )
-            self._load(fresh, state["state"])
+            for name, value in self._attributes(fresh):
+                setattr(fresh, name, _restored(value, state["state"][name]))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"the saved state of detector '{self.name}' is damaged: {error!r}"
@@ -91,13 +100,61 @@ class RiverDetector(ABC):
     def _detect(self, value: float) -> bool:
         """Feed river one value; whether it found a drift in a direction that counts."""
 
-    @abstractmethod
-    def _save(self) -> dict[str, Any]:
-        """State of the river detector."""
+    def _attributes(self, river: Any) -> list[tuple[str, Any]]:
+        """Return what a detector holds besides its options and methods."""
+        held = vars(river).items()
+        return [(k, v) for k, v in held if k not in self._options and not isinstance(v, MethodType)]
 
-    @abstractmethod
-    def _load(self, fresh: Any, state: dict[str, Any]) -> None:
-        """Put a saved state into a fresh river detector."""
+
+def _plain(value: Any) -> Any:
+    """Return a value of river's as JSON; raises TypeError if it is of no known kind."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)  # JSON has no infinity
+    if isinstance(value, deque):
+        return [float(one) for one in value]
+    if isinstance(value, Random):
+        version, words, gauss = value.getstate()
+        return [version, list(words), gauss]
+    if hasattr(value, "__dict__"):
+        return {name: _plain(one) for name, one in vars(value).items()}
+    state: bytes = value.__getstate__()  # of ADWIN's window: a plain binary record, not a pickle
+    return {"bytes": base64.b64encode(state).decode(), "crc32": zlib.crc32(state)}
+
+
+def _restored(fresh: Any, saved: Any) -> Any:
+    """Return the value that :func:`_plain` gave, of the kind of ``fresh``, which may be changed.
+
+    Raises KeyError, TypeError or ValueError if it is damaged.
+    """
+    if fresh is None or isinstance(fresh, bool | str):
+        if type(saved) is not type(fresh) or (isinstance(fresh, str) and saved != fresh):
+            raise ValueError(f"it holds {saved!r}")
+        return saved
+    if isinstance(fresh, int | float):
+        return fresh if saved == str(fresh) == "inf" else _finite(saved)
+    if isinstance(fresh, deque):
+        return deque(map(_finite, saved), fresh.maxlen)
+    if isinstance(fresh, Random):
+        version, words, gauss = saved
+        fresh.setstate((version, tuple(words), gauss))
+    elif hasattr(fresh, "__dict__"):
+        for name, value in vars(fresh).items():
+            setattr(fresh, name, _restored(value, saved[name]))
+    else:
+        state = base64.b64decode(saved["bytes"], validate=True)
+        if zlib.crc32(state) != saved["crc32"]:  # river would panic
+            raise ValueError("its checksum is wrong")
+        fresh.__setstate__(state)
+    return fresh
+
+
+def _finite(value: Any) -> int | float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"it holds {value!r}")
+    number: int | float = value
+    return number
 
 
 class _Adwin(RiverDetector):
@@ -111,16 +168,6 @@ class _Adwin(RiverDetector):
         # The older part of the window is cut by now: what is left is the time after the change.
         return self._options["direction"] == "both" or bool(self._river.estimation > before)
 
-    def _save(self) -> dict[str, Any]:
-        window: bytes = self._river._helper.__getstate__()  # a plain binary record, not a pickle
-        return {"window": base64.b64encode(window).decode(), "crc32": zlib.crc32(window)}
-
-    def _load(self, fresh: Any, state: dict[str, Any]) -> None:
-        window = base64.b64decode(state["window"], validate=True)
-        if zlib.crc32(window) != state["crc32"]:  # river would panic
-            raise ValueError("its checksum is wrong")
-        fresh._helper.__setstate__(window)
-
 
 class _Kswin(RiverDetector):
     name = "kswin"
@@ -133,45 +180,13 @@ class _Kswin(RiverDetector):
         # river has reduced the window to the newest values, those that differ.
         return self._options["direction"] == "both" or fmean(self._river.window) > fmean(before)
 
-    def _save(self) -> dict[str, Any]:
-        version, words, gauss = self._river._rng.getstate()
-        window = list(self._river.window)
-        return {"n": self._river.n, "window": window, "rng": [version, list(words), gauss]}
-
-    def _load(self, fresh: Any, state: dict[str, Any]) -> None:
-        version, words, gauss = state["rng"]
-        fresh._rng.setstate((version, tuple(words), gauss))
-        fresh.window.extend(_finite(value) for value in state["window"])
-        fresh.n = int(state["n"])
-
 
 class _PageHinkley(RiverDetector):
     name = "page_hinkley"
-    _SUMS = ("_sum_increase", "_sum_decrease", "_min_increase", "_max_decrease")
 
     def _detect(self, value: float) -> bool:
         self._river.update(value)
         return bool(self._river.drift_detected)  # the direction is an option of river's own
-
-    def _save(self) -> dict[str, Any]:
-        mean = self._river._x_mean
-        if mean.n == 0:  # nothing seen; the minimum is infinite, which JSON does not know
-            return {"n": 0}
-        sums = {name: float(getattr(self._river, name)) for name in self._SUMS}
-        return {"n": mean.n, "mean": mean.get(), **sums}
-
-    def _load(self, fresh: Any, state: dict[str, Any]) -> None:
-        if state["n"] == 0:
-            return
-        fresh._x_mean.n, fresh._x_mean._mean = _finite(state["n"]), _finite(state["mean"])
-        for name in self._SUMS:
-            setattr(fresh, name, _finite(state[name]))
-
-
-def _finite(value: Any) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"it holds {value}")
-    return float(value)
 
 
 @checked("detector")
@@ -191,16 +206,10 @@ def adwin(
     grace_period: values before the first check. Unbounded metrics work; the bound on false alarms
     holds for values in [0, 1]. Raises ConfigError on an option out of range.
     """
+    options = dict(locals())
     from river.drift import ADWIN
 
-    options: dict[str, Any] = {
-        "delta": delta,
-        "clock": clock,
-        "max_buckets": max_buckets,
-        "min_window_length": min_window_length,
-        "grace_period": grace_period,
-    }
-    return _Adwin(partial(ADWIN, **options), {**options, "direction": direction})
+    return _Adwin(ADWIN, options)
 
 
 @checked("detector")
@@ -221,6 +230,7 @@ def kswin(
     the newest values have the larger mean, so a change of shape alone needs ``"both"``. Raises
     ConfigError on an option out of range.
     """
+    options = dict(locals())
     if window_size < 2 * stat_size:
         raise ConfigError(
             f"detector.options.window_size: must be at least twice stat_size ({stat_size}), "
@@ -228,13 +238,7 @@ def kswin(
         )
     from river.drift import KSWIN
 
-    options: dict[str, Any] = {
-        "alpha": alpha,
-        "window_size": window_size,
-        "stat_size": stat_size,
-        "seed": seed,
-    }
-    return _Kswin(partial(KSWIN, **options), {**options, "direction": direction})
+    return _Kswin(KSWIN, options)
 
 
 @checked("detector")
@@ -252,17 +256,10 @@ def page_hinkley(
     threshold: sum at which it fires, above 0, in units of the metric; alpha: forgetting factor, in
     (0, 1]. Raises ConfigError on an option out of range.
     """
+    options = dict(locals())
     from river.drift import PageHinkley
 
-    options: dict[str, Any] = {
-        "min_instances": min_instances,
-        "delta": delta,
-        "threshold": threshold,
-        "alpha": alpha,
-    }
-    return _PageHinkley(
-        partial(PageHinkley, **options, mode=direction), {**options, "direction": direction}
-    )
+    return _PageHinkley(PageHinkley, options, mode=direction)
 
 
 class Ensemble:

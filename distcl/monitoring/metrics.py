@@ -54,7 +54,7 @@ class StreamMetric(ABC):
         """
 
 
-class Loss(StreamMetric):
+class LossMetric(StreamMetric):
     """Loss of each sample."""
 
     def __init__(self, spec: DataSpec, loss: str) -> None:
@@ -66,7 +66,7 @@ class Loss(StreamMetric):
         return self._criterion(logits, batch.y)
 
 
-class Error(StreamMetric):
+class ErrorMetric(StreamMetric):
     """1 where the model is wrong, else 0; in regression, the loss."""
 
     def measure(self, batch: Batch, logits: PyTree) -> torch.Tensor:
@@ -74,7 +74,7 @@ class Error(StreamMetric):
         return per_sample_error(logits, batch.y, self.loss)
 
 
-class Accuracy(Error):
+class AccuracyMetric(ErrorMetric):
     """1 where the model is right, else 0."""
 
     good = "high"
@@ -92,7 +92,7 @@ class Accuracy(Error):
         return 1 - super().measure(batch, logits)
 
 
-class Entropy(StreamMetric):
+class EntropyMetric(StreamMetric):
     """Entropy of the softmax of the outputs, in nats; mean over positions. Needs no labels."""
 
     needs_labels = False

@@ -7,6 +7,7 @@ comparison's: ``OUT/VARIANT/seed-N``. Runs that are done stay, so an interrupted
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import subprocess
@@ -22,7 +23,8 @@ from typing import Any, Literal
 from distcl.config import Config
 from distcl.config.load import load_config, to_toml
 from distcl.errors import DistclError, DivergenceError, UsageError
-from distcl.reporting.run_folder import holds_run, make_numbered, numbered
+from distcl.reporting.figures import FIGURES, stages, untrained, words_of
+from distcl.reporting.run_folder import holds_run, make_numbered, numbered_folders
 from distcl.reporting.status import read_json
 
 Equal = Literal["compute", "steps", "samples"]
@@ -71,6 +73,9 @@ class Outcome:
     average_accuracy: float = float("nan")
     average_forgetting: float | None = None
     average_anytime_accuracy: float | None = None
+    worst_experience_accuracy: float | None = None
+    backward_transfer: float | None = None
+    forward_transfer: float | None = None
     units: int = 0
     steps: int = 0
     trained: int = 0
@@ -113,7 +118,7 @@ def parse_variant(text: str) -> Variant:
     return Variant("; ".join(parts), parts)
 
 
-def execute(plan: Plan, tell: Callable[[str], None], start: Start | None = None) -> list[Arm]:
+def run_plan(plan: Plan, tell: Callable[[str], None], start: Start | None = None) -> list[Arm]:
     """Run what is missing and return all arms, in the plan's order.
 
     The first seed's runs tell what each variant costs; those that cost less get a factor on their
@@ -139,7 +144,7 @@ def execute(plan: Plan, tell: Callable[[str], None], start: Start | None = None)
 
 def with_folder(plan: Plan) -> Plan:
     """Return the plan with the folder to use of OUT, OUT-2, …: its own, if it was begun, or new."""
-    for path in reversed(numbered(plan.out)):
+    for path in reversed(numbered_folders(plan.out)):
         found = replace(plan, out=path)
         if path.is_dir() and _Runner(found, lambda _: None).in_the_way() is None:
             return found
@@ -230,8 +235,7 @@ class _Runner:
         for number, future in enumerate(as_completed(todo), 1):
             outcome = future.result()
             todo[future].outcomes[outcome.seed] = outcome
-            metric = "R²" if outcome.metric == "r2" else outcome.metric
-            what = f"{metric} {outcome.average_accuracy:.4f}"
+            what = f"{words_of(outcome.metric).name} {outcome.average_accuracy:.4f}"
             which = "calibration" if calibrating else f"{done + number}/{len(wanted)}"
             self._tell(
                 f"[{which}] {todo[future].variant.name}, seed {outcome.seed}: "
@@ -285,7 +289,7 @@ class _Runner:
         if status.get("state") == "failed" and status.get("exit_code") == DivergenceError.exit_code:
             return Outcome(seed, str(folder), diverged=True)
         summary = read_json(folder, "summary.json") if status.get("state") == "done" else None
-        return None if summary is None else _outcome(seed, folder, summary)
+        return None if summary is None else outcome_of(folder, summary)
 
     def _start(self, arm: Arm, seed: int) -> Outcome:
         """Run one run to its end, in a thread of the pool."""
@@ -344,20 +348,22 @@ class _Runner:
         return child.returncode, complaint
 
 
-def _outcome(seed: int, folder: Path, summary: dict[str, Any]) -> Outcome:
-    stages = [*([summary["pretrain"]] if summary["pretrain"] else []), *summary["rounds"]]
-    rows = summary["accuracy"]
-    seen = [[v for v in row[: k + 1] if v is not None] for k, row in enumerate(rows)]
+def outcome_of(folder: Path, summary: dict[str, Any]) -> Outcome:
+    """Return what the run of a folder came to, by its ``summary.json``."""
+    cut, cost = len(untrained(summary)), summary.get("compute") or {}
+    rows = [row[: len(row) - cut][: k + 1] for k, row in enumerate(summary["accuracy"])]
+    seen = [[value for value in row if value is not None] for row in rows]
+    figures: dict[str, Any] = {figure.key: summary.get(figure.key) for figure in FIGURES}
+    if figures["average_accuracy"] is None:
+        figures["average_accuracy"] = math.nan
     return Outcome(
-        seed=seed,
+        seed=summary["seed"],
         folder=str(folder),
         metric=summary["metric"],
-        average_accuracy=summary["average_accuracy"],
-        average_forgetting=summary["average_forgetting"],
-        average_anytime_accuracy=summary["average_anytime_accuracy"],
-        units=summary["compute"]["units"],
-        trained=summary["compute"]["trained"],
-        steps=sum(stage["steps"] for stage in stages),
+        **figures,
+        units=cost.get("units", 0),
+        trained=cost.get("trained", 0),
+        steps=sum(stage["steps"] for stage in stages(summary)),
         seconds=summary["seconds"],
         curve=tuple(fmean(row) for row in seen if row),
     )

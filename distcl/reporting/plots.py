@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from distcl.reporting.figures import words_of
+
 Entry = float | None
 Matrix = Sequence[Sequence[Entry]]
 
@@ -99,6 +101,7 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
     rows, names = rows[-_MOST_ROWS * 2 :], names[-_MOST_ROWS * 2 :]
     values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
     high, width = values.shape
+    words = words_of(metric)
     figure, axes = _figure(0.9 + 0.31 * high)
     known = values[np.isfinite(values)]
     low = float(min(known.min(initial=1.0), 0.99))
@@ -109,9 +112,7 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
             axes.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, color=color, lw=0))
             if width <= 10:
                 text = "white" if scale[i, j] > 0.45 else "black"
-                shown = (
-                    f"{100 * values[i, j]:.1f}" if metric == "accuracy" else f"{values[i, j]:.2f}"
-                )
+                shown = f"{words.scale * values[i, j]:.{min(words.digits, 2)}f}"
                 axes.text(j, i, shown, ha="center", va="center", color=text, fontsize=8)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(high - 0.5, -0.5), xlabel="experience")
     axes.set_yticks(range(high), names)
@@ -125,8 +126,9 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
 def forgetting(values: Sequence[Entry], metric: str = "accuracy") -> Figure:
     """Bars: points, or R², lost of each experience since it was known best."""
     figure, axes = _figure(2.1)
-    scale, digits = (100, 1) if metric == "accuracy" else (1, 2)
-    points = [np.nan if v is None else scale * v for v in values]
+    words = words_of(metric)
+    digits = min(words.digits, 2)
+    points = [np.nan if v is None else words.scale * v for v in values]
     colors = [LINES[1] if v > 0 else LINES[2] for v in points]
     axes.bar(range(len(points)), points, color=colors, width=0.62)
     axes.axhline(0, color=SOFT, lw=0.8)
@@ -143,9 +145,7 @@ def forgetting(values: Sequence[Entry], metric: str = "accuracy") -> Figure:
                 fontsize=8,
             )
     axes.margins(y=0.22)
-    axes.set(
-        xlabel="experience", ylabel="points forgotten" if metric == "accuracy" else "R² forgotten"
-    )
+    axes.set(xlabel="experience", ylabel=f"{words.gain} forgotten")
     _whole_ticks(axes, len(points))
     return figure
 
@@ -188,7 +188,7 @@ def loss(
 
 
 @_styled
-def weights(
+def weight_histograms(
     histograms: Sequence[npt.NDArray[np.float64]],
     edges: npt.NDArray[np.float64],
     ess: Sequence[Entry],
@@ -305,37 +305,40 @@ def curves(series: Mapping[str, Sequence[Sequence[float]]], ylabel: str) -> Figu
 @_styled
 def dots(groups: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     """One value per run: dots of each variant, with mean and standard deviation."""
-    names = [name.replace(", ", "\n") for name in groups]
-    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
+    figure, axes = _rows([name.replace(", ", "\n") for name in groups], xlabel)
     for k, values in enumerate(groups.values()):
-        color, n = LINES[k % len(LINES)], len(values)
-        axes.plot(values, [k] * n, "o", ms=4, color=color, alpha=0.45, mew=0)
-        spread = float(np.std(values, ddof=1)) if n > 1 else 0.0
+        color = _dots(axes, values, k)
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         mean = float(np.mean(values))
         axes.errorbar(mean, k, xerr=spread, fmt="|", ms=12, mew=2, color=color, capsize=3)
-    axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
-    axes.set_yticks(range(len(groups)), names)
-    axes.tick_params(axis="y", length=0)
-    axes.margins(x=0.1)
     return figure
 
 
 @_styled
 def differences(groups: Mapping[str, tuple[Sequence[float], float, float]], xlabel: str) -> Figure:
     """Paired differences: a dot per pair, the mean, and its confidence interval (low, high)."""
-    names = [name.replace("; ", "\n") for name in groups]
-    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
+    figure, axes = _rows([name.replace("; ", "\n") for name in groups], xlabel)
     axes.axvline(0, color=SOFT, lw=0.8)
     for k, (values, low, high) in enumerate(groups.values()):
-        color = LINES[k % len(LINES)]
-        axes.plot(values, [k] * len(values), "o", ms=4, color=color, alpha=0.45, mew=0)
+        color = _dots(axes, values, k)
         axes.plot([float(np.mean(values))], [k], "|", ms=14, mew=2, color=color)
         axes.plot([low, high], [k, k], color=color, lw=2)
-    axes.set(xlabel=xlabel, ylim=(len(groups) - 0.5, -0.5))
-    axes.set_yticks(range(len(groups)), names)
+    return figure
+
+
+def _rows(names: Sequence[str], xlabel: str) -> tuple[Figure, Axes]:
+    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
+    axes.set(xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
+    axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.1)
-    return figure
+    return figure, axes
+
+
+def _dots(axes: Axes, values: Sequence[float], row: int) -> str:
+    color = LINES[row % len(LINES)]
+    axes.plot(values, [row] * len(values), "o", ms=4, color=color, alpha=0.45, mew=0)
+    return color
 
 
 def _canvas(height: float) -> Figure:

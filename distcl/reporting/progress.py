@@ -8,9 +8,11 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from distcl.config.files import write_atomically
 from distcl.reporting.status import FILE
 from distcl.types import GROWING, WAITING, WATCHING, Progress
 
@@ -95,9 +97,5 @@ class FolderProgress:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        temporary = self._folder / f".{FILE}.{os.getpid()}"
-        try:
-            temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
-            temporary.replace(self._folder / FILE)
-        except OSError:
-            return
+        with suppress(OSError):
+            write_atomically(self._folder / FILE, json.dumps(record) + "\n")

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from distcl.config import Config
+from distcl.config.files import write_atomically
 from distcl.config.load import to_toml
 from distcl.config.paths import expanded
 from distcl.errors import UsageError
-from distcl.reporting.status import read_json
+from distcl.reporting.status import has_ended, read_json
 
 _ORPHANS_SECONDS = 15.0
 _SIGNS = ("status.json", "summary.json", "metrics.jsonl", "checkpoints")
@@ -126,7 +127,7 @@ class RunFolder:
 
     def _last(self) -> Path | None:
         """Return the newest of the numbered folders that holds a run of this command and name."""
-        for path in reversed(numbered(self.path)):
+        for path in reversed(numbered_folders(self.path)):
             if holds_run(path):
                 status = read_json(path, "status.json") or {}
                 if self._about.items() <= (self._about | status).items():
@@ -147,7 +148,9 @@ class RunFolder:
             except BlockingIOError:
                 lock.seek(0)
                 who = lock.read().strip()
-            if not _is_dead(who) or time.monotonic() > deadline:
+            words = who.split()  # process PID on HOST
+            dead = len(words) == 4 and words[1].isdigit() and has_ended(words[3], int(words[1]))
+            if not dead or time.monotonic() > deadline:
                 lock.close()
                 raise UsageError(
                     f"the run folder '{self.path}' is in use by another run ({who or 'unknown'}); "
@@ -161,10 +164,8 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Replace a file as a whole: readers see the old or the new one. Raises UsageError."""
-        temporary = self.path / f".{name}.{os.getpid()}"
         try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(self.path / name)
+            write_atomically(self.path / name, text + "\n")
         except OSError as error:
             raise self._not_writable(error) from error
 
@@ -222,7 +223,7 @@ def clear(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def numbered(path: Path) -> list[Path]:
+def numbered_folders(path: Path) -> list[Path]:
     """Return what there is of PATH, PATH-2, PATH-3, …, in this order."""
     found = {}
     for one in path.parent.glob(f"{glob.escape(path.name)}*"):
@@ -234,7 +235,7 @@ def numbered(path: Path) -> list[Path]:
 
 def next_numbered(path: Path) -> Path:
     """Return the first of PATH, PATH-2, PATH-3, … after all that exist."""
-    last = [one.name for one in numbered(path)[-1:]]
+    last = [one.name for one in numbered_folders(path)[-1:]]
     if not last:
         return path
     return path.with_name(f"{path.name}-{int(last[0].removeprefix(path.name)[1:] or 1) + 1}")
@@ -260,17 +261,3 @@ class _LogFile(logging.FileHandler):
         """Close it; what the disk has no room for is lost."""
         with suppress(OSError):
             super().close()
-
-
-def _is_dead(who: str) -> bool:
-    """Tell whether the holder of a lock was a process of this machine that is gone."""
-    words = who.split()
-    if len(words) != 4 or words[3] != socket.gethostname() or not words[1].isdigit():
-        return False
-    try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False

@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from distcl.errors import UsageError
+from distcl.reporting.figures import row_names, untrained
 from distcl.reporting.status import read_json, read_metrics
+from distcl.tracking.tracker import flat
 from distcl.training.accuracy_matrix import AccuracyMatrix
 
-_IGNORED = ("run.seed", "run.out", "tracking", "checkpoint", "run.poll_steps", "run.timeout")
+_IGNORED = ("run/seed", "run/out", "tracking/", "checkpoint/", "run/poll_steps", "run/timeout")
 """Keys that do not make two runs different experiments."""
 
 _LONGEST = 90  # characters of a variant's name
@@ -64,12 +66,6 @@ class Run:
         return [row + [None] * (width - len(row)) for row in rows]
 
     @property
-    def untrained(self) -> list[int]:
-        """The matrix's columns, from 0, of experiences that were never trained on."""
-        told = self.summary.get("experiences") or []
-        return [k for k, one in enumerate(told) if not one["trained"]]
-
-    @property
     def rounds(self) -> list[dict[str, Any]]:
         """The reports of its rounds, as in ``summary.json``."""
         return list(self.summary.get("rounds") or [])
@@ -83,20 +79,17 @@ class Run:
     def row_names(self) -> list[str]:
         """Names of the accuracy matrix's rows."""
         if self.summary:
-            before = len(self.accuracy) - len(self.rounds)
-        else:
-            prefix = f"{self.metric}/"
-            marked = [x["round"] for x in self.lines if any(k.startswith(prefix) for k in x)]
-            before = marked.count(0)
-        total = len(self.accuracy) - before
-        name = "pretrained" if self.summary.get("pretrain", True) else "untrained"
-        return [name] * before + [f"round {k + 1}" for k in range(total)]
+            return row_names(self.summary)
+        prefix, rows = f"{self.metric}/", len(self.accuracy)
+        marked = [x["round"] for x in self.lines if any(k.startswith(prefix) for k in x)]
+        before = marked.count(0)
+        return ["pretrained"] * before + [f"round {k + 1}" for k in range(rows - before)]
 
     def matrix(self) -> AccuracyMatrix:
         """Return the accuracy matrix with its metrics: row i has seen experiences 0 to i."""
         matrix = AccuracyMatrix()
         for i, row in enumerate(self.accuracy):
-            matrix.append(row, min(i + 1, len(row) - len(self.untrained)))
+            matrix.append(row, min(i + 1, len(row) - len(untrained(self.summary))))
         return matrix
 
     def series(self, key: str, at: str) -> tuple[list[float], list[float]]:
@@ -140,12 +133,17 @@ def variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     A group is named by the keys in which it differs from the others; where those are too many to be
     read in a plot, by its first run's folder.
     """
-    flat = [_flat(run.config) for run in runs]
-    keys = sorted({key for one in flat for key in one})
-    differing = [key for key in keys if len({repr(one.get(key)) for one in flat}) > 1]
+    configs = [
+        {key: value for key, value in flat(run.config).items() if not key.startswith(_IGNORED)}
+        for run in runs
+    ]
+    keys = sorted({key for one in configs for key in one})
+    differing = [key for key in keys if len({repr(one.get(key)) for one in configs}) > 1]
     found: dict[str, list[Run]] = {}
-    for run, one in zip(runs, flat, strict=True):
-        values = (f"{key.split('.', 1)[-1]} = {one.get(key, '–')}" for key in differing)
+    for run, one in zip(runs, configs, strict=True):
+        values = (
+            f"{key.split('/', 1)[-1].replace('/', '.')} = {one.get(key, '–')}" for key in differing
+        )
         found.setdefault(", ".join(values) or "all runs", []).append(run)
     if max(map(len, found), default=0) <= _LONGEST:
         return found
@@ -154,19 +152,6 @@ def variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
         name = members[0].name
         groups[name if name not in groups else str(members[0].folder)] = members
     return groups
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if name.startswith(_IGNORED):
-            continue
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distcl.errors import UsageError
+from distcl.reporting.figures import clock, words_of
 
 FILE = "progress.json"
 
@@ -50,7 +51,7 @@ class RunStatus:
             lines.append(f"time left   about {clock(self.left)}")
         if self.silent is not None and self.silent >= 60:
             lines.append(f"last sign   {clock(self.silent)} ago")
-        shown = "{:.3f}".format if self.metric == "r2" else lambda value: f"{100 * value:.1f}"
+        shown = words_of(self.metric).number
         lines += [f"{name:<11} {shown(value)}" for name, value in self.results.items()]
         return "\n".join(lines)
 
@@ -69,7 +70,7 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
     if progress:
         seconds, silent = progress["time"] - progress["begun"], now - progress["time"]
     if state == "running":
-        if _is_gone(progress):
+        if progress and has_ended(progress["host"], progress["pid"]):
             state, reason = "gone", f"process {progress['pid']} of {progress['host']} has ended"
         elif (
             seconds
@@ -83,21 +84,16 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
     results, metric = {}, "accuracy"
     if summary:
         metric = str(summary.get("metric", metric))
-        name = "R²" if metric == "r2" else "accuracy %"
-        keys = {name: summary.get("average_accuracy"), "forgetting": summary.get(_FORGETTING)}
+        keys = {}
         if end := summary.get("stream_end"):
-            first = {"R² at end": end.get("r2")}
-            if metric != "r2":
-                first = {"error %": 1 - end["accuracy"]}
-            keys = first | keys
+            keys = {"R² at end": end["r2"]} if "r2" in end else {"error %": 1 - end["accuracy"]}
+        keys[words_of(metric).label.replace(",", "")] = summary.get("average_accuracy")
+        keys["forgetting"] = summary.get("average_forgetting")
         seconds, rate = summary.get("seconds"), summary.get("samples_per_second")
         last = len(summary.get("rounds") or [])
         results = {name: value for name, value in keys.items() if isinstance(value, float)}
     stage = _stage(progress)
     return RunStatus(state, reason, last, stage, rate, seconds, left, silent, results, metric)
-
-
-_FORGETTING = "average_forgetting"
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
@@ -153,13 +149,6 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def clock(seconds: float) -> str:
-    """Return a duration for people, such as 1:02:05."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _last_round(folder: Path) -> int | None:
     """Return the last round that was evaluated, by ``metrics.jsonl``."""
     done = [
@@ -181,14 +170,14 @@ def _stage(progress: dict[str, Any]) -> str:
     return text
 
 
-def _is_gone(progress: dict[str, Any]) -> bool:
-    """Tell whether the writer of ``progress`` ran on this machine and has ended."""
-    if not progress or progress["host"] != socket.gethostname():
+def has_ended(host: str, pid: int) -> bool:
+    """Tell whether a process was one of this machine and is gone."""
+    if host != socket.gethostname():
         return False
     try:
-        os.kill(progress["pid"], 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False
+        pass
     return False

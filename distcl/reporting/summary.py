@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from distcl.checkpoint.state import weights
 from distcl.config import Config
+from distcl.config.files import write_atomically
 from distcl.distributed.memory import peak_memory
 from distcl.errors import CheckpointError
 from distcl.reporting.status import finite
@@ -45,9 +46,8 @@ def summarize(
     matrix: AccuracyMatrix = trainer.matrix
     runtime = trainer.parts.runtime
     stages = [*([trainer.pretraining] if trainer.pretraining else []), *trainer.rounds]
-    trained = sum(float(r["train_seconds"]) for r in trainer.rounds)
-    if trainer.pretraining:
-        trained += float(trainer.pretraining["train_seconds"])
+    trained = sum(float(stage["train_seconds"]) for stage in stages)
+    flops: list[Any] = [stage.get("flops") for stage in stages]  # None in those of before a resume
     summary = {
         "status": "done",
         "folder": config.run.out,
@@ -70,25 +70,16 @@ def summarize(
         "class_names": list(trainer.parts.stream.spec.class_names),
         "pretrain": trainer.pretraining,
         "evaluate_seconds": trainer.evaluate_seconds,
-        "compute": _sum_of(stage["compute"] for stage in stages),
-        "flops": _flops_of(stages),
+        "compute": {
+            key: sum(stage["compute"][key] for stage in stages)
+            for key in ("scored", "trained", "units")
+        },
+        "flops": None if None in flops else sum(flops),
         "peak_memory": runtime.gather_objects(peak_memory(runtime.device)),
         "rounds": trainer.rounds,
     }
     cleaned: dict[str, Any] = finite(summary)
     return cleaned
-
-
-def _sum_of(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total = {"scored": 0, "trained": 0, "units": 0}
-    for one in counts:
-        total = {key: total[key] + one[key] for key in total}
-    return total
-
-
-def _flops_of(stages: Iterable[dict[str, Any]]) -> int | None:
-    counts = [stage.get("flops") for stage in stages]  # a run resumed may know stages without
-    return None if None in counts else sum(counts)  # type: ignore[arg-type]
 
 
 def save_final(parts: Parts, path: Path) -> None:
@@ -98,10 +89,8 @@ def save_final(parts: Parts, path: Path) -> None:
     """
     state = weights(parts)
     if parts.runtime.is_main:
-        part = path.with_name(f".{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(state, str(part))
-            part.replace(path)
+            write_atomically(path, lambda part: save_file(state, str(part)))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"'{path}' cannot be written: {error}") from error

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from distcl.config.files import write_atomically
 from distcl.errors import UsageError
 from distcl.reporting.comparison import MEASURES, TOLERANCE, Arm, Outcome, Plan
+from distcl.reporting.figures import FIGURES, Words, spread, words_of
 from distcl.reporting.status import finite
 
 LEVEL = 0.95
@@ -95,6 +97,10 @@ class Difference:
         return self.p_holm < SIGNIFICANT
 
 
+Groups = Mapping[str, Sequence[Outcome]]
+"""Variants by name, each with what its runs came to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """A whole comparison."""
@@ -105,16 +111,16 @@ class Result:
     verdict: str
 
     @property
-    def metric(self) -> str:
-        """What is compared: accuracy or r2."""
-        return next((o.metric for arm in self.arms for o in arm.outcomes.values()), "accuracy")
+    def groups(self) -> Groups:
+        """The outcomes of each variant, by its name."""
+        return {arm.variant.name: list(arm.outcomes.values()) for arm in self.arms}
 
 
-def judge(plan: Plan, arms: list[Arm]) -> Result:
+def conclude(plan: Plan, arms: list[Arm]) -> Result:
     """Compare every arm with the first."""
     first, *others = arms
-    pairs = [_pairs(first, arm) for arm in others]
-    accuracy = [_of(pair, "average_accuracy") for pair in pairs]
+    both = [pairs(first, arm) for arm in others]
+    accuracy = [_of(pair, "average_accuracy") for pair in both]
     corrected = holm([one.p for one in accuracy])
     measure = MEASURES[plan.equal]
     differences = [
@@ -122,22 +128,23 @@ def judge(plan: Plan, arms: list[Arm]) -> Result:
             variant=arm.variant.name,
             accuracy=accuracy[k],
             p_holm=corrected[k],
-            forgetting=_of(pairs[k], "average_forgetting"),
-            anytime=_of(pairs[k], "average_anytime_accuracy"),
-            cost=_ratio(pairs[k], measure),
-            seconds=_ratio(pairs[k], "seconds"),
+            forgetting=_of(both[k], "average_forgetting"),
+            anytime=_of(both[k], "average_anytime_accuracy"),
+            cost=_ratio(both[k], measure),
+            seconds=_ratio(both[k], "seconds"),
         )
         for k, arm in enumerate(others)
     ]
-    percent = all(o.metric == "accuracy" for arm in arms for o in arm.outcomes.values())
-    verdict = _verdict(first, others, differences, percent)
+    words = words_of(*(o.metric for arm in arms for o in arm.outcomes.values()))
+    verdict = _verdict(first, others, differences, words)
     uneven = [d.variant for d in differences if abs(d.cost - 1) > TOLERANCE]
     if uneven:
         verdict += f" (The cost of {', '.join(uneven)} could not be made equal: see the table.)"
     return Result(plan, arms, differences, verdict)
 
 
-def _pairs(first: Arm, other: Arm) -> list[tuple[Outcome, Outcome]]:
+def pairs(first: Arm, other: Arm) -> list[tuple[Outcome, Outcome]]:
+    """Return the outcomes of each seed on which neither diverged."""
     both = [(first.outcomes[s], other.outcomes[s]) for s in sorted(first.outcomes)]
     return [(a, b) for a, b in both if not (a.diverged or b.diverged)]
 
@@ -158,7 +165,7 @@ def _ratio(pairs: Sequence[tuple[Outcome, Outcome]], name: str) -> float:
 
 
 def _verdict(
-    first: Arm, others: Sequence[Arm], differences: Sequence[Difference], percent: bool
+    first: Arm, others: Sequence[Arm], differences: Sequence[Difference], told: Words
 ) -> str:
     lost = [
         f"{_diverged(arm)} of '{arm.variant.name}'" for arm in (first, *others) if _diverged(arm)
@@ -171,18 +178,18 @@ def _verdict(
     better = [d for d in found if d.accuracy.mean > 0]
     worse = [d for d in found if d.accuracy.mean < 0]
     open_ = [d for d in differences if not d.significant and d.accuracy.n > 1]
-    names, advice = _words(first, others)
-    said = {d.variant: f"{names[d.variant]} by {_size(d, percent)}" for d in found}
+    names, advice = _words(others)
+    said = {d.variant: f"{names[d.variant]} by {_size(d, told)}" for d in found}
     if better:
         best, *next_ = (d.variant for d in better)
-        text = f"{names[best]} is better here by {_size(better[0], percent)}"
+        text = f"{names[best]} is better here by {_size(better[0], told)}"
         text += "".join(f", so is {said[name]}" for name in next_)
         text += "".join(f", worse is {said[d.variant]}" for d in worse)
         text += f"{_unshown(open_, names)}; "
         text += f"the best is {names[best]}: " * (len(found) > 1) + advice[best]
     elif worse:
         than = " than any of the others" * (1 < len(worse) == len(differences))
-        parts = [f"by {_size(d, percent)}" for d in worse]
+        parts = [f"by {_size(d, told)}" for d in worse]
         if len(differences) > 1:
             pairs = zip(parts, worse, strict=True)
             parts = [f"{part} against {names[d.variant]}" for part, d in pairs]
@@ -192,7 +199,7 @@ def _verdict(
         widest = max(open_, key=lambda d: d.accuracy.mean)
         text = (
             f"no difference is shown here: {names[widest.variant]} minus {names['']} is "
-            f"{_size(widest, percent, signed=True)}; take what is simpler, or more --seeds"
+            f"{_size(widest, told, signed=True)}; take what is simpler, or more --seeds"
         )
     return text[0].upper() + text[1:] + "." + note
 
@@ -203,34 +210,28 @@ def _unshown(differences: Sequence[Difference], names: Mapping[str, str]) -> str
     return f"; no difference is shown of {', '.join(names[d.variant] for d in differences)}"
 
 
-def _size(d: Difference, percent: bool, signed: bool = False) -> str:
-    scale, unit = (100.0, " points") if percent else (1.0, " R²")
-    a = d.accuracy
-    mean, low, high = (scale * v for v in (a.mean, a.low, a.high))
+def _size(d: Difference, told: Words, signed: bool = False) -> str:
+    mean, low, high = d.accuracy.mean, d.accuracy.low, d.accuracy.high
     if not signed and mean < 0:
         mean, low, high = -mean, -high, -low
-    digits = 1 if percent else 3
-    shown = f"{mean:+.{digits}f}" if signed else f"{mean:.{digits}f}"
     p = f"p = {d.p_holm:.2g}" if d.p_holm >= 1e-4 else "p < 0.0001"
-    return f"{shown}{unit} (95 % interval {low:.{digits}f} to {high:.{digits}f}, {p}, n = {a.n})"
+    shown, *ends = told.number(mean, "+" if signed else ""), told.number(low), told.number(high)
+    interval = f"95 % interval {' to '.join(ends)}, {p}, n = {d.accuracy.n}"
+    return f"{shown} {told.gain} ({interval})"
 
 
-def _words(first: Arm, others: Sequence[Arm]) -> tuple[dict[str, str], dict[str, str]]:
+def _words(others: Sequence[Arm]) -> tuple[dict[str, str], dict[str, str]]:
     """Return names of the variants, the first as '', and what to do if one is the best."""
-    names = {"": "the configuration as it is"}
-    advice = {"": "leave it"}
-    for arm in others:
-        names[arm.variant.name] = f"'{arm.variant.name}'"
-        advice[arm.variant.name] = "set it"
     only = others[0].variant if len(others) == 1 else None
     if only is not None and len(only.overrides) == 1 and only.name.startswith(_IMPORTANCE):
         off = only.name.removeprefix(_IMPORTANCE).strip() == "false"
-        names = {"": "prioritized sampling", only.name: "uniform"}
-        advice = {"": "leave importance on", only.name: "switch importance off"}
-        if not off:
-            names = {"": "uniform", only.name: "prioritized sampling"}
-            advice = {"": "leave importance off", only.name: "switch importance on"}
-    return names, advice
+        first, second = ("prioritized sampling", "uniform")[:: 1 if off else -1]
+        is_on, switch = ("on", "off") if off else ("off", "on")
+        advice = {"": f"leave importance {is_on}", only.name: f"switch importance {switch}"}
+        return {"": first, only.name: second}, advice
+    given = [arm.variant.name for arm in others]
+    names = {"": "the configuration as it is"} | {name: f"'{name}'" for name in given}
+    return names, {"": "leave it"} | dict.fromkeys(given, "set it")
 
 
 def _diverged(arm: Arm) -> int:
@@ -240,53 +241,66 @@ def _diverged(arm: Arm) -> int:
 # -- tables -------------------------------------------------------------------------------------
 
 
-def table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows, a row per variant: means ± standard deviation, and what it took."""
-    percent = result.metric == "accuracy"
-    scale, digits = (100.0, 1) if percent else (1.0, 3)
-    name = "accuracy, %" if percent else "R²"
+Table = tuple[list[str], list[list[str]]]
+"""A header and rows."""
+
+
+def words_for(groups: Groups) -> Words:
+    """Return the words in which the figures of all these runs are told."""
+    return words_of(*(o.metric for group in groups.values() for o in group))
+
+
+def values_of(group: Sequence[Outcome], key: str) -> list[float]:
+    """Return a figure of each run that has it: not of those that diverged."""
+    values = [getattr(o, key) for o in group if not o.diverged]
+    return [value for value in values if value is not None and not math.isnan(value)]
+
+
+def table(groups: Groups, keys: Collection[str] = ()) -> Table:
+    """Return a row per variant: means ± standard deviation, and what it took; of some figures."""
+    words = words_for(groups)
+    shown = [
+        figure
+        for figure in FIGURES
+        if (not keys or figure.key in keys)
+        and any(values_of(group, figure.key) for group in groups.values())
+    ]
     rows = []
-    for arm in result.arms:
-        good = [o for o in arm.outcomes.values() if not o.diverged]
-        lost = [o.average_forgetting for o in good if o.average_forgetting is not None]
+    for name, group in groups.items():
+        lost = sum(o.diverged for o in group)
         rows.append(
             [
-                arm.variant.name,
-                str(len(good)) + (f" ({_diverged(arm)} diverged)" if _diverged(arm) else ""),
-                _spread([scale * o.average_accuracy for o in good], digits),
-                _spread([scale * value for value in lost], digits),
-                f"{fmean(o.steps for o in good):,.0f}" if good else "–",
-                f"{fmean(o.units for o in good):,.0f}" if good else "–",
-                f"{fmean(o.seconds for o in good):.1f}" if good else "–",
+                name,
+                str(len(group) - lost) + (f" ({lost} diverged)" if lost else ""),
+                *(spread(values_of(group, f.key), words.digits, words.scale) for f in shown),
+                *(_mean(values_of(group, key)) for key in ("steps", "units")),
+                spread(values_of(group, "seconds"), 1),
             ]
         )
-    return ["", "runs", name, "forgetting", "steps", "compute", "seconds"], rows
+    named = [", ".join(filter(None, words.named(figure))) for figure in shown]
+    return ["", "runs", *named, "steps", "compute", "seconds"], rows
 
 
-def differences(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows, a row per variant but the first: what it has more than that."""
-    scale, digits = (100.0, 1) if result.metric == "accuracy" else (1.0, 3)
+def _mean(values: Sequence[float]) -> str:
+    return f"{fmean(values):,.0f}" if any(values) else "–"
+
+
+def difference_table(result: Result) -> Table:
+    """Return a row per variant but the first: what it has more than that."""
+    words = words_for(result.groups)
     rows = [
         [
             d.variant,
             *(
-                f"{scale * p.mean:+.{digits}f} ({scale * p.low:+.{digits}f}…"
-                f"{scale * p.high:+.{digits}f})"
+                f"{words.number(p.mean, '+')} ({words.number(p.low, '+')}…"
+                f"{words.number(p.high, '+')})"
                 for p in (d.accuracy, d.forgetting, d.anytime)
             ),
             f"{d.p_holm:.2g}",
         ]
         for d in result.differences
     ]
-    name = "accuracy" if result.metric == "accuracy" else "R²"
-    return ["minus first", name, "forgetting", f"anytime {name}", "p (Holm)"], rows
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "–"
-    mean = f"{fmean(values):.{digits}f}"
-    return f"{mean} ± {stdev(values):.{digits}f}" if len(values) > 1 else mean
+    return ["minus first", words.name, "forgetting", f"anytime {words.name}", "p (Holm)"], rows
 
 
 # -- files --------------------------------------------------------------------------------------
@@ -302,7 +316,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "command": plan.command,
         "equal": plan.equal,
         "seeds": list(plan.seeds),
-        "metric": result.metric,
+        "metric": "accuracy" if words_for(result.groups).unit else "r2",
         "arms": [
             {
                 "name": arm.variant.name,
@@ -323,8 +337,6 @@ def write_json(result: Result, path: Path) -> None:
     """Write the result; raises UsageError naming the file if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(json.dumps(as_json(result), indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(as_json(result), indent=2, allow_nan=False) + "\n")
     except OSError as error:
         raise UsageError(f"'{path}' cannot be written: {error.strerror}") from error

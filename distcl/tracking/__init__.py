@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distcl.config import TrackingConfig
+from distcl.config.files import write_atomically
 from distcl.errors import ConfigError
 from distcl.tracking.tracker import (
     AccelerateTracker,
@@ -65,9 +66,7 @@ def create_tracker(
         except Exception as error:  # whatever a service or its client raises
             tell(f"[tracking] {failure(kind, error)}")
     if ids:
-        temporary = path.with_name(f".{_IDS}")
-        temporary.write_text(json.dumps(ids) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, json.dumps(ids) + "\n")
     return Trackers(trackers, tell)
 
 

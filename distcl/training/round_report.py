@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distcl.config.files import write_atomically
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.inference import ShardedForward
 from distcl.priority.guard import Judgement, doubts
@@ -169,11 +171,9 @@ class RoundRecorder:
             arrays[f"{name}_counts"] = histogram.counts
             arrays[f"{name}_edges"] = histogram.edges
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"round-{number:04d}.npz"
-        temporary = path.with_name(f".{path.name}")
-        with temporary.open("wb") as stream:
-            np.savez_compressed(stream, allow_pickle=False, **arrays)
-        temporary.replace(path)
+        stream = io.BytesIO()
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+        write_atomically(self._folder / f"round-{number:04d}.npz", stream.getvalue())
 
 
 def _seen(source: Source, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:

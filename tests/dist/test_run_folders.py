@@ -12,7 +12,7 @@ import pytest
 from distcl import job
 from distcl.config import Config
 from distcl.errors import UsageError
-from distcl.reporting.run_folder import RunFolder, make_numbered, numbered, protect
+from distcl.reporting.run_folder import RunFolder, make_numbered, numbered_folders, protect
 from tests.small import SMALL, small
 from tests.spawn import run_ranks
 
@@ -53,7 +53,7 @@ def test_without_out_each_run_has_a_folder_and_auto_takes_the_newest_of_its_comm
     assert taken(base, "auto", "detect") == tmp_path / "runs" / "a[1]-4"  # there is none: anew
     (tmp_path / "runs" / "a[1]-03").mkdir()
     (tmp_path / "runs" / "a[1]-b").mkdir()
-    assert [path.name for path in numbered(base)] == ["a[1]", "a[1]-2", "a[1]-3", "a[1]-4"]
+    assert [path.name for path in numbered_folders(base)] == ["a[1]", "a[1]-2", "a[1]-3", "a[1]-4"]
     checkpoint = base / "checkpoints" / "step-00000007"
     assert taken(base, str(checkpoint)) == base
     monkeypatch.setenv("HOME", str(tmp_path))

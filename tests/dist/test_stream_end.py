@@ -86,7 +86,7 @@ def test_what_was_never_trained_on_has_columns_and_the_end_of_the_stream_a_figur
     assert f"{trained + 1}*" in shown.getvalue() and "* never trained on" in shown.getvalue()
     write_report([out], tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
-    assert "error on the stream" in page and "*: never trained on" in page
+    assert "error at the end" in page and "*: never trained on" in page
     assert f">{trained + 1}*<" in page
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from distcl.cli.app import app
 from distcl.config import DataConfig, StreamConfig
+from distcl.config.files import file_digest
 from distcl.data.shards.index import (
     IndexBuilder,
-    file_digest,
     index_folder,
     index_path,
     verify_folder,

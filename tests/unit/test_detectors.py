@@ -163,15 +163,37 @@ def test_a_damaged_state_is_refused_and_changes_nothing(name):
         assert detector.state_dict() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("adwin", {"_drift_detected", "_helper"}),
+        ("kswin", {"_drift_detected", "p_value", "n", "window", "_rng"}),
+        (
+            "page_hinkley",
+            {
+                *("_drift_detected", "mode", "_x_mean", "_sum_increase", "_sum_decrease"),
+                *("_min_increase", "_max_decrease"),
+            },
+        ),
+    ],
+)
+def test_what_is_saved_of_rivers_detectors_is_all_that_they_hold(name, held):
+    plain = {"adwin": drift.ADWIN, "kswin": drift.KSWIN, "page_hinkley": drift.PageHinkley}[name]()
+    state = make(name).state_dict()
+    assert set(state["state"]) == held
+    assert set(vars(plain)) - held - set(state["options"]) <= {"_test_drift"}  # a method
+
+
 def test_a_flipped_byte_in_adwins_window_is_refused():
     state = make("adwin").state_dict()
-    window = bytearray(base64.b64decode(state["state"]["window"]))
+    window = bytearray(base64.b64decode(state["state"]["_helper"]["bytes"]))
     for index in range(0, len(window), 7):
         bad = window.copy()
         bad[index] ^= 0xFF
         text = base64.b64encode(bad).decode()
         with pytest.raises(CheckpointError, match="checksum"):
-            make("adwin").load_state_dict({**state, "state": {**state["state"], "window": text}})
+            helper = {**state["state"]["_helper"], "bytes": text}
+            make("adwin").load_state_dict({**state, "state": {**state["state"], "_helper": helper}})
 
 
 def test_kswin_is_deterministic_by_seed():

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 
 from distcl.errors import UsageError
-from distcl.reporting.comparison import Arm, Outcome, Plan, Variant, parse_variant
+from distcl.reporting.comparison import Arm, Outcome, Plan, Variant, outcome_of, parse_variant
 from distcl.reporting.page import write_comparison
-from distcl.reporting.verdict import as_json, judge, table
+from distcl.reporting.verdict import as_json, conclude, table
+from tests.folders import summary
 
 OFF = "continual_learning.importance_weighting=false"
 NOISE = (0.0, 0.002, -0.003, 0.001)
@@ -35,7 +36,7 @@ def arm(name, accuracy, diverged=(), metric="accuracy", units=300):
 def result(*arms):
     variants = tuple(a.variant for a in arms)
     plan = Plan(Path("a.toml"), variants, tuple(range(4)), Path("out"))
-    return judge(plan, list(arms))
+    return conclude(plan, list(arms))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_pairs_with_a_diverged_run_are_left_out_and_named():
     found = result(arm("", 0.7), arm(OFF, 0.72, diverged=(1,)))
     assert found.differences[0].accuracy.n == 3
     assert found.verdict.endswith(f"Diverged, so left out: 1 of '{OFF}'.")
-    assert table(found)[1][1][1] == "3 (1 diverged)"
+    assert table(found.groups)[1][1][1] == "3 (1 diverged)"
     all_lost = result(arm("", 0.7), arm(OFF, 0.72, diverged=range(4)))
     assert all_lost.verdict.startswith("There are fewer than two pairs")
     assert as_json(all_lost)["differences"][0]["p_holm"] is None
@@ -107,9 +108,24 @@ def test_the_page_has_the_verdict_and_the_plots(tmp_path):
     assert [p.stem.removeprefix("compare-") for p in pictures] == [
         "differences",
         "curves",
+        "accuracy",
         "forgetting",
     ]
     assert "is better here by 2.0 points" in page and "'<b>'" not in page
+
+
+def test_what_a_run_came_to_is_read_from_its_summary():
+    rows = [[0.9, None, 0.1], [0.8, 0.6, 0.2]]
+    found = summary(rows, [{"steps": 5}], seed=3)
+    found["experiences"] = [{"trained": k < 2} for k in range(3)]
+    found["compute"] = {"scored": 4, "trained": 12, "units": 40}
+    outcome = outcome_of(Path("runs/a"), found)
+    assert outcome.curve == pytest.approx((0.9, 0.7))  # not of what was never trained on
+    assert (outcome.seed, outcome.steps, outcome.units) == (3, 35, 40)
+    assert outcome.worst_experience_accuracy == 0.2 and outcome.forward_transfer == 0.25
+    header, ((name, runs, *cells),) = table({"a": [outcome]})
+    assert header[2] == "average accuracy, %" and header[-3:] == ["steps", "compute", "seconds"]
+    assert (name, runs, cells[-3:]) == ("a", "1", ["35", "40", "10.0"])
 
 
 def test_a_variant_may_set_several_keys():

@@ -13,7 +13,6 @@ Its own time is the archive's: where they differ, the archive was changed or cop
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import logging
@@ -27,6 +26,7 @@ from typing import IO
 
 import numpy as np
 
+from distcl.config.files import file_digest, write_atomically
 from distcl.data.shards.decode import decode
 from distcl.data.shards.manifest import (
     _HOW,
@@ -36,7 +36,6 @@ from distcl.data.shards.manifest import (
     known_names,
     numbered,
     read_manifest,
-    replace_file,
     write_manifest,
 )
 from distcl.data.shards.tar import key_of, open_archive, read_members, scan
@@ -121,7 +120,7 @@ class IndexBuilder:
         rows = [[*self._begins, self._end], [*self._words, stat.st_size]]
         out = io.BytesIO()
         np.save(out, np.array(rows, dtype="<i8"), allow_pickle=False)
-        replace_file(index_path(tar), out.getvalue())
+        write_atomically(index_path(tar), out.getvalue(), sync=True)
         _stamp(tar, stat)
 
 
@@ -299,12 +298,6 @@ def _index(
     except DataError as error:
         problems.append(str(error))
     return builder, problems
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_folder(

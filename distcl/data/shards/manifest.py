@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distcl.config.files import write_atomically
 from distcl.errors import DataError
 
 MANIFEST = "shards.json"
@@ -63,7 +63,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     found = asdict(manifest)
     if not manifest.class_names:
         del found["class_names"]
-    replace_file(folder / MANIFEST, (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(folder / MANIFEST, json.dumps(found, indent=1) + "\n", sync=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -104,13 +104,3 @@ def _shard(line: dict[str, Any]) -> Shard:
     if not all(type(t) is str for t in texts) or not _NAME.fullmatch(shard.name):
         raise ValueError(f"bad entry {line}")
     return shard
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file such that it is there as a whole or as it was, after a crash too."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

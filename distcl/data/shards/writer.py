@@ -21,14 +21,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distcl.data.shards.index import IndexBuilder, file_digest, label_of, labels_in, open_index
+from distcl.config.files import file_digest, write_atomically
+from distcl.data.shards.index import IndexBuilder, label_of, labels_in, open_index
 from distcl.data.shards.manifest import (
     MANIFEST,
     Manifest,
     Shard,
     numbered,
     read_manifest,
-    replace_file,
     write_manifest,
 )
 from distcl.data.shards.tar import END, member_bytes
@@ -316,7 +316,8 @@ def _claim(folder: Path, plan: dict[str, Any]) -> None:
                         path.unlink()
         elif any(folder.iterdir()):
             raise UsageError(f"'{folder}' is not empty; choose another folder")
-        replace_file(folder / _PLAN, (json.dumps(plan, indent=1, sort_keys=True) + "\n").encode())
+        text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
+        write_atomically(folder / _PLAN, text, sync=True)
     except OSError as error:
         raise UsageError(f"'{folder}' is not writable: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

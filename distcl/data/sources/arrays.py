@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
-from distcl.data.transforms import as_tensor
+from distcl.data.transforms import to_tensor
 from distcl.errors import ConfigError, DataError
 from distcl.types import Batch, Ids, PyTree, exact
 
@@ -64,10 +64,10 @@ class ArraySource:
         rows = ids if self._rows is None else self._rows[ids]
         # not .take: of a member of an .npz, whose data is unaligned, it first copies all of it
         if self._in_tree:
-            x = tree_map(lambda leaf: as_tensor(leaf[rows], keep_integers=True), self._x)
+            x = tree_map(lambda leaf: to_tensor(leaf[rows], keep_integers=True), self._x)
         else:
-            x = as_tensor(self._x[rows])
-        y = as_tensor(self._y[ids], keep_integers=True)
+            x = to_tensor(self._x[rows])
+        y = to_tensor(self._y[ids], keep_integers=True)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
 
     def stored(self, ids: Ids) -> PyTree:

@@ -13,7 +13,7 @@ from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.images import decode_image, pixels
 from distcl.data.sources.arrays import stratified
-from distcl.data.transforms import Sample, Stack, Transforms, arrays_of, as_tensor
+from distcl.data.transforms import Sample, Stack, Transforms, arrays_of, to_tensor
 from distcl.errors import ConfigError, DataError
 from distcl.registry import nearest
 from distcl.types import Batch, Ids
@@ -140,7 +140,7 @@ class HFSource:
         pairs = zip(wanted.tolist(), columns[self._image], columns[self._label], strict=True)
         x, y = self._stack([self._sample(*row) for row in pairs], wanted)
         if self.labels is None and isinstance(y, torch.Tensor):
-            y = as_tensor(y.numpy())
+            y = to_tensor(y.numpy())
         x, y = tree_map(lambda t: t[: len(ids)], (x, y))
         return Batch(torch.from_numpy(ids), x, y, len(ids))
 

@@ -387,7 +387,7 @@ def check_files(config: StreamConfig) -> None:
     Names are relative to ``stream.path``, or to its folder if it is a file; without a path, to the
     working folder. Raises DataError naming a file that is absent or has another digest.
     """
-    base = reachable(config.path)
+    base = reachable(config.path or ".")
     base = base.parent if base.is_file() else base
     for name, expected in config.sha256.items():
         path = base / name

@@ -274,8 +274,8 @@ class DriftStream:
             to = (int(np.searchsorted(held, pack_ids(e, found, test=test))[0]) - first) % n
             k = to if to > k else n
         raise DataError(
-            f"experience {e + 1} has {len(held)} {'held-out' if test else 'training'} samples, and not "
-            "one of them can be read"
+            f"experience {e + 1} has {len(held)} {'held-out' if test else 'training'} samples, and "
+            "not one of them can be read"
         )
 
     def _experience(self, e: int, train_labels: Ids | None, test_labels: Ids | None) -> Experience:

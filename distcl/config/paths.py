@@ -8,11 +8,17 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from distcl.errors import DataError, DistclError
+from distcl.errors import DataError, DistclError, UsageError
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """Return a path with ``~`` and ``~user`` expanded; nothing else in it has a meaning."""
+    """Return a path with ``~`` and ``~user`` expanded; nothing else in it has a meaning.
+
+    Raises UsageError for an empty one, as of a variable that is not set: it would be the folder
+    that one is in.
+    """
+    if path == "":
+        raise UsageError("a path is empty; '.' is the folder that you are in")
     return Path(os.path.expanduser(path))
 
 

@@ -79,7 +79,7 @@ class BadSamples:
         train, test = self.without(experience.train), self.without(experience.test)
         if not (len(train) and len(test)):
             what = "held-out" if len(train) else "training"
-            raise DataError(f"all {what} samples of experience {experience.index} are bad")
+            raise DataError(f"all {what} samples of experience {experience.index + 1} are bad")
         return replace(experience, train=train, test=test)
 
     def silence(self, *weighted: tuple[Ids, npt.NDArray[np.float64] | None]) -> None:

@@ -64,7 +64,7 @@ def fingerprint(stream: DriftStream, like: Mapping[str, Any] | None = None) -> d
     for e, both in zip(stream.experiences, sizes, strict=False):
         for split, ids, size in zip(("training", "test"), (e.train, e.test), both, strict=True):
             some = np.unique(np.linspace(0, size - 1, min(_ROWS // 2, most, size)).astype(int))
-            found[f"{split} samples of experience {e.index}"] = _digest(stream, ids[some])
+            found[f"{split} samples of experience {e.index + 1}"] = _digest(stream, ids[some])
     stream.replaced.clear()
     stream.replaced.update(kept)
     return found

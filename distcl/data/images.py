@@ -23,12 +23,14 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8]:
     Raises ConfigError if Pillow is not installed.
     """
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError:
         raise ConfigError("images need Pillow: pip install 'distcl[data]'") from None
     try:
         with Image.open(io.BytesIO(data)) as image:
             return pixels(image)
+    except UnidentifiedImageError:  # its own words name an address in memory
+        raise ValueError("it is no image that Pillow knows") from None
     except Exception as error:  # Pillow raises of all kinds on bytes that are not a sound image
         raise ValueError(str(error) or type(error).__name__) from error
 
@@ -43,7 +45,10 @@ def pixels(image: Image) -> npt.NDArray[np.uint8]:
     """
     from PIL import ImageOps
 
+    coding = [str(tile[3]) for tile in getattr(image, "tile", ())]  # none once it is read
     ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "RGBA" and "LA;16B" in coding:  # 16-bit grey with alpha, made colours
+        image = image.convert("LA")
     mode = image.mode
     if mode.startswith("I"):
         grey = _within(np.asarray(image).astype(np.int64), 65535, "16-bit")

@@ -274,8 +274,8 @@ class DriftStream:
             to = (int(np.searchsorted(held, pack_ids(e, found, test=test))[0]) - first) % n
             k = to if to > k else n
         raise DataError(
-            f"experience {e} has {len(held)} {'held-out' if test else 'training'} samples, and not "
-            "one of them can be read"
+            f"experience {e + 1} has {len(held)} {'held-out' if test else 'training'} samples, and "
+            "not one of them can be read"
         )
 
     def _experience(self, e: int, train_labels: Ids | None, test_labels: Ids | None) -> Experience:
@@ -387,7 +387,7 @@ def check_files(config: StreamConfig) -> None:
     Names are relative to ``stream.path``, or to its folder if it is a file; without a path, to the
     working folder. Raises DataError naming a file that is absent or has another digest.
     """
-    base = reachable(config.path)
+    base = reachable(config.path or ".")
     base = base.parent if base.is_file() else base
     for name, expected in config.sha256.items():
         path = base / name

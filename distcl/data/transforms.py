@@ -23,10 +23,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt
 from torch.utils._pytree import tree_map
 
 from distcl import registry
 from distcl.errors import ConfigError, DataError, DistclError, named, told
+from distcl.registry import Count, checked
 from distcl.types import Batch, Ids, PyTree, Source
 
 Array = npt.NDArray[Any]
@@ -114,7 +116,8 @@ def _create(spec: str | dict[str, Any]) -> tuple[str, Transform, bool]:
 # ---------------------------------------------------------------- built in
 
 
-def crop(size: int, pad: int = 0, random: bool = False) -> Transform:
+@checked("transform 'crop'")
+def crop(size: Count, pad: NonNegativeInt = 0, random: bool = False) -> Transform:
     """Cut images to ``size`` x ``size``, after ``pad`` zeros on every side: in the centre.
 
     With ``random``, training batches have it anywhere.
@@ -146,6 +149,7 @@ def flip() -> Transform:
     return mirror
 
 
+@checked("transform 'normalize'")
 def normalize(mean: list[float], std: list[float]) -> Transform:
     """Subtract the mean and divide by the standard deviation of each channel of [C, H, W]."""
     if len(mean) != len(std) or not mean or min(std) <= 0:
@@ -260,16 +264,16 @@ class Stack:
         One array is x, whatever its name is in each sample (.png or .jpg); several are a dict by
         name (NAME for NAME.npy). Raises DataError naming a sample that is not like the first.
         """
-        alone = all(len(sample) == 2 for sample in samples)
-        rows = [
-            {"" if alone else ext: value for ext, value in sample.items() if ext != "cls"}
-            for sample in samples
-        ]
+        rows = []
+        for sample in samples:
+            row = {ext: value for ext, value in sample.items() if ext != "cls"}
+            rows.append(row if len(row) != 1 else {"": next(iter(row.values()))})
         for id_, row in zip(ids.tolist(), rows, strict=True):
             kinds = {ext: (value.shape, value.dtype) for ext, value in row.items()}
             self._first = self._first or (id_, kinds)
             if kinds != self._first[1]:
                 self._refuse(id_, kinds)
+        alone = "" in rows[0]
         x = {
             ext.removesuffix(".npy"): to_tensor(
                 np.stack([row[ext] for row in rows]), keep_integers=self._keep or not alone
@@ -285,6 +289,9 @@ class Stack:
 
     def _refuse(self, id_: int, kinds: dict[str, tuple[Any, ...]]) -> NoReturn:
         first, like = self._first or (id_, kinds)
+        if ("" in kinds) != ("" in like):
+            has = [f"{len(some)} array{'s' * (len(some) > 1)}" for some in (kinds, like)]
+            raise DataError(f"{self._name}: sample {id_} has {has[0]}, but sample {first} {has[1]}")
         ext = min(e for e in kinds.keys() | like.keys() if kinds.get(e) != like.get(e))
         both = kinds.get(ext), like.get(ext)
         told = ["is missing" if k is None else f"has shape {k[0]} and type {k[1]}" for k in both]

@@ -208,7 +208,9 @@ def holds_run(folder: Path) -> bool:
 
 
 def protect(file: Path) -> None:
-    """Raise UsageError if a file to be written is one that a run left, but for its report."""
+    """Raise UsageError if a file to be written is a folder, or a run's other than its report."""
+    if file.is_dir():
+        raise UsageError(f"'{file}' is a folder, not a file")
     own = file.name in (*_SIGNS, *_REST) and file.name != "report.html"
     if own and holds_run(file.parent):
         raise UsageError(f"'{file}' is part of a run: give another file")

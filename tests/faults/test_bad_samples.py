@@ -145,7 +145,7 @@ def test_an_experience_without_a_sound_sample_ends_the_run(tmp_path, access, par
         "stream.options.experiences=shards",
         f"data.access={access}",
     )
-    words = f"experience 1 has {40 if part == 'training' else 10} {part} samples, and not one"
+    words = f"experience 2 has {40 if part == 'training' else 10} {part} samples, and not one"
     name, code, said = go(folder, tmp_path / "one", *over)
     assert (name, code) == ("DataError", 3) and words in said
     found = run_failing(folder, tmp_path / "three", *over)

@@ -6,6 +6,7 @@ Whoever reads: indexing, --verify, indexed and streamed access, and cutting anew
 import gzip
 import io
 import itertools
+import os
 import re
 import subprocess
 import tarfile
@@ -265,6 +266,24 @@ def test_an_archive_that_changed_since_it_was_indexed_is_refused(tmp_path, acces
     tar.write_bytes(was[:-512])
     with pytest.raises(DataError, match=r"bytes but shards\.json says"):
         source(tmp_path / "s", access)
+
+
+@pytest.mark.parametrize("access", ["indexed", "stream"])
+def test_another_archive_of_the_same_size_and_time_is_refused(tmp_path, access):
+    tar = archive(tmp_path / "s/a.tar", 6)
+    tar.write_bytes(tar.read_bytes() + bytes(4096))  # padding, as tar writes it
+    index_folder(tmp_path / "s")
+    stat, padding = tar.stat(), bytes(4096)
+    rows = [sample(row) for row in range(7)]
+    for made, told in (
+        ([*rows[5::-1], END, padding], "id 0: its bytes have changed"),
+        ([*rows, END, padding[2048:]], "shard 'a.tar' has more than its index"),
+    ):
+        tar.write_bytes(b"".join(made))
+        os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert tar.stat().st_size == stat.st_size
+        with pytest.raises(DataError, match=told):
+            source(tmp_path / "s", access)
 
 
 def test_large_archives_of_another_time_are_compared_in_part(tmp_path, monkeypatch):

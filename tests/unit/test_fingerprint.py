@@ -55,9 +55,9 @@ CHANGES = {
     "more rows": (changed(x=np.r_[X, X], y=np.r_[Y, Y]), "training samples: 500 -> 1100"),
     "a class fewer": (changed(y=np.minimum(Y, 3)), "classes: 5 -> 4"),
     "one label": (changed(y=_one_label()), "labels of training samples"),
-    "rows permuted": (changed(x=X[ORDER], y=Y[ORDER]), "training samples of experience 2"),
-    "held-out rows": (changed(x=np.r_[X[99::-1], X[100:]]), "test samples of experience 0"),
-    "values": (changed(x=X * 2), "training samples of experience 0"),
+    "rows permuted": (changed(x=X[ORDER], y=Y[ORDER]), "training samples of experience 3"),
+    "held-out rows": (changed(x=np.r_[X[99::-1], X[100:]]), "test samples of experience 1"),
+    "values": (changed(x=X * 2), "training samples of experience 1"),
     "type": (changed(x=X.astype(np.float64)), "types: ['torch.float32', 'torch.int64'] ->"),
     "shape": (changed(x=X.reshape(600, 1, 4, 9)), "shapes: [[1, 6, 6], []] -> [[1, 4, 9], []]"),
 }

@@ -1,6 +1,8 @@
 """The one decoder of images: every mode, upright, and the same from every source."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -163,3 +165,29 @@ def test_shards_of_a_folder_and_hf_read_the_same(tmp_path, monkeypatch):
     assert {(y, x.numpy().tobytes()) for x, y in zip(a.x, a.y.tolist(), strict=True)} == {
         (y, x.numpy().tobytes()) for x, y in zip(b.x, b.y.tolist(), strict=True)
     }
+
+
+def png16(colours: np.ndarray, kind: int) -> bytes:
+    """A 16-bit PNG [H, W, C], which Pillow cannot write; ``kind``: 4 of grey with alpha."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(name + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + name + data + checksum
+
+    height, width = colours.shape[:2]
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_16_bit_with_alpha_is_grey_or_colours_as_the_file_says():
+    grey = np.dstack([GREY, ALPHA]).astype(np.uint16) * 257
+    assert np.array_equal(decode_image(png16(grey, 4)), GREY[None])
+    colours = np.dstack([RGB, ALPHA]).astype(np.uint16) * 257
+    assert np.array_equal(decode_image(png16(colours, 6)), first(RGB))
+
+
+def test_what_is_no_image_is_said_in_the_same_words_each_time():
+    with pytest.raises(ValueError, match=r"^it is no image that Pillow knows$"):
+        decode_image(b"\x89PNG\r\n\x1a\nbroken")

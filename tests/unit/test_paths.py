@@ -222,6 +222,8 @@ for words in (
     ["train", "~/c.toml", "--out", "~/r", "--resume", {long!r}, "--quiet"],
     ["shard", "pipe:touch ran", "--index-only"], ["shard", "pipe:touch ran", "~/made"],
     ["checkpoint", "export", "~/c.toml", "--to", {long!r}],
+    ["train", "~/c.toml", "--out", "", "--quiet"], ["eval", ""], ["shard", "", "--verify"],
+    ["report", "made", "--out", "made"],
 ):
     run(*words)
 """
@@ -230,7 +232,9 @@ for words in (
         [sys.executable, "-c", script], cwd=tmp_path, env=environ, capture_output=True, text=True
     )
     codes = [line[2:] for line in done.stdout.splitlines() if line.startswith("> ")]
-    assert len(codes) == 14 and codes[11:13] == ["0", "0"], done.stderr
+    assert len(codes) == 18 and codes[11:13] == ["0", "0"], done.stderr
     assert set(codes[:11] + codes[13:]) <= {"2", "3", "5"}, (codes, done.stderr)
     assert "Traceback" not in done.stderr and "internal error" not in done.stderr
+    assert "distcl: 'made' is a folder, not a file" in done.stderr
+    assert not (tmp_path / "status.json").exists()
     assert not (tmp_path / "ran").exists() and (tmp_path / "made" / "shards.json").exists()

@@ -118,6 +118,23 @@ def test_text_json_and_unknown_members():
             decode(ext, data)
 
 
+def test_a_sample_of_more_arrays_than_others_is_named_in_any_batch_and_nan_by_verify(tmp_path):
+    two = {"npy": npy_bytes(value(1)), "b.npy": npy_bytes(value(1)), "cls": b"1"}
+    write(tmp_path / "a.tar", [{"npy": npy_bytes(value(0)), "cls": b"0"}, two])
+    index_folder(tmp_path)
+    for ids in ([0, 1], [1]):
+        train = source(tmp_path)
+        train.read(np.array([0]))
+        with pytest.raises(DataError, match="sample 1 has 2 arrays, but sample 0 1 array"):
+            train.read(np.array(ids))
+    write(tmp_path / "a.tar", [{"npy": npy_bytes(value(0) * np.float32("nan")), "cls": b"0"}])
+    index_folder(tmp_path)
+    assert (
+        "sample '0000', id 0: member 'npy' has a value that is NaN"
+        in (verify_folder(tmp_path)[1][0])
+    )
+
+
 def tokenize(sample: dict[str, object], length: int = 4) -> dict[str, object]:
     text = str(sample.pop("txt")).encode()
     return sample | {"tokens": np.frombuffer(text[:length].ljust(length), np.uint8).astype(int)}
@@ -350,7 +367,8 @@ def test_an_undecodable_sample_is_replaced_and_remembered_also_by_workers(tmp_pa
     write(tmp_path / "a.tar", samples)
     index_folder(tmp_path)
     faults = verify_folder(tmp_path)[1]
-    assert len(faults) == 1 and "'a.tar', sample '0005', id 5: member 'npy' cannot" in faults[0]
+    assert "'a.tar', sample '0005', id 5: member 'npy' cannot" in faults[0]
+    assert len(faults) == 2 and "id 7: member 'npy' has a value that is NaN" in faults[1]
     with pytest.raises(DataError, match="id 7: member 'npy' has a value that is NaN"):
         source(tmp_path).read(np.array([7]))
     train = source(tmp_path, on_bad_sample="skip")

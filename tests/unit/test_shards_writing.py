@@ -24,6 +24,7 @@ from distcl.data.shards.manifest import read_manifest
 from distcl.data.shards.open import shards
 from distcl.data.shards.writer import write_shards
 from distcl.data.sources.arrays import ArraySource, arrays
+from distcl.data.stream import create_sources
 from distcl.errors import DataError, UsageError
 
 RNG = np.random.default_rng(0)
@@ -92,6 +93,19 @@ def test_the_manifest_tells_samples_bytes_digests_and_first_ids(tmp_path):
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
     assert read_manifest(tmp_path / "s") == manifest
     assert sum(n for _, n in told) == 25
+
+
+def test_what_training_takes_or_refuses_of_an_npz_so_does_writing(tmp_path):
+    x = np.zeros((3, 2), np.float32)
+    np.savez(tmp_path / "d.npz", x=x, y=np.array([True, False, True]))
+    write_shards(ArraySamples(tmp_path / "d.npz"), tmp_path / "s")
+    assert create_sources(
+        StreamConfig(source="shards", path=str(tmp_path / "s"), test_fraction=0.3), DataConfig()
+    )[0].labels.sum()
+    x[1] = np.nan
+    np.savez(tmp_path / "d.npz", x=x, y=np.arange(3))
+    with pytest.raises(DataError, match="sample 1 of train: member 'npy' has a value that is NaN"):
+        write_shards(ArraySamples(tmp_path / "d.npz"), tmp_path / "t")
 
 
 def test_shards_stay_below_the_size_asked_for(tmp_path):

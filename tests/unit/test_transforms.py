@@ -231,6 +231,17 @@ def test_resize_scales_as_pillow_does():
             Transforms([{"name": "resize", **options}])
 
 
+def test_options_of_the_wrong_kind_are_refused_by_name():
+    for options, told in (
+        ({"name": "crop", "size": 0}, "transform 'crop'.options.size: input should be greater"),
+        ({"name": "crop", "size": 3, "pad": -1}, "transform 'crop'.options.pad"),
+        ({"name": "normalize", "mean": "x", "std": [1.0]}, "transform 'normalize'.options.mean"),
+        ({"name": "normalize", "mean": [0.5], "std": [float("nan")]}, "'normalize'.options.std"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            Transforms([options])
+
+
 def test_to_rgb_gives_three_channels():
     image = RNG.random((4, 2, 3)).astype(np.float32)
     made = Transforms(["to_rgb"])

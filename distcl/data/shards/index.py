@@ -38,9 +38,10 @@ from distcl.data.shards.manifest import (
     read_manifest,
     write_manifest,
 )
-from distcl.data.shards.tar import key_of, open_archive, read_members, scan
+from distcl.data.shards.tar import BLOCK, key_of, open_archive, read_members, scan
 from distcl.data.sources.arrays import MAX_CLASSES
 from distcl.data.sources.npy import Array, open_npy
+from distcl.data.transforms import arrays_of
 from distcl.errors import DataError
 from distcl.types import Ids
 
@@ -132,19 +133,24 @@ def _stamp(tar: Path, stat: os.stat_result) -> None:
 def changed_rows(tar: Path, index: Array, share: int = 1) -> list[int]:
     """Return the rows of samples whose bytes are not those that were indexed. Local.
 
-    An archive of the time it was indexed at is believed. Of another, a copy perhaps, samples of up
-    to 1 GiB / ``share`` are read, evenly spread: all of them, if it is not larger.
+    Of an archive of the time it was indexed at, the first and the last sample are read. Of another,
+    a copy perhaps, samples of up to 1 GiB / ``share``, evenly spread: all of them, if it is not
+    larger. Raises DataError if the archive does not end where the index does.
     """
-    if tar.stat().st_mtime_ns == index_path(tar).stat().st_mtime_ns:
-        return []
     samples, size = index.shape[1] - 1, int(index[1, -1])
-    step = min(-(-size // max(1, _CHECKED // share)), max(1, samples // 2))
-    rows = sorted({*range(0, samples, step), samples - 1})
-    log.info(
-        "[data] '%s' has another time than when it was indexed: %d of its %d samples are compared",
-        *(tar.name, len(rows), samples),
-    )
+    rows = sorted({0, samples - 1})
+    if tar.stat().st_mtime_ns != index_path(tar).stat().st_mtime_ns:
+        step = min(-(-size // max(1, _CHECKED // share)), max(1, samples // 2))
+        rows = sorted({*range(0, samples, step), samples - 1})
+        log.info(
+            "[data] '%s' has another time than when it was indexed: %d of its %d samples are "
+            "compared",
+            *(tar.name, len(rows), samples),
+        )
     with open_archive(tar) as file:
+        file.seek(int(index[0, -1]))
+        if file.read(BLOCK).strip(b"\0"):
+            raise DataError(f"shard '{tar.name}' has more than its index: {CHANGED}")
         return [row for row in rows if not _same(file, index, row)[1]]
 
 
@@ -346,8 +352,8 @@ def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
                     raise DataError(CHANGED)
                 if index[1, row] < 0:
                     raise DataError(marked(extent))
-                for ext, data in read_members(extent)[1].items():
-                    decode(ext, data)
+                members = read_members(extent)[1].items()
+                arrays_of({ext: decode(ext, data) for ext, data in members} | {"cls": 0})
             except DataError as error:
                 problems.append(f"{place(shard, extent, row)}: {error}")
     if problems:

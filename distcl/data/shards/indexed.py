@@ -98,6 +98,7 @@ class ShardSource:
         """Return a shard's index, None if the shard cannot be used."""
         try:
             index = open_index(folder / shard.name, shard.samples, shard.bytes)
+            changed = changed_rows(folder / shard.name, index, self._share)
         except DataError as error:
             last = shard.first_id + max(shard.samples - 1, 0)
             fault = f"{error} (ids {shard.first_id}…{last})"
@@ -106,7 +107,6 @@ class ShardSource:
             self.problems.append(fault)
             return None
         bad = np.flatnonzero(labels_in(index) < 0).tolist()
-        changed = changed_rows(folder / shard.name, index, self._share)
         for row in sorted({*bad, *changed}):
             extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
             fault = CHANGED if row in changed else marked(extent)

@@ -23,6 +23,7 @@ from distcl.data.shards.writer import Members, Samples
 from distcl.data.sources.arrays import ArraySource
 from distcl.data.sources.npy import Array, npz_keys, open_npz
 from distcl.data.stream import create_sources
+from distcl.data.transforms import arrays_of
 from distcl.errors import DataError, UsageError
 
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
@@ -78,8 +79,11 @@ class ArraySamples:
         elif len(found) > 2:
             raise DataError(f"'{path}' has only one of 'x_test' and 'y_test'")
         for x, y in self._splits.values():
-            if y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iu":
-                raise DataError(f"'{path}': y must be one integer per sample of x, not {y.shape}")
+            if y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iub":
+                raise DataError(
+                    f"'{path}': y must be one integer per sample of x [{len(x)}, ...], not "
+                    f"{y.dtype} of shape {y.shape}"
+                )
         self.sizes = {split: len(y) for split, (_, y) in self._splits.items()}
 
     def describe(self) -> dict[str, Any]:
@@ -95,6 +99,7 @@ class ArraySamples:
         x, y = self._splits[split]
         for row in range(begin, end):
             sample = x[row]
+            arrays_of({"npy": sample, "cls": 0})
             yield {
                 "npy": npy_bytes(sample[None] if sample.ndim == 2 else sample),
                 "cls": str(int(y[row])).encode(),

@@ -80,7 +80,7 @@ class DryRun:
         _refuse_dtypes(model, self._runtime.dtype)
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(f"model '{self._name}' has no parameter that takes gradients")
-        if self._runtime.strategy in _SHARDED:
+        if self._runtime.strategy.name in _SHARDED:
             return
         model.to(self._runtime.device, self._runtime.dtype)
         self._failure = together(self._runtime, lambda: self._look(model, criterion, signal))
@@ -99,7 +99,7 @@ class DryRun:
         """
         if self._batch is None or self._failure is not None:
             return
-        if self._runtime.strategy in _SHARDED:
+        if self._runtime.strategy.name in _SHARDED:
             self._look(model, criterion, signal)
             return
         with untouched(self._runtime.unwrap(model), self._runtime.device):
@@ -128,7 +128,7 @@ class DryRun:
         if self._batch is None:
             return
         module = self._runtime.unwrap(model)
-        sharded = self._runtime.strategy in _SHARDED
+        sharded = self._runtime.strategy.name in _SHARDED
         grad = _trains(self._config) and not sharded
         one = self._batch.part(0, 2)
         with untouched(module, self._runtime.device), evaluating(model):

@@ -182,7 +182,7 @@ class StepLoop:
 
     def _counted(self, stage: Stage, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """As :meth:`_gradients`; note all ranks' operations, None where they cannot be counted."""
-        if self._runtime.strategy != "ddp":  # other libraries gather weights on the way
+        if self._runtime.strategy.name != "ddp":  # other libraries gather weights on the way
             stage.report["flops"] = None
             return self._gradients(stage, batch, hist_batch)
         with FlopCount() as count:

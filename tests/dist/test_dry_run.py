@@ -56,7 +56,7 @@ def _config(*keys: str) -> Any:
 
 
 def _parts(runtime: Runtime, config: Any, out: Path) -> Any:
-    runtime._strategy.parallel = config.parallel
+    runtime.strategy.parallel = config.parallel
     return assemble(config, runtime, create_stream(config.stream, 0), out)
 
 

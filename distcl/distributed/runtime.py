@@ -6,7 +6,7 @@ import atexit
 import os
 import time
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,7 +27,6 @@ from distcl.distributed.memory import keep_freed_memory
 from distcl.distributed.rendezvous import first_line, introduce, must_meet, tell_stderr
 from distcl.distributed.watchdog import Watchdog
 from distcl.errors import Preempted, UsageError
-from distcl.types import PyTree
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -36,9 +35,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STRATEGIES = {"ddp": "distcl.parallel.ddp:DDP", "fsdp2": "distcl.parallel.fsdp2:FSDP2"}
-_ZERO = "distcl.parallel.zero:Zero"
-"""Layouts stand above this module, which names one and knows no more of it: it joins the group."""
+_STRATEGIES = {
+    "ddp": "distcl.parallel.ddp:DDP",
+    "fsdp2": "distcl.parallel.fsdp2:FSDP2",
+    **dict.fromkeys(("zero1", "zero2", "zero3"), "distcl.parallel.zero:Zero"),
+}
+"""Layouts stand above this module, which names the one that is to join the process group."""
 
 _GATHERED = 1 << 16  # rows of a rank that are gathered together
 
@@ -81,7 +83,7 @@ class Runtime:
         self.precision = run.precision
         self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
         with must_meet(launch, run.timeout_seconds):
-            make = resolve_name(_STRATEGIES.get(parallel.strategy, _ZERO))
+            make = resolve_name(_STRATEGIES[parallel.strategy])
             self.strategy: Strategy = make(run, parallel, training)
         joined = self.strategy.accelerator
         self.rank: int = joined.process_index
@@ -133,39 +135,6 @@ class Runtime:
         the strategy wants them. ``unused``: those that get none in some forwards, as far as known.
         """
         return self.strategy.prepare_training(model, make_optimizer, unused)
-
-    def settle(self, model: nn.Module, x: PyTree) -> None:
-        """Make the first step like later ones: forward and backward on inputs. Collective.
-
-        See ``parallel.ddp``. The caller puts buffers and random numbers back.
-        """
-        self.strategy.settle(model, x)
-
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the loss scale (fp16) out of the gradients, once, before they are changed. Local."""
-        self.strategy.unscale(optimizer)
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the module inside the wrapper. Local.
-
-        Forwards of it do not communicate, unless the partition is sharded.
-        """
-        return self.strategy.unwrap(model)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which forwards run outside the wrapper (scoring, evaluation)."""
-        return self.strategy.autocast()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Backward of a loss; gradients are averaged over ranks. Collective."""
-        self.strategy.backward(loss)
-
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Return the context of one forward and backward out of several that make a step. Local.
-
-        Gradients add up; before the ``last`` one they need not be averaged yet.
-        """
-        return self.strategy.accumulating(model, last)
 
     # -- collectives -------------------------------------------------------------------------
 

@@ -71,11 +71,14 @@ class Strategy(ABC):
         """
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the module that the model was made of. Local."""
+        """Return the module that the model was made of. Local.
+
+        Forwards of it do not communicate, unless the partition is sharded.
+        """
         return model
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which forwards of the unwrapped module run. Local."""
+        """Return the context of forwards of the unwrapped module (scoring, evaluation). Local."""
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -90,7 +93,7 @@ class Strategy(ABC):
         return nullcontext()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 most have none
-        """Take the loss scale (fp16) out of the gradients. Local."""
+        """Take the loss scale (fp16) out of the gradients, once, before they are changed. Local."""
 
 
 def refuse_batchnorm(model: nn.Module, strategy: str, precision: str) -> None:

@@ -102,9 +102,9 @@ class DryRun:
         if self._runtime.strategy.name in _SHARDED:
             self._look(model, criterion, signal)
             return
-        with untouched(self._runtime.unwrap(model), self._runtime.device):
+        with untouched(self._runtime.strategy.unwrap(model), self._runtime.device):
             model.train()
-            self._runtime.settle(model, self._batch.x)
+            self._runtime.strategy.settle(model, self._batch.x)
 
     def conclude(self) -> None:
         """Raise what :meth:`before` found: a part's own refusal, which may say more, comes first.
@@ -127,7 +127,7 @@ class DryRun:
         """
         if self._batch is None:
             return
-        module = self._runtime.unwrap(model)
+        module = self._runtime.strategy.unwrap(model)
         sharded = self._runtime.strategy.name in _SHARDED
         grad = _trains(self._config) and not sharded
         one = self._batch.part(0, 2)
@@ -156,7 +156,7 @@ class DryRun:
         """Return outputs and losses of a batch, once both are what they must be."""
         n = len(batch)
         given = f"{n} samples, {_form(batch.x)}" if n > 1 else f"one sample, {_form(batch.x)}"
-        with self._runtime.autocast():
+        with self._runtime.strategy.autocast():
             with _naming(f"model '{self._name}' fails on {given}"):
                 outputs = model(batch.x)
             for leaf in tree_leaves(outputs):

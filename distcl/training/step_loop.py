@@ -175,7 +175,7 @@ class StepLoop:
             result = Updater.fwd_bwd(self._updater, batch, None)
         else:
             result = self._updater.fwd_bwd(batch, hist_batch)
-        self._runtime.unscale(self._optimizer)
+        self._runtime.strategy.unscale(self._optimizer)
         self._updater.update_post_fwd_bwd()
         clip_grads_(self._updater.partition, self._runtime, self._clip_norm)
         return result

@@ -198,7 +198,7 @@ class Updater:
         results: list[StepResult] = []
         for k in range(parts):
             self.first_part = k == 0
-            with self.runtime.accumulating(self.model, last=k + 1 == parts):
+            with self.runtime.strategy.accumulating(self.model, last=k + 1 == parts):
                 past = hist_batch.part(k, parts) if hist_batch is not None else None
                 results.append(fwd_bwd(batch.part(k, parts), past))
         self.first_part = True
@@ -261,7 +261,7 @@ class Updater:
         Each loss counts as much as ``batch.weights`` says.
         """
         losses = weighted(losses, batch)
-        self.runtime.backward(losses.sum() * (self.runtime.world_size / batch.total))
+        self.runtime.strategy.backward(losses.sum() * (self.runtime.world_size / batch.total))
 
 
 def cut(number: int, parts: int) -> list[int]:

@@ -126,7 +126,10 @@ def _raises(layout: str, folder: Path) -> None:
             model, _ = runtime.prepare_training(
                 tangled(0), lambda params: torch.optim.SGD(params, lr=0.1)
             )
-            module, partition = runtime.unwrap(model).eval(), create_partition(runtime, model)
+            module, partition = (
+                runtime.strategy.unwrap(model).eval(),
+                create_partition(runtime, model),
+            )
             with Anchor(partition).swapped_in(), partition.inference():
                 for k in range(100_000):
                     if runtime.rank == 1 and k == 3:

@@ -18,7 +18,13 @@ from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
 from distcl.parallel.flat_shards import Whole, cut_by_dtype, deliver, flat
-from distcl.parallel.partition import BasePartition, Fetch, OptimizerState
+from distcl.parallel.partition import (
+    BasePartition,
+    Fetch,
+    OptimizerState,
+    PlainState,
+    read_state,
+)
 from distcl.parallel.strategy import MakeOptimizer, Strategy, trainable
 from distcl.types import PyTree
 
@@ -145,27 +151,14 @@ class Replicated(BasePartition):
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
         """My slices of what has a parameter's shape, copies not taken. Local."""
-        found = OptimizerState({}, {})
-        for name, parameter in self._parameters.items():
-            if parameter not in optimizer.state:
-                continue
-            plain = found.plain.setdefault(name, {})
-            for key, value in optimizer.state[parameter].items():
-                if value is None:
-                    continue
-                value = torch.as_tensor(value)
-                if value.shape != parameter.shape or value.dim() == 0:
-                    plain[key] = value
-                elif name in self._spans:
-                    part = flat(name, value)[slice(*self._spans[name])]
-                    found.slices.setdefault(key, {})[name] = part
-        return found
+
+        def own(name: str, value: torch.Tensor) -> torch.Tensor:
+            return flat(name, value)[slice(*self._spans[name])]
+
+        return read_state(optimizer, self._parameters, own, self._spans)
 
     def load_optimizer_state(
-        self,
-        optimizer: torch.optim.Optimizer,
-        fetch: Mapping[str, Fetch],
-        plain: Mapping[str, Mapping[str, torch.Tensor]],
+        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
     ) -> None:
         """Restore whole states on every rank. Local."""
         for name, parameter in self._parameters.items():
@@ -173,9 +166,8 @@ class Replicated(BasePartition):
                 continue
             state = {key: value.clone() for key, value in plain[name].items()}
             for key, read in fetch.items():
-                whole = torch.empty_like(parameter)
-                flat(name, whole).copy_(read(name, 0, parameter.numel()))
-                state[key] = whole
+                state[key] = torch.empty_like(parameter)
+                flat(name, state[key]).copy_(read(name, 0, parameter.numel()))
             optimizer.state[parameter] = state
 
     def grads(self) -> dict[str, torch.Tensor]:

@@ -20,11 +20,17 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.runtime import Runtime
-from distcl.parallel.partition import EqualShards, Fetch, OptimizerState, squaring
+from distcl.parallel.partition import (
+    EqualShards,
+    Fetch,
+    OptimizerState,
+    PlainState,
+    read_state,
+    squaring,
+)
 from distcl.parallel.strategy import (
     MakeOptimizer,
     Strategy,
@@ -163,30 +169,16 @@ class FullySharded(EqualShards):
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
         """My shards of what has a parameter's shape. Local."""
-        found = OptimizerState({}, {})
-        for name, parameter in self._parameters.items():
-            if parameter not in optimizer.state:
-                continue
-            plain = found.plain.setdefault(name, {})
-            for key, value in optimizer.state[parameter].items():
-                if isinstance(value, DTensor):
-                    if name in self._spans:
-                        found.slices.setdefault(key, {})[name] = _local(value)
-                elif value is not None:
-                    plain[key] = torch.as_tensor(value)
-        return found
+        return read_state(optimizer, self._parameters, lambda _, value: _local(value), self._spans)
 
     def load_optimizer_state(
-        self,
-        optimizer: torch.optim.Optimizer,
-        fetch: Mapping[str, Fetch],
-        plain: Mapping[str, Mapping[str, torch.Tensor]],
+        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
     ) -> None:
         """Restore the states of my shards. Local."""
         for name, parameter in self._parameters.items():
             if name not in plain:
                 continue
-            state: dict[str, Any] = {key: value.clone() for key, value in plain[name].items()}
+            state = {key: value.clone() for key, value in plain[name].items()}
             for key, read in fetch.items():
                 state[key] = torch.zeros_like(parameter, requires_grad=False)
                 if name in self._spans:
@@ -233,7 +225,7 @@ class FullySharded(EqualShards):
                 slices[name].copy_(held)
 
 
-def _local(tensor: DTensor) -> torch.Tensor:
+def _local(tensor: Any) -> torch.Tensor:
     """Return my shard of a tensor, 1-D, a live view. Local."""
     local: torch.Tensor = tensor.to_local().detach().reshape(-1)
     return local

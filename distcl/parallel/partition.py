@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,13 +27,15 @@ Slices = Mapping[str, torch.Tensor]
 Fetch = Callable[[str, int, int], torch.Tensor]
 """(name, start, stop) -> those elements of a saved tensor, 1-D, on the CPU."""
 
+PlainState = Mapping[str, Mapping[str, torch.Tensor]]
+"""Parameter -> state key ("step") -> what does not have the parameter's shape."""
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerState:
     """An optimizer's state by name of parameter, of any layout.
 
-    slices: state key ("exp_avg") -> this rank's slices; plain: parameter -> state key ("step") ->
-    what does not have the parameter's shape.
+    slices: state key ("exp_avg") -> this rank's slices; plain: see :data:`PlainState`.
     """
 
     slices: dict[str, dict[str, torch.Tensor]]
@@ -84,10 +86,7 @@ class Partition(Protocol):
         ...
 
     def load_optimizer_state(
-        self,
-        optimizer: torch.optim.Optimizer,
-        fetch: Mapping[str, Fetch],
-        plain: Mapping[str, Mapping[str, torch.Tensor]],
+        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
     ) -> None:
         """Restore the optimizer's state; ``fetch`` has a reader for each of its keys. Collective.
 
@@ -317,6 +316,33 @@ class EqualShards(BasePartition):
             return self._buffers[name].detach().clone()
         mine, shape = self._slice(name).to(self._runtime.device), self._shapes[name]
         return self._runtime.all_gather(mine, shape.numel(), self._each[name]).clone().view(shape)
+
+
+def read_state(
+    optimizer: torch.optim.Optimizer,
+    held: Mapping[str, torch.Tensor],
+    own: Callable[[str, torch.Tensor], torch.Tensor],
+    names: Container[str],
+) -> OptimizerState:
+    """Return the state of an optimizer by parameter. Local.
+
+    ``held``: parameter -> the tensor that the optimizer steps for it; ``own(name, value)`` cuts my
+    slice out of a state of that tensor's shape, for the ``names`` of which there is one.
+    """
+    found = OptimizerState({}, {})
+    for name, tensor in held.items():
+        if tensor not in optimizer.state:
+            continue
+        plain = found.plain.setdefault(name, {})
+        for key, value in optimizer.state[tensor].items():
+            if value is None:
+                continue
+            value = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+            if value.shape != tensor.shape or value.dim() == 0:
+                plain[key] = value
+            elif name in names:
+                found.slices.setdefault(key, {})[name] = own(name, value)
+    return found
 
 
 @contextmanager

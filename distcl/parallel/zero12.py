@@ -17,7 +17,7 @@ from distcl.distributed.runtime import Runtime
 from distcl.parallel import deepspeed_state
 from distcl.parallel.deepspeed_state import Place, read_flat_state, write_flat_state
 from distcl.parallel.flat_shards import Cut, Whole, cut_by_dtype
-from distcl.parallel.partition import BasePartition, Fetch, OptimizerState
+from distcl.parallel.partition import BasePartition, Fetch, OptimizerState, PlainState
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -78,10 +78,7 @@ class Zero12(BasePartition):
         return read_flat_state(optimizer, flats, self._place)
 
     def load_optimizer_state(
-        self,
-        optimizer: torch.optim.Optimizer,
-        fetch: Mapping[str, Fetch],
-        plain: Mapping[str, Mapping[str, torch.Tensor]],
+        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
     ) -> None:
         """Restore what the optimizer keeps for the masters. Local."""
         flats = deepspeed_state.master_parameters(self._zero)

@@ -19,7 +19,7 @@ from deepspeed.runtime.zero import parameter_offload
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.deepspeed_state import Place, read_flat_state, write_flat_state
 from distcl.parallel.flat_shards import BUCKET_ELEMENTS
-from distcl.parallel.partition import EqualShards, Fetch, OptimizerState, squaring
+from distcl.parallel.partition import EqualShards, Fetch, OptimizerState, PlainState, squaring
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -71,10 +71,7 @@ class Zero3(EqualShards):
         return read_flat_state(optimizer, self._zero.fp32_partitioned_groups_flat, self._places())
 
     def load_optimizer_state(
-        self,
-        optimizer: torch.optim.Optimizer,
-        fetch: Mapping[str, Fetch],
-        plain: Mapping[str, Mapping[str, torch.Tensor]],
+        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
     ) -> None:
         """Restore what the optimizer keeps for the masters. Local."""
         flats = self._zero.fp32_partitioned_groups_flat

@@ -144,17 +144,6 @@ class Partition(Protocol):
         ...
 
 
-class ShardedPartition(Partition, Protocol):
-    """A layout whose ``sharded`` is true."""
-
-    def squares(self) -> AbstractContextManager[None]:
-        """Square each rank's own gradient before it is averaged, inside the context. Local.
-
-        See ``updaters.fisher``.
-        """
-        ...
-
-
 def create_partition(runtime: Runtime, model: nn.Module) -> Partition:
     """Return the partition of a model that ``runtime`` prepared. Local, but for ZeRO-3."""
     return runtime.strategy.partition(runtime, model)
@@ -297,6 +286,13 @@ class EqualShards(BasePartition):
 
     def _slices(self) -> dict[str, torch.Tensor]:
         return {name: self._slice(name) for name in self._spans}
+
+    def squares(self) -> AbstractContextManager[None]:
+        """Square each rank's own gradient before it is averaged, inside the context. Local.
+
+        See ``updaters.fisher``.
+        """
+        raise NotImplementedError
 
     def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum over ranks, tensor by tensor; keep my shards. Collective."""

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
 from distcl.errors import named
 from distcl.parallel.inference import evaluating
-from distcl.parallel.partition import Partition, ShardedPartition
+from distcl.parallel.partition import EqualShards, Partition
 from distcl.types import Batch, Ids, PyTree, Source, UnreducedLoss
 
 log = logging.getLogger("distcl")
@@ -49,9 +49,8 @@ def diagonal_fisher(
     ``optimizer`` forgets the gradients afterwards.
     """
     partition.sync_buffers()
-    if partition.sharded:
-        shards = cast(ShardedPartition, partition)
-        return _one_by_one(runtime, model, optimizer, shards, criterion, source, ids)
+    if isinstance(partition, EqualShards):
+        return _one_by_one(runtime, model, optimizer, partition, criterion, source, ids)
     module = runtime.strategy.unwrap(model)
     squares = Squares(module, criterion, runtime.dtype)
     weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -142,7 +141,7 @@ def _one_by_one(
     runtime: Runtime,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    partition: ShardedPartition,
+    partition: EqualShards,
     criterion: UnreducedLoss,
     source: Source,
     ids: Ids,

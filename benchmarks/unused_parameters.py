@@ -39,12 +39,12 @@ def measure(width: int, depth: int, steps: int, turns: int) -> dict[str, float]:
             nn.Sequential(*layers), lambda params: torch.optim.SGD(params, lr=0.01)
         )
         begun = time.process_time()
-        runtime.settle(made[search][0], x[:2])
+        runtime.strategy.settle(made[search][0], x[:2])
         taken[search], taken[f"settle {search}"] = [], [time.process_time() - begun]
     for search, (model, optimizer) in [*made.items()] * turns:
         begun = time.process_time()
         for _ in range(steps):
-            runtime.backward(model(x).square().mean())
+            runtime.strategy.backward(model(x).square().mean())
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         taken[search].append((time.process_time() - begun) / steps)

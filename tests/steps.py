@@ -66,7 +66,7 @@ def train(cases: dict[str, tuple[str, ...]], out: Path) -> dict[str, dict[str, A
         config = exact(*overrides)
         stream = create_stream(config.stream, config.run.seed)
         parts = assemble(config, runtime, stream, out)
-        module = runtime.unwrap(parts.model)
+        module = runtime.strategy.unwrap(parts.model)
         parts.model.train()
         for batch, hist_batch in batches(SIZES, runtime.rank, runtime.world_size):
             before = {n: v.clone() for n, v in module.state_dict().items()}

@@ -78,7 +78,7 @@ def _of_model(runtime: Runtime, millions: int) -> dict[str, float]:
     found["swap_peak_bytes"] = peak_of(swaps_in_turn)
     found["swap_in_s"], found["swap_out_s"] = map(statistics.median, zip(*swaps, strict=True))
     if not partition.sharded:
-        state = runtime.unwrap(model).state_dict()
+        state = runtime.strategy.unwrap(model).state_dict()
         before, begun = resident(), time.perf_counter()
         replica = copy.deepcopy(state)
         found["replica_s"] = time.perf_counter() - begun

@@ -145,7 +145,7 @@ def a_round(samples: int) -> dict[str, float]:
     stream = stream_of(config, samples)
     with tempfile.TemporaryDirectory() as out:
         trainer = trainer_of(config, runtime, stream, Path(out))
-        module = runtime.unwrap(trainer.parts.model)
+        module = runtime.strategy.unwrap(trainer.parts.model)
         with torch.no_grad():  # theta_star is to differ from the weights
             for parameter in module.parameters():
                 parameter.add_(1e-4)

@@ -77,7 +77,7 @@ def bare_of(
     runtime: Runtime, stream: DriftStream, like: nn.Module, steps: int, batch_size: int
 ) -> Work:
     """Return the work of a plain loop over the same samples: index, forward, backward, step."""
-    inner = copy.deepcopy(runtime.unwrap(like))
+    inner = copy.deepcopy(runtime.strategy.unwrap(like))
     model = nn.parallel.DistributedDataParallel(inner) if runtime.world_size > 1 else inner
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     criterion = nn.CrossEntropyLoss()

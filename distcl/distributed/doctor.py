@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from distcl.config import RunConfig
 from distcl.config.load import load_config
-from distcl.distributed.environment import adopt
+from distcl.distributed.environment import adopt, check_launch
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
 
@@ -214,19 +214,10 @@ def _launcher(environ: Mapping[str, str]) -> Iterator[Finding]:
         text = f"WORLD_SIZE is {numbers['WORLD_SIZE']} but not set: {', '.join(absent)}"
         yield Finding("broken", "launcher", text)
     if "WORLD_SIZE" in numbers or "WORLD_SIZE" not in environ:
-        yield from _launch_check(environ)
-
-
-def _launch_check(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Ask what the runtime asks at its start."""
-    try:
-        from distcl.distributed.runtime import check_launch
-    except (ImportError, OSError):  # torch is broken, which is another finding
-        return
-    try:
-        check_launch(environ)
-    except UsageError as error:
-        yield Finding("broken", "launcher", str(error))
+        try:  # what the runtime asks at its start
+            check_launch(environ)
+        except UsageError as error:
+            yield Finding("broken", "launcher", str(error))
 
 
 def _configuration(environ: Mapping[str, str]) -> Iterator[Finding]:

@@ -186,7 +186,35 @@ def tasks_on_node(counts: str, node: int) -> int:
     raise UsageError(f"SLURM_STEP_TASKS_PER_NODE = '{counts}' does not tell of every node")
 
 
-# What ``accelerate launch`` was asked for, compared with the TOML. Local.
+# What the launcher was asked for, compared with the TOML. Local.
+
+
+def check_launch(environ: Mapping[str, str], processes: int = 0) -> int:
+    """Return how many processes the launcher started; raise UsageError if they cannot be real.
+
+    ``processes``: how many there must be (0: as many as were started). Launchers that were asked
+    for several processes and silently started one are found by what they leave in ``environ``.
+    """
+    world = int(environ.get("WORLD_SIZE", "1"))
+    if "WORLD_SIZE" in environ and "RANK" not in environ:
+        raise UsageError(
+            "WORLD_SIZE is set but RANK is not; start with "
+            f"'torchrun --nproc-per-node {world} -m distcl …', or unset WORLD_SIZE"
+        )
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_ADDR" in environ
+    if by_accelerate and "WORLD_SIZE" not in environ:
+        count = processes or "N"
+        raise UsageError(
+            "accelerate launch was asked for several processes but started one (it does so with "
+            f"--cpu); type: torchrun --nproc-per-node {count} -m distcl …"
+        )
+    if processes and world != processes:
+        raise UsageError(
+            f"parallel.processes asks for {processes} processes but {world} "
+            f"{'was' if world == 1 else 'were'} started; "
+            f"type: torchrun --nproc-per-node {processes} -m distcl …"
+        )
+    return world
 
 
 def check_launcher(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
-from distcl.distributed.environment import adopt, check_launcher
+from distcl.distributed.environment import adopt, check_launch, check_launcher
 from distcl.distributed.failure import (
     Cause,
     FailureRelay,
@@ -26,11 +27,20 @@ from distcl.distributed.memory import keep_freed_memory
 from distcl.distributed.rendezvous import first_line, introduce, must_meet, tell_stderr
 from distcl.distributed.watchdog import Watchdog
 from distcl.errors import Preempted, UsageError
-from distcl.parallel import MakeOptimizer, create_strategy
-from distcl.parallel.activation_checkpointing import checkpoint_blocks
-from distcl.types import PyTree
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from distcl.parallel.strategy import MakeOptimizer, Strategy
 
 T = TypeVar("T")
+
+_STRATEGIES = {
+    "ddp": "distcl.parallel.ddp:DDP",
+    "fsdp2": "distcl.parallel.fsdp2:FSDP2",
+    **dict.fromkeys(("zero1", "zero2", "zero3"), "distcl.parallel.zero:Zero"),
+}
+"""Layouts stand above this module, which names the one that is to join the process group."""
 
 _GATHERED = 1 << 16  # rows of a rank that are gathered together
 
@@ -45,40 +55,13 @@ def was_in_a_group() -> bool:
     return bool(_left) or dist.is_initialized()
 
 
-def check_launch(environ: Mapping[str, str], processes: int = 0) -> int:
-    """Return how many processes the launcher started; raise UsageError if they cannot be real.
-
-    ``processes``: how many there must be (0: as many as were started). Launchers that were asked
-    for several processes and silently started one are found by what they leave in ``environ``.
-    """
-    world = int(environ.get("WORLD_SIZE", "1"))
-    if "WORLD_SIZE" in environ and "RANK" not in environ:
-        raise UsageError(
-            "WORLD_SIZE is set but RANK is not; start with "
-            f"'torchrun --nproc-per-node {world} -m distcl …', or unset WORLD_SIZE"
-        )
-    by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ and "MASTER_ADDR" in environ
-    if by_accelerate and "WORLD_SIZE" not in environ:
-        count = processes or "N"
-        raise UsageError(
-            "accelerate launch was asked for several processes but started one (it does so with "
-            f"--cpu); type: torchrun --nproc-per-node {count} -m distcl …"
-        )
-    if processes and world != processes:
-        raise UsageError(
-            f"parallel.processes asks for {processes} processes but {world} "
-            f"{'was' if world == 1 else 'were'} started; "
-            f"type: torchrun --nproc-per-node {processes} -m distcl …"
-        )
-    return world
-
-
 class Runtime:
     """This process among its peers. Making one is collective: every rank makes exactly one.
 
     Attributes: ``rank``, ``world_size``, ``device``, ``dtype`` (of the model's weights: float64
     under ``fp64``, else float32), ``peers`` (every process, in rank order), ``about`` (one line:
-    what started the run, which rank is where).
+    what started the run, which rank is where), ``strategy`` (of ``parallel.strategy``: what trains
+    and spreads the model).
 
     Raises UsageError if fewer processes exist than were asked for, if they cannot work together
     (see ``distributed.rendezvous``), or on a strategy or precision that this machine cannot run.
@@ -97,14 +80,15 @@ class Runtime:
         check_launcher(run, parallel, training)
         if run.precision == "fp16" and not torch.cuda.is_available():
             raise UsageError("run.precision = 'fp16' needs a GPU; on a CPU use 'bf16' or 'fp32'")
-        self.precision, self.strategy = run.precision, parallel.strategy
+        self.precision = run.precision
         self.dtype = torch.float64 if run.precision == "fp64" else torch.float32
         with must_meet(launch, run.timeout_seconds):
-            self._strategy = create_strategy(run, parallel, training)
-        self.accelerator = self._strategy.accelerator
-        self.rank = self.accelerator.process_index
-        self.world_size = self.accelerator.num_processes
-        self.device = self.accelerator.device
+            make = resolve_name(_STRATEGIES[parallel.strategy])
+            self.strategy: Strategy = make(run, parallel, training)
+        joined = self.strategy.accelerator
+        self.rank: int = joined.process_index
+        self.world_size: int = joined.num_processes
+        self.device: torch.device = joined.device
         if self.device.type == "cpu":
             keep_freed_memory()
         if self.world_size != started:
@@ -113,9 +97,10 @@ class Runtime:
                 f"type: torchrun --nproc-per-node {started} -m distcl …"
             )
         self._raised = 0
-        store = None
-        if self.world_size > 1:
+        store: Store | None = None
+        if self.world_size > 1:  # torch has no public name for it
             store = dist.distributed_c10d._get_default_store()
+        self._store = store
         with must_meet(launch, run.timeout_seconds):
             self.peers = introduce(store, self.device, launch)
         self.about = first_line(launch, self.peers)
@@ -130,7 +115,7 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the only one that prints and writes shared files."""
-        return bool(self.rank == 0)
+        return self.rank == 0
 
     # -- the model ---------------------------------------------------------------------------
 
@@ -139,8 +124,7 @@ class Runtime:
 
         Raises UsageError where the strategy needs the optimizer too (zero1, zero2, zero3).
         """
-        self._strategy.unused = ()
-        return self._strategy.prepare(model, None)[0]
+        return self.strategy.prepare(model, None)[0]
 
     def prepare_training(
         self, model: nn.Module, make_optimizer: MakeOptimizer, unused: Collection[str] = ()
@@ -150,55 +134,7 @@ class Runtime:
         ``make_optimizer`` is called with the parameters that take gradients, once they are where
         the strategy wants them. ``unused``: those that get none in some forwards, as far as known.
         """
-        self._strategy.unused = unused
-        if self._strategy.parallel.activation_checkpointing:
-            checkpoint_blocks(model)
-        prepared, optimizer = self._strategy.prepare(model, make_optimizer)
-        assert optimizer is not None
-        return prepared, optimizer
-
-    def settle(self, model: nn.Module, x: PyTree) -> None:
-        """Make the first step like later ones: forward and backward on inputs. Collective.
-
-        See ``parallel.ddp``. The caller puts buffers and random numbers back.
-        """
-        self._strategy.settle(model, x)
-
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the loss scale (fp16) out of the gradients, once, before they are changed. Local."""
-        self._strategy.unscale(optimizer)
-
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the module inside the wrapper. Local.
-
-        Forwards of it do not communicate, unless the partition is sharded.
-        """
-        return self._strategy.unwrap(model)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which forwards run outside the wrapper (scoring, evaluation)."""
-        return self._strategy.autocast()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Backward of a loss; gradients are averaged over ranks. Collective."""
-        self._strategy.backward(loss)
-
-    def only_used(
-        self, model: nn.Module, stands_in: Callable[[], bool]
-    ) -> AbstractContextManager[None]:
-        """Leave no gradient, at the end, where none but a stand-in's forward has one. Collective.
-
-        So it is on one process, which needs no stand-ins: momentum and weight decay do not move
-        such a parameter. ``stands_in`` tells whether the last forward was a stand-in's.
-        """
-        return self._strategy.only_used(model, stands_in, self.all_reduce)
-
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Return the context of one forward and backward out of several that make a step. Local.
-
-        Gradients add up; before the ``last`` one they need not be averaged yet.
-        """
-        return self._strategy.accumulating(model, last)
+        return self.strategy.prepare_training(model, make_optimizer, unused)
 
     # -- collectives -------------------------------------------------------------------------
 
@@ -276,15 +212,16 @@ class Runtime:
 
         Call it once while handling one. Afterwards ranks may talk only if the answer was yes.
         """
-        if self.world_size == 1:
+        store = self._store
+        if store is None:
             return True
         self._raised += 1
-        store, key = dist.distributed_c10d._get_default_store(), f"distcl/raised/{self._raised}"
+        key = f"distcl/raised/{self._raised}"
         count, deadline = store.add(key, 1), time.monotonic() + _AGREE_SECONDS
         while count < self.world_size and time.monotonic() < deadline:
             time.sleep(0.05)
             count = store.add(key, 0)
-        return bool(count >= self.world_size)
+        return count >= self.world_size
 
     # -- the end -----------------------------------------------------------------------------
 

@@ -292,7 +292,7 @@ class Monitor:
         forward, metric = self.trainer.parts.forward, self.metric
 
         def measure(batch: Batch) -> torch.Tensor:
-            with forward.runtime.autocast():
+            with forward.runtime.strategy.autocast():
                 logits = forward.module(batch.x) if metric.needs_model else None
                 values = metric.measure(batch, logits)
             if values.shape != (len(batch),):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,22 +14,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
-from distcl.config import ParallelConfig, RunConfig
+from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
-from distcl.parallel.flat_shards import (
-    Whole,
-    average_buffers,
-    cut_by_dtype,
-    deliver,
-    flat,
-    persistent_buffers,
-    restoring,
+from distcl.parallel.flat_shards import Whole, cut_by_dtype, deliver, flat
+from distcl.parallel.partition import (
+    BasePartition,
+    Fetch,
+    OptimizerState,
+    PlainState,
+    read_state,
 )
-from distcl.parallel.partition import Fetch, OptimizerState
 from distcl.parallel.strategy import MakeOptimizer, Strategy, trainable
 from distcl.types import PyTree
-from distcl.weights import Spec, spec_of
 
 _MIXED = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -42,8 +39,8 @@ class DDP(Strategy):
     ``unused`` says so, or as ``parallel.find_unused_parameters`` has it.
     """
 
-    def __init__(self, run: RunConfig, parallel: ParallelConfig) -> None:
-        super().__init__(run, parallel)
+    def __init__(self, run: RunConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
+        super().__init__(run, parallel, training)
         self._branches = False
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -55,18 +52,18 @@ class DDP(Strategy):
         )
 
     def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer | None
+        self, model: nn.Module, make_optimizer: MakeOptimizer | None, unused: Collection[str] = ()
     ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         """See the base class."""
         dtype = torch.float64 if self.precision == "fp64" else torch.float32
         model = model.to(self.accelerator.device, dtype)
         search = self.parallel.find_unused_parameters
         if search == "auto":
-            search = bool(self.unused) or not always_uses_all(model)
-        elif self.unused and not search and self.accelerator.num_processes > 1:
+            search = bool(unused) or not always_uses_all(model)
+        elif unused and not search and self.accelerator.num_processes > 1:
             raise UsageError(
                 "parallel.find_unused_parameters = false, but there are forwards in which no "
-                f"gradient reaches {', '.join(self.unused)}; set it to 'auto' or true"
+                f"gradient reaches {', '.join(unused)}; set it to 'auto' or true"
             )
         self.accelerator.ddp_handler.find_unused_parameters = search
         self._branches = bool(search)
@@ -155,6 +152,10 @@ class DDP(Strategy):
         if self.precision == "fp16":
             self.accelerator.unscale_gradients(optimizer)
 
+    def partition(self, runtime: Runtime, model: nn.Module) -> Replicated:
+        """See the base class."""
+        return Replicated(runtime, self.unwrap(model))
+
 
 def always_uses_all(model: nn.Module) -> bool:
     """Tell whether each forward surely uses the same parameters, whatever the data. Local.
@@ -165,33 +166,19 @@ def always_uses_all(model: nn.Module) -> bool:
     return all(type(module).__module__.startswith(own) for module in model.modules())
 
 
-# Replicated weights (plain process, DDP): every rank computes with all, owns 1/W of them.
+class Replicated(BasePartition):
+    """Whole weights on every rank (DDP, a plain process); each owns 1/W of them."""
 
-
-class Replicated:
-    """The partition of a model whose weights are whole on every rank. See ``base.Partition``."""
-
-    sharded = False
-
-    def __init__(self, runtime: Runtime, model: nn.Module) -> None:
-        module = runtime.unwrap(model)
-        self._runtime = runtime
-        self._parameters = dict(module.named_parameters())
-        self._buffers = persistent_buffers(module)
+    def __init__(self, runtime: Runtime, module: nn.Module) -> None:
+        super().__init__(runtime, module)
         self._whole = Whole(self._parameters, cut_by_dtype(runtime, self._parameters))
-        self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
+        self._spans = self._whole.ranges()
 
-    def owned(self) -> dict[str, torch.Tensor]:
-        """My slices, live views."""
-        return {**self._whole.owned(), **self._rest.owned()}
+    def _slices(self) -> dict[str, torch.Tensor]:
+        return self._whole.owned()
 
-    def ranges(self) -> dict[str, tuple[int, int]]:
-        """Where in each tensor my slice lies."""
-        return {**self._whole.ranges(), **self._rest.ranges()}
-
-    def specs(self) -> dict[str, Spec]:
-        """What each tensor is as a whole."""
-        return {n: spec_of(t) for n, t in (*self._parameters.items(), *self._buffers.items())}
+    def _exchange(self, slices: dict[str, torch.Tensor], back: bool) -> None:
+        self._whole.exchange(slices)
 
     def load(self, fetch: Fetch) -> None:
         """Replace every weight and buffer. Local."""
@@ -200,28 +187,14 @@ class Replicated:
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
         """My slices of what has a parameter's shape, copies not taken. Local."""
-        mine = self.ranges()
-        found = OptimizerState({}, {})
-        for name, parameter in self._parameters.items():
-            if parameter not in optimizer.state:
-                continue
-            plain = found.plain.setdefault(name, {})
-            for key, value in optimizer.state[parameter].items():
-                if value is None:
-                    continue
-                value = torch.as_tensor(value)
-                if value.shape != parameter.shape or value.dim() == 0:
-                    plain[key] = value
-                elif name in mine:
-                    part = flat(name, value)[slice(*mine[name])]
-                    found.slices.setdefault(key, {})[name] = part
-        return found
+
+        def own(name: str, value: torch.Tensor) -> torch.Tensor:
+            return flat(name, value)[slice(*self._spans[name])]
+
+        return read_state(optimizer, self._parameters, own, self._spans)
 
     def load_optimizer_state(
-        self,
-        optimizer: torch.optim.Optimizer,
-        fetch: Mapping[str, Fetch],
-        plain: Mapping[str, Mapping[str, torch.Tensor]],
+        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
     ) -> None:
         """Restore whole states on every rank. Local."""
         for name, parameter in self._parameters.items():
@@ -229,23 +202,16 @@ class Replicated:
                 continue
             state = {key: value.clone() for key, value in plain[name].items()}
             for key, read in fetch.items():
-                whole = torch.empty_like(parameter)
-                flat(name, whole).copy_(read(name, 0, parameter.numel()))
-                state[key] = whole
+                state[key] = torch.empty_like(parameter)
+                flat(name, state[key]).copy_(read(name, 0, parameter.numel()))
             optimizer.state[parameter] = state
-
-    def trainable(self) -> dict[str, torch.Tensor]:
-        """My slices of the parameters that take gradients, live views."""
-        grads = {n for n, p in self._parameters.items() if p.requires_grad}
-        return {name: view for name, view in self._whole.owned().items() if name in grads}
 
     def grads(self) -> dict[str, torch.Tensor]:
         """My slices of the gradients, live views."""
-        mine = self.ranges()
         return {
-            name: self._flat_grad(name, parameter)[slice(*mine[name])]
+            name: _flat_grad(name, parameter)[slice(*self._spans[name])]
             for name, parameter in self._parameters.items()
-            if name in mine and parameter.grad is not None
+            if name in self._spans and parameter.grad is not None
         }
 
     def add_grad_(self, slices: Mapping[str, torch.Tensor]) -> None:
@@ -255,7 +221,7 @@ class Replicated:
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                grads[name] = self._flat_grad(name, parameter)
+                grads[name] = _flat_grad(name, parameter)
         if self._runtime.world_size == 1:  # slices are whole
             for name in slices:
                 if name in grads:
@@ -296,37 +262,15 @@ class Replicated:
         """Sum over ranks, bucket by bucket; keep my slices. Collective."""
         return {**self._whole.reduce(full), **self._rest.reduce(full)}
 
-    @contextmanager
-    def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Exchange the weights with ``slices``, and back. Collective."""
-        buffers = self._rest.copies()  # each rank's own: they differ where it saw other samples
-
-        def restore(raised: bool) -> None:
-            self._whole.exchange(slices)
-            self._rest.put_back(buffers)
-
-        self._whole.exchange(slices)
-        self._rest.put(slices)
-        with restoring(self._runtime, restore):
-            yield
-
-    def inference(self) -> AbstractContextManager[None]:
-        """``torch.inference_mode``: forwards change nothing that lasts. Local."""
-        return torch.inference_mode()
-
     def gather(self, name: str) -> torch.Tensor:
         """Weights are whole here: a copy. Local."""
         held = self._buffers if name in self._buffers else self._parameters
         return held[name].detach().clone()
 
-    def sync_buffers(self) -> None:
-        """Average floating-point buffers; others (counters) take the largest. Collective."""
-        average_buffers(self._runtime, self._buffers)
 
-    @staticmethod
-    def _flat_grad(name: str, parameter: nn.Parameter) -> torch.Tensor:
-        """Return the gradient as a live 1-D view in the order of the parameter's memory."""
-        assert parameter.grad is not None
-        if parameter.grad.stride() != parameter.stride():
-            parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-        return flat(name, parameter.grad)
+def _flat_grad(name: str, parameter: nn.Parameter) -> torch.Tensor:
+    """Return the gradient as a live 1-D view in the order of the parameter's memory."""
+    assert parameter.grad is not None
+    if parameter.grad.stride() != parameter.stride():
+        parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+    return flat(name, parameter.grad)

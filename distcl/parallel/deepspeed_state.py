@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distcl.parallel.partition import Fetch, OptimizerState
+from distcl.parallel.partition import Fetch, OptimizerState, PlainState, read_state
 
 Place = tuple[int, int, int]
 """(group, start, stop): elements of the flat tensor of a group, of this rank."""
@@ -20,21 +20,13 @@ def read_flat_state(
     places: Mapping[str, Place],
 ) -> OptimizerState:
     """Return the state of ``flats`` cut up by parameter; see ``Partition``. Local."""
-    found = OptimizerState({}, {})
-    for name, (group, start, stop) in places.items():
-        flat = flats[group]
-        if flat not in optimizer.state:
-            continue
-        plain = found.plain.setdefault(name, {})
-        for key, value in optimizer.state[flat].items():
-            if value is None:
-                continue
-            value = torch.as_tensor(value)
-            if value.shape != flat.shape or value.dim() == 0:
-                plain[key] = value
-            else:
-                found.slices.setdefault(key, {})[name] = value[start:stop]
-    return found
+
+    def own(name: str, value: torch.Tensor) -> torch.Tensor:
+        _, start, stop = places[name]
+        return value[start:stop]
+
+    held = {name: flats[group] for name, (group, _, _) in places.items()}
+    return read_state(optimizer, held, own, places)
 
 
 def write_flat_state(
@@ -43,7 +35,7 @@ def write_flat_state(
     places: Mapping[str, Place],
     ranges: Mapping[str, tuple[int, int]],
     fetch: Mapping[str, Fetch],
-    plain: Mapping[str, Mapping[str, torch.Tensor]],
+    plain: PlainState,
 ) -> None:
     """Restore the state of ``flats``; ``ranges`` says where a parameter's slice lies. Local."""
     for group, flat in enumerate(flats):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,19 +20,17 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 
-from distcl.config import ParallelConfig, RunConfig
+from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.runtime import Runtime
-from distcl.parallel.flat_shards import (
-    Whole,
-    average_buffers,
-    cut_by_dtype,
-    deliver,
-    persistent_buffers,
-    restoring,
+from distcl.parallel.partition import (
+    EqualShards,
+    Fetch,
+    OptimizerState,
+    PlainState,
+    read_state,
+    squaring,
 )
-from distcl.parallel.partition import Fetch, OptimizerState
 from distcl.parallel.strategy import (
     MakeOptimizer,
     Strategy,
@@ -41,7 +39,6 @@ from distcl.parallel.strategy import (
     refuse_scalars,
     trainable,
 )
-from distcl.weights import Spec, spec_of
 
 
 class FSDP2(Strategy):
@@ -50,8 +47,8 @@ class FSDP2(Strategy):
     Accelerate only opens the process group: its own FSDP silently trains plain DDP on a CPU.
     """
 
-    def __init__(self, run: RunConfig, parallel: ParallelConfig) -> None:
-        super().__init__(run, parallel)
+    def __init__(self, run: RunConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
+        super().__init__(run, parallel, training)
         os.environ.pop("ACCELERATE_USE_FSDP", None)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -61,11 +58,11 @@ class FSDP2(Strategy):
         join_alone(self.accelerator)
 
     def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer | None
+        self, model: nn.Module, make_optimizer: MakeOptimizer | None, unused: Collection[str] = ()
     ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         """See the base class. Raises UsageError naming a parameter that cannot be sharded."""
-        refuse_scalars(model, self.parallel.strategy)
-        refuse_batchnorm(model, self.parallel.strategy, self.precision)
+        refuse_scalars(model, self.name)
+        refuse_batchnorm(model, self.name, self.precision)
         device = self.accelerator.device
         model = model.float()
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -92,6 +89,10 @@ class FSDP2(Strategy):
     def backward(self, loss: torch.Tensor) -> None:
         """See the base class."""
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def partition(self, runtime: Runtime, model: nn.Module) -> FullySharded:
+        """See the base class."""
+        return FullySharded(runtime, model)
 
 
 def units(model: nn.Module, size: int) -> Iterator[nn.Module]:
@@ -128,39 +129,23 @@ def units(model: nn.Module, size: int) -> Iterator[nn.Module]:
             yield unit
 
 
-# FSDP2: ``fully_shard`` gives every rank some rows of each parameter, and gathers per unit.
-#
-# Rows are dealt as by ``torch.chunk`` along the first dimension, so shards are contiguous in the
-# parameter's memory; a parameter with fewer rows than ranks leaves some ranks without any. Shards
-# are exchanged while nothing is gathered. Buffers lie whole on every rank and are cut as under DDP.
+class FullySharded(EqualShards):
+    """The partition of a model sharded by ``fully_shard``: some rows of each parameter a rank.
 
-
-class FullySharded:
-    """The partition of a model sharded by ``fully_shard``. See ``base.Partition``.
-
-    Shards are float32; under bf16 only what is gathered is half precision.
+    Rows are dealt as by ``torch.chunk`` along the first dimension, so shards are contiguous in the
+    parameter's memory; a parameter with fewer rows than ranks leaves some ranks without any. Shards
+    are float32; under bf16 only what is gathered is half precision. They are exchanged while
+    nothing is gathered.
     """
 
-    sharded = True
-
     def __init__(self, runtime: Runtime, model: nn.Module) -> None:
-        self._runtime = runtime
-        self._model = model
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        self._names = [name for name, _ in model.named_parameters()]
-        self._buffers = persistent_buffers(model)
-        self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
-        self._reshard()
-        self._shapes = {n: p.shape for n, p in self._sharded().items()}
-        self._rows = {n: -(-shape[0] // runtime.world_size) for n, shape in self._shapes.items()}
-
-    def _sharded(self) -> dict[str, DTensor]:
-        """Return the parameters, which must not be gathered: their local shards are the truth."""
-        found: dict[str, DTensor] = {}
-        for name, parameter in self._model.named_parameters():
-            assert isinstance(parameter, DTensor), f"'{name}' is gathered"
-            found[name] = parameter
-        return found
+        self._reshard()  # then the model's parameters are those whose shards are the truth
+        each: dict[str, int] = {}
+        for name, p in model.named_parameters():
+            rows = -(-p.shape[0] // runtime.world_size)
+            each[name] = rows * (p.numel() // max(1, p.shape[0]))
+        super().__init__(runtime, model, each)
 
     def _reshard(self) -> None:
         for unit in self._units:
@@ -168,199 +153,79 @@ class FullySharded:
 
     # -- what is mine --------------------------------------------------------------------------
 
-    def owned(self) -> dict[str, torch.Tensor]:
-        """My shards, live views; buffers."""
-        return {**self._shards(), **self._rest.owned()}
+    def _slice(self, name: str) -> torch.Tensor:
+        return _local(self._parameters[name])
 
-    def _shards(self) -> dict[str, torch.Tensor]:
-        self._reshard()
-        mine = {n: self._local(p) for n, p in self._sharded().items()}
-        return {n: v for n, v in mine.items() if len(v)}
-
-    def ranges(self) -> dict[str, tuple[int, int]]:
-        """Where in each tensor my slice lies."""
-        mine = {n: (self._start(n), self._start(n) + len(v)) for n, v in self._shards().items()}
-        return {**mine, **self._rest.ranges()}
-
-    def specs(self) -> dict[str, Spec]:
-        """What each tensor is as a whole."""
-        self._reshard()
-        whole = {n: spec_of(p, p.shape) for n, p in self._sharded().items()}
-        return whole | {n: spec_of(b) for n, b in self._buffers.items()}
+    def _slices(self) -> dict[str, torch.Tensor]:
+        self._reshard()  # what is written to them is to be gathered anew
+        return super()._slices()
 
     def load(self, fetch: Fetch) -> None:
         """Replace shards and buffers. Local."""
-        ranges = self.ranges()
         with torch.no_grad():
-            for name, shard in self._shards().items():
-                shard.copy_(fetch(name, *ranges[name]))
+            for name, shard in self._slices().items():
+                shard.copy_(fetch(name, *self._spans[name]))
         self._rest.load(fetch)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
         """My shards of what has a parameter's shape. Local."""
-        self._reshard()
-        found = OptimizerState({}, {})
-        for name, parameter in self._sharded().items():
-            if parameter not in optimizer.state:
-                continue
-            plain = found.plain.setdefault(name, {})
-            for key, value in optimizer.state[parameter].items():
-                if isinstance(value, DTensor):
-                    shard = self._local(value)
-                    if len(shard):
-                        found.slices.setdefault(key, {})[name] = shard
-                elif value is not None:
-                    plain[key] = torch.as_tensor(value)
-        return found
+        return read_state(optimizer, self._parameters, lambda _, value: _local(value), self._spans)
 
     def load_optimizer_state(
-        self,
-        optimizer: torch.optim.Optimizer,
-        fetch: Mapping[str, Fetch],
-        plain: Mapping[str, Mapping[str, torch.Tensor]],
+        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
     ) -> None:
         """Restore the states of my shards. Local."""
-        ranges = self.ranges()
-        for name, parameter in self._sharded().items():
+        for name, parameter in self._parameters.items():
             if name not in plain:
                 continue
-            state: dict[str, Any] = {key: value.clone() for key, value in plain[name].items()}
+            state = {key: value.clone() for key, value in plain[name].items()}
             for key, read in fetch.items():
                 state[key] = torch.zeros_like(parameter, requires_grad=False)
-                if name in ranges:
-                    self._local(state[key]).copy_(read(name, *ranges[name]))
+                if name in self._spans:
+                    _local(state[key]).copy_(read(name, *self._spans[name]))
             optimizer.state[parameter] = state
-
-    def trainable(self) -> dict[str, torch.Tensor]:
-        """My shards of the parameters that take gradients, live views."""
-        owned = self.owned()
-        return {n: owned[n] for n, p in self._sharded().items() if p.requires_grad and n in owned}
-
-    @staticmethod
-    def _local(tensor: Any) -> torch.Tensor:
-        local: torch.Tensor = tensor.to_local().detach().reshape(-1)
-        return local
 
     # -- gradients -----------------------------------------------------------------------------
 
     def grads(self) -> dict[str, torch.Tensor]:
         """My shards of the gradients, live views."""
         self._reshard()
-        mine = {n: self._local(p.grad) for n, p in self._sharded().items() if p.grad is not None}
-        return {n: v for n, v in mine.items() if len(v)}
+        grads = {name: self._parameters[name].grad for name in self._spans}
+        return {name: _local(grad) for name, grad in grads.items() if grad is not None}
 
-    def _grads_or_zeros(self) -> dict[str, torch.Tensor]:
-        self._reshard()
-        for p in self._sharded().values():
+    def _addable(self) -> dict[str, torch.Tensor]:
+        for p in self._parameters.values():
             if p.requires_grad and p.grad is None:
                 p.grad = torch.zeros_like(p)
         return self.grads()
 
-    def add_grad_(self, slices: Mapping[str, torch.Tensor]) -> None:
-        """Add my slices to mine of the gradients. Local."""
-        for name, grad in self._grads_or_zeros().items():
-            if name in slices:
-                grad.add_(slices[name].to(grad.device))
-
-    def add_full_grads_(self, grads: Mapping[str, torch.Tensor], owners: Mapping[str, int]) -> None:
-        """Broadcast each rank's tensors, a bucket at a time; add what is mine. Collective."""
-        held = self._grads_or_zeros()
-
-        def add(name: str, values: torch.Tensor) -> None:
-            if name in held:
-                start = self._start(name)
-                part = values[start : start + len(held[name])]
-                held[name].add_(part.to(held[name].device))
-
-        dtypes = dict.fromkeys(self._names, torch.float32)
-        sizes = {name: shape.numel() for name, shape in self._shapes.items()}
-        deliver(self._runtime, dtypes, sizes, grads, owners, add)
-
-    def _start(self, name: str) -> int:
-        """Return where my shard begins in the parameter's memory."""
-        row = self._shapes[name].numel() // max(1, self._shapes[name][0])
-        start: int = row * min(int(self._runtime.rank) * self._rows[name], self._shapes[name][0])
-        return start
-
-    def scale_grads_(self, factor: torch.Tensor) -> None:
-        """Multiply my shards of the gradients. Local."""
-        for grad in self.grads().values():
-            grad.mul_(factor.to(grad.device))
-
-    @contextmanager
-    def squares(self) -> Iterator[None]:
+    def squares(self) -> AbstractContextManager[None]:
         """Square gradients on their way to the average: hooks on the gathered parameters."""
-        handles = []
+        return squaring(self._gathered())
+
+    def _gathered(self) -> Iterator[torch.Tensor]:
+        """Yield every parameter while it is gathered."""
         for unit in self._units:
             unit.unshard()
             own: Any = unit._get_fsdp_state()._fsdp_param_group
             for p in own.fsdp_params if own is not None else ():
-                if p.unsharded_param.requires_grad:
-                    handles.append(p.unsharded_param.register_hook(torch.square))
+                yield p.unsharded_param
             unit.reshard()
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    # -- whole tensors -------------------------------------------------------------------------
-
-    def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sum over ranks, tensor by tensor; keep my shards. Collective."""
-        lengths = {name: len(view) for name, view in self.owned().items()}
-        mine: dict[str, torch.Tensor] = {}
-        for name, tensor in full.items():
-            if name in self._buffers:
-                mine |= self._rest.reduce({name: tensor})
-                continue
-            total = self._runtime.all_reduce(tensor.reshape(-1).clone())
-            if name in lengths:
-                start = self._start(name)
-                mine[name] = total[start : start + lengths[name]].clone()
-        return mine
-
-    def gather(self, name: str) -> torch.Tensor:
-        """Gather one parameter from its owners. Collective."""
-        if name in self._buffers:
-            return self._buffers[name].detach().clone()
-        shape = self._shapes[name]
-        mine = self.owned().get(name, torch.empty(0)).to(self._runtime.device)
-        each = self._rows[name] * (shape.numel() // max(1, shape[0]))
-        return self._runtime.all_gather(mine, shape.numel(), each).clone().view(shape)
-
-    def sync_buffers(self) -> None:
-        """Average floating-point buffers; others (counters) take the largest. Collective."""
-        average_buffers(self._runtime, self._buffers)
 
     # -- other weights -------------------------------------------------------------------------
 
-    @contextmanager
-    def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
-        """Exchange the shards with ``slices``, and back, while nothing is gathered. Collective."""
-        buffers = self._rest.copies()  # each rank's own
+    def _recover(self) -> None:
+        self._units[0].reset_iter_state()  # of the root
 
-        def restore(raised: bool) -> None:
-            if raised:  # a forward may have been cut short
-                self._units[0].reset_iter_state()  # of the root
-            self._exchange(slices)
-            self._rest.put_back(buffers)
-
-        self._exchange(slices)
-        self._rest.put(slices)
-        with restoring(self._runtime, restore):
-            yield
-
-    def inference(self) -> AbstractContextManager[object]:
-        """``torch.no_grad``: what is gathered first is used by every later forward. Local."""
-        return torch.no_grad()
-
-    def _exchange(self, slices: dict[str, torch.Tensor]) -> None:
+    def _exchange(self, slices: dict[str, torch.Tensor], back: bool) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            self._reshard()
-            for name, parameter in self._sharded().items():
-                shard = self._local(parameter)
-                if len(shard):
-                    held = shard.to(slices[name].device, copy=True)
-                    shard.copy_(slices[name])
-                    slices[name].copy_(held)
+            for name, shard in self._slices().items():
+                held = shard.to(slices[name].device, copy=True)
+                shard.copy_(slices[name])
+                slices[name].copy_(held)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """Return my shard of a tensor, 1-D, a live view. Local."""
+    local: torch.Tensor = tensor.to_local().detach().reshape(-1)
+    return local

@@ -45,7 +45,7 @@ class ShardedForward:
         criterion: UnreducedLoss,
     ) -> None:
         self.runtime = runtime
-        self.module = runtime.unwrap(model)
+        self.module = runtime.strategy.unwrap(model)
         self.partition = partition
         self.criterion = criterion
         self.forwards = 0
@@ -65,7 +65,7 @@ class ShardedForward:
 
         Raises ConfigError if the loss is not one number a sample.
         """
-        with self.runtime.autocast():
+        with self.runtime.strategy.autocast():
             logits = self.module(batch.x)
             loss = unreduced(self.criterion(logits, batch.y), len(batch))
         return Outputs(loss=loss.to(self.runtime.dtype), logits=logits)

@@ -13,8 +13,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from distcl.config import ParallelConfig, RunConfig
+from distcl.config import ParallelConfig, RunConfig, TrainingConfig
+from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
+from distcl.parallel.activation_checkpointing import checkpoint_blocks
+from distcl.parallel.partition import Partition
 from distcl.types import PyTree
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -28,19 +31,38 @@ class Strategy(ABC):
     """
 
     accelerator: Accelerator
-    unused: Collection[str] = ()
-    """Parameters known to get no gradient in some forwards; set before :meth:`prepare`."""
 
-    def __init__(self, run: RunConfig, parallel: ParallelConfig) -> None:
+    def __init__(self, run: RunConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
+        self.name = parallel.strategy
         self.parallel = parallel
         self.precision = run.precision
         self.timeout = timedelta(seconds=run.timeout_seconds)
 
     @abstractmethod
     def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer | None
+        self, model: nn.Module, make_optimizer: MakeOptimizer | None, unused: Collection[str] = ()
     ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-        """Return the model, wrapped and on its device, and its optimizer if asked. Collective."""
+        """Return the model, wrapped and on its device, and its optimizer if asked. Collective.
+
+        ``unused``: parameters that get no gradient in some forwards, as far as known.
+        """
+
+    def prepare_training(
+        self, model: nn.Module, make_optimizer: MakeOptimizer, unused: Collection[str] = ()
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return the model, its blocks recomputed if asked, and its optimizer. Collective."""
+        if self.parallel.activation_checkpointing:
+            checkpoint_blocks(model)
+        prepared, optimizer = self.prepare(model, make_optimizer, unused)
+        assert optimizer is not None
+        return prepared, optimizer
+
+    @abstractmethod
+    def partition(self, runtime: Runtime, model: nn.Module) -> Partition:
+        """Return who owns which slice of a model that :meth:`prepare` returned. Local.
+
+        For ZeRO-3 it is collective.
+        """
 
     def settle(self, model: nn.Module, x: PyTree) -> None:  # noqa: B027 most have nothing to do
         """Run forward and backward on inputs ``x``, where the first one differs from later ones.
@@ -49,11 +71,14 @@ class Strategy(ABC):
         """
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the module that the model was made of. Local."""
+        """Return the module that the model was made of. Local.
+
+        Forwards of it do not communicate, unless the partition is sharded.
+        """
         return model
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which forwards of the unwrapped module run. Local."""
+        """Return the context of forwards of the unwrapped module (scoring, evaluation). Local."""
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -77,7 +102,7 @@ class Strategy(ABC):
         return nullcontext()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 most have none
-        """Take the loss scale (fp16) out of the gradients. Local."""
+        """Take the loss scale (fp16) out of the gradients, once, before they are changed. Local."""
 
 
 def refuse_batchnorm(model: nn.Module, strategy: str, precision: str) -> None:

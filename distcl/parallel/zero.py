@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,8 +18,10 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
+from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
 from distcl.parallel.deepspeed_config import deepspeed_config
+from distcl.parallel.partition import Partition
 from distcl.parallel.strategy import (
     MakeOptimizer,
     Strategy,
@@ -28,6 +30,7 @@ from distcl.parallel.strategy import (
     refuse_scalars,
     trainable,
 )
+from distcl.parallel.zero12 import Zero12
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,7 +64,7 @@ class Zero(Strategy):
     """
 
     def __init__(self, run: RunConfig, parallel: ParallelConfig, training: TrainingConfig) -> None:
-        super().__init__(run, parallel)
+        super().__init__(run, parallel, training)
         self._deepspeed = load_deepspeed()
         self.stage = int(parallel.strategy.removeprefix("zero"))
         handlers = [InitProcessGroupKwargs(timeout=self.timeout)]
@@ -77,13 +80,13 @@ class Zero(Strategy):
         self.accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
         if self.accelerator.distributed_type is not DistributedType.DEEPSPEED:
             raise UsageError(
-                f"parallel.strategy = '{parallel.strategy}', but Accelerate did not take up "
+                f"parallel.strategy = '{self.name}', but Accelerate did not take up "
                 f"DeepSpeed ({self.accelerator.distributed_type})"
             )
         join_alone(self.accelerator)
 
     def prepare(
-        self, model: nn.Module, make_optimizer: MakeOptimizer | None
+        self, model: nn.Module, make_optimizer: MakeOptimizer | None, unused: Collection[str] = ()
     ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         """See the base class.
 
@@ -91,11 +94,11 @@ class Zero(Strategy):
         """
         if make_optimizer is None:
             raise UsageError(
-                f"parallel.strategy = '{self.parallel.strategy}' prepares a model together with "
+                f"parallel.strategy = '{self.name}' prepares a model together with "
                 "its optimizer: use Runtime.prepare_training"
             )
-        refuse_scalars(model, self.parallel.strategy)
-        refuse_batchnorm(model, self.parallel.strategy, self.precision)
+        refuse_scalars(model, self.name)
+        refuse_batchnorm(model, self.name, self.precision)
         device, dtype = self.accelerator.device, _DTYPES[self.precision]
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -112,7 +115,7 @@ class Zero(Strategy):
             engine, _ = self.accelerator.prepare(model, make_optimizer(trainable(model)))
         if int(engine.zero_optimization_stage()) != self.stage:
             raise UsageError(
-                f"parallel.strategy = '{self.parallel.strategy}', but DeepSpeed runs stage "
+                f"parallel.strategy = '{self.name}', but DeepSpeed runs stage "
                 f"{engine.zero_optimization_stage()}"
             )
         return engine, EngineOptimizer(engine)
@@ -135,6 +138,16 @@ class Zero(Strategy):
         """See the base class."""
         if isinstance(optimizer, EngineOptimizer):
             optimizer.unscale()
+
+    def partition(self, runtime: Runtime, model: nn.Module) -> Partition:
+        """See the base class."""
+        if not isinstance(model, self._deepspeed.DeepSpeedEngine):
+            raise UsageError(f"parallel.strategy = '{self.name}': the model was not prepared")
+        if self.stage < 3:
+            return Zero12(runtime, model)
+        from distcl.parallel.zero3 import Zero3  # which imports DeepSpeed
+
+        return Zero3(runtime, model)
 
 
 def _cast_on_the_way(model: nn.Module, dtype: torch.dtype) -> None:

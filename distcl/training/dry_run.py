@@ -80,7 +80,7 @@ class DryRun:
         _refuse_dtypes(model, self._runtime.dtype)
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(f"model '{self._name}' has no parameter that takes gradients")
-        if self._runtime.strategy in _SHARDED:
+        if self._runtime.strategy.name in _SHARDED:
             return
         model.to(self._runtime.device, self._runtime.dtype)
         self._failure = together(self._runtime, lambda: self._look(model, criterion, signal))
@@ -99,12 +99,12 @@ class DryRun:
         """
         if self._batch is None or self._failure is not None:
             return
-        if self._runtime.strategy in _SHARDED:
+        if self._runtime.strategy.name in _SHARDED:
             self._look(model, criterion, signal)
             return
-        with untouched(self._runtime.unwrap(model), self._runtime.device):
+        with untouched(self._runtime.strategy.unwrap(model), self._runtime.device):
             model.train()
-            self._runtime.settle(model, self._batch.x)
+            self._runtime.strategy.settle(model, self._batch.x)
 
     def conclude(self) -> None:
         """Raise what :meth:`before` found: a part's own refusal, which may say more, comes first.
@@ -127,8 +127,8 @@ class DryRun:
         """
         if self._batch is None:
             return
-        module = self._runtime.unwrap(model)
-        sharded = self._runtime.strategy in _SHARDED
+        module = self._runtime.strategy.unwrap(model)
+        sharded = self._runtime.strategy.name in _SHARDED
         grad = _trains(self._config) and not sharded
         one = self._batch.part(0, 2)
         with untouched(module, self._runtime.device), evaluating(model):
@@ -156,7 +156,7 @@ class DryRun:
         """Return outputs and losses of a batch, once both are what they must be."""
         n = len(batch)
         given = f"{n} samples, {_form(batch.x)}" if n > 1 else f"one sample, {_form(batch.x)}"
-        with self._runtime.autocast():
+        with self._runtime.strategy.autocast():
             with _naming(f"model '{self._name}' fails on {given}"):
                 outputs = model(batch.x)
             for leaf in tree_leaves(outputs):

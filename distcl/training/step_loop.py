@@ -175,14 +175,14 @@ class StepLoop:
             result = Updater.fwd_bwd(self._updater, batch, None)
         else:
             result = self._updater.fwd_bwd(batch, hist_batch)
-        self._runtime.unscale(self._optimizer)
+        self._runtime.strategy.unscale(self._optimizer)
         self._updater.update_post_fwd_bwd()
         clip_grads_(self._updater.partition, self._runtime, self._clip_norm)
         return result
 
     def _counted(self, stage: Stage, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """As :meth:`_gradients`; note all ranks' operations, None where they cannot be counted."""
-        if self._runtime.strategy != "ddp":  # other libraries gather weights on the way
+        if self._runtime.strategy.name != "ddp":  # other libraries gather weights on the way
             stage.report["flops"] = None
             return self._gradients(stage, batch, hist_batch)
         with FlopCount() as count:

@@ -66,7 +66,7 @@ class ContinuousTrainer:
         self.evaluate_seconds = 0.0
         self.stage: Stage | None = None
         self.undo = Undo(
-            parts.runtime.unwrap(parts.model),
+            parts.runtime.strategy.unwrap(parts.model),
             parts.optimizer,
             parts.forward.partition,
             parts.anchor,

@@ -198,12 +198,14 @@ class Updater:
         """
         parts = self.setup.accumulate
         results: list[StepResult] = []
+        strategy = self.runtime.strategy
         with ExitStack() as stack:
             if batch.total // self.runtime.world_size < parts:  # some part has no sample
-                stack.enter_context(self.runtime.only_used(self.model, lambda: self._stands_in))
+                reduce = self.runtime.all_reduce
+                stack.enter_context(strategy.only_used(self.model, lambda: self._stands_in, reduce))
             for k in range(parts):
                 self.first_part = k == 0
-                with self.runtime.accumulating(self.model, last=k + 1 == parts):
+                with strategy.accumulating(self.model, last=k + 1 == parts):
                     past = hist_batch.part(k, parts) if hist_batch is not None else None
                     results.append(fwd_bwd(batch.part(k, parts), past))
         self.first_part = True
@@ -268,7 +270,7 @@ class Updater:
         Each loss counts as much as ``batch.weights`` says.
         """
         losses = weighted(losses, batch)
-        self.runtime.backward(losses.sum() * (self.runtime.world_size / batch.total))
+        self.runtime.strategy.backward(losses.sum() * (self.runtime.world_size / batch.total))
 
 
 def cut(number: int, parts: int) -> list[int]:

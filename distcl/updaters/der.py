@@ -62,7 +62,7 @@ class DarkExperienceReplay(Updater):
             past = weighted(losses[n:], hist_batch).sum()
             replay = self.config.der_alpha * distance + self.config.der_beta * past
             loss = loss + replay / hist_batch.total
-        self.runtime.backward(loss * self.runtime.world_size)
+        self.runtime.strategy.backward(loss * self.runtime.world_size)
         self.last.note(batch.ids, outputs[:n])
         return StepResult(losses.detach(), both.ids, both.total)
 

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
 from distcl.errors import named
 from distcl.parallel.inference import evaluating
-from distcl.parallel.partition import Partition, ShardedPartition
+from distcl.parallel.partition import EqualShards, Partition
 from distcl.types import Batch, Ids, PyTree, Source, UnreducedLoss
 
 log = logging.getLogger("distcl")
@@ -49,10 +49,9 @@ def diagonal_fisher(
     ``optimizer`` forgets the gradients afterwards.
     """
     partition.sync_buffers()
-    if partition.sharded:
-        shards = cast(ShardedPartition, partition)
-        return _one_by_one(runtime, model, optimizer, shards, criterion, source, ids)
-    module = runtime.unwrap(model)
+    if isinstance(partition, EqualShards):
+        return _one_by_one(runtime, model, optimizer, partition, criterion, source, ids)
+    module = runtime.strategy.unwrap(model)
     squares = Squares(module, criterion, runtime.dtype)
     weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
     total = {name: torch.zeros_like(w, dtype=runtime.dtype) for name, w in weights.items()}
@@ -142,7 +141,7 @@ def _one_by_one(
     runtime: Runtime,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    partition: ShardedPartition,
+    partition: EqualShards,
     criterion: UnreducedLoss,
     source: Source,
     ids: Ids,
@@ -151,12 +150,12 @@ def _one_by_one(
     start, stop = runtime.share(len(ids))
     mine = ids[start:stop]
     rounds = -(-len(ids) // runtime.world_size)
-    with evaluating(runtime.unwrap(model)), partition.squares():
+    with evaluating(runtime.strategy.unwrap(model)), partition.squares():
         for k in range(rounds):
             one, weight = (mine[k : k + 1], 1.0) if k < len(mine) else (ids[:1], 0.0)
             batch = source.read(one).to(runtime.device, runtime.dtype)
-            with runtime.accumulating(model, last=k + 1 == rounds):
-                runtime.backward(weight * criterion(model(batch.x), batch.y).sum())
+            with runtime.strategy.accumulating(model, last=k + 1 == rounds):
+                runtime.strategy.backward(weight * criterion(model(batch.x), batch.y).sum())
     scale = runtime.world_size / len(ids)  # gradients are averaged over ranks
     total = {n: torch.zeros_like(w, dtype=runtime.dtype) for n, w in partition.trainable().items()}
     total |= {name: grad.to(runtime.dtype) * scale for name, grad in partition.grads().items()}

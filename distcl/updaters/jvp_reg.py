@@ -53,7 +53,7 @@ class JVPReg(Updater):
         uphill = self._uphill_weights() if rho_theta else None
         self.setup.optimizer.zero_grad(set_to_none=True)
         moved = self.partition.swapped(uphill) if uphill is not None else nullcontext()
-        with buffers_kept(self.runtime.unwrap(self.model)), moved:
+        with buffers_kept(self.runtime.strategy.unwrap(self.model)), moved:
             self.accumulated(self._moved_part, batch)
         return result
 

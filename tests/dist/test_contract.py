@@ -54,7 +54,7 @@ def _trainer(runtime: Runtime, config: Config, out: str) -> ContinuousTrainer:
 
 
 def _weights(trainer: ContinuousTrainer) -> dict[str, np.ndarray]:
-    module = trainer.parts.runtime.unwrap(trainer.parts.model)
+    module = trainer.parts.runtime.strategy.unwrap(trainer.parts.model)
     return {n: p.detach().numpy().copy() for n, p in module.named_parameters()}
 
 

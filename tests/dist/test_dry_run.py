@@ -58,7 +58,7 @@ def _config(*keys: str) -> Any:
 
 
 def _parts(runtime: Runtime, config: Any, out: Path) -> Any:
-    runtime._strategy.parallel = config.parallel
+    runtime.strategy.parallel = config.parallel
     return assemble(config, runtime, create_stream(config.stream, 0), out)
 
 
@@ -70,7 +70,7 @@ def _train(out: Path) -> dict[str, Any]:
         config = _config(*keys)
         trainer = ContinuousTrainer(_parts(runtime, config, out), config)
         train(trainer)
-        module = runtime.unwrap(trainer.parts.model)
+        module = runtime.strategy.unwrap(trainer.parts.model)
         result[name] = (
             [r["draws_sha256"] for r in trainer.rounds],
             {n: p.detach().numpy().copy() for n, p in module.named_parameters()},

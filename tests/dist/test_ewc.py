@@ -40,7 +40,7 @@ def _penalty(step: str, fisher: str, out: Path) -> dict[str, Any]:
     parts = assemble(config, runtime, stream, out)
     for experience in stream.experiences[:2]:
         parts.updater.cl_postprocessing(stream, experience.train)
-    module = runtime.unwrap(parts.model)
+    module = runtime.strategy.unwrap(parts.model)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(1.3)

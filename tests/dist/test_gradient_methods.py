@@ -121,7 +121,7 @@ def _fail_inside(out: Path) -> dict[str, Any]:
     config = exact(*reg(0.3, 0.7)[0])
     runtime = Runtime(config.run)
     parts = assemble(config, runtime, create_stream(config.stream, config.run.seed), out)
-    module = runtime.unwrap(parts.model)
+    module = runtime.strategy.unwrap(parts.model)
     before = {n: v.clone() for n, v in module.state_dict().items()}
     calls, moved = 0, 0.0
 

@@ -43,7 +43,7 @@ def _run(overrides: tuple[str, ...], out: Path, rounds: int = 2) -> dict[str, An
     for experience in stream.experiences[1 : rounds + 1]:
         trainer.run_round(experience, "scheduled")
         trainer.evaluate(stream.experiences, seen=experience.index + 1)
-    module = runtime.unwrap(trainer.parts.model)
+    module = runtime.strategy.unwrap(trainer.parts.model)
     return {
         "weights": {n: p.detach().numpy() for n, p in module.named_parameters()},
         "factors": {n: (c.a.numpy(), c.g.numpy()) for n, c in updater.curvature.items()},
@@ -90,7 +90,7 @@ def _full_grads(bucket: int) -> dict[str, Any]:
     runtime = Runtime(RunConfig(precision="fp64"))
     model = runtime.prepare(awkward())
     partition = create_partition(runtime, model)
-    module = runtime.unwrap(model)
+    module = runtime.strategy.unwrap(model)
     parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
     x = torch.randn(6, 7, generator=torch.Generator().manual_seed(3)).double()
     model(x).square().mean().backward()

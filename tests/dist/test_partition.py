@@ -49,7 +49,7 @@ def _swap(bucket: int, fail_on: tuple[int, ...]) -> dict[str, Any]:
     ddp.BUCKET_ELEMENTS = bucket
     runtime = Runtime()
     model = runtime.prepare(awkward(seed=0))
-    module = runtime.unwrap(model).eval()
+    module = runtime.strategy.unwrap(model).eval()
     partition = create_partition(runtime, model)
     anchor = Anchor(partition)
     other = _tensors(awkward(seed=1))
@@ -98,7 +98,7 @@ def _add_grad() -> dict[str, Any]:
     x = torch.randn(6, 7, generator=torch.Generator().manual_seed(3)).double()
     model(x).square().mean().backward()
     partition.add_grad_({name: 10 * w for name, w in partition.trainable().items()})
-    named = runtime.unwrap(model).named_parameters()
+    named = runtime.strategy.unwrap(model).named_parameters()
     return {n: p.grad.numpy() for n, p in named if p.grad is not None}
 
 

@@ -127,7 +127,7 @@ def _runtime() -> Runtime:
 
 
 def _module(parts: Any) -> nn.Module:
-    return parts.runtime.unwrap(parts.model)
+    return parts.runtime.strategy.unwrap(parts.model)
 
 
 # -- the same, dense and in a few lines each ---------------------------------------------------

@@ -57,7 +57,7 @@ def _trainer(config: Config, out: Path) -> ContinuousTrainer:
 
 
 def _dense(trainer: ContinuousTrainer) -> dict[str, torch.Tensor]:
-    module = trainer.parts.runtime.unwrap(trainer.parts.model)
+    module = trainer.parts.runtime.strategy.unwrap(trainer.parts.model)
     return {n: p.detach().clone() for n, p in module.named_parameters()}
 
 

@@ -65,7 +65,7 @@ def _pair(runtime: Runtime, tree: bool) -> tuple[nn.Module, Anchor]:
     partition = create_partition(runtime, model)
     partition.sync_buffers()
     anchor = Anchor(partition)
-    runtime.unwrap(model).load_state_dict(build(seed=0).state_dict())
+    runtime.strategy.unwrap(model).load_state_dict(build(seed=0).state_dict())
     return model, anchor
 
 

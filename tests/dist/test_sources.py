@@ -84,7 +84,7 @@ def _train(trainer: ContinuousTrainer) -> ContinuousTrainer:
 
 
 def _weights(trainer: ContinuousTrainer) -> np.ndarray:
-    parameters = trainer.parts.runtime.unwrap(trainer.parts.model).parameters()
+    parameters = trainer.parts.runtime.strategy.unwrap(trainer.parts.model).parameters()
     return torch.cat([p.detach().reshape(-1) for p in parameters]).numpy()
 
 
@@ -167,7 +167,7 @@ class Watched:
         parts = self.trainer.parts
         read = parts.stream.read(batch.ids.numpy()).to(parts.runtime.device, parts.runtime.dtype)
         with torch.no_grad():
-            p = parts.runtime.unwrap(parts.model)(read.x).softmax(1)
+            p = parts.runtime.strategy.unwrap(parts.model)(read.x).softmax(1)
         entropies = -(p * p.log()).sum(1)
         self.last.update(zip(batch.ids.tolist(), entropies.tolist(), strict=True))
         self._observe(batch, outputs, losses)
@@ -250,7 +250,7 @@ def test_loss_weights_reach_the_gradient(tmp_path: Path) -> None:
     batch = trainer.parts.stream.read(trainer.parts.stream.experiences[0].train[:6])
     batch = batch.to(torch.device("cpu"), torch.float64)
     weights = torch.tensor([0.5, 2.0, 1.0, 0.0, 3.0, 0.1], dtype=torch.float64)
-    module = trainer.parts.runtime.unwrap(trainer.parts.model)
+    module = trainer.parts.runtime.strategy.unwrap(trainer.parts.model)
     losses = torch.nn.functional.cross_entropy(module(batch.x), batch.y, reduction="none")
     dense = torch.autograd.grad((weights * losses).sum() / 6, list(module.parameters()))
     weighted = Batch(batch.ids, batch.x, batch.y, 6, weights)

@@ -50,7 +50,7 @@ def _runs(folder: Path, out: Path, accumulate: int) -> dict[str, Any]:
         trainer.pretrain(stream.experiences[0])
         for experience in stream.experiences[1:]:
             trainer.run_round(experience, "scheduled")
-        module = runtime.unwrap(trainer.parts.model)
+        module = runtime.strategy.unwrap(trainer.parts.model)
         weights = {n: p.detach().numpy() for n, p in module.named_parameters()}
         digests = [r["draws_sha256"] for r in trainer.rounds]
         staleness = [r.get("guard", {}).get("staleness") for r in trainer.rounds]

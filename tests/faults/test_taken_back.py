@@ -58,7 +58,7 @@ def normalized(spec: DataSpec) -> nn.Module:
 def _state(trainer: ContinuousTrainer) -> dict[str, Any]:
     """Everything that a later round depends on, copied."""
     parts = trainer.parts
-    module = parts.runtime.unwrap(parts.model)
+    module = parts.runtime.strategy.unwrap(parts.model)
     optimizer = parts.forward.partition.optimizer_state(parts.optimizer)
     ledger = parts.loader.ledger_state()
     state = {

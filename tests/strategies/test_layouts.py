@@ -48,7 +48,7 @@ def _session(
     model, optimizer = runtime.prepare_training(
         first, lambda params: torch.optim.Adam(params, lr=0.05)
     )
-    module, partition = runtime.unwrap(model), create_partition(runtime, model)
+    module, partition = runtime.strategy.unwrap(model), create_partition(runtime, model)
     result: dict[str, Any] = {
         "owned": {n: v.float().cpu().numpy().copy() for n, v in partition.owned().items()},
         "fingerprint": fingerprint(partition.owned(), partition, runtime),
@@ -67,7 +67,7 @@ def _session(
         module.train()
         mine = x[step].to(runtime.device) + runtime.rank
         loss = model(mine).square().mean()
-        runtime.backward(loss)
+        runtime.strategy.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))

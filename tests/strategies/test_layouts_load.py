@@ -68,7 +68,7 @@ def _load(layout: str, folder: Path) -> dict[str, Any]:
     runtime = fresh_runtime(layout, folder=folder)
     model, _ = runtime.prepare_training(Rotary(0), lambda p: torch.optim.Adam(p, lr=0.1))
     partition = create_partition(runtime, model)
-    module, names = runtime.unwrap(model), list(partition.specs())
+    module, names = runtime.strategy.unwrap(model), list(partition.specs())
     found: dict[str, Any] = {
         "specs": {n: (list(s.shape), s.kind) for n, s in partition.specs().items()},
         "refused": {},

@@ -63,7 +63,7 @@ def _method(layout: str, folder: Path, way: str) -> Any:
     trainer.pretrain(first)
     for experience in rest:
         trainer.run_round(experience, "scheduled")
-    names = list(tensors(runtime.unwrap(parts.model)))
+    names = list(tensors(runtime.strategy.unwrap(parts.model)))
     return gathered(parts.forward.partition, names)
 
 

@@ -55,7 +55,7 @@ def _train(runtime: Runtime, model: Any, optimizer: Any, steps: range) -> list[f
     losses = []
     for step in steps:
         loss = model(x[step].to(runtime.device) + runtime.rank).square().mean()
-        runtime.backward(loss)
+        runtime.strategy.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))

@@ -146,9 +146,11 @@ def _step(layout: str, folder: Path, precision: str, penalty: float) -> dict[str
     partition = create_partition(runtime, model)
     x = torch.randn(2, 2, 3, 7, generator=torch.Generator().manual_seed(3))  # rank, part, …
     for k in range(2):
-        with runtime.accumulating(model, last=k == 1):
-            runtime.backward(model(x[runtime.rank, k].to(runtime.device)).square().mean() / 2)
-    runtime.unscale(optimizer)
+        with runtime.strategy.accumulating(model, last=k == 1):
+            runtime.strategy.backward(
+                model(x[runtime.rank, k].to(runtime.device)).square().mean() / 2
+            )
+    runtime.strategy.unscale(optimizer)
     partition.add_grad_({n: penalty * w for n, w in partition.trainable().items()})
     given = {"first.weight": torch.full((11, 7), penalty, device=runtime.device)}
     partition.add_full_grads_(given if runtime.rank == 1 else {}, {"first.weight": 1})
@@ -156,7 +158,7 @@ def _step(layout: str, folder: Path, precision: str, penalty: float) -> dict[str
         clip_grads_(partition, runtime, CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return gathered(partition, list(tensors(runtime.unwrap(model))))
+    return gathered(partition, list(tensors(runtime.strategy.unwrap(model))))
 
 
 def _steps(folder: Path, layouts: list[str]) -> dict[str, Any]:

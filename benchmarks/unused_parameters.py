@@ -33,7 +33,7 @@ def measure(width: int, depth: int, steps: int, turns: int) -> dict[str, float]:
     x, made, taken = torch.randn(32, width), {}, {}
     runtime = Runtime(RunConfig())
     for search in (False, True):
-        runtime._strategy.parallel = ParallelConfig(find_unused_parameters=search)
+        runtime.strategy.parallel = ParallelConfig(find_unused_parameters=search)
         layers = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.ReLU())]
         made[search] = runtime.prepare_training(
             nn.Sequential(*layers), lambda params: torch.optim.SGD(params, lr=0.01)

@@ -433,7 +433,7 @@ def corrupt_label(c: Campaign, random: Random) -> str:
         y, values = y.astype(np.float64), (-1.0, 0.5, float("nan"))
     y[random.randrange(len(y))] = random.choice(values)
     np.savez(data, x=x, y=y)
-    bad = c.judge(c.start(out, *keys).end(), (2, 3), (data.name,))
+    bad = c.judge(c.start(out, *keys).end(), (2, 3), (data.name, "the data differ"))
     shutil.copyfile(c.data, data)
     return bad or c.finish(out, *keys)
 

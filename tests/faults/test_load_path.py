@@ -172,7 +172,7 @@ def _resumed(keys: tuple[str, ...], out: Path) -> dict[str, Any]:
     held: list[Any] = []
     hashed: list[str] = []
     found: dict[str, Any] = {}
-    digest, restore = store._sha256, job.restore
+    digest, restore = store.file_digest, job.restore
 
     def noted(file: Path) -> str:
         hashed.append(file.name)
@@ -189,9 +189,9 @@ def _resumed(keys: tuple[str, ...], out: Path) -> dict[str, Any]:
         held.clear()
         gc.collect()
         found["left"] = _mapped("/rank-") + _mapped("/shared.pt") + _mapped("/model.safe")
-        store._sha256 = digest
+        store.file_digest = digest
 
-    store._sha256, job.restore, state.Reader = noted, restored, Kept
+    store.file_digest, job.restore, state.Reader = noted, restored, Kept
     job.execute("train", small(*keys), out, resume="auto")
     own = Rotary(DataSpec((8, 8), 10))
     found["inv_freq"] = torch.equal(made[-1].inv_freq, own.inv_freq)
@@ -242,8 +242,8 @@ def _chosen(folder: Path) -> tuple[str, list[str], list[str]]:
             file.write_bytes(data)
     runtime.barrier()
     seen: list[str] = []
-    digest = store._sha256
-    store._sha256 = lambda file: seen.append(f"{file.parent.name}/{file.name}") or digest(file)
+    digest = store.file_digest
+    store.file_digest = lambda file: seen.append(f"{file.parent.name}/{file.name}") or digest(file)
     found, hashed = checkpoints.newest(), list(seen)
     assert found is not None
     with pytest.raises(CheckpointError, match=r"rank-00000.pt' is damaged"):

@@ -24,7 +24,7 @@ POINTS = {
     "refresh": "distcl.parallel.anchor:Anchor.refresh",
     "step": "distcl.training.step_loop:StepLoop._set_rate",
     "evaluation": "distcl.training.evaluation:Evaluator.score",
-    "checkpoint write": "distcl.checkpoint.store:_sha256",
+    "checkpoint write": "distcl.checkpoint.store:file_digest",
     "rename": "distcl.checkpoint.store:_rename",
 }
 """The phases of a run by name, and a function that each of them calls."""

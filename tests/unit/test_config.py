@@ -243,8 +243,9 @@ def test_no_override_breaks_the_reader(text, key):
 
 
 def test_the_commented_file_sets_the_recommended_recipe_and_nothing_else(toml):
-    text = template()
+    text = template(every=True)
     loaded = load(toml(text))
+    assert load(toml(template())) == loaded
     recipe = {
         "continual_learning": {
             "update_mode": "er",

@@ -156,11 +156,11 @@ def test_held_out_data_switch_a_round_off_and_the_next_one_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from distcl.priority import guard
-    from distcl.training import trainer
+    from distcl.training import priorities
 
     aims: list[Any] = [-0.1, 0.1]
     monkeypatch.setattr(guard, "aim", lambda *_: aims.pop(0))
-    monkeypatch.setattr(trainer, "judge", guard.judge)
+    monkeypatch.setattr(priorities, "judge", guard.judge)
     keys = (
         *("continual_learning.update_mode=er", "training.pretrain_epochs=1"),
         *("priority.source=online", "priority.signal=entropy", "priority.target=history"),

@@ -65,6 +65,7 @@ def _load(path: str, name: str | None, revision: str | None) -> dict[str, Any]:
             "stream.source = 'hf' needs the package 'datasets'; type: pip install 'distcl[data]' "
             f"({error})"
         ) from error
+    datasets.disable_progress_bars()  # of every rank, on stderr
     folder = reachable(path).absolute()  # it takes "data:x" for a URL
     if folder.exists() and "::" in str(folder):
         raise DataError(f"the package datasets cannot open '{folder}': '::' has a meaning to it")

@@ -31,7 +31,7 @@ BATCH = 64
 def make(folder: Path, samples: int) -> None:
     """Write 100 shards, which are one file by many names."""
     from distcl.data.shards.inputs import ArraySamples
-    from distcl.data.shards.manifest import read_manifest, write_manifest
+    from distcl.data.shards.manifest import read_shards, write_manifest
     from distcl.data.shards.writer import write_shards
 
     each = samples // SHARDS
@@ -39,7 +39,7 @@ def make(folder: Path, samples: int) -> None:
     x, y = np.zeros((each, 4), np.float32), np.arange(each) % 3
     np.savez(npz, x=x, y=y, x_test=x[:100], y_test=y[:100])
     write_shards(ArraySamples(npz), folder / "shards", per_shard=each)
-    manifest = read_manifest(folder / "shards")
+    manifest = read_shards(folder / "shards")
     first = manifest.split("train")[0]
     listed = [first]
     for s in range(1, SHARDS):
@@ -54,9 +54,9 @@ def make(folder: Path, samples: int) -> None:
 def draws(folder: Path, access: str) -> None:
     """Weights, one pass's draws, and reading some of its batches."""
     from distcl.config import DataConfig
-    from distcl.data.ids import IdRuns, joined
+    from distcl.data.ids import IdRuns, joined_ids
     from distcl.data.shards.indexed import ShardSource
-    from distcl.data.shards.manifest import read_manifest
+    from distcl.data.shards.manifest import read_shards
     from distcl.data.shards.sequential import StreamedSource
     from distcl.distributed.runtime import Runtime
     from distcl.priority.population import Dealer
@@ -66,7 +66,7 @@ def draws(folder: Path, access: str) -> None:
     from distcl.types import Ids
 
     runtime, data = Runtime(), DataConfig(access=access)
-    manifest = read_manifest(folder)
+    manifest = read_shards(folder)
     shards = manifest.split("train")
     rng = np.random.default_rng(runtime.rank)
     if access == "indexed":
@@ -82,7 +82,7 @@ def draws(folder: Path, access: str) -> None:
             shard, number = source.shards_of(ids)
             return shard * lanes // number
 
-        every = joined([IdRuns([0], [len(source)])])
+        every = joined_ids([IdRuns([0], [len(source)])])
         slices = Dealer.over(runtime, 8, lanes_of).deal(every)
         plan = LaneSampler(BATCH, window=1024)
         plan.set_groups([Part(slices.ids, rng.random(len(slices.ids)), len(source), slices)])

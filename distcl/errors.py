@@ -75,7 +75,7 @@ _MODULE = os.path.join("torch", "nn", "modules", "module.py")
 _LONGEST = 500
 
 
-def place(error: BaseException) -> str | None:
+def line_of_theirs(error: BaseException) -> str | None:
     """Return ``FILE, line N`` of the user's code that an exception comes from, or None. Local.
 
     That is the innermost line which is neither distcl's nor a library's, if distcl has called it
@@ -97,7 +97,7 @@ def place(error: BaseException) -> str | None:
 def raised_by_user(error: BaseException) -> bool:
     """Tell whether a line of the user's raised an exception itself, and nothing that it called."""
     *_, (innermost, _) = [(None, 0), *traceback.walk_tb(error.__traceback__)]
-    if innermost is None or place(error) is None:
+    if innermost is None or line_of_theirs(error) is None:
         return False
     return not _is_library(innermost.f_code.co_filename, str(innermost.f_globals.get("__name__")))
 
@@ -107,7 +107,7 @@ def told(error: BaseException) -> str | None:
 
     A layer of torch's in the model counts as theirs too, though none of their lines is in it.
     """
-    where, layer = place(error), ""
+    where, layer = line_of_theirs(error), ""
     if where is not None:
         return f"{named(error)} (in your code: {where})"
     for frame, _ in traceback.walk_tb(error.__traceback__):

@@ -21,9 +21,9 @@ from distcl.checkpoint.store import CheckpointStore, read_manifest, verify
 from distcl.config import Config
 from distcl.config.load import to_toml
 from distcl.config.paths import reachable
-from distcl.data.fingerprint import changes, fingerprint
+from distcl.data.fingerprint import changes, data_fingerprint
 from distcl.data.stream import DriftStream, create_stream
-from distcl.distributed.failure import Cause, describe
+from distcl.distributed.failure import Cause, cause_of
 from distcl.distributed.memory import give_back
 from distcl.distributed.runtime import Runtime
 from distcl.errors import (
@@ -101,7 +101,7 @@ def execute(
                     job.say(f"the run folder is {folder.path}")
                 return job.run(resume, frozenset(allow_changed))
     except BaseException as error:
-        cause = describe(error, runtime.rank)
+        cause = cause_of(error, runtime.rank)
         state = "preempted" if isinstance(error, Preempted) else "failed"
         folder.status(state, cause.exit_code, cause.message)
         if job is not None:
@@ -323,7 +323,7 @@ class Job:
     ) -> dict[str, Any]:
         before = random_state(self._runtime)
         try:
-            return fingerprint(stream, like)
+            return data_fingerprint(stream, like)
         finally:
             set_random_state(before, self._runtime)
 

@@ -25,7 +25,7 @@ from distcl.config import ModelConfig
 from distcl.errors import CheckpointError, ConfigError
 from distcl.registry import Count, checked, nearest
 from distcl.types import DataSpec, PyTree
-from distcl.weights import WeightsFile, check_fit, spec_of
+from distcl.weights import WeightsFile, check_fit, tensor_spec
 
 log = logging.getLogger("distcl")
 
@@ -151,7 +151,7 @@ def load_pretrained(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> N
     if not saved:
         raise ConfigError(f"model.pretrained_skip leaves nothing of '{path}' to load")
     present = {own[name].data_ptr() for name in own.keys() & saved.keys()}
-    specs = {name: spec_of(tensor) for name, tensor in wanted.items()}
+    specs = {name: tensor_spec(tensor) for name, tensor in wanted.items()}
     check_fit(path, saved, specs, lambda name: wanted[name].data_ptr() not in present)
     loaded = {name: file.read(name).view(spec.shape) for name, spec in saved.items()}
     first: dict[int, str] = {}

@@ -19,13 +19,13 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
-from distcl.errors import ConfigError, place, user_packages
+from distcl.errors import ConfigError, line_of_theirs, user_packages
 
 Factory = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RegisteredPart:
     """A registry entry: ``target`` is ``package.module:attribute`` or the factory itself."""
 
     kind: str
@@ -149,14 +149,16 @@ _TABLE = (
     ("loss", "bce", "distcl.losses:bce", "binary cross entropy of logits"),
 )
 
-_parts: dict[tuple[str, str], Part] = {(k, n): Part(k, n, t, d) for k, n, t, d in _TABLE}
+_parts: dict[tuple[str, str], RegisteredPart] = {
+    (k, n): RegisteredPart(k, n, t, d) for k, n, t, d in _TABLE
+}
 
 
 def register(kind: str, name: str, factory: str | Factory, description: str = "") -> None:
     """Add a part, or replace one. ``factory`` is an object or its ``package.module:attribute``."""
     if kind not in kinds():
         raise ConfigError(f"register: unknown kind '{kind}'{nearest(kind, kinds())}")
-    _parts[kind, name] = Part(kind, name, factory, description)
+    _parts[kind, name] = RegisteredPart(kind, name, factory, description)
 
 
 def kinds() -> list[str]:
@@ -164,7 +166,7 @@ def kinds() -> list[str]:
     return sorted({k for k, _ in _parts})
 
 
-def parts(kind: str) -> list[Part]:
+def parts(kind: str) -> list[RegisteredPart]:
     """Every registered part of a kind, in order of registration."""
     return [p for p in _parts.values() if p.kind == kind]
 
@@ -193,7 +195,7 @@ def resolve(kind: str, name: str) -> Factory:
     try:
         found: Any = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError) as error:
-        where = f" (in your code: {found_at})" if (found_at := place(error)) else ""
+        where = f" (in your code: {found_at})" if (found_at := line_of_theirs(error)) else ""
         raise ConfigError(f"{kind} '{name}' cannot be imported: {error}{where}") from error
     if not callable(found):
         raise ConfigError(f"{kind} '{name}' is not callable")

@@ -26,7 +26,7 @@ class Spec(NamedTuple):
     order: tuple[int, ...] = ()
 
 
-def spec_of(tensor: torch.Tensor, shape: Iterable[int] | None = None) -> Spec:
+def tensor_spec(tensor: torch.Tensor, shape: Iterable[int] | None = None) -> Spec:
     """Return the spec of a tensor, or of one of its type and another, whole ``shape``."""
     kind = "int"
     if tensor.is_floating_point() or tensor.is_complex():

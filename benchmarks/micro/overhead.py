@@ -25,7 +25,7 @@ from distcl.types import Batch, DataSpec
 from distcl.updaters.base import Updater
 from distcl.updaters.fisher import Squares
 from distcl.updaters.kfac import KFACOnline
-from distcl.updaters.kronecker import Layer, Sums
+from distcl.updaters.kronecker import FactorSums, Layer
 
 METHODS = "benchmarks.micro.overhead:methods"
 ROUNDS = "benchmarks.micro.overhead:rounds"
@@ -172,7 +172,7 @@ def _layer_inputs(updater: KFACOnline) -> list[Callable[[], None]]:
     works: list[Callable[[], None]] = []
 
     def see(layer: Layer, a: torch.Tensor, output: torch.Tensor) -> None:
-        sums = Sums.view(layer, torch.zeros(layer.elements + 1))
+        sums = FactorSums.view(layer, torch.zeros(layer.elements + 1))
         g = torch.randn_like(output)
         works.append(lambda: layer.add_moments_(sums, a, g))
 

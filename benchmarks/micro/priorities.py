@@ -12,7 +12,7 @@ from benchmarks.micro.rows import Row, compared, times_faster
 from benchmarks.micro.setting import config_of, stream_of, trainer_of
 from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
-from distcl.priority.scoring import fingerprint
+from distcl.priority.scoring import weights_checksum
 from distcl.types import Ids
 
 CHUNK = 512
@@ -94,7 +94,7 @@ def passes(samples: int, repeats: int) -> dict[str, float]:
         seen()
 
     scorer.cache.put(
-        fingerprint(parts.anchor.theta_star, parts.forward.partition, runtime),
+        weights_checksum(parts.anchor.theta_star, parts.forward.partition, runtime),
         ids,
         torch.zeros(len(ids)),
     )

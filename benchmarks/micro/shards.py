@@ -25,7 +25,7 @@ from benchmarks.micro.rows import Row, compared
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.loader import BatchLoader
 from distcl.data.shards.decode import decode
-from distcl.data.shards.manifest import read_manifest
+from distcl.data.shards.manifest import read_shards
 from distcl.data.shards.open import shards
 from distcl.data.shards.sequential import stream_samples
 from distcl.data.shards.tar import open_archive
@@ -88,7 +88,7 @@ def library(folder: Path, ext: str, decoded: bool, workers: int) -> int:
     """One pass of the webdataset pipeline: as it comes, or decoded by our decoder, in batches."""
     import webdataset
 
-    urls = [str(folder / s.name) for s in read_manifest(folder).split("train")]
+    urls = [str(folder / s.name) for s in read_shards(folder).split("train")]
     pipeline = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
     if decoded:
         pipeline = pipeline.map(lambda s: (decode(ext, s[ext]), int(s["cls"])))
@@ -150,7 +150,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 def _raw(folder: Path, samples: int, repeats: int) -> list[Row]:
-    tars = [folder / s.name for s in read_manifest(folder).split("train")]
+    tars = [folder / s.name for s in read_shards(folder).split("train")]
 
     def streamed() -> int:
         return sum(

@@ -102,7 +102,7 @@ def evaluate(path: Path, warn: Callable[[str], None] = log.warning) -> dict[str,
     }
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe_checkpoint(path: Path) -> dict[str, Any]:
     """Return what a checkpoint, or a run's newest, holds, after verifying it. Local."""
     path = _some(path)[-1]
     manifest = verify(path)

@@ -41,9 +41,9 @@ CheckpointArgument = Annotated[
 @checkpoint.command("inspect")
 def inspect_checkpoint(path: CheckpointArgument) -> None:
     """Say what a checkpoint, or the newest of a run, holds."""
-    from distcl.checkpoint.export import describe
+    from distcl.checkpoint.export import describe_checkpoint
 
-    for key, value in describe(path).items():
+    for key, value in describe_checkpoint(path).items():
         if isinstance(value, dict):
             for name, size in value.items():
                 say(f"{name:<24} {size:,} bytes")

@@ -20,7 +20,7 @@ _ROWS, _MOST = 64, 256  # samples looked at: of an experience, and of all
 _RANDOM = "random"  # in place of a digest: the source reads a sample in another way each time
 
 
-def fingerprint(stream: DriftStream, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def data_fingerprint(stream: DriftStream, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what identifies the data of a stream: plain values, by what they are of. Local.
 
     Counts, shapes, types and classes; labels, where the source has them at hand; shards by what

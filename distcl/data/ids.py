@@ -117,7 +117,7 @@ def in_runs(parts: Iterable[Ids]) -> Ids:
     return _smaller(IdRuns(np.concatenate(begins), np.concatenate(sizes)))
 
 
-def joined(parts: Sequence[Ids]) -> Ids:
+def joined_ids(parts: Sequence[Ids]) -> Ids:
     """Return ids after one another: in runs if some are, and all can be, else as an array."""
     if any(isinstance(part, IdRuns) for part in parts):
         parts = [p if isinstance(p, IdRuns) else in_runs(blocks(p)) for p in parts if len(p)]

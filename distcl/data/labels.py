@@ -17,7 +17,7 @@ from distcl.types import DataSpec, Ids, Source
 _CHUNK = 1024
 
 
-def spec_of(train: Source, test: Source, labels: Sequence[Ids | int | None]) -> DataSpec:
+def data_spec(train: Source, test: Source, labels: Sequence[Ids | int | None]) -> DataSpec:
     """Return the spec of samples; ``x_shape`` is () where a sample is several tensors.
 
     ``labels``: see :func:`labels_of`.

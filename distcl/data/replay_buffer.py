@@ -9,7 +9,16 @@ import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_map
 
-from distcl.data.ids import BLOCK, IdRuns, among, blocks, ids_tensor, in_runs, joined, tensor_ids
+from distcl.data.ids import (
+    BLOCK,
+    IdRuns,
+    among,
+    blocks,
+    ids_tensor,
+    in_runs,
+    joined_ids,
+    tensor_ids,
+)
 from distcl.data.loader import iterate_chunks
 from distcl.types import Batch, DataSpec, Experience, Ids, PyTree, Stream, frozen
 
@@ -54,14 +63,14 @@ class History:
         """Return the ids held and those of ``ids`` that are not."""
         if isinstance(ids, IdRuns):
             if not len(self._ids) or ids.min() > self._ids.max():
-                return joined([self._ids, ids]) if len(self._ids) else ids
+                return joined_ids([self._ids, ids]) if len(self._ids) else ids
             ids = in_runs(some[~among(some, self._ids)] for some in blocks(ids))
-            return joined([self._ids, ids])
+            return joined_ids([self._ids, ids])
         ids = np.asarray(ids, dtype=np.int64)
         known = _among(ids, self._ids)
         fresh = _first_of_each(ids[~known] if known.any() else ids)
         if len(self._ids):
-            return joined([self._ids, fresh])
+            return joined_ids([self._ids, fresh])
         return fresh.copy() if fresh.flags.writeable else fresh
 
     def add(self, ids: Ids) -> None:

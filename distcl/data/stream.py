@@ -16,7 +16,7 @@ from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.drift import Drift, Mask, require_classes
 from distcl.data.ids import BLOCK, blocks, in_runs
-from distcl.data.labels import labels_of, occurring, spec_of, usable_of
+from distcl.data.labels import data_spec, labels_of, occurring, usable_of
 from distcl.data.loader import as_source
 from distcl.data.sources.npy import open_file
 from distcl.data.transforms import Transformed, Transforms
@@ -104,7 +104,7 @@ class DriftStream:
     def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
         self._train, self._test = self.sources = as_source(train), as_source(test)
         labels = [labels_of(self._train, "train"), labels_of(self._test, "test")]
-        self.spec = spec_of(self._train, self._test, labels)
+        self.spec = data_spec(self._train, self._test, labels)
         self._config = config
         self._concepts = min(config.recurring or config.experiences, config.experiences)
         self._seed = seed

@@ -244,7 +244,7 @@ class PeerFailure(DistclError):
         self.exit_code = cause.exit_code
 
 
-def describe(error: BaseException, rank: int) -> Cause:
+def cause_of(error: BaseException, rank: int) -> Cause:
     """Return what to tell of an exception: our own errors as they are, others with their type.
 
     Those of the user's code are told with its file and line.

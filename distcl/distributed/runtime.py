@@ -20,7 +20,7 @@ from distcl.distributed.failure import (
     Cause,
     FailureRelay,
     PeerFailure,
-    describe,
+    cause_of,
     is_connection_loss,
 )
 from distcl.distributed.memory import keep_freed_memory
@@ -241,7 +241,7 @@ class Runtime:
             raise
         except BaseException as error:
             if self.relay is not None:
-                own = describe(error, self.rank)
+                own = cause_of(error, self.rank)
                 lost = is_connection_loss(error)
                 if lost:
                     verdict = self.watchdog.verdict()

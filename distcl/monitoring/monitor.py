@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from distcl.config import MonitorConfig
-from distcl.data.ids import joined
+from distcl.data.ids import joined_ids
 from distcl.errors import ConfigError
 from distcl.monitoring.live import LiveEnd
 from distcl.monitoring.metrics import StreamMetric, create_metric
@@ -81,7 +81,7 @@ class Monitor:
         """Samples of the stream that have come."""
         self.measured = 0
         """Samples of the stream whose metric the detector has been fed, or that it skips."""
-        self._order = joined([e.train for e in trainer.parts.stream.experiences])
+        self._order = joined_ids([e.train for e in trainer.parts.stream.experiences])
         self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime, self._say, self._wait)
         self._pretrained_on = 0  # samples of the stream, all labelled, before watching begins
         self._last_round = 0  # samples of the stream that rounds have learned from, or let pass
@@ -150,7 +150,7 @@ class Monitor:
                 self._due = _Due(fired, fired + self.config.collect + 1)
             if self.watched == len(self._order):
                 more = self._live.wait()
-                self._order = joined([self._order, more])
+                self._order = joined_ids([self._order, more])
                 if len(more):
                     self._show()
             if self._due is not None and self._ready(self._due, rounds):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
-from distcl.parallel.flat_shards import Whole, cut_by_dtype, deliver, flat
+from distcl.parallel.flat_shards import Whole, cut_by_dtype, deliver, flattened
 from distcl.parallel.partition import (
     BasePartition,
     Fetch,
@@ -189,7 +189,7 @@ class Replicated(BasePartition):
         """My slices of what has a parameter's shape, copies not taken. Local."""
 
         def own(name: str, value: torch.Tensor) -> torch.Tensor:
-            return flat(name, value)[slice(*self._spans[name])]
+            return flattened(name, value)[slice(*self._spans[name])]
 
         return read_state(optimizer, self._parameters, own, self._spans)
 
@@ -203,7 +203,7 @@ class Replicated(BasePartition):
             state = {key: value.clone() for key, value in plain[name].items()}
             for key, read in fetch.items():
                 state[key] = torch.empty_like(parameter)
-                flat(name, state[key]).copy_(read(name, 0, parameter.numel()))
+                flattened(name, state[key]).copy_(read(name, 0, parameter.numel()))
             optimizer.state[parameter] = state
 
     def grads(self) -> dict[str, torch.Tensor]:
@@ -273,4 +273,4 @@ def _flat_grad(name: str, parameter: nn.Parameter) -> torch.Tensor:
     assert parameter.grad is not None
     if parameter.grad.stride() != parameter.stride():
         parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
-    return flat(name, parameter.grad)
+    return flattened(name, parameter.grad)

@@ -26,7 +26,7 @@ Write = Callable[[str, int, int, torch.Tensor], None]
 """(name, a, b, values): receives elements [a, b) of a whole tensor."""
 
 
-def flat(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def flattened(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return a live 1-D view of a dense tensor, in the order of its memory (any memory format)."""
     data = tensor.detach()
     if data.is_contiguous():
@@ -110,7 +110,7 @@ class Cut:
 
     def reduce(self, name: str, full: torch.Tensor) -> torch.Tensor | None:
         """Sum a whole tensor over ranks, bucket by bucket; return my slice of it. Collective."""
-        values = flat(name, full)
+        values = flattened(name, full)
         a, b = self.mine.get(name, (0, 0))
         mine = torch.empty_like(values[a:b])
         for lo in range(0, values.numel(), BUCKET_ELEMENTS):
@@ -126,7 +126,7 @@ def cut_by_dtype(runtime: Runtime, tensors: Mapping[str, torch.Tensor]) -> list[
     """Return the cuts of whole tensors, one a dtype; UsageError naming one that cannot be cut."""
     sizes: dict[torch.dtype, dict[str, int]] = {}
     for name, tensor in tensors.items():
-        flat(name, tensor)
+        flattened(name, tensor)
         sizes.setdefault(tensor.dtype, {})[name] = tensor.numel()
     return [Cut(runtime, dtype, members) for dtype, members in sizes.items()]
 
@@ -142,7 +142,7 @@ class Whole:
         """Return my slices, live views, in the order of the tensors. Local."""
         mine = self.ranges()
         return {
-            name: flat(name, tensor)[slice(*mine[name])]
+            name: flattened(name, tensor)[slice(*mine[name])]
             for name, tensor in self.tensors.items()
             if name in mine
         }
@@ -203,7 +203,7 @@ class Whole:
 
     def write(self, name: str, a: int, b: int, values: torch.Tensor) -> None:
         """Set elements [a, b) of a tensor. Local."""
-        flat(name, self.tensors[name])[a:b] = values
+        flattened(name, self.tensors[name])[a:b] = values
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

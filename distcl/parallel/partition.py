@@ -19,7 +19,7 @@ from distcl.parallel.flat_shards import (
     persistent_buffers,
     restoring,
 )
-from distcl.weights import Spec, spec_of
+from distcl.weights import Spec, tensor_spec
 
 Slices = Mapping[str, torch.Tensor]
 """Name -> 1-D tensor: the part of each parameter or buffer that this rank owns."""
@@ -214,8 +214,8 @@ class BasePartition(Partition):
     def specs(self) -> dict[str, Spec]:
         """What each tensor is as a whole."""
         shapes: Mapping[str, torch.Size] = self._shapes if self.sharded else {}
-        whole = {n: spec_of(p, shapes.get(n)) for n, p in self._parameters.items()}
-        return whole | {n: spec_of(b) for n, b in self._buffers.items()}
+        whole = {n: tensor_spec(p, shapes.get(n)) for n, p in self._parameters.items()}
+        return whole | {n: tensor_spec(b) for n, b in self._buffers.items()}
 
     def add_grad_(self, slices: Slices) -> None:
         """Add my slices to mine of the gradients. Local."""

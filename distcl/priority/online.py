@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
-from distcl.priority.scoring import Weights, checked, require_sound
+from distcl.priority.scoring import Weights, require_sound, score_of_each
 from distcl.priority.signal_table import _UNKNOWN, SignalTable
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source
 
@@ -78,7 +78,7 @@ class Ledger:
         with torch.no_grad():
             scores = self._signal.score(Batch(ids, x, y, len(ids)), Outputs(loss, logits), None)
         labels = y if self._classes and _is_label(y) else torch.full_like(loss, _UNKNOWN)
-        self._seen.append(_Seen(ids, checked(self._signal, scores, len(ids)), loss, labels))
+        self._seen.append(_Seen(ids, score_of_each(self._signal, scores, len(ids)), loss, labels))
 
     @property
     def waits(self) -> bool:

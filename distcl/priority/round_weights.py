@@ -283,7 +283,7 @@ def _fill(
         ids, sizes = np.concatenate([ids for ids, _ in wanted]), [len(raw) for raw in scores]
         both = np.concatenate(scores)
         scores.clear()
-        both = shape.weights(both, ids, joined(*(sums for _, sums in wanted)), overwrite=True)
+        both = shape.weights(both, ids, joined_sums(*(sums for _, sums in wanted)), overwrite=True)
         parts = np.split(both, sizes[:1])
     else:
         parts = [shape.weights(scores.pop(0), *of, overwrite=True) for of in wanted]
@@ -299,7 +299,7 @@ def _fill(
             result.history = weights
 
 
-def joined(first: Sums, second: Sums) -> Sums:
+def joined_sums(first: Sums, second: Sums) -> Sums:
     """Return the sums over arrays of the first one's samples, then the second one's."""
     if isinstance(first, Slices) and isinstance(second, Slices):
         return first.joined(second)

@@ -127,7 +127,7 @@ class Scorer:
         if keep and self.signal.needs_anchor and not self.signal.needs_logits:
             partition = self.forward.partition
             owned = partition.owned()
-            self.cache.put(fingerprint(owned, partition, self.forward.runtime), ids, losses)
+            self.cache.put(weights_checksum(owned, partition, self.forward.runtime), ids, losses)
         del losses
         scores = next(columns)
         require_sound(scores, ids, f"the score of signal '{self._name}'", rank_of)
@@ -164,7 +164,7 @@ class Scorer:
     def _row(self, batch: Batch, anchor: Outputs | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores and losses, [B] each, of a chunk under the weights as they are."""
         now = self.forward.outputs(batch)
-        score = checked(self.signal, self.signal.score(batch, now, anchor), len(batch))
+        score = score_of_each(self.signal, self.signal.score(batch, now, anchor), len(batch))
         return score.to(now.loss), now.loss
 
     def _anchor_passes(
@@ -188,7 +188,7 @@ class Scorer:
         Collective.
         """
         run = self.forward.runtime
-        weights = fingerprint(self.anchor.theta_star, self.forward.partition, run)
+        weights = weights_checksum(self.anchor.theta_star, self.forward.partition, run)
         with large_arrays():
             known, losses = self.cache.get(weights, mine)
         if self.signal.needs_logits:  # those are not cached
@@ -234,7 +234,7 @@ def require_sound(
         raise error(f"{what} of sample id {int(ids[at])}{more} is {float(values[at])}{where}")
 
 
-def checked(signal: PrioritySignal, score: Any, number: int) -> torch.Tensor:
+def score_of_each(signal: PrioritySignal, score: Any, number: int) -> torch.Tensor:
     """Return what a signal returned, if it is one score a sample; else raise ConfigError."""
     if not isinstance(score, torch.Tensor) or score.shape != (number,):
         shape = tuple(score.shape) if isinstance(score, torch.Tensor) else type(score).__name__
@@ -294,7 +294,9 @@ def compute_sample_priorities(
 _BLOCK = 1 << 16
 
 
-def fingerprint(slices: Mapping[str, torch.Tensor], partition: Partition, runtime: Runtime) -> int:
+def weights_checksum(
+    slices: Mapping[str, torch.Tensor], partition: Partition, runtime: Runtime
+) -> int:
     """Return a 64-bit checksum of weights, from all ranks' slices of them. Collective.
 
     A sum of the words of all tensors, each under a factor of its tensor's name and its place in it:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from distcl.errors import UsageError
 from distcl.reporting.figures import row_names, untrained
 from distcl.reporting.status import read_json, read_metrics
-from distcl.tracking.tracker import flat
+from distcl.tracking.tracker import flat_values
 from distcl.training.accuracy_matrix import AccuracyMatrix
 
 _IGNORED = ("run/seed", "run/out", "tracking/", "checkpoint/", "run/poll_steps", "run/timeout")
@@ -134,7 +134,11 @@ def variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     read in a plot, by its first run's folder.
     """
     configs = [
-        {key: value for key, value in flat(run.config).items() if not key.startswith(_IGNORED)}
+        {
+            key: value
+            for key, value in flat_values(run.config).items()
+            if not key.startswith(_IGNORED)
+        }
         for run in runs
     ]
     keys = sorted({key for one in configs for key in one})

@@ -79,7 +79,7 @@ class Chooser:
         run = self._scorer.forward.runtime
         starts = [part_of(len(ids), rank, run.world_size)[0] for rank in range(run.world_size)]
         owner = np.searchsorted(starts, kept, side="right") - 1
-        mine = deal(owner, run.world_size) == run.rank
+        mine = deal_kept(owner, run.world_size) == run.rank
         own = torch.from_numpy(kept[mine & (owner == run.rank)] - starts[run.rank])
         x, y = tree_map_only(
             torch.Tensor, lambda t: t[own.to(t.device, non_blocking=True)], (batch.x, batch.y)
@@ -131,7 +131,7 @@ class Chooser:
         self.histogram = np.array(state["histogram"])
 
 
-def deal(owner: Ids, world_size: int) -> Ids:
+def deal_kept(owner: Ids, world_size: int) -> Ids:
     """Return the rank, int64 [n], that takes each of n samples, of which ``owner`` [n] has each.
 
     Ranks take as many as :func:`part_of` says; owners keep theirs, in order, up to that.

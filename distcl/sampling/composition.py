@@ -10,7 +10,7 @@ from math import floor
 import numpy as np
 
 from distcl.config import ContinualLearningConfig, TrainingConfig
-from distcl.priority.round_weights import RoundWeights, joined
+from distcl.priority.round_weights import RoundWeights, joined_sums
 from distcl.priority.weighting import Sums, Weights
 from distcl.sampling.groups import Part
 from distcl.types import Ids, exact, frozen
@@ -126,5 +126,5 @@ def _union(current: Part, stored: Part, stands_for: int) -> Part:
         np.concatenate([current.ids, stored.ids]),
         np.concatenate([current.weights, stored.weights * each]),
         current.draws + stored.draws,
-        joined(current.over, stored.over),
+        joined_sums(current.over, stored.over),
     )

@@ -217,7 +217,10 @@ class AccelerateTracker(ServiceTracker):
         if kind in _ID_OF:
             self.id = str(_ID_OF[kind](self._service.tracker))
         if not run_id:
-            told = {**flat(config_of(out)), "distcl_version": __version__}  # MLflow takes 500
+            told = {
+                **flat_values(config_of(out)),
+                "distcl_version": __version__,
+            }  # MLflow takes 500
             short = {key.replace("/", "."): str(value)[:500] for key, value in told.items()}
             self._service.store_init_configuration(short)
 
@@ -226,7 +229,7 @@ class AccelerateTracker(ServiceTracker):
         self._step = step
         numbers = {
             name: value
-            for name, value in flat(values).items()
+            for name, value in flat_values(values).items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
         self._service.log(numbers, step=step)
@@ -388,12 +391,12 @@ class Histogram:
         return Histogram(self.counts[first:last], self.edges[first : last + 1])
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as one, names joined by '/'."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}/")
+            found |= flat_values(value, f"{prefix}{name}/")
         else:
             found[f"{prefix}{name}"] = value
     return found

@@ -16,7 +16,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from distcl import __version__
 from distcl.config import TrackingConfig
-from distcl.tracking.tracker import Draw, Ending, Histogram, ServiceTracker, config_of, flat
+from distcl.tracking.tracker import Draw, Ending, Histogram, ServiceTracker, config_of, flat_values
 
 _BASE_URL = "https://api.wandb.ai"
 _INIT_SECONDS, _FINISH_SECONDS = 60.0, 60.0
@@ -66,7 +66,7 @@ class WandbTracker(ServiceTracker):
 
     def send(self, values: dict[str, Any], step: int, call: int) -> None:
         """Log one row."""
-        row = {name: _wandb(value) for name, value in flat(values).items()}
+        row = {name: _wandb(value) for name, value in flat_values(values).items()}
         known = {name: value for name, value in row.items() if value is not None}
         self._run.log({**known, "step": step}, step=call)
 
@@ -78,7 +78,9 @@ class WandbTracker(ServiceTracker):
 
     def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
         """Record final numbers, and the accuracy matrix as table and heat map."""
-        plain = {k: v for k, v in flat(summary).items() if isinstance(v, int | float | str | bool)}
+        plain = {
+            k: v for k, v in flat_values(summary).items() if isinstance(v, int | float | str | bool)
+        }
         self._run.summary.update(plain)
         matrix = summary.get("accuracy") or []
         if matrix and matrix[0]:

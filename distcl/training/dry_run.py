@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from distcl import registry
 from distcl.config import Config
-from distcl.distributed.failure import PeerFailure, describe
+from distcl.distributed.failure import PeerFailure, cause_of
 from distcl.distributed.runtime import Runtime
-from distcl.errors import ConfigError, DistclError, named, place
+from distcl.errors import ConfigError, DistclError, line_of_theirs, named
 from distcl.losses import unreduced
 from distcl.parallel.inference import evaluating
-from distcl.priority.scoring import checked
+from distcl.priority.scoring import score_of_each
 from distcl.types import (
     Batch,
     Outputs,
@@ -189,7 +189,7 @@ class DryRun:
         if online and not getattr(signal, "needs_inputs", True):
             batch = Batch(batch.ids, None, batch.y, batch.total)
         with _naming(f"priority.signal = '{self._config.priority.signal}' fails"):
-            checked(signal, signal.score(batch, now, anchor), len(batch))
+            score_of_each(signal, signal.score(batch, now, anchor), len(batch))
 
     def _gradients(self, module: nn.Module, outputs: PyTree, losses: torch.Tensor) -> None:
         """Note which parameters, and which outputs, get no gradient."""
@@ -230,7 +230,7 @@ def together(runtime: Runtime, look: Callable[[], None]) -> Exception | None:
         look()
     except Exception as error:  # whatever a user's part raises
         raised = error
-    own = None if raised is None else describe(raised, runtime.rank)
+    own = None if raised is None else cause_of(raised, runtime.rank)
     causes = [cause for cause in runtime.gather_objects(own) if cause is not None]
     return raised or (PeerFailure(causes[0]) if causes else None)
 
@@ -295,7 +295,7 @@ def _naming(what: str) -> Iterator[None]:
     except DistclError:
         raise
     except Exception as error:
-        if place(error) is not None:
+        if line_of_theirs(error) is not None:
             raise
         raise ConfigError(f"{what}: {named(error)}") from error
 

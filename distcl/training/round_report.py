@@ -17,7 +17,7 @@ from distcl.parallel.inference import ShardedForward
 from distcl.priority.guard import Judgement, doubts
 from distcl.sampling.draw_log import EDGES
 from distcl.sampling.round_loader import RoundLoader
-from distcl.tracking.tracker import Histogram, Tracker, flat
+from distcl.tracking.tracker import Histogram, Tracker, flat_values
 from distcl.training.step_loop import Stage
 from distcl.types import Source
 from distcl.updaters import Updater
@@ -155,7 +155,7 @@ class RoundRecorder:
                 log.warning(f"[report] draws of round {report['round']} are not kept: {error}")
         values = {name: value for name, value in report.items() if name not in _UNTOLD}
         told = {f"priority/{name}/weights": histogram for name, histogram in histograms.items()}
-        self._tracker.log(flat(values) | told, step)
+        self._tracker.log(flat_values(values) | told, step)
 
     def _save(
         self,

@@ -21,7 +21,7 @@ from torch import nn
 from distcl.errors import ConfigError, DivergenceError, UsageError
 from distcl.types import Batch, Ids, Source
 from distcl.updaters.base import Updater, UpdaterSetup
-from distcl.updaters.kronecker import Curvature, Layer, Sums, deal, find_layers
+from distcl.updaters.kronecker import Curvature, FactorSums, Layer, deal_layers, find_layers
 
 log = logging.getLogger("distcl")
 
@@ -48,11 +48,11 @@ class KFACOnline(Updater):
                 "run.precision = 'fp16'; use 'bf16' or 'fp32'"
             )
         self.layers, rest = find_layers(self.runtime.strategy.unwrap(setup.model), "kfac_online")
-        self.owners = deal(self.layers, self.runtime.world_size)
+        self.owners = deal_layers(self.layers, self.runtime.world_size)
         if rest and self.runtime.is_main:
             log.info(f"[kfac_online] without a penalty: {', '.join(rest)}")
         self.sums: dict[str, torch.Tensor] = {}
-        """This round's, of my layers: name -> flat :class:`Sums`."""
+        """This round's, of my layers: name -> flat :class:`FactorSums`."""
         self.curvature: dict[str, Curvature] = {}
         self.committed: dict[str, torch.Tensor] = {}
         """W* [m, n] of my layers."""
@@ -96,7 +96,7 @@ class KFACOnline(Updater):
             flat = torch.zeros(
                 layer.elements + 1, dtype=self.runtime.dtype, device=self.runtime.device
             )
-            sums = Sums.view(layer, flat)
+            sums = FactorSums.view(layer, flat)
             for a, g in self._seen.pop(layer.name, ()):
                 weighted = batch.weights is not None
                 layer.add_moments_(sums, a, self._unscaled(layer, g) if weighted else g)
@@ -234,7 +234,7 @@ class KFACOnline(Updater):
         for i, layer in enumerate(self.layers):
             if layer.name not in self.sums:
                 continue
-            a, g, rows = Sums.view(layer, self.sums.pop(layer.name))
+            a, g, rows = FactorSums.view(layer, self.sums.pop(layer.name))
             used[i] = rows.item()
             if rows > 0:
                 folded = self._folded(layer.name, a / self.samples, g / rows)

@@ -92,7 +92,7 @@ class Layer:
             found[self.weight] = matrix.reshape(self.weight_shape)
         return found
 
-    def add_moments_(self, sums: Sums, a: torch.Tensor, g: torch.Tensor) -> None:
+    def add_moments_(self, sums: FactorSums, a: torch.Tensor, g: torch.Tensor) -> None:
         """Add the statistics of one call, from its input ``a`` and the output's gradient ``g``.
 
         Linear: a [..., inputs], g [..., m]. Conv2d: a [B, C, H, W], g [B, m, H', W'].
@@ -127,7 +127,7 @@ class Layer:
             )
 
 
-class Sums(NamedTuple):
+class FactorSums(NamedTuple):
     """Running sums of a layer: of a aᵀ [n, n], of g gᵀ [m, m], and of positions [1]."""
 
     a: torch.Tensor
@@ -135,7 +135,7 @@ class Sums(NamedTuple):
     rows: torch.Tensor
 
     @classmethod
-    def view(cls, layer: Layer, flat: torch.Tensor) -> Sums:
+    def view(cls, layer: Layer, flat: torch.Tensor) -> FactorSums:
         """Return views of a flat tensor of ``layer.elements + 1`` elements."""
         n, m = layer.inputs, layer.outputs
         a, g, rows = torch.split(flat, [n * n, m * m, 1])
@@ -238,7 +238,7 @@ def _refusal(module: nn.Module) -> str | None:
     return next((why for kind, why in _REFUSED.items() if isinstance(module, kind)), None)
 
 
-def deal(layers: Iterable[Layer], world: int) -> dict[str, int]:
+def deal_layers(layers: Iterable[Layer], world: int) -> dict[str, int]:
     """Return layer name -> rank: the largest first, each to the rank that holds least. Local.
 
     No rank holds more than 1/world of all elements of A and G plus one layer.

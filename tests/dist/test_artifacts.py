@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from distcl.checkpoint.export import describe, evaluate, export, verify_all
+from distcl.checkpoint.export import describe_checkpoint, evaluate, export, verify_all
 from distcl.checkpoint.store import SCHEMA, sealed
 from distcl.errors import CheckpointError
 from tests.small import execute
@@ -26,9 +26,9 @@ def test_a_run_and_its_checkpoints_are_evaluated_and_exported(tmp_path: Path) ->
     assert result["accuracy"] == summary["accuracy"][-1]
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     assert evaluate(newest)["accuracy"] == summary["accuracy"][-1]
-    assert describe(newest)["where"] == "between rounds"
-    assert describe(newest)["rounds"] == 2
-    assert describe(run) == describe(newest)
+    assert describe_checkpoint(newest)["where"] == "between rounds"
+    assert describe_checkpoint(newest)["rounds"] == 2
+    assert describe_checkpoint(run) == describe_checkpoint(newest)
     assert list(verify_all(run)) == [str(p) for p in sorted((run / "checkpoints").glob("step-*"))]
     assert set(verify_all(run).values()) == {3}
 

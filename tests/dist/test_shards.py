@@ -17,7 +17,7 @@ import torch
 from distcl import Anchor, Runtime, compute_sample_priorities, registry
 from distcl.config import DataConfig
 from distcl.config.load import load_config
-from distcl.data.shards.manifest import read_manifest
+from distcl.data.shards.manifest import read_shards
 from distcl.data.shards.inputs import ArraySamples
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.sequential import StreamedSource
@@ -80,7 +80,7 @@ def note(sample: dict[str, Any], log: str) -> dict[str, Any]:
 
 def score(folder: Path, log: Path, access: str) -> tuple[list[int], list[float]]:
     runtime = Runtime()
-    shards_ = read_manifest(folder).split("train")
+    shards_ = read_shards(folder).split("train")
     spec = {"name": f"{__name__}:note", "log": str(log)}
     data = DataConfig(transforms=[spec], access=access)
     torch.manual_seed(0)
@@ -159,5 +159,5 @@ def test_the_commands_that_the_shipped_configs_name_make_their_shards(tmp_path):
     path = f"stream.path={tmp_path / 'cifar'}"
     made = distcl("shard", "cifar10", str(tmp_path / "c"), "--workers", "2", "--set", path)
     assert made.returncode == 0, made.stderr
-    shard = read_manifest(tmp_path / "c").shards[0]
+    shard = read_shards(tmp_path / "c").shards[0]
     assert shard.samples == 40 and shard.bytes < 40 * 5200  # pixels stay bytes

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distcl.data.shards.manifest import read_manifest, write_manifest
+from distcl.data.shards.manifest import read_shards, write_manifest
 from tests.unit.test_shards_source import ROOT, folder_of
 
 _MEASURE = """
@@ -36,13 +36,13 @@ def test_memory_grows_by_at_most_48_bytes_a_sample(tmp_path: Path) -> None:
     one = folder_of(tmp_path / "one", [10_000])
     many = tmp_path / "many"
     many.mkdir()
-    shard = read_manifest(one).shards[0]
+    shard = read_shards(one).shards[0]
     listed = []
     for s in range(400):
         for end in (".tar", ".index.npy"):
             os.link(one / f"s00{end}", many / f"s{s:03d}{end}")
         listed.append(replace(shard, name=f"s{s:03d}.tar", first_id=s * 10_000))
-    write_manifest(many, replace(read_manifest(one), shards=listed))
+    write_manifest(many, replace(read_shards(one), shards=listed))
     found = [
         subprocess.run(
             [sys.executable, "-c", _MEASURE, str(many), str(copies)],

@@ -13,7 +13,7 @@ from distcl.config import RunConfig
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.partition import Partition, create_partition
-from distcl.priority.scoring import fingerprint
+from distcl.priority.scoring import weights_checksum
 from tests.layouts import (
     DEEPSPEED,
     LAYOUTS,
@@ -51,7 +51,7 @@ def _session(
     module, partition = runtime.strategy.unwrap(model), create_partition(runtime, model)
     result: dict[str, Any] = {
         "owned": {n: v.float().cpu().numpy().copy() for n, v in partition.owned().items()},
-        "fingerprint": fingerprint(partition.owned(), partition, runtime),
+        "fingerprint": weights_checksum(partition.owned(), partition, runtime),
     }
     anchor = Anchor(partition)
     for name, value in cut(partition, runtime, tensors(other)).items():
@@ -166,7 +166,7 @@ def assert_taken_back(moments: list[dict[str, np.ndarray]]) -> None:
 def test_the_fingerprint_is_that_of_whole_weights(layout: str, ranks: list[Any]) -> None:
     runtime = Runtime(RunConfig())
     partition = create_partition(runtime, tangled(0))
-    whole = fingerprint(partition.owned(), partition, runtime)
+    whole = weights_checksum(partition.owned(), partition, runtime)
     assert {rank[layout]["swaps"]["fingerprint"] for rank in ranks} == {whole}
 
 

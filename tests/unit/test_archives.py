@@ -27,7 +27,7 @@ from distcl.data.shards.index import (
 )
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.inputs import open_samples
-from distcl.data.shards.manifest import Shard, numbered, read_manifest, write_manifest
+from distcl.data.shards.manifest import Shard, numbered, read_shards, write_manifest
 from distcl.data.shards.open import shards
 from distcl.data.shards.sequential import StreamedSource
 from distcl.data.shards.tar import END, member_bytes
@@ -82,7 +82,7 @@ def forge(folder: Path) -> None:
 
 
 def source(folder: Path, access: str, **data: object) -> ShardSource:
-    manifest = read_manifest(folder)
+    manifest = read_shards(folder)
     config = DataConfig(access=access, **data)
     if access == "stream":
         return StreamedSource(folder, manifest.shards, config, "cls", "", "shards")

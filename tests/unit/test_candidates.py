@@ -20,7 +20,7 @@ from distcl.parallel.partition import create_partition
 from distcl.priority.round_weights import Shape
 from distcl.priority.scoring import Scorer
 from distcl.priority.signals import create_signal
-from distcl.sampling.candidates import Chooser, deal
+from distcl.sampling.candidates import Chooser, deal_kept
 from distcl.types import Batch
 
 
@@ -29,7 +29,7 @@ def test_samples_are_dealt_evenly_and_stay_where_they_are_if_they_can(
     owners: list[int], world: int
 ) -> None:
     owner = np.array(owners, dtype=np.int64)
-    taker = deal(owner, world)
+    taker = deal_kept(owner, world)
     quota = [hi - lo for lo, hi in (part_of(len(owner), r, world) for r in range(world))]
     has = np.bincount(owner, minlength=world)
     assert np.bincount(taker, minlength=world).tolist() == quota

@@ -10,7 +10,7 @@ from PIL import Image
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.shards.index import index_folder, label_of
 from distcl.data.shards.inputs import open_samples
-from distcl.data.shards.manifest import read_manifest
+from distcl.data.shards.manifest import read_shards
 from distcl.data.shards.open import shards
 from distcl.data.shards.writer import append_shards, write_shards
 from distcl.data.sources.arrays import ArraySource
@@ -160,7 +160,7 @@ def test_names_of_classes_go_with_the_shards_into_summary_and_report(tmp_path):
     ]
     write_shards(open_samples(str(tmp_path / "a")), tmp_path / "s", per_shard=9)
     index_folder(tmp_path / "s")
-    assert read_manifest(tmp_path / "s").class_names == ["cat", "dog", "eel"]
+    assert read_shards(tmp_path / "s").class_names == ["cat", "dog", "eel"]
     config = small(
         "stream.source=shards",
         f"stream.path={tmp_path / 's'}",

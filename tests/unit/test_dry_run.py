@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distcl.data.stream import create_stream
-from distcl.distributed.failure import Cause, describe
+from distcl.distributed.failure import Cause, cause_of
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, told
 from distcl.models import create_model
@@ -88,7 +88,7 @@ def test_a_users_exception_is_told_as_theirs(keys, kind, function):
     assert text is not None
     assert text.startswith(f"{kind.__name__}: ")
     assert f"{theirs.__file__}, line " in text and f"in {function})" in text
-    assert describe(caught.value, 0) == Cause(0, 1, text)  # no loss of contact, though it says so
+    assert cause_of(caught.value, 0) == Cause(0, 1, text)  # no loss of contact, though it says so
 
 
 def test_ours_is_not_told_as_theirs():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.fingerprint import changes, check_ids, fingerprint
+from distcl.data.fingerprint import changes, check_ids, data_fingerprint
 from distcl.data.shards.index import index_folder
 from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream, create_stream
@@ -31,12 +31,12 @@ def of(x: Any = X, y: Any = Y, held: int = 100, **keys: Any) -> DriftStream:
 
 
 def told(before: DriftStream, now: DriftStream) -> str:
-    return "; ".join(changes(fingerprint(before), fingerprint(now)))
+    return "; ".join(changes(data_fingerprint(before), data_fingerprint(now)))
 
 
 def test_the_same_data_have_the_same_fingerprint() -> None:
     assert told(of(), of(X.copy())) == ""
-    assert fingerprint(of()) == fingerprint(of())
+    assert data_fingerprint(of()) == data_fingerprint(of())
 
 
 def changed(**some: Any) -> Any:
@@ -89,7 +89,7 @@ def test_few_samples_are_read() -> None:
     stream, read = of(experiences=40), []
     whole = stream.read
     stream.read = lambda ids: read.extend(ids.tolist()) or whole(ids)  # type: ignore[method-assign]
-    fingerprint(stream)
+    data_fingerprint(stream)
     assert len(set(read)) <= 256
     experiences = {ids >> 40 & 0x3FFF for ids in read}
     assert experiences == set(range(40))
@@ -122,16 +122,16 @@ def _remade(folder: Path, sizes: list[int], bad: tuple[int, ...] = ()) -> Path:
 @pytest.mark.parametrize("access", ["indexed", "stream"])
 def test_shards_are_known_by_what_their_list_says(access: str, tmp_path: Path) -> None:
     folder = _remade(tmp_path / "sh", [4, 5, 3])
-    before = fingerprint(_shards(folder, access))
-    assert list(changes(before, fingerprint(_shards(folder, access)))) == []
+    before = data_fingerprint(_shards(folder, access))
+    assert list(changes(before, data_fingerprint(_shards(folder, access)))) == []
     data = bytearray((folder / "s1.tar").read_bytes())
     at = data.index(b"\x93NUMPY", 512)
     data[at + 130] ^= 1  # a value of a sample
     (folder / "s1.tar").write_bytes(data)
     index_folder(folder)
-    told = list(changes(before, fingerprint(_shards(folder, access))))
+    told = list(changes(before, data_fingerprint(_shards(folder, access))))
     assert "training shards ('s1.tar' first)" in told
-    told = list(changes(before, fingerprint(_shards(_remade(folder, [4, 5, 2]), access))))
+    told = list(changes(before, data_fingerprint(_shards(_remade(folder, [4, 5, 2]), access))))
     assert "training samples: 12 -> 11" in told
     assert "training shards ('s2.tar' first)" in told
 
@@ -139,10 +139,10 @@ def test_shards_are_known_by_what_their_list_says(access: str, tmp_path: Path) -
 @pytest.mark.parametrize("access", ["indexed", "stream"])
 def test_a_folder_that_only_got_more_is_the_same(access: str, tmp_path: Path) -> None:
     folder = _remade(tmp_path / "sh", [4, 5])
-    before = fingerprint(_shards(folder, access, live=1))
+    before = data_fingerprint(_shards(folder, access, live=1))
     more = _shards(_remade(folder, [4, 5, 3]), access, live=1)
-    assert list(changes(before, fingerprint(more, before))) == []
-    assert "training samples: 9 -> 12" in changes(before, fingerprint(more))
+    assert list(changes(before, data_fingerprint(more, before))) == []
+    assert "training samples: 9 -> 12" in changes(before, data_fingerprint(more))
     other = _shards(_remade(folder, [4, 6, 3]), access, live=1)
-    told = list(changes(before, fingerprint(other, before)))
+    told = list(changes(before, data_fingerprint(other, before)))
     assert "training shards ('s1.tar' first)" in told

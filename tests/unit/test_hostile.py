@@ -31,7 +31,7 @@ from distcl.config import Config, StreamConfig
 from distcl.config.load import load_config
 from distcl.data.shards.index import index_folder, index_path, verify_folder
 from distcl.data.shards.inputs import ArraySamples
-from distcl.data.shards.manifest import MANIFEST, read_manifest
+from distcl.data.shards.manifest import MANIFEST, read_shards
 from distcl.data.shards.tar import END, member_bytes, read_members, scan
 from distcl.data.shards.writer import write_shards
 from distcl.data.sources.arrays import arrays
@@ -308,7 +308,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(
     manifest["shards"][0]["name"] = name
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(DataError, match="damaged"):
-        read_manifest(folder)
+        read_shards(folder)
 
 
 @pytest.mark.timeout(20)
@@ -396,7 +396,7 @@ def test_deep_nesting_is_damage_not_a_crash(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(f"a = {deep}")
     for work in (
         lambda: verify(folder),
-        lambda: read_manifest(tmp_path),
+        lambda: read_shards(tmp_path),
         lambda: load_config(tmp_path / "c.toml", environ={}),
     ):
         with pytest.raises(DistclError):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distcl.data import ids as ids_module
-from distcl.data.ids import IdRuns, among, blocks, ids_tensor, in_runs, joined, tensor_ids
+from distcl.data.ids import IdRuns, among, blocks, ids_tensor, in_runs, joined_ids, tensor_ids
 from distcl.data.replay_buffer import History
 from distcl.types import pack_ids
 
@@ -78,11 +78,11 @@ def test_what_has_no_runs_stays_an_array():
 
 def test_join():
     more = np.arange(100, 110)
-    both = joined([RUNS, more[:0], more])
+    both = joined_ids([RUNS, more[:0], more])
     assert isinstance(both, IdRuns)
     assert np.asarray(both).tolist() == [*PLAIN, *more]
-    assert joined([more[::2], RUNS]).tolist() == [*more[::2], *PLAIN]
-    assert isinstance(joined([more, more]), np.ndarray)
+    assert joined_ids([more[::2], RUNS]).tolist() == [*more[::2], *PLAIN]
+    assert isinstance(joined_ids([more, more]), np.ndarray)
 
 
 @pytest.mark.parametrize("given", [RUNS, PLAIN, None], ids=["runs", "array", "none"])

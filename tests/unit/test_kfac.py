@@ -25,7 +25,7 @@ from distcl.priority.signals import LossDelta
 from distcl.types import Batch, DataSpec
 from distcl.updaters import UpdaterSetup
 from distcl.updaters.kfac import KFACOnline
-from distcl.updaters.kronecker import Layer, deal
+from distcl.updaters.kronecker import Layer, deal_layers
 from tests.models import awkward
 
 LR, STRENGTH = 0.3, 7.0
@@ -517,8 +517,8 @@ def test_layers_are_dealt_out_evenly_and_each_once(world: int) -> None:
         Layer(str(i), nn.Linear(n, m, bias=False), f"{i}.weight", None)
         for i, (n, m) in enumerate(sizes)
     ]
-    owners = deal(layers, world)
-    assert owners == deal(layers, world)
+    owners = deal_layers(layers, world)
+    assert owners == deal_layers(layers, world)
     assert owners.keys() == {layer.name for layer in layers}
     held = [0] * world
     for layer in layers:

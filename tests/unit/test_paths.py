@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from distcl.config import DataConfig, ModelConfig, StreamConfig
 from distcl.config.load import load_config
 from distcl.data.shards.index import index_folder
-from distcl.data.shards.manifest import Shard, numbered, read_manifest, write_manifest
+from distcl.data.shards.manifest import Shard, numbered, read_shards, write_manifest
 from distcl.data.shards.sequential import open_url
 from distcl.data.stream import create_stream
 from distcl.errors import CheckpointError, ConfigError, DataError, DistclError
@@ -100,7 +100,7 @@ def test_names_of_shards_are_never_read_by_a_shell(tmp_path, monkeypatch):
         tar = archive(folder / name, 3)
         write_manifest(folder, numbered("cls", [Shard(name, "train", 3, 0, "", 0, 2)]))
         test = Shard(name, "test", 3, 0, "", 0, 2)
-        write_manifest(folder, numbered("cls", [*read_manifest(folder).shards, test]))
+        write_manifest(folder, numbered("cls", [*read_shards(folder).shards, test]))
         keys = {"source": "shards", "path": str(folder)}
         assert read(keys, "stream") == 3  # it lies there
         tar.unlink()

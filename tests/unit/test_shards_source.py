@@ -18,7 +18,7 @@ from distcl.data.shards.decode import decode
 from distcl.data.shards.index import index_folder, verify_folder
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.inputs import npy_bytes
-from distcl.data.shards.manifest import read_manifest, write_manifest
+from distcl.data.shards.manifest import read_shards, write_manifest
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.sampling.sampler import DistributedWeightedSampler
@@ -55,7 +55,7 @@ def folder_of(path: Path, shard_sizes: list[int]) -> Path:
 
 
 def source(folder: Path, **data: object) -> ShardSource:
-    manifest = read_manifest(folder)
+    manifest = read_shards(folder)
     return ShardSource(folder, manifest.split("train"), DataConfig(**data))
 
 
@@ -234,7 +234,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def other_samples(folder: Path, samples: int) -> None:
-    manifest = read_manifest(folder)
+    manifest = read_shards(folder)
     shards_ = [replace(s, samples=samples, first_id=0) for s in manifest.shards[:1]]
     write_manifest(folder, replace(manifest, shards=shards_))
 

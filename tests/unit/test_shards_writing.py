@@ -20,7 +20,7 @@ from distcl.cli.app import app
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.shards.index import index_folder, verify_folder
 from distcl.data.shards.inputs import ArraySamples, open_samples
-from distcl.data.shards.manifest import read_manifest
+from distcl.data.shards.manifest import read_shards
 from distcl.data.shards.open import shards
 from distcl.data.shards.writer import write_shards
 from distcl.data.sources.arrays import ArraySource, arrays
@@ -91,7 +91,7 @@ def test_the_manifest_tells_samples_bytes_digests_and_first_ids(tmp_path):
     for shard in manifest.shards:
         data = (tmp_path / "s" / shard.name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.bytes, shard.sha256)
-    assert read_manifest(tmp_path / "s") == manifest
+    assert read_shards(tmp_path / "s") == manifest
     assert sum(n for _, n in told) == 25
 
 

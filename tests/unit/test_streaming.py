@@ -21,7 +21,7 @@ from distcl.data.replay_buffer import History
 from distcl.data.shards.index import index_folder, verify_folder
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.inputs import npy_bytes
-from distcl.data.shards.manifest import numbered, read_manifest, write_manifest
+from distcl.data.shards.manifest import numbered, read_shards, write_manifest
 from distcl.data.shards.open import shards
 from distcl.data.shards.sequential import StreamedSource
 from distcl.data.stream import create_stream
@@ -49,7 +49,7 @@ def folder_of(path: Path, sizes: list[int], bad: tuple[int, ...] = (), **tar: in
 
 
 def streamed(folder: Path, url: str = "", **data: object) -> StreamedSource:
-    manifest = read_manifest(folder)
+    manifest = read_shards(folder)
     config = DataConfig(access="stream", **data)
     return StreamedSource(folder, manifest.split("train"), config, manifest.label, url, "streamed")
 
@@ -58,7 +58,7 @@ def streamed(folder: Path, url: str = "", **data: object) -> StreamedSource:
 def test_streamed_samples_are_those_of_the_index(tmp_path, format_):
     folder = folder_of(tmp_path, [7, 1, 12], format=format_)
     ours = streamed(folder, shuffle_buffer=3)
-    theirs = ShardSource(folder, read_manifest(folder).split("train"), DataConfig())
+    theirs = ShardSource(folder, read_shards(folder).split("train"), DataConfig())
     rng = np.random.default_rng(0)
     for ids in [np.arange(20), *rng.integers(0, 20, (30, 5)), np.arange(0)]:
         a, b = ours.read(ids), theirs.read(ids)
@@ -130,7 +130,7 @@ def test_a_stream_is_not_read_before_it_is_used_unless_experiences_go_by_class(
 
 def test_a_manifest_that_denies_a_label_is_found_out(tmp_path):
     folder = folder_of(tmp_path, [6])
-    manifest = read_manifest(folder)
+    manifest = read_shards(folder)
     most = manifest.shards[0].classes - 1
     assert most == max(streamed(folder).read(np.arange(6)).y)
     shard = replace(manifest.shards[0], classes=most)
@@ -148,7 +148,7 @@ def test_a_manifest_that_denies_a_label_is_found_out(tmp_path):
 def test_a_rank_keeps_48_bytes_a_sample_divided_by_the_ranks(tmp_path, world):
     """Ids, weights and draws of four million samples, of which one is read."""
     folder = folder_of(tmp_path, [10])
-    (shard,) = read_manifest(folder).shards
+    (shard,) = read_shards(folder).shards
     (folder / "s0.index.npy").unlink()
     each, n = 62_500, 4_000_000
     shards_ = [replace(shard, samples=each, name=f"s{k}.tar") for k in range(n // each)]

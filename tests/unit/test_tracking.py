@@ -9,7 +9,7 @@ from distcl.config import TrackingConfig
 from distcl.config.load import load_config
 from distcl.errors import ConfigError, UsageError
 from distcl.tracking import create_tracker
-from distcl.tracking.tracker import Histogram, JsonlTracker, Trackers, flat
+from distcl.tracking.tracker import Histogram, JsonlTracker, Trackers, flat_values
 
 
 def strict(text):
@@ -131,7 +131,7 @@ def test_a_histogram_is_written_without_empty_bins_at_its_ends(tmp_path):
 
 
 def test_nested_values_become_flat_names():
-    assert flat({"a": {"b": {"c": 1}}, "d": [2]}) == {"a/b/c": 1, "d": [2]}
+    assert flat_values({"a": {"b": {"c": 1}}, "d": [2]}) == {"a/b/c": 1, "d": [2]}
 
 
 @pytest.mark.parametrize("kind", ["[]", '["none", "jsonl"]', '["wandb", "wandb"]', '"csv"'])

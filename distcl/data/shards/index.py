@@ -35,7 +35,7 @@ from distcl.data.shards.manifest import (
     Shard,
     known_names,
     numbered,
-    read_manifest,
+    read_shards,
     write_manifest,
 )
 from distcl.data.shards.tar import BLOCK, key_of, open_archive, read_members, scan
@@ -316,7 +316,7 @@ def verify_folder(
     must be listed. An archive that is sound is believed from then on, whatever its time.
     ``tell(shard, samples)`` is called after each shard.
     """
-    manifest = read_manifest(folder)
+    manifest = read_shards(folder)
     tars, problems = archives(folder)
     listed = {shard.name for shard in manifest.shards}
     problems += [f"'{t.name}' is not in {MANIFEST}; {_HOW}" for t in tars if t.name not in listed]
@@ -355,7 +355,7 @@ def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
                 members = read_members(extent)[1].items()
                 arrays_of({ext: decode(ext, data) for ext, data in members} | {"cls": 0})
             except DataError as error:
-                problems.append(f"{place(shard, extent, row)}: {error}")
+                problems.append(f"{place_ids(shard, extent, row)}: {error}")
     if problems:
         return problems
     row = -1
@@ -379,6 +379,6 @@ def marked(extent: bytes) -> str:
     return "it has no label, or is marked as bad"
 
 
-def place(shard: Shard, extent: bytes, row: int) -> str:
+def place_ids(shard: Shard, extent: bytes, row: int) -> str:
     """Say where a sample is, for messages."""
     return f"shard '{shard.name}', sample '{key_of(extent)}', id {shard.first_id + row}"

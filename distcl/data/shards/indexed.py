@@ -26,9 +26,9 @@ from distcl.data.shards.index import (
     labels_in,
     marked,
     open_index,
-    place,
+    place_ids,
 )
-from distcl.data.shards.manifest import MANIFEST, Shard, read_manifest
+from distcl.data.shards.manifest import MANIFEST, Shard, read_shards
 from distcl.data.shards.tar import read_members
 from distcl.data.sources.arrays import stratified
 from distcl.data.sources.npy import Array
@@ -110,7 +110,7 @@ class ShardSource:
         for row in sorted({*bad, *changed}):
             extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
             fault = CHANGED if row in changed else marked(extent)
-            fault = f"{place(shard, extent, row)}: {fault}"
+            fault = f"{place_ids(shard, extent, row)}: {fault}"
             if self._data.on_bad_sample == "error":
                 raise DataError(fault)
             self.problems.append(fault)
@@ -166,7 +166,7 @@ class ShardSource:
     def arrived(self) -> int:
         """Return how many samples ``shards.json`` has by now that this source has not. Local."""
         split = self.shards[0].split
-        return sum(s.samples for s in read_manifest(self._folder).split(split)) - self._total
+        return sum(s.samples for s in read_shards(self._folder).split(split)) - self._total
 
     def grow(self, more: int) -> int:
         """Take in whole shards that have arrived, ``more`` samples of them; return len before.
@@ -175,12 +175,12 @@ class ShardSource:
         where it was, or (when it lies on another machine's disk) does not show them in a minute.
         """
         before, total, known = len(self), self._total + more, len(self.shards)
-        found = read_manifest(self._folder).split(self.shards[0].split)
+        found = read_shards(self._folder).split(self.shards[0].split)
         for _ in range(60):
             if sum(s.samples for s in found) >= total:
                 break
             time.sleep(1)
-            found = read_manifest(self._folder).split(self.shards[0].split)
+            found = read_shards(self._folder).split(self.shards[0].split)
         while sum(s.samples for s in found) > total:  # what came after others looked
             found.pop()
         if found[:known] != self.shards or sum(s.samples for s in found) != total:
@@ -243,7 +243,7 @@ class ShardSource:
     def _sample(self, id_: int, *place: int) -> tuple[int, Sample]:
         """Return (id, decoded sample): of another id where the one asked is bad and may be."""
         try:
-            return id_, self._decoded(id_, *place)
+            return id_, self._decoded(id_, *place_ids)
         except DataError:
             if self._data.on_bad_sample == "error":
                 raise
@@ -266,7 +266,7 @@ class ShardSource:
                 raise DataError(marked(extent))
             return self._decode(key, id_, word >> 32, members)
         except DataError as error:
-            raise DataError(f"{place(self.shards[number], extent, row)}: {error}") from error
+            raise DataError(f"{place_ids(self.shards[number], extent, row)}: {error}") from error
 
     def _extent(self, id_: int, number: int, begin: int, end: int) -> bytes:
         name = self.shards[number].name

@@ -66,7 +66,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_atomically(folder / MANIFEST, json.dumps(found, indent=1) + "\n", sync=True)
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_shards(folder: Path) -> Manifest:
     """Return the manifest of a folder. Raises DataError naming the file, and what is wrong."""
     path = folder / MANIFEST
     try:
@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
 def known_names(folder: Path) -> list[str]:
     """Return the names of the classes that a folder's manifest has, if it has one. Local."""
     try:
-        return read_manifest(folder).class_names
+        return read_shards(folder).class_names
     except DataError:
         return []
 

@@ -10,7 +10,7 @@ from distcl.config.paths import reachable
 from distcl.data.shards.experiences import assign_groups
 from distcl.data.shards.index import index_path
 from distcl.data.shards.indexed import ShardSource
-from distcl.data.shards.manifest import MANIFEST, Manifest, read_manifest
+from distcl.data.shards.manifest import MANIFEST, Manifest, read_shards
 from distcl.data.shards.sequential import StreamedSource
 from distcl.errors import ConfigError, DataError
 
@@ -44,7 +44,7 @@ def shards(
     if not config.path:
         raise ConfigError("stream.source = 'shards' needs stream.path, a folder of shards")
     folder = reachable(config.path)
-    manifest = read_manifest(folder)
+    manifest = read_shards(folder)
     if not manifest.split("train"):
         raise DataError(f"'{folder / MANIFEST}' lists no shards for training")
     access = choose_access(folder, manifest, data, url)

@@ -23,7 +23,7 @@ from distcl.data.shards.index import (
     index_path,
     label_of,
     open_index,
-    place,
+    place_ids,
 )
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.manifest import MANIFEST, Shard
@@ -32,7 +32,7 @@ from distcl.data.shards.tar import (
     NO_END,
     Extent,
     Member,
-    Samples,
+    TarStream,
     UnusualHeaderError,
     check_end,
     cut_short,
@@ -90,7 +90,7 @@ class StreamedSource(ShardSource):
         index = open_index(tar, shard.samples, shard.bytes)
         for row in changed_rows(tar, index, self._share):
             extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
-            raise DataError(f"{place(shard, extent, row)}: {CHANGED}")
+            raise DataError(f"{place_ids(shard, extent, row)}: {CHANGED}")
 
     @property
     def labels(self) -> Any:
@@ -253,7 +253,7 @@ def stream_samples(open_: Callable[[], IO[bytes]], name: str) -> Generator[Exten
     It may be compressed by gzip, bzip2 or xz. Raises DataError naming the shard if it is truncated,
     fails midway or goes on after its end mark.
     """
-    yield from Samples(f"shard '{name}'")(_members(open_))
+    yield from TarStream(f"shard '{name}'")(_members(open_))
 
 
 def _members(open_: Callable[[], IO[bytes]]) -> Iterator[Member]:

@@ -260,7 +260,7 @@ def check_end(file: IO[bytes], at: int) -> None:
         at += len(block)
 
 
-class Samples:
+class TarStream:
     """Groups the members of one archive into samples, and says what is wrong with each.
 
     Keys are remembered by 64-bit hashes, so that one that comes again, however late, is found.
@@ -335,7 +335,7 @@ def scan(path: Path, data: bool = True, others: list[str] | None = None) -> Iter
     goes on after its end mark, or has no samples; all but the last sample before that place have
     been yielded by then.
     """
-    samples = Samples(f"shard '{path.name}'")
+    samples = TarStream(f"shard '{path.name}'")
     with open_archive(path) as file:
         yield from samples(walk(file, data=data))
     if others is not None:

@@ -28,7 +28,7 @@ from distcl.data.shards.manifest import (
     Manifest,
     Shard,
     numbered,
-    read_manifest,
+    read_shards,
     write_manifest,
 )
 from distcl.data.shards.tar import END, member_bytes
@@ -153,7 +153,7 @@ def append_shards(
     Arguments and errors as of :func:`write_shards`. After a kill the shards listed in
     ``shards.json`` are whole, and what was not listed is written over by the next addition.
     """
-    manifest = read_manifest(folder)
+    manifest = read_shards(folder)
     if manifest.label != samples.label:
         raise DataError(f"'{folder}' has labels in '{manifest.label}', not '{samples.label}'")
     old, new = manifest.class_names, list(getattr(samples, "class_names", ()))

@@ -12,7 +12,7 @@ from benchmarks.micro.rows import Row, compared, times_faster
 from benchmarks.micro.setting import config_of, stream_of, trainer_of
 from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
-from distcl.priority.scoring import weights_checksum
+from distcl.priority.loss_cache import weights_checksum
 from distcl.types import Ids
 
 CHUNK = 512

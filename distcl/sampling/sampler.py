@@ -52,17 +52,15 @@ class DistributedWeightedSampler(Sampler[list[int]]):
     cannot take one, use ``drop_last``.)
 
     An epoch is drawn at once, or, with ``window`` = R, R steps at a time, each window when its
-    first step is asked for: then weights may change on the way, from a window on that is not drawn
-    yet, at the cost of the draws of R steps however large an epoch is. In windows every batch has
-    ``batch_size`` samples, of each group the same number, in proportion to the groups' draws (at
-    least one), mixed evenly; groups without weights go through one permutation after another.
+    first step is asked for: then weights may change on the way, at the cost of the draws of R
+    steps. In windows every batch has ``batch_size`` samples, of each group the same number, in
+    proportion to the groups' draws (at least one), mixed evenly; groups without weights go through
+    one permutation after another.
 
-    As with torch's DistributedSampler, call ``set_epoch`` before each epoch.
-
-    Accelerate must not shard it a second time: on several processes ``accelerator.prepare`` of
-    its DataLoader raises UsageError (at world_size > 1), so leave the loader out of ``prepare``
-    and move batches with ``.to(accelerator.device)``. On one process ``prepare`` keeps the
-    batches as they are, but its loader sets the epoch by a count of its own: when resuming, set
+    As with torch's DistributedSampler, call ``set_epoch`` before each epoch. Accelerate must not
+    shard it again: ``accelerator.prepare`` of its DataLoader raises UsageError at world_size > 1;
+    leave the loader out and move batches with ``.to(accelerator.device)``. On one process the
+    batches stay, but its loader counts epochs itself: when resuming, set
     ``loader.iteration = sampler.epoch``.
 
     Args:
@@ -72,8 +70,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         rank: this process, below ``world_size``.
         world_size: number of processes.
         seed: from 0 to 2**64 - 1.
-        draw: ``multinomial``, ``systematic`` or ``without_replacement``, see draws.py; the latter
-            two over each window by itself.
+        draw: ``multinomial``, ``systematic`` or ``without_replacement``, see draws.py.
         round_index: see ``set_round``.
         drop_last: leave out a smaller last batch.
         stream: keeps apart samplers that share a seed, such as current and history data.
@@ -125,13 +122,10 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         self._restart()
 
     def _restart(self, step: int = 0) -> None:
-        """Forget the plan; the next iterator begins at ``step``."""
         self._begin = self._handed_out = step
         self._next = step // self.window if self.window else 0  # the first window not drawn
         self._drawn: dict[int, tuple[weighting.Positions, list[Part]]] = {}
         self._plan = object()  # a new plan, to iterators of an old one
-
-    # ------------------------------------------------------------ what is drawn
 
     def set_weights(
         self, ids: ArrayLike | int, weights: ArrayLike | None = None, *, from_step: int = 0
@@ -270,7 +264,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         return self._read(step, *self._span(step))
 
     def parts(self, step: int) -> list[tuple[int, Ids]]:
-        """Return a global batch as (0, its ids), as LaneSampler does lane by lane."""
+        """Return a global batch as (0, its ids), see LaneSampler."""
         return [(0, self.global_batch(step))]
 
     def groups(self, step: int) -> list[Part]:
@@ -280,8 +274,7 @@ class DistributedWeightedSampler(Sampler[list[int]]):
     def plan_digest(self, steps: int | None = None) -> str:
         """Return the SHA-256, in hex, of the ids of the first ``steps`` global batches (or all).
 
-        Digested as little-endian int64, so it is equal on every rank and at every world size. In
-        windows, by the weights that are known now.
+        As little-endian int64; equal on every rank. In windows, by the weights known now.
         """
         digest = hashlib.sha256()
         steps = len(self) if steps is None else steps
@@ -360,8 +353,6 @@ class DistributedWeightedSampler(Sampler[list[int]]):
         window = self.epoch * -(-steps // self.window) + index
         rng = draws.generator(self.seed, self.stream, self.round_index, window, 2 * g)
         return DRAWS[self.draw](group.weights, number, rng)
-
-    # ------------------------------------------------------------ state
 
     def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
         """Return all that a resume needs: ints, strings and tensors (ids and weights included).

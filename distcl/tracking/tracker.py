@@ -395,8 +395,6 @@ def flat_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dicts as one, names joined by '/'."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
-            found |= flat_values(value, f"{prefix}{name}/")
-        else:
-            found[f"{prefix}{name}"] = value
+        inner = isinstance(value, dict)
+        found |= flat_values(value, f"{prefix}{name}/") if inner else {f"{prefix}{name}": value}
     return found

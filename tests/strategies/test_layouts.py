@@ -13,7 +13,7 @@ from distcl.config import RunConfig
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.partition import Partition, create_partition
-from distcl.priority.scoring import weights_checksum
+from distcl.priority.loss_cache import weights_checksum
 from tests.layouts import (
     DEEPSPEED,
     LAYOUTS,

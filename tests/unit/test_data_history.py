@@ -7,7 +7,7 @@ from scipy.stats import chi2, chisquare
 
 from distcl.data.replay_buffer import CopyingStream, History
 from distcl.errors import DataError
-from distcl.priority.scoring import LossCache
+from distcl.priority.loss_cache import LossCache
 from distcl.types import Batch, DataSpec, Experience, frozen, pack_ids, unpack_ids
 
 

@@ -355,7 +355,7 @@ def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
                 members = read_members(extent)[1].items()
                 arrays_of({ext: decode(ext, data) for ext, data in members} | {"cls": 0})
             except DataError as error:
-                problems.append(f"{place_ids(shard, extent, row)}: {error}")
+                problems.append(f"{sample_place(shard, extent, row)}: {error}")
     if problems:
         return problems
     row = -1
@@ -379,6 +379,6 @@ def marked(extent: bytes) -> str:
     return "it has no label, or is marked as bad"
 
 
-def place_ids(shard: Shard, extent: bytes, row: int) -> str:
+def sample_place(shard: Shard, extent: bytes, row: int) -> str:
     """Say where a sample is, for messages."""
     return f"shard '{shard.name}', sample '{key_of(extent)}', id {shard.first_id + row}"

@@ -26,7 +26,7 @@ from distcl.data.shards.index import (
     labels_in,
     marked,
     open_index,
-    place_ids,
+    sample_place,
 )
 from distcl.data.shards.manifest import MANIFEST, Shard, read_shards
 from distcl.data.shards.tar import read_members
@@ -110,7 +110,7 @@ class ShardSource:
         for row in sorted({*bad, *changed}):
             extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
             fault = CHANGED if row in changed else marked(extent)
-            fault = f"{place_ids(shard, extent, row)}: {fault}"
+            fault = f"{sample_place(shard, extent, row)}: {fault}"
             if self._data.on_bad_sample == "error":
                 raise DataError(fault)
             self.problems.append(fault)
@@ -243,7 +243,7 @@ class ShardSource:
     def _sample(self, id_: int, *place: int) -> tuple[int, Sample]:
         """Return (id, decoded sample): of another id where the one asked is bad and may be."""
         try:
-            return id_, self._decoded(id_, *place_ids)
+            return id_, self._decoded(id_, *place)
         except DataError:
             if self._data.on_bad_sample == "error":
                 raise
@@ -266,7 +266,7 @@ class ShardSource:
                 raise DataError(marked(extent))
             return self._decode(key, id_, word >> 32, members)
         except DataError as error:
-            raise DataError(f"{place_ids(self.shards[number], extent, row)}: {error}") from error
+            raise DataError(f"{sample_place(self.shards[number], extent, row)}: {error}") from error
 
     def _extent(self, id_: int, number: int, begin: int, end: int) -> bytes:
         name = self.shards[number].name

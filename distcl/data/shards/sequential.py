@@ -23,7 +23,7 @@ from distcl.data.shards.index import (
     index_path,
     label_of,
     open_index,
-    place_ids,
+    sample_place,
 )
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.manifest import MANIFEST, Shard
@@ -90,7 +90,7 @@ class StreamedSource(ShardSource):
         index = open_index(tar, shard.samples, shard.bytes)
         for row in changed_rows(tar, index, self._share):
             extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
-            raise DataError(f"{place_ids(shard, extent, row)}: {CHANGED}")
+            raise DataError(f"{sample_place(shard, extent, row)}: {CHANGED}")
 
     @property
     def labels(self) -> Any:

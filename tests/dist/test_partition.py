@@ -13,7 +13,7 @@ from distcl.config import RunConfig
 from distcl.errors import UsageError
 from distcl.parallel import ddp
 from distcl.parallel.partition import create_partition
-from distcl.parallel.ddp import flat
+from distcl.parallel.flat_shards import flattened
 from distcl.distributed.runtime import Runtime
 from tests.models import awkward
 from tests.spawn import run_ranks
@@ -56,8 +56,8 @@ def _swap(bucket: int, fail_on: tuple[int, ...]) -> dict[str, Any]:
     mine = partition.owned()
     dense = _tensors(module)
     for name in mine:  # theta_star := the other weights, cut as this rank owns them
-        start = mine[name].storage_offset() - flat(name, dense[name]).storage_offset()
-        anchor.theta_star[name].copy_(flat(name, other[name])[start : start + len(mine[name])])
+        start = mine[name].storage_offset() - flattened(name, dense[name]).storage_offset()
+        anchor.theta_star[name].copy_(flattened(name, other[name])[start : start + len(mine[name])])
     stored = {name: value.clone() for name, value in anchor.theta_star.items()}
     before = {name: value.detach().clone() for name, value in dense.items()}
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
@@ -146,9 +146,9 @@ def test_buffers_are_averaged_and_sums_are_cut_into_owned_slices() -> None:
 
 def test_channels_last_weights_are_cut_in_memory_order_and_views_are_refused() -> None:
     weight = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
-    view = flat("w", weight)
+    view = flattened("w", weight)
     view.mul_(2)
     assert view.shape == (300,)
     assert torch.equal(view.sort().values, weight.reshape(-1).sort().values)
     with pytest.raises(UsageError, match="'w' is an expanded or sliced view"):
-        flat("w", torch.randn(4, 1).expand(4, 3))
+        flattened("w", torch.randn(4, 1).expand(4, 3))

@@ -28,7 +28,12 @@ BASE = (
 WAYS = {
     "score": ("priority.source=score", "priority.signal=loss", "priority.correction=0.7"),
     "online": ("priority.source=online", "priority.signal=entropy", "priority.correction=0.7"),
-    "stream": ("priority.source=score", "priority.signal=loss", "data.access=stream", "data.lanes=5"),
+    "stream": (
+        "priority.source=score",
+        "priority.signal=loss",
+        "data.access=stream",
+        "data.lanes=5",
+    ),
     "candidates": ("priority.source=candidates", "priority.signal=loss", "priority.target=union"),
 }
 

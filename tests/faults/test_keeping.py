@@ -88,13 +88,13 @@ def _pretraining(out: Path) -> int:
 def test_training_goes_on_while_a_slow_disk_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync = checkpoint._sync
+    sync = checkpoint.sync_to_disk
 
     def slow(path: Path) -> None:
         time.sleep(0.7)
         sync(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", slow)
+    monkeypatch.setattr(checkpoint, "sync_to_disk", slow)
     store = CheckpointStore(Runtime(), tmp_path, 2, print)
     weight = torch.zeros(1 << 20)
     begun = time.perf_counter()
@@ -113,7 +113,7 @@ def test_training_goes_on_while_a_slow_disk_writes(
 def test_a_run_takes_steps_while_its_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, partial = checkpoint._sync, []
+    sync, partial = checkpoint.sync_to_disk, []
 
     def slow(path: Path) -> None:
         time.sleep(0.02)
@@ -123,7 +123,7 @@ def test_a_run_takes_steps_while_its_checkpoint_is_written(
         def step(self, done: int, value: float, samples_per_second: float) -> None:
             partial.append(bool(list((tmp_path / "checkpoints").glob(".partial-*"))))
 
-    monkeypatch.setattr(checkpoint, "_sync", slow)
+    monkeypatch.setattr(checkpoint, "sync_to_disk", slow)
     keys = ("checkpoint.every_steps=4", "checkpoint.keep=99", "run.poll_steps=1")
     job.execute("train", small(*QUICK, *keys), tmp_path, Looks())
     assert sum(partial) >= 5

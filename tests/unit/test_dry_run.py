@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,11 @@ def config(model: str, *keys: str) -> Any:
     return small(f"model.name=tests.theirs:{model}", "model.options={}", *keys)
 
 
-def built(model: str, *keys: str, out: Path = Path("unused")) -> Parts:
+OUT = Path(mkdtemp())
+"""Nothing is to stay of what these parts write."""
+
+
+def built(model: str, *keys: str, out: Path = OUT) -> Parts:
     settings = config(model, *keys, "tracking.kind=none")
     return assemble(settings, Runtime(), create_stream(settings.stream, 0), out)
 
@@ -183,7 +188,7 @@ def test_a_reduced_or_broadcast_criterion_is_refused_in_a_loop_of_ones_own():
 def test_a_last_batch_of_one_sample_is_foreseen_with_batchnorm():
     settings = config("Norm", "tracking.kind=none")  # 301 samples in batches of 50
     stream = create_stream(settings.stream, 0)
-    trainer = ContinuousTrainer(assemble(settings, Runtime(), stream, Path("unused")), settings)
+    trainer = ContinuousTrainer(assemble(settings, Runtime(), stream, OUT), settings)
     with pytest.raises(ConfigError) as caught:
         trainer.pretrain(stream.experiences[0])
     text = str(caught.value)
@@ -195,7 +200,7 @@ def test_a_last_batch_of_one_sample_is_foreseen_with_batchnorm():
 def test_it_is_foreseen_for_all_rounds_before_the_first():
     settings = config("Norm", "tracking.kind=none", "continual_learning.mix_historic_data=true")
     stream = create_stream(settings.stream, 0)
-    updater = assemble(settings, Runtime(), stream, Path("unused")).updater
+    updater = assemble(settings, Runtime(), stream, OUT).updater
     sizes = [[300, 320, 340], [300, 320, 481], [300, 351, 300]]  # with the history before them
     found = []
     for lengths in sizes:
@@ -227,7 +232,7 @@ def test_the_sizes_of_training_forwards_are_foreseen(mode):
         "tracking.kind=none",
     )
     stream = create_stream(settings.stream, 0)
-    trainer = ContinuousTrainer(assemble(settings, Runtime(), stream, Path("unused")), settings)
+    trainer = ContinuousTrainer(assemble(settings, Runtime(), stream, OUT), settings)
     seen: list[int] = []
 
     def note(module: Any, args: Any) -> None:

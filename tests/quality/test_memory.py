@@ -18,11 +18,11 @@ _MEASURE = """
 import resource, sys
 import numpy as np
 from distcl.config import DataConfig
-from distcl.data.shards.manifest import read_manifest
+from distcl.data.shards.manifest import read_shards
 from distcl.data.shards.indexed import ShardSource
 from pathlib import Path
 folder, copies = Path(sys.argv[1]), int(sys.argv[2])
-shards = read_manifest(folder).split("train")[:copies]
+shards = read_shards(folder).split("train")[:copies]
 source = ShardSource(folder, shards, DataConfig())
 labels = source.labels
 rng = np.random.default_rng(0)

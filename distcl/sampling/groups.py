@@ -94,7 +94,10 @@ def unpacked(state: dict[str, Any]) -> Part:
 def ids_at(positions: weighting.Positions, parts: Sequence[Part]) -> Ids:
     """Return the ids at positions, which count through the parts one after another."""
     if len(parts) == 1:
-        return np.asarray(parts[0].ids[positions])
+        ids = parts[0].ids
+        if isinstance(ids, IdRuns) and len(ids.begins) == 1:  # of range(n), the usual one
+            return positions.astype(np.int64) + ids.begins[0]
+        return np.asarray(ids[positions])
     found, first = positions.astype(np.int64), 0
     for part in parts:
         size = len(part.ids)

@@ -88,7 +88,7 @@ def test_the_fisher_of_a_perceptron_needs_no_gradients_of_samples() -> None:
 
 @pytest.mark.parametrize(("draw", "times"), [("systematic", 4), ("multinomial", 2)])
 def test_drawing_an_epoch_is_faster_than_torch(draw: str, times: float) -> None:
-    n = 1_000_000
+    n = 4_000_000
     weights = np.random.default_rng(0).gamma(1.0, size=n)
     sampler = DistributedWeightedSampler(256, draw=draw)
 

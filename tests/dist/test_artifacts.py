@@ -16,7 +16,7 @@ from distcl.checkpoint.store import SCHEMA, sealed
 from distcl.errors import CheckpointError
 from tests.small import execute
 from tests.spawn import distcl
-from tests.unit.test_streaming import folder_of
+from tests.unit.data.test_shards_sequential import folder_of
 
 
 def test_a_run_and_its_checkpoints_are_evaluated_and_exported(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distcl.data.shards.manifest import read_shards, write_manifest
-from tests.unit.test_shards_source import ROOT, folder_of
+from tests.unit.data.test_shards_indexed import ROOT, folder_of
 
 _MEASURE = """
 import resource, sys

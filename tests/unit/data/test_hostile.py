@@ -39,7 +39,7 @@ from distcl.data.sources.npy import open_npy, parse_npy
 from distcl.data.sources.vision import open_idx
 from distcl.data.stream import create_stream
 from distcl.errors import DataError, DistclError
-from tests.unit.test_data_files import idx_bytes
+from tests.unit.data.test_vision import idx_bytes
 
 fuzz = settings(
     max_examples=120,

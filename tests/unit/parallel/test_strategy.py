@@ -20,7 +20,7 @@ from distcl.parallel.fsdp2 import units
 from distcl.parallel.strategy import refuse_batchnorm
 from distcl.types import DataSpec
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def _config(

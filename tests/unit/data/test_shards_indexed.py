@@ -23,7 +23,7 @@ from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.sampling.sampler import DistributedWeightedSampler
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def value(row: int) -> np.ndarray:

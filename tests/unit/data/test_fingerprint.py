@@ -17,7 +17,7 @@ from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import DataError
 from distcl.types import Batch, Ids, pack_ids
-from tests.unit.test_streaming import folder_of
+from tests.unit.data.test_shards_sequential import folder_of
 
 RNG = np.random.default_rng(0)
 X = RNG.random((600, 1, 6, 6), dtype=np.float32)

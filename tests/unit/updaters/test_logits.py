@@ -69,9 +69,9 @@ def pair_loss(outputs, y):
 def test_a_model_of_several_outputs_is_refused_by_name(mode, tmp_path: Path):
     config = small(
         f"continual_learning.update_mode={mode}",
-        "model.name=tests.unit.test_updater_logits:pair",
+        "model.name=tests.unit.updaters.test_logits:pair",
         "model.options={}",
-        "model.loss=tests.unit.test_updater_logits:pair_loss",
+        "model.loss=tests.unit.updaters.test_logits:pair_loss",
     )
     stream = create_stream(config.stream, 0)
     parts = assemble(config, Runtime(), stream, tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from distcl.cli.launch import Submission, scripts_folder, submit
 from distcl.errors import UsageError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
 MARKS = ("# == the same in every script of this folder: begin ==", "end ==\n")
 

@@ -12,7 +12,7 @@ from distcl.config.load import SECTIONS, allowed, load_with_origins, to_toml
 from distcl.config.reference import reference, template
 from distcl.errors import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def load(path=None, *overrides, **environ):

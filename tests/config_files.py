@@ -1,0 +1,89 @@
+"""What makes each file of configs/ a small job: fewer samples, and data files of its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distcl.config.load import load_config
+from distcl.data.shards.inputs import ArraySamples
+from distcl.data.shards.writer import write_shards
+from tests.unit.data.test_vision import write_cifar, write_mnist
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+SMALLER = (
+    "training.epochs=1",
+    "training.pretrain_epochs=1",
+    "training.batch_size=32",
+    "stream.samples_per_experience=100",
+    "monitor.collect=20",
+)
+
+
+def _mnist(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (400, 28, 28), dtype=np.uint8)
+    write_mnist(folder, images, (np.arange(400) % 10).astype(np.uint8), at=300)
+    return folder
+
+
+def _cifar10(folder: Path) -> Path:
+    write_cifar(folder, 10, {"data_batch_1.bin": 500, "test_batch.bin": 50})
+    return folder
+
+
+def _shards(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (500, 3, 32, 32), dtype=np.uint8)
+    npz = folder / "whole.npz"
+    np.savez(npz, x=x[:400], y=np.arange(400) % 10, x_test=x[400:], y_test=np.arange(100) % 10)
+    write_shards(ArraySamples(npz), folder / "shards", per_shard=100)
+    return folder / "shards"
+
+
+def _arrays(folder: Path) -> Path:
+    x = np.random.default_rng(0).random((800, 5), dtype=np.float32)
+    np.savez(folder / "train.npz", x=x, y=np.arange(800) % 3)
+    return folder / "train.npz"
+
+
+def _hf(folder: Path) -> Path:
+    datasets = pytest.importorskip("datasets", reason="the extra 'data' is not installed")
+    images = np.random.default_rng(0).integers(0, 256, (500, 8, 8), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    columns = {"image": list(images), "label": (np.arange(500) % 10).tolist()}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder / "hf"))
+    return folder / "hf"
+
+
+FILES: dict[str, Callable[[Path], Path]] = {
+    "mnist": _mnist,
+    "cifar10": _cifar10,
+    "shards": _shards,
+    "arrays": _arrays,
+    "hf": _hf,
+}
+"""Writes small files of the right format into a folder and returns stream.path."""
+
+SMALL_NET = ["model.options.width=4", "stream.samples_per_experience=40"]
+LESS = {"cifar10-binary": SMALL_NET, "cifar10": SMALL_NET}
+"""What else makes a config small."""
+
+
+def small_sets(path: Path, folder: Path) -> list[str]:
+    """``--set`` values that make a config small; data files go into ``folder``."""
+    config = load_config(path)
+    sets = [*SMALLER, *LESS.get(path.stem, [])]
+    if config.stream.path:
+        make = FILES.get(config.stream.source)
+        assert make is not None, f"say in FILES how to make files for '{config.stream.source}'"
+        sets.append(f"stream.path={make(folder)}")
+    return sets
+
+
+def command_of(path: Path) -> str:
+    return "run" if f"distcl run configs/{path.name}" in path.read_text() else "train"

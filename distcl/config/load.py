@@ -36,6 +36,24 @@ SECTIONS: dict[str, type[Section]] = {
 }
 """The model of each section by name, in the order of the file."""
 
+_STEP = "is now continual_learning.penalty_step"
+_NPY = "is gone: stream.path may be a folder of x.npy, y.npy, and perhaps x_test.npy, y_test.npy"
+GONE = {
+    "continual_learning.ewc_step": _STEP,
+    "continual_learning.kfac_step": _STEP,
+    "continual_learning.si_step": _STEP,
+    "monitor.reset_detector": "is gone: a round always resets the detector",
+    "stream.transition": "is gone: a drift is gradual where stream.transition_fraction is above 0",
+    "stream.x": _NPY,
+    "stream.x_test": _NPY,
+    "stream.y": _NPY,
+    "stream.y_test": _NPY,
+    "tracking.entity": "is gone: W&B reads the variable WANDB_ENTITY",
+    "tracking.mode": "is gone: W&B reads the variable WANDB_MODE",
+    "training.on_divergence": "is gone: training.max_rollbacks above 0 is a rollback",
+}
+"""Keys that there were, and what to write in their place."""
+
 _WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -286,6 +304,8 @@ def _check(parts: Sequence[str], origin: Origin) -> None:
 
 def _unknown(parts: Sequence[str]) -> str:
     section, *rest = parts
+    if gone := GONE.get(".".join(parts[:2])):
+        return f"{'.'.join(parts[:2])} {gone}"
     namesakes = [key for key in _keys() if key.endswith(f".{parts[-1]}")]
     if section not in SECTIONS and rest:
         what = f"unknown section '{section}'"

@@ -214,8 +214,7 @@ class Monitor:
     def _deal_with_drift(self, rounds: bool) -> None:
         if rounds:
             self._round()
-        if self.config.reset_detector or not rounds:
-            self.detector.reset()
+        self.detector.reset()
         self._quiet_until = self.measured + self.config.cooldown
         self.trainer.loop.keeper.round_ended()
 

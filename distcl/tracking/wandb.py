@@ -37,7 +37,7 @@ class WandbTracker(ServiceTracker):
         run_id: str,
         tell: Callable[[str], None],
     ) -> None:
-        mode = self._mode(config, tell)
+        mode = _mode(tell)
         for name in ("CACHE", "DATA", "ARTIFACT"):  # everything that it writes is in the run folder
             os.environ.setdefault(f"WANDB_{name}_DIR", str((out / "wandb").absolute()))
         run_id = run_id or uuid.uuid4().hex[:12]
@@ -45,7 +45,6 @@ class WandbTracker(ServiceTracker):
         (out / "wandb").mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=config.project,
-            entity=config.entity or None,
             name=config.name or out.resolve().name,
             id=run_id,
             resume="allow",
@@ -105,19 +104,17 @@ class WandbTracker(ServiceTracker):
         self._run.log(values, step=self._calls)
         self._calls += 1
 
-    @staticmethod
-    def _mode(config: TrackingConfig, tell: Callable[[str], None]) -> Any:
-        if config.mode != "auto":
-            return config.mode
-        if os.environ.get("WANDB_MODE"):
-            return os.environ["WANDB_MODE"]
-        if os.environ.get("WANDB_API_KEY") or _in_netrc():
-            return "online"
-        tell(
-            "[tracking] W&B has no key (WANDB_API_KEY, or wandb login), so the run is offline; "
-            "upload it later with: wandb sync"
-        )
-        return "offline"
+
+def _mode(tell: Callable[[str], None]) -> Any:
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY") or _in_netrc():
+        return "online"
+    tell(
+        "[tracking] W&B has no key (WANDB_API_KEY, or wandb login), so the run is offline; "
+        "upload it later with: wandb sync"
+    )
+    return "offline"
 
 
 def _in_netrc() -> bool:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from distcl import load_config
 from distcl.config import Config
-from distcl.config.load import SECTIONS, allowed, load_with_origins, to_toml
+from distcl.config.load import GONE, SECTIONS, allowed, load_with_origins, to_toml
 from distcl.config.reference import reference, template
 from distcl.errors import ConfigError
 
@@ -188,6 +188,19 @@ def test_other_variables_are_ignored():
 def test_combinations_are_checked(toml):
     text = "[run]\nprecision = 'fp64'\n[stream]\ntest_fraction = 0.5\n"
     assert load(toml(text)).run.precision == "fp64"
+
+
+@pytest.mark.parametrize("dotted", GONE)
+def test_a_key_that_moved_or_went_is_told_with_its_new_place(dotted, toml):
+    section, key = dotted.split(".")
+    path = toml(f"[{section}]\n{key} = 1")
+    told = f"{dotted} {GONE[dotted]}"
+    with pytest.raises(ConfigError, match=re.escape(f"{path}:2: {told}")):
+        load(path)
+    with pytest.raises(ConfigError, match=re.escape(f"--set: {told}")):
+        load(None, f"{dotted}=1")
+    named = re.findall(r"\b(\w+)\.(\w+)\b", GONE[dotted])
+    assert all(n in SECTIONS[s].model_fields for s, n in named if s in SECTIONS)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)

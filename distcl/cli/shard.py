@@ -13,7 +13,6 @@ from distcl.config import StreamConfig
 from distcl.config.load import load_with_origins
 from distcl.config.paths import expanded, reachable
 from distcl.errors import DataError, UsageError
-from distcl.types import exact
 
 _SOURCE_HELP = (
     "An .npz, a folder of class folders of images, archives, a Hugging Face dataset on disk, a "
@@ -63,6 +62,7 @@ def shard(
         raise UsageError("--skip-bad does not go with --verify, which names all that is bad")
     from distcl.cli.display import counting
     from distcl.data.shards import index, inputs, writer
+    from distcl.types import exact
 
     if dest is None:
         folder = reachable(source)

@@ -149,10 +149,9 @@ def test_npy_files_are_mapped(tmp_path):
 
 
 def test_npy_files_stay_mapped_when_samples_are_held_out(tmp_path):
-    x, y = str(tmp_path / "x.npy"), str(tmp_path / "y.npy")
-    np.save(x, X.reshape(20, 2, 3))
-    np.save(y, Y)
-    train, test = arrays(StreamConfig(source="arrays", x=x, y=y))
+    np.save(tmp_path / "x.npy", X.reshape(20, 2, 3))
+    np.save(tmp_path / "y.npy", Y)
+    train, test = arrays(StreamConfig(source="arrays", path=str(tmp_path)))
     assert mapped(train._x) and mapped(test._x)
     assert train.read(np.array([0])).x.shape == (1, 1, 2, 3)
 

@@ -66,7 +66,7 @@ def _watch(out: Path, command: str, cases: list[tuple[str, ...]]) -> list[dict[s
                     "fed": list(monitor_parts.FED),
                     "rows": order.tolist(),
                     "said": [text for text in messages.said if not text.startswith("[acc")],
-                    "begun": getattr(monitor.metric, "begun", None),
+                    "begun": getattr(monitor.detection.metric, "begun", None),
                 }
             )
     return found

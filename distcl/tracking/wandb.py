@@ -30,12 +30,10 @@ class WandbTracker(ServiceTracker):
     processes left.
     """
 
+    kind = "wandb"
+
     def __init__(
-        self,
-        config: TrackingConfig,
-        out: Path,
-        run_id: str,
-        tell: Callable[[str], None],
+        self, config: TrackingConfig, out: Path, run_id: str, tell: Callable[[str], None]
     ) -> None:
         mode = _mode(tell)
         for name in ("CACHE", "DATA", "ARTIFACT"):  # everything that it writes is in the run folder
@@ -81,18 +79,9 @@ class WandbTracker(ServiceTracker):
             k: v for k, v in flat_values(summary).items() if isinstance(v, int | float | str | bool)
         }
         self._run.summary.update(plain)
-        matrix = summary.get("accuracy") or []
-        if matrix and matrix[0]:
-            self._log_matrix(matrix, draw)
-
-    def finish(self, ending: Ending = "done") -> None:
-        """Write what is pending and close the run, or this process's part of it."""
-        if ending == "preempted":
-            self._run.mark_preempting()
-        self._run.finish(exit_code=int(ending != "done"))
-        wandb.teardown()  # returns when the files are whole, which finish() does not wait for
-
-    def _log_matrix(self, matrix: list[list[float | None]], draw: Draw | None) -> None:
+        matrix = summary.get("accuracy") or [[]]
+        if not matrix[0]:
+            return
         columns: list[str | int] = ["evaluation"]
         columns += [f"experience {j + 1}" for j in range(len(matrix[0]))]
         rows = [[i + 1, *row] for i, row in enumerate(matrix)]
@@ -103,6 +92,13 @@ class WandbTracker(ServiceTracker):
             values["accuracy_heat_map"] = wandb.Image(str(path))
         self._run.log(values, step=self._calls)
         self._calls += 1
+
+    def finish(self, ending: Ending = "done") -> None:
+        """Write what is pending and close the run, or this process's part of it."""
+        if ending == "preempted":
+            self._run.mark_preempting()
+        self._run.finish(exit_code=int(ending != "done"))
+        wandb.teardown()  # returns when the files are whole, which finish() does not wait for
 
 
 def _mode(tell: Callable[[str], None]) -> Any:

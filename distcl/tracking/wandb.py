@@ -91,7 +91,6 @@ class WandbTracker(ServiceTracker):
             draw(path)
             values["accuracy_heat_map"] = wandb.Image(str(path))
         self._run.log(values, step=self._calls)
-        self._calls += 1
 
     def finish(self, ending: Ending = "done") -> None:
         """Write what is pending and close the run, or this process's part of it."""

@@ -259,6 +259,7 @@ def test_the_commented_file_sets_the_recommended_recipe_and_nothing_else(toml):
     text = template(every=True)
     loaded = load(toml(text))
     assert load(toml(template())) == loaded
+    assert len(template().splitlines()) <= 60
     recipe = {
         "continual_learning": {
             "update_mode": "er",

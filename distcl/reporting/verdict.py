@@ -338,9 +338,10 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def _flat(outcome: Outcome) -> dict[str, Any]:
-    found = asdict(outcome)
-    figures, cost = found.pop("figures"), found.pop("cost")
-    return found | figures | cost
+    found: dict[str, Any] = asdict(outcome)
+    for part in ("figures", "cost"):
+        found |= found.pop(part)
+    return found
 
 
 def write_json(result: Result, path: Path) -> None:

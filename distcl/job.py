@@ -200,14 +200,14 @@ class Job:
 
     def _rolled_back(self, error: DivergenceError) -> Path:
         """Return the checkpoint to go back to after a divergence, or raise it again."""
-        if self._config.training.on_divergence != "rollback":
+        limit = self._config.training.max_rollbacks
+        if limit == 0:
             raise error
         self._store.finish()  # what was saved before the divergence
         path = self._store.newest()
         if path is None:
             raise DivergenceError(f"{error}; there is no checkpoint to roll back to") from error
         self._rollbacks += 1
-        limit = self._config.training.max_rollbacks
         if self._rollbacks > limit:
             raise DivergenceError(f"{error}; {limit} rollbacks did not help") from error
         self.say(f"[rollback] {error}; back to {path.name} with half the learning rate")

@@ -28,7 +28,6 @@ HARMLESS = (
     "run.timeout_seconds",
     "run.max_minutes",
     "run.report",
-    "training.on_divergence",
     "training.max_rollbacks",
     "training.accumulate",
     "parallel.",

@@ -80,9 +80,9 @@ class DriftStream:
     Experience e has concept e, or e mod K under ``recurring = K``: the drift is that of an earlier
     experience, the ids are not.
 
-    ``transition = "gradual"``: along the first ``transition_fraction`` of the stream order, samples
-    still come from the concept before, with a probability that falls from 1 to 0 linearly: rows
-    that the older concept has and the experience does not use yet, under the older drift.
+    Along the first ``transition_fraction`` of the stream order, samples still come from the concept
+    before, with a probability that falls from 1 to 0 linearly: rows that the older concept has and
+    the experience does not use yet, under the older drift.
 
     Sources may have ``labels``, int64 [N], or tell the number of their ``classes``, which is enough
     unless the schedule chooses samples by class; of others every sample is read once to learn the
@@ -122,7 +122,7 @@ class DriftStream:
                 drifts = self._create_drifts()
                 self._members = [d.members for d in drifts if type(d).members is not Drift.members]
         self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
-        gradual = config.transition == "gradual"
+        gradual = config.transition_fraction > 0
         self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
         """Whether a row of an experience still comes from the concept before."""
         self.replaces = any(getattr(s, "replaces", False) for s in (self._train, self._test))

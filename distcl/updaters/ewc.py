@@ -40,9 +40,9 @@ class EWCOnline(Updater):
         self.commits = 0
 
     def update_post_fwd_bwd(self) -> None:
-        """Add λF(w - w*) to the gradient of my slices, damped by ``ewc_step``. Collective."""
+        """Add λF(w - w*) to the gradient of my slices, damped by ``penalty_step``. Collective."""
         if self.commits:
-            add_pull(self, self.fisher, self.config.ewc_lambda, self.config.ewc_step)
+            add_pull(self, self.fisher, self.config.ewc_lambda, self.config.penalty_step)
 
     def cl_postprocessing(self, source: Source, ids: Ids) -> None:
         """Fold the round's Fisher in. Collective."""

@@ -207,7 +207,9 @@ class KFACOnline(Updater):
             return
         strength = self.config.kfac_lambda
         lr = (
-            self.setup.optimizer.param_groups[0]["lr"] if self.config.kfac_step == "damped" else 0.0
+            self.setup.optimizer.param_groups[0]["lr"]
+            if self.config.penalty_step == "damped"
+            else 0.0
         )
         owners: dict[str, int] = {}
         grads: dict[str, torch.Tensor] = {}

@@ -38,7 +38,7 @@ class SynapticIntelligence(Updater):
         w = self.partition.trainable()
         self._before = {n: (g.clone(), w[n].clone()) for n, g in self.partition.grads().items()}
         if self.commits:
-            add_pull(self, self.importance, 2 * self.config.si_c, self.config.si_step)
+            add_pull(self, self.importance, 2 * self.config.si_c, self.config.penalty_step)
 
     def update_post_optimizer_call(self) -> None:
         """ω <- ω - g Δw. Local."""

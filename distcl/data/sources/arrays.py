@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -111,10 +112,10 @@ def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
 
 
 def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, ArraySource]:
-    """Return (train, test) of ``stream.path`` (.npz) or of ``stream.x``, ``stream.y``, … (.npy).
+    """Return (train, test) of ``stream.path``, an .npz or a folder of .npy files.
 
-    An .npz holds x and y, optionally x_test and y_test; or x_train and y_train, as Keras names
-    them. x is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer;
+    It holds x and y, optionally x_test and y_test; or x_train and y_train, as Keras names them. x
+    is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer;
     y is integer labels [N], or floating-point targets [N, ...] for regression. Files without a test
     split hold out ``test_fraction`` (of each class, if any). ``experiences``: which samples make an
     experience. Empty: all; ``order``: equal stretches of each split, in the order of its rows.
@@ -126,7 +127,12 @@ def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, Ar
         raise ConfigError(
             f"stream.options.experiences = '{experiences}', but source 'arrays' knows 'order' only"
         )
-    found = _from_npz(config) if config.path else _from_npy(config)
+    if not config.path:
+        raise ConfigError(
+            "stream.source = 'arrays' needs stream.path: an .npz, or a folder of x.npy and y.npy"
+        )
+    path = reachable(config.path)
+    found = _from_folder(path) if path.is_dir() else _from_npz(path)
     splits = [ArraySource(_as_samples(x, name), y, name) for x, y, name in found]
     if experiences:
         concepts = min(config.recurring or config.experiences, config.experiences)
@@ -138,36 +144,32 @@ def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, Ar
 
 
 _Split = tuple[Array, Array, str]  # x, y, and how messages name them
+_TEST = ("x_test", "y_test")
 
 
-def _from_npz(config: StreamConfig) -> list[_Split]:
-    if config.x or config.y or config.x_test or config.y_test:
-        raise ConfigError("stream.path excludes stream.x, stream.y, stream.x_test, stream.y_test")
-    path = reachable(config.path)
-    keys = npz_keys(path)
-    x, y = ("x_train", "y_train") if "x_train" in keys and "x" not in keys else ("x", "y")
-    found = open_npz(path, (x, y), ("x_test", "y_test"))
+def _from_npz(path: Path) -> list[_Split]:
+    x, y = _names(npz_keys(path))
+    return _splits(path, open_npz(path, (x, y), _TEST), x, y)
+
+
+def _from_folder(path: Path) -> list[_Split]:
+    names = [file.stem for file in path.glob("*.npy")]
+    x, y = _names(names)
+    wanted = [x, y, *(name for name in _TEST if name in names)]
+    return _splits(path, {name: open_npy(path / f"{name}.npy") for name in wanted}, x, y)
+
+
+def _names(there: Collection[str]) -> tuple[str, str]:
+    return ("x_train", "y_train") if "x_train" in there and "x" not in there else ("x", "y")
+
+
+def _splits(path: Path, found: Mapping[str, Array], x: str, y: str) -> list[_Split]:
     splits = [(found[x], found[y], f"'{path}'")]
     if len(found) == 3:
-        has, lacks = ("x_test", "y_test") if "x_test" in found else ("y_test", "x_test")
+        has, lacks = _TEST if "x_test" in found else _TEST[::-1]
         raise DataError(f"'{path}' has '{has}' but no '{lacks}'")
     if len(found) == 4:
         splits.append((found["x_test"], found["y_test"], f"'{path}' (x_test, y_test)"))
-    return splits
-
-
-def _from_npy(config: StreamConfig) -> list[_Split]:
-    if not (config.x and config.y):
-        raise ConfigError(
-            "stream.source = 'arrays' needs stream.path (an .npz), or stream.x and stream.y (.npy)"
-        )
-    if bool(config.x_test) != bool(config.y_test):
-        raise ConfigError("stream.x_test and stream.y_test are given together or not at all")
-    splits = []
-    for x, y in ((config.x, config.y), (config.x_test, config.y_test)):
-        if x:
-            paths = reachable(x), reachable(y)
-            splits.append((open_npy(paths[0]), open_npy(paths[1]), f"'{x}' with '{y}'"))
     return splits
 
 

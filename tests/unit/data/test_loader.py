@@ -42,7 +42,7 @@ def drifting():
     return DriftStream(
         SOURCE,
         SOURCE,
-        StreamConfig(drift=["rotate", "noise"], experiences=3, transition="gradual"),
+        StreamConfig(drift=["rotate", "noise"], experiences=3, transition_fraction=0.25),
         seed=0,
     )
 
@@ -187,7 +187,7 @@ def test_any_map_style_dataset_is_a_source():
 
 def test_a_dataset_drifts_and_loads_like_any_source():
     data = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
-    config = StreamConfig(drift=["rotate", "noise"], experiences=3, transition="gradual")
+    config = StreamConfig(drift=["rotate", "noise"], experiences=3, transition_fraction=0.25)
     made = DriftStream(as_source(data), as_source(data), config, seed=0)
     ids = np.concatenate([e.train for e in made.experiences])
     assert torch.equal(made.read(ids).x, drifting().read(ids).x)

@@ -104,7 +104,7 @@ def opened(places, source, transforms, **keys):
         name, options = "shards", {"path": str(places / "shards")}
         data = data.model_copy(update={"access": source})
     if source == "npy":
-        name, options = "arrays", {"x": str(places / "x.npy"), "y": str(places / "y.npy")}
+        name, options = "arrays", {"path": str(places)}
     if source == "hf":
         datasets = pytest.importorskip("datasets", reason="the extra 'data' is not installed")
         if not (places / "hf").exists():

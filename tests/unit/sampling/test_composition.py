@@ -53,7 +53,7 @@ class Zeros:
 
 
 def test_a_transition_ends_where_it_says() -> None:
-    keys = {"experiences": 2, "transition": "gradual", "transition_fraction": 0.14}
+    keys = {"experiences": 2, "transition_fraction": 0.14}
     stream = create_stream(StreamConfig(**keys), 0)
     rows, other = np.arange(100), np.arange(len(stream._older[1])) >= 100
     stream._older[:] = False

@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from distcl.errors import ConfigError
-from distcl.types import DataSpec, Ids, exact
-
-Mask = npt.NDArray[np.bool_]
+from distcl.types import DataSpec, Ids, Mask, exact
 
 _DEGREES = 30.0  # of rotation, per experience
 _AFFINE_DEGREES, _AFFINE_SHARE = 15.0, 0.1  # of one random map: turn; scale, shear and shift

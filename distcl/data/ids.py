@@ -162,7 +162,7 @@ def joined_ids(parts: Sequence[Ids]) -> Ids:
     """Return ids after one another: in runs if some are, and all can be, else as an array."""
     if any(isinstance(part, IdRuns) for part in parts):
         parts = [p if isinstance(p, IdRuns) else in_runs(blocks(p)) for p in parts if len(p)]
-    runs = [part for part in parts if isinstance(part, IdRuns)]
+    runs: list[Any] = [part for part in parts if isinstance(part, IdRuns)]
     if not runs or len(runs) < len(parts):
         return np.concatenate([np.asarray(part) for part in parts])
     columns = zip(*((run.begins, run.sizes) for run in runs), strict=True)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from distcl.data.transforms import training_view
 from distcl.errors import DataError, DistclError, UserCodeError, told
-from distcl.types import Batch, Ids, PyTree, Source
+from distcl.types import Batch, Ids, PyTree, Source, info_of
 
 T = TypeVar("T")
 
@@ -67,9 +67,9 @@ class BatchLoader:
     there are. They keep the copy of ``source`` that they started with, so a source that changes
     needs a new loader. ``pin_memory`` matters with CUDA only. What ``read``
     raises of distcl's own errors arrives as it was, also out of a worker. Random transforms draw by
-    (seed, round, epoch) of a plan that tells them by ``view(step)``. If the source has a set
-    ``replaced``, ids in whose place another sample was read are added to it, here, in the main
-    process.
+    (seed, round, epoch) of a plan that tells them by ``view(step)``. Ids in
+    whose place another sample was read are added to ``replaced`` of the source's info, here, in the
+    main process.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class BatchLoader:
         if isinstance(sampler, LanePlan):
             workers = self._readers = min(workers, sampler.readers)
         self._plan = _Steps(sampler, max(1, self._readers))
-        self._replaced: set[int] | None = getattr(source, "replaced", None)
+        self._replaced = info_of(source).replaced
         self._reads = _Reads(source)
         self._loader: DataLoader[Any] | None = None
         pinned = pin_memory and self._device.type == "cuda"
@@ -136,7 +136,7 @@ class BatchLoader:
         if isinstance(read, int):
             return None, read
         batch, asked = Batch(*read[:-1]), read[-1]
-        if self._replaced is not None and not torch.equal(asked, batch.ids):
+        if not torch.equal(asked, batch.ids):
             self._replaced.update(asked[asked != batch.ids].tolist())
         return batch, batch.total
 

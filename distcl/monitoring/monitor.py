@@ -135,7 +135,7 @@ class Monitor:
     def _compare_with(self, ids: Ids) -> None:
         self._reference = ids
         if len(ids):
-            self.metric.begin(self.trainer.parts.stream, ids)
+            self.metric.begin(self.trainer.history.source, ids)
 
     def _watch(self, rounds: bool) -> None:
         """Go through the stream. ``rounds``: drifts start rounds; else they are only noted."""
@@ -303,7 +303,7 @@ class Monitor:
             return values.to(forward.runtime.dtype)
 
         size = self.trainer.training.eval_batch_size
-        return forward.per_batch(self.trainer.parts.stream, ids, size, measure).cpu()
+        return forward.per_batch(self.trainer.history.source, ids, size, measure).cpu()
 
     def _verdict(self, values: torch.Tensor, quiet: int) -> int | None:
         """Return where in the block the detector fired, after ``quiet`` samples, or None."""

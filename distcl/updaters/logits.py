@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from distcl.data.ids import IdIndex
+from distcl.data.ids import IdIndex, blocks
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, UsageError
 from distcl.priority.scoring import Scorer
-from distcl.types import Ids, PyTree, Source
-
-_BLOCK = 1 << 16
+from distcl.types import Batch, Ids, PyTree, Source, info_of
 
 
 def one_tensor(outputs: PyTree, method: str) -> torch.Tensor:
@@ -27,19 +25,31 @@ def one_tensor(outputs: PyTree, method: str) -> torch.Tensor:
     return outputs
 
 
-def compute_logits(scorer: Scorer, source: Source, ids: Ids, method: str) -> torch.Tensor:
-    """Return the logits [N, ...] of ``ids`` (at least one), eval mode, in host memory. Collective.
+def compute_logits(
+    scorer: Scorer, source: Source, ids: Ids, method: str
+) -> tuple[Ids, torch.Tensor]:
+    """Return logits [N, ...] of ``ids`` (at least one), eval mode, in host memory. Collective.
 
-    Each rank computes those of its chunks, cut as for scoring; all ranks get all.
+    With them come the ids int64 [N] of what was read: others than asked, in the place of bad ones.
+    Each rank computes the logits of its chunks, cut as for scoring; all ranks get all.
     """
     forward, size, dtype = scorer.forward, scorer.batch_size, scorer.forward.runtime.dtype
-    blocks = [
-        forward.per_sample(
-            source, ids[at : at + _BLOCK], size, lambda out, y: one_tensor(out.logits, method)
-        ).to("cpu", dtype)
-        for at in range(0, len(ids), _BLOCK)
-    ]
-    return torch.cat(blocks)
+    mine: list[torch.Tensor] = []  # ids read of a block
+    read, logits = [ids[:0]], []
+
+    def measure(batch: Batch) -> torch.Tensor:
+        mine.append(batch.ids)
+        return one_tensor(forward.outputs(batch).logits, method)
+
+    for block in blocks(ids):
+        logits.append(forward.per_batch(source, block, size, measure).to("cpu", dtype))
+        forward.forwards += len(block)
+        if info_of(source).replaces:
+            own = torch.cat(mine)[: len(forward.mine(block, size))].to(forward.runtime.device)
+            block = forward.gather(own, len(block), size).cpu().numpy()
+        mine.clear()
+        read.append(block)
+    return np.concatenate(read), torch.cat(logits)
 
 
 class LogitTable:

@@ -34,7 +34,7 @@ from distcl.data.sources.arrays import stratified
 from distcl.data.sources.npy import Array
 from distcl.data.transforms import Sample, Stack, Transforms
 from distcl.errors import DataError
-from distcl.types import Batch, Ids, PyTree
+from distcl.types import Batch, Ids, PyTree, SourceInfo
 
 _MOST_OPEN = 64
 _MOST_TOLD = 20
@@ -62,9 +62,6 @@ class ShardSource:
 
     sequential = False
     """Whether reading far from where one is costs much more than reading on."""
-
-    transformed = True
-    """It applies ``data.transforms`` itself."""
 
     def __init__(
         self, folder: Path, shards: Sequence[Shard], data: DataConfig, name: str = "shards"
@@ -129,6 +126,11 @@ class ShardSource:
         return np.maximum(column, 0, out=column)
 
     @property
+    def classes(self) -> int:
+        """0: labels tell."""
+        return 0
+
+    @property
     def usable(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which samples can be used, bool [N]; None: all."""
         return self._column() >= 0 if self.problems else None
@@ -142,6 +144,22 @@ class ShardSource:
     def replaces(self) -> bool:
         """Whether ``read`` may put another sample in the place of a bad one."""
         return self._data.on_bad_sample == "skip"
+
+    @property
+    def info(self) -> SourceInfo:
+        """See :class:`distcl.types.SourceInfo`."""
+        return SourceInfo(
+            self.name,
+            lambda: self.labels,
+            self.classes,
+            self.class_names,
+            lambda: self.usable,
+            self.groups,
+            self.sequential,
+            self.live_seconds,
+            self.replaces,
+            transformed=True,
+        )
 
     def _column(self) -> Ids:
         labels = np.full(self._total, -1)

@@ -15,7 +15,7 @@ from distcl.config.paths import reachable
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
 from distcl.data.transforms import to_tensor
 from distcl.errors import ConfigError, DataError
-from distcl.types import Batch, Ids, PyTree, exact
+from distcl.types import Batch, Ids, PyTree, SourceInfo, exact
 
 MAX_CLASSES = 1 << 20
 """Labels are below this: a larger one is a mistake, not a class."""
@@ -48,6 +48,11 @@ class ArraySource:
         self.groups: Ids | None = None
         for leaf in tree_leaves(self._x):
             _check_x(leaf, len(y), name)
+
+    @property
+    def info(self) -> SourceInfo:
+        """See :class:`distcl.types.SourceInfo`."""
+        return SourceInfo(self.name, self.labels, groups=self.groups)
 
     def __len__(self) -> int:
         return len(self._y)

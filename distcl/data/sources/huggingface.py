@@ -16,7 +16,7 @@ from distcl.data.sources.arrays import stratified
 from distcl.data.transforms import Sample, Stack, Transforms, arrays_of, to_tensor
 from distcl.errors import ConfigError, DataError
 from distcl.registry import nearest
-from distcl.types import Batch, Ids
+from distcl.types import Batch, Ids, SourceInfo
 
 
 def hf(
@@ -94,9 +94,6 @@ class HFSource:
     missing label.
     """
 
-    transformed = True
-    """It applies ``data.transforms`` itself: one by one, before samples must be of one size."""
-
     def __init__(
         self,
         split: Any,
@@ -118,8 +115,9 @@ class HFSource:
         columns = split.select_columns([image, label])
         kept = {"columns": [label], "output_all_columns": True} if self._is_image else {}
         self._rows = columns.with_format("numpy", **kept)  # images as they are
-        self.class_names = list(getattr(split.features[label], "names", None) or ())
+        names = getattr(split.features[label], "names", None) or ()
         self.labels = _labels(split, label, where)
+        self.info = SourceInfo(where, self.labels, class_names=names, transformed=True)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -7,6 +7,7 @@ import operator
 import numpy as np
 import pytest
 
+from distcl.config import StreamConfig
 from distcl.data import ids as ids_module
 from distcl.data.ids import (
     IdIndex,
@@ -18,7 +19,8 @@ from distcl.data.ids import (
     joined_ids,
     tensor_ids,
 )
-from distcl.data.replay_buffer import History
+from distcl.data.replay_buffer import ReplayBuffer
+from distcl.data.stream import create_stream
 from distcl.types import pack_ids
 
 BEGINS, SIZES = [50, 3, 1 << 40], [4, 7, 5]
@@ -129,6 +131,8 @@ def test_a_checkpoint_keeps_them_as_they_are(given):
     assert given is None or np.array_equal(np.asarray(found), PLAIN)
 
 
+STREAM = create_stream(StreamConfig(), 0)
+
 # -- in a history ---------------------------------------------------------------------------------
 
 
@@ -137,13 +141,13 @@ def test_a_checkpoint_keeps_them_as_they_are(given):
 def test_a_history_of_runs_holds_what_one_of_arrays_does(capacity, block, monkeypatch):
     monkeypatch.setattr(ids_module, "BLOCK", block)
     monkeypatch.setattr("distcl.data.replay_buffer.BLOCK", block)
-    plain, runs = History(capacity, seed=3), History(capacity, seed=3)
+    plain, runs = ReplayBuffer(STREAM, capacity, seed=3), ReplayBuffer(STREAM, capacity, seed=3)
     parts = [pack_ids(1, np.arange(10)), pack_ids(0, np.arange(4, 30)), pack_ids(1, np.arange(40))]
     for ids in parts:
         plain.add(ids)
         runs.add(in_runs([ids]))
         assert np.asarray(runs.ids()).tolist() == plain.ids().tolist()
     assert isinstance(runs.ids(), IdRuns) == (not capacity)
-    again = History(capacity, seed=3)
+    again = ReplayBuffer(STREAM, capacity, seed=3)
     again.load_state_dict(runs.state_dict())
     assert np.asarray(again.ids()).tolist() == plain.ids().tolist()

@@ -11,7 +11,7 @@ from distcl.data.drift import Drift, Rotate
 from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
-from distcl.types import pack_ids, unpack_ids
+from distcl.types import SourceInfo, pack_ids, unpack_ids
 
 N, N_TEST, CLASSES = 120, 30, 6
 IMAGES = np.random.default_rng(0).random((N + N_TEST, 1, 5, 5), dtype=np.float32)
@@ -318,10 +318,10 @@ def test_a_class_without_test_samples_leaves_its_experience_empty():
 
 def test_labels_that_are_not_classes_are_refused():
     source = Plain(IMAGES, LABELS)
-    source.labels = LABELS / 2
+    source.info = SourceInfo(labels=LABELS / 2)
     with pytest.raises(DataError, match=r"labels of the train source have type float64"):
         DriftStream(source, source, StreamConfig(), 0)
-    source.labels = LABELS - 2
+    source.info = SourceInfo(labels=LABELS - 2)
     with pytest.raises(DataError, match=r"label -2 of the train source, row \d+, is negative"):
         DriftStream(source, source, StreamConfig(), 0)
 

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from distcl.data.ids import (
     BLOCK,
+    GOLDEN,
     IdIndex,
     IdRuns,
     among,
@@ -18,6 +19,7 @@ from distcl.data.ids import (
     ids_tensor,
     in_runs,
     joined_ids,
+    splitmix,
     tensor_ids,
 )
 from distcl.data.loader import iterate_chunks
@@ -215,12 +217,6 @@ def _smallest_keys(ids: Ids, number: int, seed: int) -> Ids:
 
 
 def _keys(ids: Ids, seed: int) -> npt.NDArray[np.uint64]:
-    """Return a hash of (seed, id) for each id, uint64 [N]: SplitMix64's finalizer, twice."""
-    return _mix(_mix(ids.astype(np.uint64)) ^ _mix(np.full(1, seed, dtype=np.uint64)))
-
-
-def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """Return a hash of (seed, id) for each id, uint64 [N]: SplitMix64, twice."""
+    hashed, key = (splitmix(z + GOLDEN) for z in (ids.astype(np.uint64), np.uint64([seed])))
+    return splitmix((hashed ^ key) + GOLDEN)

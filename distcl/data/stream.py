@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -268,7 +267,11 @@ class DriftStream:
     def _experience(self, e: int, train: Split, test: Split) -> Experience:
         chosen = self._members or len(self._older) or self._config.samples_per_experience
         if self.info.sequential and not chosen:
-            ids = in_runs(self._pieces(e, train))
+            parts = (slice(at, at + BLOCK) for at in range(0, len(self._train), BLOCK))
+            ids = in_runs(  # in the source's own order, never all at once
+                pack_ids(e, part.start + np.flatnonzero(self._members_of(train, e, part)))
+                for part in parts
+            )
         else:
             ids = self._shuffled(e, train)
         held_out = np.flatnonzero(self._members_of(test, e))
@@ -277,12 +280,6 @@ class DriftStream:
             raise DataError(f"experience {e + 1} has no {part} samples")
         name = f"{'+'.join(self._config.drifts)} {e}"
         return Experience(e, ids, frozen(pack_ids(e, held_out, test=True)), name)
-
-    def _pieces(self, e: int, train: Split) -> Iterator[Ids]:
-        """Yield the ids of an experience in the source's own order, never all at once."""
-        for at in range(0, len(self._train), BLOCK):
-            block = slice(at, min(at + BLOCK, len(self._train)))
-            yield pack_ids(e, at + np.flatnonzero(self._members_of(train, e, block)))
 
     def _shuffled(self, e: int, train: Split) -> Ids:
         """Return the ids of an experience in stream order."""
@@ -305,8 +302,9 @@ class DriftStream:
     def _members_of(self, split: Split, e: int, rows: slice | None = None) -> Mask:
         """Return which rows, of all or of a slice, the concept of experience e has."""
         usable, groups, labels = split.usable, split.info.groups, split.labels
-        rows = slice(0, len(split.source)) if rows is None else rows
-        mask = np.ones(rows.stop - rows.start, dtype=np.bool_)
+        n = len(split.source)
+        rows = slice(0, n) if rows is None else rows
+        mask = np.ones(min(rows.stop, n) - rows.start, dtype=np.bool_)
         if usable is not None:
             mask &= usable[rows]
         if groups is not None:

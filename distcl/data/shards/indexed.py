@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from distcl.config import DataConfig
+from distcl.data.ids import checked_rows
 from distcl.data.shards.decode import Decoder
 from distcl.data.shards.experiences import Groups
 from distcl.data.shards.index import (
@@ -170,9 +171,8 @@ class ShardSource:
 
     def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:
         """Split into (train, test), as :meth:`data.sources.arrays.ArraySource.holdout` does."""
-        train, test = stratified(self._column() + 1, fraction)  # bad ones are a class of their own
-        if len(test) == 0:
-            raise DataError(f"{self.name}: no class has two samples, so none can be held out")
+        labels = self._column() + 1  # bad ones are a class of their own
+        train, test = stratified(labels, fraction, self.name)
         return self._restrict(train), self._restrict(test)
 
     def _restrict(self, ids: Ids) -> ShardSource:
@@ -216,12 +216,7 @@ class ShardSource:
 
     def read(self, ids: Ids) -> Batch:
         """Read samples by id, in the order asked. Local. Raises DataError naming a bad sample."""
-        ids = np.array(ids, dtype=np.int64)
-        outside = (ids < 0) | (ids >= len(self))
-        if outside.any():
-            raise DataError(
-                f"{self.name}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
-            )
+        ids = checked_rows(ids, len(self), self.name)
         if len(ids) == 0:
             if self._empty is None:
                 one = self.read(self._first_usable())

@@ -326,6 +326,25 @@ def test_labels_that_are_not_classes_are_refused():
         DriftStream(source, source, StreamConfig(), 0)
 
 
+def test_what_a_source_says_of_itself_chooses_its_samples():
+    n = len(LABELS)
+    usable, groups = np.arange(n) % 3 > 0, np.arange(n) * 2 // n
+    source, config = Plain(IMAGES, LABELS), StreamConfig(drift="none", experiences=2)
+    names = tuple(f"class {k}" for k in range(LABELS.max() + 1))
+    source.info = SourceInfo(
+        labels=lambda: LABELS, class_names=names, usable=lambda: usable, groups=groups
+    )
+    made = DriftStream(source, Plain(IMAGES, LABELS), config, 0)
+    assert made.spec.class_names == names and made.info.unusable == (~usable).sum()
+    for e, experience in enumerate(made.experiences):
+        rows = np.sort(unpack_ids(experience.train)[1])
+        assert rows.tolist() == np.flatnonzero(usable & (groups == e)).tolist()
+        assert len(experience.test) == n
+    source.info = {"labels": LABELS}
+    with pytest.raises(ConfigError, match=r"Plain\.info is no distcl\.types\.SourceInfo"):
+        DriftStream(source, source, config, 0)
+
+
 def test_digits_with_every_default():
     made = create_stream(StreamConfig(), 0)
     assert len(made.experiences) == 5 and made.spec.classes == 10

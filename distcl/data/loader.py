@@ -90,7 +90,8 @@ class BatchLoader:
         if isinstance(sampler, LanePlan):
             workers = self._readers = min(workers, sampler.readers)
         self._plan = _Steps(sampler, max(1, self._readers))
-        self._replaced = info_of(source).replaced
+        info = info_of(source)
+        self._replaced = info.replaced if info.replaces else None
         self._reads = _Reads(source)
         self._loader: DataLoader[Any] | None = None
         pinned = pin_memory and self._device.type == "cuda"
@@ -137,7 +138,7 @@ class BatchLoader:
         if isinstance(read, int):
             return None, read
         batch, asked = Batch(*read[:-1]), read[-1]
-        if not torch.equal(asked, batch.ids):
+        if self._replaced is not None and not torch.equal(asked, batch.ids):
             self._replaced.update(asked[asked != batch.ids].tolist())
         return batch, batch.total
 

@@ -23,7 +23,7 @@ from distcl.data.ids import (
     tensor_ids,
 )
 from distcl.data.loader import iterate_chunks
-from distcl.types import Batch, Ids, PyTree, Source, Stream, frozen, info_of
+from distcl.types import Batch, Ids, PyTree, Source, Stream, frozen, info_of, pack_ids, unpack_ids
 
 _CHUNK = 1024
 
@@ -134,12 +134,13 @@ class ReplayBuffer:
         """Return the next sound one of the ids ``held``, ascending; ``found``, if there is none."""
         n, first, k = len(held), int(np.searchsorted(held, bad, "right")), 0
         while k < n:  # those behind it, then those before it
-            other = held[(first + k) % n]
-            read = int(self._stream.read(other[None]).ids[0])
-            at = int(np.searchsorted(held, read))
-            if at < n and held[at] == read:
+            other = held[(first + k) % n, None]
+            read = int(self._stream.read(other).ids[0])
+            if held[np.searchsorted(held, read) % n] == read:
                 return read
-            k = max(k + 1, (at - first) % n)  # none is sound from the other to what was read
+            # none of its experience is sound from there to what was read, or else to its end
+            beyond = read if read > other[0] else pack_ids(int(unpack_ids(other)[0][0]) + 1, 0)
+            k = max(k + 1, (int(np.searchsorted(held, beyond)) - first) % n)
         return found
 
     def _from_copies(self, ids: Ids, rows: Ids, held: npt.NDArray[np.bool_]) -> Batch:

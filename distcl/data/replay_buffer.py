@@ -219,5 +219,5 @@ def _smallest_keys(ids: Ids, number: int, seed: int) -> Ids:
 
 def _keys(ids: Ids, seed: int) -> npt.NDArray[np.uint64]:
     """Return a hash of (seed, id) for each id, uint64 [N]: SplitMix64, twice."""
-    hashed, key = (splitmix(z + GOLDEN) for z in (ids.astype(np.uint64), np.uint64([seed])))
-    return splitmix((hashed ^ key) + GOLDEN)
+    key = splitmix(np.full(1, seed, dtype=np.uint64) + GOLDEN)
+    return splitmix((splitmix(ids.astype(np.uint64) + GOLDEN) ^ key) + GOLDEN)

@@ -243,7 +243,7 @@ class Job:
 
         def contents() -> Contents:
             state.seconds = before + time.perf_counter() - begun
-            if runtime.is_main and stream.live_seconds:  # it may have got more
+            if runtime.is_main and stream.info.live_seconds:  # it may have got more
                 self._data = self._fingerprint(stream)
             return collect(state, config, trainer, monitor, self._data)
 
@@ -258,7 +258,7 @@ class Job:
         trainer.loop.keeper = keeper
         if monitor is None:
             if path is None:
-                sequential = bool(getattr(parts.stream, "sequential", False))
+                sequential = stream.info.sequential
                 foresee_rounds(parts.updater, config, stream.experiences, sequential)
             train(trainer, state)
             drifts: list[int] = []
@@ -300,7 +300,8 @@ class Job:
             self._data = self._fingerprint(stream)
             if path is not None:
                 saved = read_manifest(path).get("data", {})
-                more = self._command != "train" and (stream.sequential or stream.live_seconds)
+                info = stream.info
+                more = self._command != "train" and (info.sequential or info.live_seconds)
                 now = self._fingerprint(stream, saved) if more and saved else self._data
                 fault = self._changed(path, list(changes(saved, now)), "data" in allowed)
         fault = self._runtime.broadcast(fault)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from distcl.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
 Ids = npt.NDArray[np.int64]
 """Sample ids, int64 [N]."""
+
+Mask = npt.NDArray[np.bool_]
 
 PyTree = Any
 """A tensor, or a dict, list or tuple of them; every leaf has the batch as its first dimension."""
@@ -170,9 +174,65 @@ class Experience:
     name: str = ""
 
 
+@dataclass(frozen=True)
+class SourceInfo:
+    """What a source, or a stream, says of itself before anything is read; nothing of it must be.
+
+    ``labels``: the classes, int64 [N]; or else ``classes``, their number, which is enough unless
+    the drift chooses samples by class. Where neither is there, every sample is read once to learn
+    the labels. ``class_names``: by label.
+
+    ``usable``: bool [N], leaves bad samples out of all experiences. ``groups``: int64 [N], or what
+    can be indexed as such an array: the concept that each sample belongs to; None: to all. Labels
+    and ``usable`` may also be functions that return them, so that they are not held in between.
+
+    ``sequential``: it is best read from front to back, and that is the stream order;
+    ``shards_of(ids)`` then returns the part [B] of each, and how many parts can be read side by
+    side. ``live_seconds``: how long to wait for more samples at its end; ``arrived()`` then returns
+    how many have come, and ``grow(n)`` takes in n of them and returns the length before.
+
+    ``replaces``: ``read`` may put its next sound sample in the place of a bad one, and tells so by
+    the batch's ids. ``transformed``: it applies ``data.transforms`` itself.
+    """
+
+    name: str = ""
+    labels: Ids | Callable[[], Ids | None] | None = None
+    classes: int = 0
+    class_names: Sequence[str] = ()
+    usable: Mask | Callable[[], Mask | None] | None = None
+    groups: Any = None
+    sequential: bool = False
+    live_seconds: float = 0.0
+    replaces: bool = False
+    transformed: bool = False
+    unusable: int = 0
+    """Of a stream: how many samples are left out, known to be bad from the start."""
+    replaced: set[int] = field(default_factory=set)
+    """Of a stream: ids that were asked for and turned out bad, in this process."""
+
+    def known_labels(self) -> Ids | None:
+        """Return the labels [N], if they are there."""
+        return self.labels() if callable(self.labels) else self.labels
+
+    def known_usable(self) -> Mask | None:
+        """Return which samples are not known to be bad, [N]; None: all."""
+        return self.usable() if callable(self.usable) else self.usable
+
+
+def info_of(source: Source) -> SourceInfo:
+    """Return what a source says of itself, by its attribute ``info`` if it has one."""
+    info = getattr(source, "info", SourceInfo())
+    if not isinstance(info, SourceInfo):
+        raise ConfigError(f"{type(source).__name__}.info is no distcl.types.SourceInfo")
+    return info
+
+
 @runtime_checkable
 class Source(Protocol):
-    """Random access by id. Local: any rank reads what it likes, no communication."""
+    """Random access by id. Local: any rank reads what it likes, no communication.
+
+    It may have an attribute ``info``, a :class:`SourceInfo`.
+    """
 
     def __len__(self) -> int:
         """Return the number of samples."""

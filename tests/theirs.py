@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from distcl.types import Batch, DataSpec, Outputs
+from distcl.types import Batch, DataSpec, Outputs, SourceInfo
 
 
 class Plain(nn.Module):
@@ -256,11 +256,11 @@ class Late:
     """Samples, one of which cannot be read."""
 
     def __init__(self, n: int, error: BaseException) -> None:
-        self.labels = torch.arange(n).numpy() % 3
+        self.info = SourceInfo(labels=torch.arange(n).numpy() % 3)
         self.error = error
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.info.labels)
 
     def read(self, ids):
         if 77 in ids:

@@ -145,7 +145,7 @@ def restore(
     parts.forward.forwards = shared["forwards"]
     parts.loader.load_ledger(shared["ledger"])
     trainer.load_state_dict(shared["trainer"])
-    if isinstance(parts.stream, DriftStream):  # not copies of what it was
+    if isinstance(parts.stream, DriftStream) and not parts.history.copies:
         check_ids(parts.stream, trainer.history.ids(), f"the history of checkpoint '{path}'")
     if trainer.stage is not None:  # what the round trains on; what it found out comes next
         trainer.announce(trainer.stage.experience)

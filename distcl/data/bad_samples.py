@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 
 from distcl.data.ids import IdRuns, blocks, in_runs
-from distcl.data.replay_buffer import History
+from distcl.data.replay_buffer import ReplayBuffer
 from distcl.distributed.runtime import Runtime
 from distcl.errors import DataError
-from distcl.types import Experience, Ids, Stream, pack_ids, unpack_ids
+from distcl.types import Experience, Ids, Stream, info_of, pack_ids, unpack_ids
 
 log = logging.getLogger("distcl")
 
@@ -27,15 +27,14 @@ class BadSamples:
 
     def __init__(self, stream: Stream, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._active = bool(getattr(stream, "replaces", False))
-        self._replaced: set[int] = getattr(stream, "replaced", set())
-        self._unusable = int(getattr(stream, "unusable", 0))
+        self._stream = stream
+        self._replaced = info_of(stream).replaced
         self._bad: Ids = np.empty(0, dtype=np.int64)  # as ids of experience 0
 
     @property
     def count(self) -> int:
         """How many samples are left out: known as the source was opened, or found since."""
-        return self._unusable + len(self._bad)
+        return info_of(self._stream).unusable + len(self._bad)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the bad samples that all know, and those that some rank has found. Collective.
@@ -54,7 +53,7 @@ class BadSamples:
         run = self._runtime
         mine = torch.tensor(sorted(self._replaced), dtype=torch.int64, device=run.device)
         each = 0
-        if self._active:
+        if info_of(self._stream).replaces:
             each = int(run.all_reduce(torch.tensor(len(mine), device=run.device), "max"))
         if not each:
             return np.empty(0, dtype=np.int64)
@@ -71,7 +70,7 @@ class BadSamples:
             shown = ", ".join(map(str, found[:8].tolist())) + (", …" if len(found) > 8 else "")
             log.warning("[bad samples] %d skipped so far; new: %s", self.count, shown)
 
-    def clear(self, history: History, experience: Experience) -> Experience:
+    def clear(self, history: ReplayBuffer, experience: Experience) -> Experience:
         """Drop bad samples from the history; return the experience without them. Collective."""
         self.update()
         if len(self._bad):

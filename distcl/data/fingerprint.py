@@ -14,7 +14,7 @@ from distcl.data.ids import blocks
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.stream import DriftStream
 from distcl.errors import DataError
-from distcl.types import Ids, unpack_ids
+from distcl.types import Ids, info_of, unpack_ids
 
 _ROWS, _MOST = 64, 256  # samples looked at: of an experience, and of all
 _RANDOM = "random"  # in place of a digest: the source reads a sample in another way each time
@@ -56,17 +56,16 @@ def data_fingerprint(stream: DriftStream, like: Mapping[str, Any] | None = None)
                 shard: hashlib.sha256(line.encode()).hexdigest()[:16]
                 for shard, line in lines.items()
             }
-        elif getattr(source, "labels", None) is not None:
-            labels = np.ascontiguousarray(source.labels[:number], dtype="<i8")
+        elif (known := info_of(source).known_labels()) is not None:
+            labels = np.ascontiguousarray(known[:number], dtype="<i8")
             found[f"labels of {key}"] = hashlib.sha256(labels.data).hexdigest()
     most = max(1, _MOST // len(sizes) // 2)
-    kept = set(stream.replaced)
+    kept = set(stream.info.replaced)
     for e, both in zip(stream.experiences, sizes, strict=False):
         for split, ids, size in zip(("training", "test"), (e.train, e.test), both, strict=True):
             some = np.unique(np.linspace(0, size - 1, min(_ROWS // 2, most, size)).astype(int))
             found[f"{split} samples of experience {e.index + 1}"] = _digest(stream, ids[some])
-    stream.replaced.clear()
-    stream.replaced.update(kept)
+    stream.info.replaced.intersection_update(kept)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Ids kept as runs of consecutive ones: what a rank knows of data that others read."""
+"""Ids kept as runs of consecutive ones, and where an id is among others."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distcl.errors import DataError
 from distcl.types import Ids, as_tensor, frozen
 
 BLOCK = 1 << 16  # ids looked at together
+_FEW = 16  # ids a run, on average, from which on a search of runs is the faster one
 
 
 class IdRuns(np.lib.mixins.NDArrayOperatorsMixin):
@@ -28,7 +30,7 @@ class IdRuns(np.lib.mixins.NDArrayOperatorsMixin):
         self.begins: Ids = np.asarray(begins, dtype=np.int64)
         self.sizes: Ids = np.asarray(sizes, dtype=np.int64)
         self._ends = np.cumsum(self.sizes)  # in positions
-        self._less = self.begins - (self._ends - self.sizes)  # id minus position
+        self.less = self.begins - (self._ends - self.sizes)  # id minus position
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -60,7 +62,7 @@ class IdRuns(np.lib.mixins.NDArrayOperatorsMixin):
 
     def _at(self, positions: Ids) -> Ids:
         run = np.searchsorted(self._ends, positions, side="right")
-        found: Ids = positions + self._less[run]
+        found: Ids = positions + self.less[run]
         return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
@@ -84,15 +86,54 @@ class IdRuns(np.lib.mixins.NDArrayOperatorsMixin):
         """Return the ids as Python's integers."""
         return self[:].tolist()  # type: ignore[no-any-return]
 
-    def contains(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Return which of ``ids`` [M] are among these, bool [M]."""
-        if len(self.begins) == 0:
-            return np.zeros(len(ids), dtype=np.bool_)
-        order = np.argsort(self.begins)
-        at = order[(np.searchsorted(self.begins[order], ids, side="right") - 1).clip(min=0)]
-        past = ids - self.begins[at]
-        inside: npt.NDArray[np.bool_] = (past >= 0) & (past < self.sizes[at])
-        return inside
+
+class IdIndex:
+    """Where ids are among ids [M], all different: the one look-up by id.
+
+    Ids that ascend are searched as they lie, others through a sorted order, 8 bytes an id; ids of
+    few runs by these, and those of a single run without a search. They are not copied, and must
+    stay as they are.
+    """
+
+    def __init__(self, ids: Ids) -> None:
+        self.ids = ids
+        self._order: Ids | None = None
+        self._runs: tuple[Ids, Ids, Ids] | None = None  # ascending: begins, ends, id minus row
+        if runs := _few_runs(ids):
+            order = np.argsort(runs.begins)
+            first, size, less = runs.begins[order], runs.sizes[order], runs.less[order]
+            if (first[1:] >= (first + size)[:-1]).all():  # no id is there twice
+                self._runs = first, first + size, less
+        if self._runs is None and not (ids[1:] > ids[:-1]).all():
+            self._order = np.argsort(ids, kind="stable")
+
+    def locate(self, ids: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
+        """Return (row, whether it is there) of each of ``ids`` [N]: int64 [N], bool [N]. Local.
+
+        The row of one that is not there is any number; of one that is there twice, its first.
+        """
+        if len(self.ids) == 0:
+            return np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.bool_)
+        if self._runs is None:
+            rows = np.searchsorted(self.ids, ids, sorter=self._order)
+            if self._order is not None:
+                rows = self._order.take(rows, mode="clip")
+        else:
+            first, end, less = self._runs
+            run = 0 if len(first) == 1 else np.searchsorted(first, ids, "right") - 1
+            rows = ids - less[run]
+            if isinstance(self.ids, IdRuns):
+                return rows, (ids >= first[run]) & (ids < end[run])
+        return rows, self.ids.take(rows, mode="clip") == ids
+
+
+def _few_runs(ids: Ids) -> IdRuns | None:
+    """Return ids as runs if these are few."""
+    if isinstance(ids, IdRuns):
+        return ids
+    breaks = sum(np.count_nonzero(np.diff(some) != 1) for some in blocks(ids))
+    runs = in_runs(blocks(ids)) if 0 < _FEW * (breaks + 1) <= len(ids) else None
+    return runs if isinstance(runs, IdRuns) else None
 
 
 def blocks(ids: Ids) -> Iterator[Ids]:
@@ -114,22 +155,26 @@ def in_runs(parts: Iterable[Ids]) -> Ids:
         if len(first):
             begins.append(ids[first])
             sizes.append(size)
-    return _smaller(IdRuns(np.concatenate(begins), np.concatenate(sizes)))
+    runs = IdRuns(np.concatenate(begins), np.concatenate(sizes))
+    return as_ids(runs) if 2 * len(runs.begins) < len(runs) else frozen(np.asarray(runs))
 
 
 def joined_ids(parts: Sequence[Ids]) -> Ids:
     """Return ids after one another: in runs if some are, and all can be, else as an array."""
     if any(isinstance(part, IdRuns) for part in parts):
         parts = [p if isinstance(p, IdRuns) else in_runs(blocks(p)) for p in parts if len(p)]
-    runs = [part for part in parts if isinstance(part, IdRuns)]
+    runs: list[Any] = [part for part in parts if isinstance(part, IdRuns)]
     if not runs or len(runs) < len(parts):
         return np.concatenate([np.asarray(part) for part in parts])
-    return as_ids(IdRuns(*(np.concatenate([getattr(r, k) for r in runs]) for k in _COLUMNS)))
+    columns = zip(*((run.begins, run.sizes) for run in runs), strict=True)
+    return as_ids(IdRuns(*map(np.concatenate, columns)))
 
 
 def among(ids: Ids, others: Ids) -> npt.NDArray[np.bool_]:
     """Return which of ``ids`` [N] are among ``others``, bool [N]."""
-    return others.contains(ids) if isinstance(others, IdRuns) else np.isin(ids, others)
+    if isinstance(others, IdRuns):
+        return IdIndex(others).locate(ids)[1]
+    return np.isin(ids, others)  # has a table where they are dense
 
 
 def ids_tensor(ids: Ids | None) -> torch.Tensor | None:
@@ -147,13 +192,26 @@ def tensor_ids(tensor: torch.Tensor | None) -> Any:
     return found if found.ndim == 1 else as_ids(IdRuns(*found))
 
 
-_COLUMNS = ("begins", "sizes")
-
-
-def _smaller(runs: IdRuns) -> Ids:
-    return as_ids(runs) if 2 * len(runs.begins) < len(runs) else frozen(np.asarray(runs))
-
-
 def as_ids(runs: IdRuns) -> Ids:
     """Return runs typed as the array that they stand in for."""
     return cast("Ids", runs)  # as good as one wherever it is indexed or given to numpy
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""The step of SplitMix64's counter."""
+
+
+def splitmix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return 64 bits mixed into 64 that look random: SplitMix64's finalizer."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def checked_rows(ids: Ids, number: int, name: str) -> Ids:
+    """Return a copy of ids [B]; DataError naming the first that is not one of a source's rows."""
+    ids = np.array(ids, dtype=np.int64)
+    if len(ids) and ids.view(np.uint64).max() >= number:  # negative ids are huge, unsigned
+        bad = ids[(ids < 0) | (ids >= number)][0]
+        raise DataError(f"{name}: there is no sample {bad} (0…{number - 1})")
+    return ids

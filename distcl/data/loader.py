@@ -15,9 +15,10 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
 
+from distcl.data.ids import checked_rows
 from distcl.data.transforms import training_view
 from distcl.errors import DataError, DistclError, UserCodeError, told
-from distcl.types import Batch, Ids, PyTree, Source
+from distcl.types import Batch, Ids, PyTree, Source, info_of
 
 T = TypeVar("T")
 
@@ -67,9 +68,9 @@ class BatchLoader:
     there are. They keep the copy of ``source`` that they started with, so a source that changes
     needs a new loader. ``pin_memory`` matters with CUDA only. What ``read``
     raises of distcl's own errors arrives as it was, also out of a worker. Random transforms draw by
-    (seed, round, epoch) of a plan that tells them by ``view(step)``. If the source has a set
-    ``replaced``, ids in whose place another sample was read are added to it, here, in the main
-    process.
+    (seed, round, epoch) of a plan that tells them by ``view(step)``. Ids in
+    whose place another sample was read are added to ``replaced`` of the source's info, here, in the
+    main process.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class BatchLoader:
         if isinstance(sampler, LanePlan):
             workers = self._readers = min(workers, sampler.readers)
         self._plan = _Steps(sampler, max(1, self._readers))
-        self._replaced: set[int] | None = getattr(source, "replaced", None)
+        info = info_of(source)
+        self._replaced = info.replaced if info.replaces else None
         self._reads = _Reads(source)
         self._loader: DataLoader[Any] | None = None
         pinned = pin_memory and self._device.type == "cuda"
@@ -240,12 +242,7 @@ class _DatasetSource:
 
     def read(self, ids: Ids) -> Batch:
         """See :meth:`distcl.types.Source.read`."""
-        ids = np.array(ids, dtype=np.int64)
-        outside = (ids < 0) | (ids >= self._len)
-        if outside.any():
-            raise DataError(
-                f"{self._name}: there is no sample {ids[outside][0]} (0…{self._len - 1})"
-            )
+        ids = checked_rows(ids, self._len, self._name)
         if len(ids) == 0:
             one = self.read(np.zeros(1, dtype=np.int64))
             x, y = tree_map(lambda t: t[:0], (one.x, one.y))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -14,9 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from distcl import registry
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
-from distcl.data.drift import Drift, Mask, require_classes
+from distcl.data.drift import Drift, require_classes
 from distcl.data.ids import BLOCK, blocks, in_runs
-from distcl.data.labels import data_spec, labels_of, occurring, usable_of
+from distcl.data.labels import Split, data_spec
 from distcl.data.loader import as_source
 from distcl.data.sources.npy import open_file
 from distcl.data.transforms import Transformed, Transforms
@@ -26,10 +25,13 @@ from distcl.types import (
     DataSpec,
     Experience,
     Ids,
+    Mask,
     PyTree,
     Source,
+    SourceInfo,
     exact,
     frozen,
+    info_of,
     pack_ids,
     unpack_ids,
 )
@@ -61,9 +63,7 @@ def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Sour
             f"stream.source = '{config.source}' must return two sources, (train, test)"
         )
     train, test = (
-        source
-        if not transforms or getattr(source, "transformed", False)
-        else Transformed(source, transforms)
+        source if not transforms or info_of(source).transformed else Transformed(source, transforms)
         for source in map(as_source, made)
     )
     return train, test
@@ -84,59 +84,45 @@ class DriftStream:
     before, with a probability that falls from 1 to 0 linearly: rows that the older concept has and
     the experience does not use yet, under the older drift.
 
-    Sources may have ``labels``, int64 [N], or tell the number of their ``classes``, which is enough
-    unless the schedule chooses samples by class; of others every sample is read once to learn the
-    labels. With floating-point y the stream is one for regression (``spec.classes`` is 0), and
-    schedules that choose samples by class do not fit.
-
-    Two more attributes that sources may have say which samples an experience takes: ``usable``,
-    bool [N], leaves bad ones out, and ``groups``, int64 [N], is each sample's concept (None: no
-    restriction). A source whose ``replaces`` is true may read its next sound sample in the place of
-    a bad one, and says so by its id; ``replaced`` remembers the ids asked for. One that is
-    ``sequential`` keeps its own order as the stream order, and tells by ``shards_of`` which parts
-    can be read side by side; ids of its training samples are kept in runs
-    (:class:`data.ids.IdRuns`) if these are long. One with ``live_seconds`` may be given more
-    samples as time goes by. ``class_names`` are the classes' names, by label.
+    What the sources say of themselves (:class:`distcl.types.SourceInfo`) says which samples an
+    experience takes, and in which order. With floating-point y the stream is one for regression
+    (``spec.classes`` is 0), and schedules that choose samples by class do not fit. In the place of
+    a bad sample another one may be read, by its id; ``info.replaced`` remembers the ids asked for.
+    Ids of training samples of a sequential source are kept in runs (:class:`data.ids.IdRuns`) if
+    these are long.
 
     Raises ConfigError naming the key that does not fit the data, DataError on bad data.
     """
 
     def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
         self._train, self._test = self.sources = as_source(train), as_source(test)
-        labels = [labels_of(self._train, "train"), labels_of(self._test, "test")]
-        self.spec = data_spec(self._train, self._test, labels)
+        splits = Split(self._train, "train"), Split(self._test, "test")
+        self.spec = data_spec(*splits)
         self._config = config
         self._concepts = min(config.recurring or config.experiences, config.experiences)
         self._seed = seed
         drifts = self._create_drifts()
-        self._members = [d.members for d in drifts if type(d).members is not Drift.members]
-        if self._members:
-            both = (self._train, "train"), (self._test, "test")
-            labels = [
-                labels_of(*of, read=True) if isinstance(part, int) else part
-                for of, part in zip(both, labels, strict=True)
-            ]
-            there = occurring(self._train, labels[0], self.spec.classes)
+        if any(type(d).members is not Drift.members for d in drifts):
+            for split in splits:
+                split.learn()
+            there = splits[0].occurring(self.spec.classes)
             if there != self.spec.occurring:  # known only now, of a stream
                 self.spec = replace(self.spec, occurring=there)
                 drifts = self._create_drifts()
-                self._members = [d.members for d in drifts if type(d).members is not Drift.members]
+        self._members = [d.members for d in drifts if type(d).members is not Drift.members]
         self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
         gradual = config.transition_fraction > 0
         self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
         """Whether a row of an experience still comes from the concept before."""
-        self.replaces = any(getattr(s, "replaces", False) for s in (self._train, self._test))
-        self.replaced: set[int] = set()
-        """Ids that were asked for and turned out bad, in this process."""
         self._sorted: tuple[object, Ids] = (None, np.empty(0, dtype=np.int64))  # of one experience
-        self.sequential = bool(getattr(self._train, "sequential", False))
-        self.live_seconds = float(getattr(self._train, "live_seconds", 0.0))
-        """How long to wait for more samples at the end of the stream; 0: there are no more."""
-        known = [part if isinstance(part, np.ndarray) else None for part in labels]
-        sound = map(usable_of, (self._train, self._test), known)
-        self.unusable = sum(int((~u).sum()) for u in sound if u is not None)
-        """How many samples are left out of all experiences, known to be bad from the start."""
-        self.experiences = [self._experience(e, *known) for e in range(config.experiences)]
+        own = splits[0].info
+        self.info = SourceInfo(
+            sequential=own.sequential,
+            live_seconds=own.live_seconds,
+            replaces=any(split.info.replaces for split in splits),
+            unusable=sum(int((~s.usable).sum()) for s in splits if s.usable is not None),
+        )
+        self.experiences = [self._experience(e, *splits) for e in range(config.experiences)]
 
     def _create_drifts(self) -> list[Drift]:
         config = self._config
@@ -182,23 +168,23 @@ class DriftStream:
         Raises DataError naming a sample of a class that the stream had not at its start.
         """
         before = self._train.grow(more)  # type: ignore[attr-defined]
-        rows = np.arange(before, len(self._train))
-        labels = getattr(self._train, "labels", None)
+        rows, info = np.arange(before, len(self._train)), info_of(self._train)
+        labels, usable = info.known_labels(), info.known_usable()
         if labels is not None and labels[rows].max() >= self.spec.classes:
             row = int(rows[labels[rows].argmax()])
             raise DataError(
                 f"sample {row}, new in the stream, has label {labels[row]}; the stream began with "
                 f"labels below {self.spec.classes}"
             )
-        elif labels is None and getattr(self._train, "classes", 0) > self.spec.classes > 0:
+        if labels is None and info.classes > self.spec.classes > 0:
             raise DataError(
                 f"among samples {before} to {len(self._train) - 1}, new in the stream, is a label "
                 f"above {self.spec.classes - 1}; the stream began with labels below "
                 f"{self.spec.classes}"
             )
-        usable = getattr(self._train, "usable", None)
         if usable is not None:
-            self.unusable += int((~usable[rows]).sum())
+            bad = int((~usable[rows]).sum())
+            self.info = replace(self.info, unusable=self.info.unusable + bad)
             rows = rows[usable[rows]]
         return pack_ids(0, rows)
 
@@ -237,9 +223,9 @@ class DriftStream:
         concept, test = divmod(group, 2)
         source = self._test if test else self._train
         base = source.read(rows[places])
-        if getattr(source, "replaces", False):
+        if self.info.replaces:
             shift = base.ids.numpy() - rows[places]
-            self.replaced.update(ids[places][shift != 0].tolist())
+            self.info.replaced.update(ids[places][shift != 0].tolist())
             for k in np.arange(len(ids))[places][shift != 0]:
                 ids[k] = self._stand_in(int(ids[k]), source)
         ids = ids[places]
@@ -278,29 +264,27 @@ class DriftStream:
             "not one of them can be read"
         )
 
-    def _experience(self, e: int, train_labels: Ids | None, test_labels: Ids | None) -> Experience:
+    def _experience(self, e: int, train: Split, test: Split) -> Experience:
         chosen = self._members or len(self._older) or self._config.samples_per_experience
-        if self.sequential and not chosen:
-            train = in_runs(self._pieces(e))
+        if self.info.sequential and not chosen:
+            parts = (slice(at, at + BLOCK) for at in range(0, len(self._train), BLOCK))
+            ids = in_runs(  # in the source's own order, never all at once
+                pack_ids(e, part.start + np.flatnonzero(self._members_of(train, e, part)))
+                for part in parts
+            )
         else:
-            train = self._shuffled(e, train_labels)
-        held_out = np.flatnonzero(self._members_of(self._test, test_labels, e))
-        if len(train) == 0 or len(held_out) == 0:
-            part = "training" if len(train) == 0 else "test"
+            ids = self._shuffled(e, train)
+        held_out = np.flatnonzero(self._members_of(test, e))
+        if len(ids) == 0 or len(held_out) == 0:
+            part = "training" if len(ids) == 0 else "test"
             raise DataError(f"experience {e + 1} has no {part} samples")
         name = f"{'+'.join(self._config.drifts)} {e}"
-        return Experience(e, train, frozen(pack_ids(e, held_out, test=True)), name)
+        return Experience(e, ids, frozen(pack_ids(e, held_out, test=True)), name)
 
-    def _pieces(self, e: int) -> Iterator[Ids]:
-        """Yield the ids of an experience in the source's own order, never all at once."""
-        for at in range(0, len(self._train), BLOCK):
-            block = slice(at, min(at + BLOCK, len(self._train)))
-            yield pack_ids(e, at + np.flatnonzero(self._members_of(self._train, None, e, block)))
-
-    def _shuffled(self, e: int, labels: Ids | None) -> Ids:
+    def _shuffled(self, e: int, train: Split) -> Ids:
         """Return the ids of an experience in stream order."""
         rng = np.random.default_rng([self._seed, _ORDER, e])
-        rows = np.flatnonzero(self._members_of(self._train, labels, e))
+        rows = np.flatnonzero(self._members_of(train, e))
         rng.shuffle(rows)
         wanted = self._config.samples_per_experience
         if wanted > len(rows):
@@ -308,29 +292,25 @@ class DriftStream:
                 f"stream.samples_per_experience = {wanted}, but experience {e + 1} has {len(rows)}"
             )
         rows = rows[:wanted].copy() if wanted else rows
-        if self.sequential or self.live_seconds:
+        if self.info.sequential or self.info.live_seconds:
             rows.sort()
         if e > 0 and len(self._older) and self._concepts > 1:
-            self._blend(e, rows, self._members_of(self._train, labels, e - 1), rng)
+            self._blend(e, rows, self._members_of(train, e - 1), rng)
         rows |= pack_ids(e, 0)  # in place: there may be very many
-        return in_runs(blocks(rows)) if self.sequential else frozen(rows)
+        return in_runs(blocks(rows)) if self.info.sequential else frozen(rows)
 
-    def _members_of(
-        self, source: Source, labels: Ids | None, e: int, rows: slice | None = None
-    ) -> Mask:
-        """Return which rows, of all or of a slice, the concept of experience e has.
-
-        ``labels`` [N], of all rows, are there if the schedule chooses by class.
-        """
-        usable, groups = usable_of(source, labels), getattr(source, "groups", None)
-        rows = slice(0, len(source)) if rows is None else rows
-        mask = np.ones(rows.stop - rows.start, dtype=np.bool_)
+    def _members_of(self, split: Split, e: int, rows: slice | None = None) -> Mask:
+        """Return which rows, of all or of a slice, the concept of experience e has."""
+        usable, groups, labels = split.usable, split.info.groups, split.labels
+        n = len(split.source)
+        rows = slice(0, n) if rows is None else rows
+        mask = np.ones(min(rows.stop, n) - rows.start, dtype=np.bool_)
         if usable is not None:
             mask &= usable[rows]
         if groups is not None:
             mask &= groups[rows] == e % self._concepts
         for members in self._members:
-            assert labels is not None  # a schedule that chooses by class is refused without any
+            assert isinstance(labels, np.ndarray)  # what chooses by class is refused without any
             if usable is None:
                 mask &= members(labels, e % self._concepts)[rows]
             else:  # a bad sample has no class

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from distcl import registry
 from distcl.errors import ConfigError, DataError, DistclError, named, told
 from distcl.registry import Count, checked
-from distcl.types import Batch, Ids, PyTree, Source
+from distcl.types import Batch, Ids, PyTree, Source, info_of
 
 Array = npt.NDArray[Any]
 Sample = dict[str, Any]
@@ -309,14 +309,14 @@ class Stack:
 class Transformed:
     """A source whose samples are transformed as they are read; in all else it is ``source``.
 
-    For sources that do not say (by an attribute ``transformed``) that they do so themselves.
+    For sources whose ``info`` does not say that they do so themselves (``transformed``).
     Samples are one tensor, under the name ``x``, or a dict of them; y is a tensor.
     """
 
     def __init__(self, source: Source, transforms: Transforms) -> None:
         self._source = source
         self._transforms = transforms
-        self._name = str(getattr(source, "name", type(source).__name__))
+        self._name = info_of(source).name or type(source).__name__
         self._stack = Stack(self._name, keep_integers=True)
 
     def __len__(self) -> int:
@@ -331,7 +331,7 @@ class Transformed:
         """See :meth:`distcl.types.Source.read`; DataError names a sample that cannot be made."""
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) == 0:
-            usable = getattr(self._source, "usable", None)
+            usable = info_of(self._source).known_usable()
             one = self.read(np.zeros(1, np.int64) if usable is None else np.flatnonzero(usable)[:1])
             return Batch(one.ids[:0], *tree_map(lambda t: t[:0], (one.x, one.y)))
         batch = self._source.read(ids)

@@ -26,7 +26,7 @@ class DriftDetection:
         self.compares = type(self.metric).begin is not StreamMetric.begin
         """Whether the metric compares samples with those trained on."""
         self._name = config.metric
-        self._parts = trainer.parts
+        self._trainer = trainer
         self._chunk = trainer.training.eval_batch_size
         self._reference: Ids = np.empty(0, np.int64)
 
@@ -34,7 +34,7 @@ class DriftDetection:
         """Tell the metric which samples the model was trained on last. Local."""
         self._reference = ids
         if len(ids):
-            self.metric.begin(self._parts.stream, ids)
+            self.metric.begin(self._trainer.history.source, ids)
 
     def feed(self, ids: Ids, quiet: int) -> tuple[int | None, float]:
         """Feed the detector the metric of samples, the first ``quiet`` of which do not count.
@@ -43,7 +43,7 @@ class DriftDetection:
         rank. What comes after that place is not fed. Collective.
         """
         values = self._values(ids)
-        runtime, fired = self._parts.runtime, -1
+        runtime, fired = self._trainer.parts.runtime, -1
         if runtime.is_main:
             sign = 1 if self.metric.good == "low" else -1
             for k, value in enumerate(values.tolist()):
@@ -55,7 +55,7 @@ class DriftDetection:
 
     def _values(self, ids: Ids) -> torch.Tensor:
         """Return the metric of each sample, [B], on the CPU of every rank."""
-        forward, metric = self._parts.forward, self.metric
+        forward, metric = self._trainer.parts.forward, self.metric
 
         def measure(batch: Batch) -> torch.Tensor:
             with forward.runtime.strategy.autocast():
@@ -68,7 +68,7 @@ class DriftDetection:
                 )
             return values.to(forward.runtime.dtype)
 
-        return forward.per_batch(self._parts.stream, ids, self._chunk, measure).cpu()
+        return forward.per_batch(self._trainer.history.source, ids, self._chunk, measure).cpu()
 
     def state_dict(self) -> dict[str, Any]:
         """Return rank 0's detector and the samples compared with: tensors and plain values."""

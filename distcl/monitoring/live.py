@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from distcl.distributed.runtime import Runtime
-from distcl.types import Ids, Stream
+from distcl.types import Ids, Stream, info_of
 
 _POLLS = 20  # looks for something new in the time that is waited
 
@@ -25,7 +25,7 @@ class LiveEnd:
         self._stream: Any = stream
         self._runtime = runtime
         self._say = say
-        self._seconds = float(getattr(stream, "live_seconds", 0.0))
+        self._seconds = info_of(stream).live_seconds
         self.open = self._seconds > 0
         """Whether there may be more."""
 

@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distcl.data.ids import BLOCK, IdIndex
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.partition import Partition
 from distcl.types import Ids, as_tensor
-
-_BLOCK = 1 << 16
 
 
 def weights_checksum(
@@ -101,18 +100,14 @@ class LossCache:
             return torch.zeros(len(ids), dtype=torch.bool), losses.new_zeros(len(ids))
         if np.array_equal(held, ids):  # the usual case, at no memory
             return torch.ones(len(ids), dtype=torch.bool), losses.clone()
-        order = None if (held[1:] > held[:-1]).all() else np.argsort(held, kind="stable")
-        known = torch.empty(len(ids), dtype=torch.bool)
-        found = losses.new_empty(len(ids))
-        for start in range(0, len(ids), _BLOCK):
-            block = ids[start : start + _BLOCK]
-            at = np.searchsorted(held, block, sorter=order).clip(max=len(held) - 1)
-            at = at if order is None else order[at]
-            there = torch.from_numpy(held[at] == block)
-            known[start : start + _BLOCK] = there
-            rows = torch.from_numpy(at).to(losses.device)
-            found[start : start + _BLOCK] = torch.where(there.to(losses.device), losses[rows], 0.0)
-        return known, found
+        index, known = IdIndex(held), np.empty(len(ids), dtype=np.bool_)
+        found = losses.new_zeros(len(ids))
+        for start in range(0, len(ids), BLOCK):
+            rows, there = index.locate(ids[start : start + BLOCK])
+            known[start : start + BLOCK] = there
+            at = torch.from_numpy(start + np.flatnonzero(there)).to(losses.device)
+            found[at] = losses[torch.from_numpy(rows[there]).to(losses.device)]
+        return torch.from_numpy(known), found
 
     def state_dict(self) -> dict[str, Any]:
         """Return fingerprints, ids and losses, oldest first."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distcl.data.ids import BLOCK, blocks
+from distcl.data.ids import BLOCK, IdIndex, blocks
 from distcl.distributed.runtime import Runtime
 from distcl.priority.weighting import Of, summed
 from distcl.types import Ids, frozen, unpack_ids
@@ -183,6 +183,5 @@ class Slices:
 
     def pick(self, ids: Ids, values: Array) -> Array:
         """Return the values [n] of mine from values [M] of ``ids`` [M], which have them all."""
-        order = np.argsort(ids, kind="stable")
-        picked: Array = values[order[np.searchsorted(ids, self.ids, sorter=order)]]
+        picked: Array = values[IdIndex(ids).locate(self.ids)[0]]
         return picked

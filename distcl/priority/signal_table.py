@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from distcl.data.ids import IdIndex
 from distcl.priority.scoring import Weights
 from distcl.priority.weighting import Positions
 from distcl.types import Ids, unpack_ids
@@ -28,7 +28,7 @@ class SignalTable:
 
     def _hold(self, ids: Ids) -> None:
         self.ids = ids  # sorted
-        self._places = _Places(ids)
+        self._index = IdIndex(ids)
         self._scores = np.full(len(ids), np.nan)  # NaN: never seen
         self._labels = np.full(len(ids), _UNKNOWN)
         self._found: list[tuple[Ids, Ids]] = []  # what was read, and where it is
@@ -38,7 +38,7 @@ class SignalTable:
         old_ids, old_scores, old_labels = self.ids, self._scores, self._labels
         ids = np.sort(ids)  # np.unique takes ten times as long
         self._hold(ids[np.diff(ids, prepend=ids[:1] - 1) > 0])
-        at, known = self._places.of(old_ids)
+        at, known = self._index.locate(old_ids)
         self._scores[at[known]] = old_scores[known]
         self._labels[at[known]] = old_labels[known]
 
@@ -47,7 +47,7 @@ class SignalTable:
 
         ``labels`` [N]: classes, or -1 where unknown.
         """
-        at, held = self._places.of(ids)
+        at, held = self._index.locate(ids)
         if not held.all():
             at, scores, labels = at[held], scores[held], labels[held]
         self._scores[at] = scores  # of several of one id, numpy leaves the last
@@ -55,11 +55,11 @@ class SignalTable:
 
     def label(self, ids: Ids, labels: Ids) -> None:
         """Tell the classes [N] of ids that were never seen; -1 where unknown."""
-        self._labels[self._places.of(ids)[0]] = labels
+        self._labels[self._index.locate(ids)[0]] = labels
 
     def unseen(self, ids: Ids) -> Ids:
         """Return those of ``ids``, all held, that were never seen and whose class is unknown."""
-        at, _ = self._places.of(ids)
+        at, _ = self._index.locate(ids)
         unseen: Ids = ids[np.isnan(self._scores[at]) & (self._labels[at] == _UNKNOWN)]
         return unseen
 
@@ -70,7 +70,7 @@ class SignalTable:
         """
         found = next((at for known, at in self._found if known is ids), None)
         if found is None:
-            found = self._places.of(ids)[0]
+            found = self._index.locate(ids)[0]
             self._found = [*self._found[-1:], (ids, found)]
         at = found if chosen is None else found[chosen]
         scores = self._scores[at]
@@ -108,29 +108,3 @@ class SignalTable:
         self._hold(state["ids"].numpy().copy())
         self._scores[:] = state["scores"].numpy()
         self._labels[:] = state["labels"].numpy()
-
-
-class _Places:
-    """Where ids are among those held, sorted [M]; of few runs of consecutive ids, by these."""
-
-    def __init__(self, held: Ids) -> None:
-        self._held = held
-        starts = np.flatnonzero(np.diff(held, prepend=held[:1] - 2) != 1)
-        self._runs = len(starts) * 16 <= len(held)
-        if self._runs:
-            self._first = held[starts]
-            self._shift = self._first - starts
-
-    def of(self, ids: Ids) -> tuple[Ids, npt.NDArray[np.bool_]]:
-        """Return (position in what is held, whether it is there) of each id, [N] each.
-
-        The position of one that is not there may be any number.
-        """
-        held = self._held
-        if not len(held):
-            return np.zeros(len(ids), dtype=np.int64), np.zeros(len(ids), dtype=np.bool_)
-        if self._runs:
-            at = ids - self._shift[np.searchsorted(self._first, ids, "right") - 1]
-        else:
-            at = np.searchsorted(held, ids)
-        return at, held.take(at, mode="clip") == ids

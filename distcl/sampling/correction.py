@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from distcl.data.ids import IdIndex
 from distcl.priority.weighting import Sums, Weights
 from distcl.sampling.groups import Part
 from distcl.types import Batch
@@ -44,13 +45,11 @@ class Correction:
             weighted = [(g.ids, g.weights, g.over) for g in groups if g.weights is not None]
             held = np.concatenate([i for i, *_ in weighted]) if weighted else ids.numpy()[:0]
             values = [self._loss_weights(w, over) for _, w, over in weighted]
-            order = np.argsort(held, kind="stable")
-            self._ids = held[order]
-            self._values = np.concatenate(values)[order] if weighted else np.empty(0)
+            self._index = IdIndex(held)
+            self._values = np.concatenate(values) if weighted else np.empty(0)
         found = np.ones(len(ids))
-        if len(self._ids):
-            at = np.searchsorted(self._ids, ids.numpy()).clip(max=len(self._ids) - 1)
-            found = np.where(self._ids[at] == ids.numpy(), self._values[at], found)
+        at, there = self._index.locate(ids.numpy())
+        found[there] = self._values[at[there]]
         return torch.from_numpy(found)
 
     def _loss_weights(self, weights: Weights, over: Sums) -> Weights:

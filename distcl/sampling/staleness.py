@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distcl.data.ids import BLOCK, IdIndex
 from distcl.distributed.runtime import Runtime
 from distcl.priority.weighting import WHOLE
 from distcl.sampling.groups import Part
 
 _LOOKS = 8
 _FEWEST = 50
-_BLOCK = 1 << 16  # weights looked at together
 
 
 def rank_correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:
@@ -71,7 +71,7 @@ class Freshness:
         """
         weighted = [group for group in groups if group.weights is not None]
         self._waiting.append((drawn, losses, weighted))
-        if sum(len(group.ids) for group in weighted) > _BLOCK:
+        if sum(len(group.ids) for group in weighted) > BLOCK:
             self._look_up()
 
     def _look_up(self) -> None:
@@ -102,15 +102,13 @@ class Freshness:
         Both are rounded to float32: ties must be ties, whatever last bits a cut of a batch leaves.
         """
         wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
-        found = np.full(len(wanted), np.nan)
+        index, found = IdIndex(wanted), np.full(len(wanted), np.nan)
         means = means or _means(groups)
         for group, mean in zip(groups, means, strict=True) if len(wanted) else ():
             assert group.weights is not None
-            for start in range(0, len(group.ids), _BLOCK):
-                ids = group.ids[start : start + _BLOCK]
-                at = np.searchsorted(wanted, ids).clip(max=len(wanted) - 1)
-                held = np.flatnonzero(wanted[at] == ids)
-                found[at[held]] = group.weights[start + held] / mean
+            for start in range(0, len(group.ids), BLOCK):
+                at, there = index.locate(group.ids[start : start + BLOCK])
+                found[at[there]] = group.weights[start + np.flatnonzero(there)] / mean
         pairs = np.stack([found[place], losses.double().cpu().numpy()], axis=1)
         pairs = pairs.astype(np.float32).astype(np.float64)
         known: npt.NDArray[np.float64] = pairs[np.isfinite(pairs).all(axis=1)]

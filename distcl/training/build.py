@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from distcl.config import Config
-from distcl.data.replay_buffer import CopyingStream
+from distcl.data.replay_buffer import ReplayBuffer
 from distcl.data.transforms import Transforms
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
@@ -29,7 +29,7 @@ from distcl.training.dry_run import DryRun
 from distcl.training.optimizer import create_optimizer
 from distcl.training.parts import Parts
 from distcl.training.round_report import RoundRecorder
-from distcl.types import DataSpec, PrioritySignal, Progress, Stream, UnreducedLoss
+from distcl.types import DataSpec, PrioritySignal, Progress, Stream, UnreducedLoss, info_of
 from distcl.updaters import UpdaterSetup, create_updater
 
 _POOL = 2  # a stream of draws beside those of the samplers
@@ -58,17 +58,18 @@ def assemble(
 ) -> Parts:
     """Build every part of a trainer. Collective. ``resume``: keep what trackers have written."""
     seed = config.run.seed
-    if config.continual_learning.history_store == "copy":
-        if random := Transforms(config.data.transforms).random:
-            raise ConfigError(
-                f"data.transforms has '{random[0]}', which is random: it reads a sample anew in "
-                "each epoch; continual_learning.history_store = 'copy' keeps what was read once. "
-                "Use history_store = 'ids', or transforms that are not random"
-            )
-        stream = CopyingStream(stream)
+    continual = config.continual_learning
+    copies = continual.history_store == "copy"
+    if copies and (random := Transforms(config.data.transforms).random):
+        raise ConfigError(
+            f"data.transforms has '{random[0]}', which is random: it reads a sample anew in "
+            "each epoch; continual_learning.history_store = 'copy' keeps what was read once. "
+            "Use history_store = 'ids', or transforms that are not random"
+        )
+    history = ReplayBuffer(stream, continual.buffer_size, seed, copies)
     criterion, signal = create_judges(config, stream.spec)
     importance = config.continual_learning.importance_weighting
-    sequential = bool(getattr(stream, "sequential", False))
+    sequential = info_of(stream).sequential
     dry = DryRun(config, runtime, stream)
     raw = create_model(config.model, stream.spec, seed, dry.x)
     tried, scored = create_judges(config, stream.spec)  # they may count what they are asked
@@ -115,7 +116,7 @@ def assemble(
         lanes_of = stream.lanes_of  # type: ignore[attr-defined]
         dealer = Dealer.over(runtime, config.data.lanes, lanes_of)
     weighter = RoundWeighter(
-        stream,
+        history.source,
         config.priority,
         config.continual_learning.importance_alpha,
         scorer,
@@ -123,19 +124,22 @@ def assemble(
         dealer,
         Permutations(seed, _POOL).take,
     )
-    mix = Mix(config.training, config.continual_learning, config.priority.target == "union")
+    mix = Mix(config.training, continual, config.priority.target == "union")
     shown = progress if progress is not None and runtime.is_main else Quiet()
     tracker = create_tracker(config.tracking, out, runtime.rank, resume, shown.message)
     return Parts(
         runtime=runtime,
         stream=stream,
+        history=history,
         model=model,
         optimizer=optimizer,
         anchor=anchor,
         forward=forward,
         scorer=scorer,
         updater=updater,
-        loader=RoundLoader(runtime, stream, weighter, mix, config.priority, config.data, seed),
+        loader=RoundLoader(
+            runtime, history.source, weighter, mix, config.priority, config.data, seed
+        ),
         tracker=tracker,
         recorder=RoundRecorder(runtime, out, tracker),
         progress=shown,

@@ -35,6 +35,7 @@ from distcl.types import (
     PyTree,
     Stream,
     UnreducedLoss,
+    info_of,
 )
 from distcl.updaters.jvp_reg import buffers_kept
 
@@ -254,7 +255,7 @@ def _two(stream: Stream) -> Batch | None:
     if ids is None:
         return None
     ids = np.asarray(ids, dtype=np.int64)
-    replaced: set[int] = getattr(stream, "replaced", set())
+    replaced = info_of(stream).replaced
     before = set(replaced)
     batch = stream.read(ids)
     if len(ids) == 1:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from distcl.data.replay_buffer import ReplayBuffer
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
@@ -24,6 +25,7 @@ class Parts:
 
     runtime: Runtime
     stream: Stream
+    history: ReplayBuffer
     model: nn.Module
     optimizer: torch.optim.Optimizer
     anchor: Anchor

@@ -19,7 +19,7 @@ from distcl.sampling.draw_log import EDGES
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking.tracker import Histogram, Tracker, flat_values
 from distcl.training.step_loop import Stage
-from distcl.types import Source
+from distcl.types import Source, info_of
 from distcl.updaters import Updater
 
 
@@ -179,7 +179,7 @@ class RoundRecorder:
 def _seen(source: Source, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:
     """Return labels and thumbnails of samples, empty where they have none."""
     nothing = np.empty(0, dtype=np.uint8)
-    if not len(ids) or getattr(source, "sequential", False):
+    if not len(ids) or info_of(source).sequential:
         return {"labels": nothing, "thumbnails": nothing}
     batch = source.read(ids)
     labels = nothing

@@ -10,7 +10,6 @@ from typing import Any
 
 from distcl.config import Config
 from distcl.data.bad_samples import BadSamples
-from distcl.data.replay_buffer import CopyingStream, History
 from distcl.distributed.memory import give_back
 from distcl.errors import DivergenceError
 from distcl.losses import judged_by
@@ -52,8 +51,7 @@ class ContinuousTrainer:
         )
         self._reporter = Reporter(parts.runtime, parts.loader, parts.forward, parts.updater)
         self.pretrained = bool(config.model.pretrained)
-        copies = parts.stream if isinstance(parts.stream, CopyingStream) else None
-        self.history = History(self.continual.buffer_size, config.run.seed, copies)
+        self.history = parts.history
         self.bad = BadSamples(parts.stream, parts.runtime)
         self.matrix = AccuracyMatrix()
         self._stateful: dict[str, Any] = {
@@ -104,11 +102,12 @@ class ContinuousTrainer:
         accepted = self._accepts(stage, held_out)
         if accepted:
             if updater.trains:
-                updater.cl_postprocessing(self.parts.stream, stage.experience.train)  # 5. commit
+                updater.cl_postprocessing(self.history.source, stage.experience.train)  # 5. commit
             self.history.add(stage.experience.train)
         stage.seconds += time.perf_counter() - clock
         report = self._report(stage, accepted)
-        self.parts.recorder.write(report, self.parts.loader, self.parts.stream, self.loop.steps)
+        source = self.history.source
+        self.parts.recorder.write(report, self.parts.loader, source, self.loop.steps)
         self.rounds.append(report)
         self.stage = None
         return report
@@ -207,7 +206,7 @@ class ContinuousTrainer:
         self.loop.run(stage, "pretraining")
         clock = time.perf_counter()
         if updater.trains:
-            updater.cl_postprocessing(self.parts.stream, stage.experience.train)
+            updater.cl_postprocessing(self.history.source, stage.experience.train)
         self.parts.anchor.restart()
         self.history.add(stage.experience.train)
         seconds = stage.seconds + time.perf_counter() - clock
@@ -243,7 +242,7 @@ class ContinuousTrainer:
     def announce(self, experience: Experience) -> None:
         """Tell the updater what the round trains on."""
         ids, history = experience.train, self.history
-        self.parts.updater.begin_round(Round(self.parts.stream, ids, history.ids(), history.after))
+        self.parts.updater.begin_round(Round(history.source, ids, history.ids(), history.after))
 
     def _say(self, text: str) -> None:
         if self.parts.runtime.is_main:

@@ -74,7 +74,8 @@ class DarkExperienceReplay(Updater):
         if logits is not None:
             self.stored.put(self.last.ids[noted.numpy()], logits[noted.to(logits.device)])
         if len(unseen):
-            self.stored.put(unseen, compute_logits(self.setup.scorer, source, unseen, "der"))
+            _, logits = compute_logits(self.setup.scorer, source, unseen, "der")
+            self.stored.put(unseen, logits)
         self.taken_back()
 
     def taken_back(self) -> None:

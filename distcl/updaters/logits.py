@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from distcl.data.ids import IdIndex, blocks
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, UsageError
 from distcl.priority.scoring import Scorer
-from distcl.types import Ids, PyTree, Source
-
-_BLOCK = 1 << 16
+from distcl.types import Batch, Ids, PyTree, Source, info_of
 
 
 def one_tensor(outputs: PyTree, method: str) -> torch.Tensor:
@@ -26,27 +25,47 @@ def one_tensor(outputs: PyTree, method: str) -> torch.Tensor:
     return outputs
 
 
-def compute_logits(scorer: Scorer, source: Source, ids: Ids, method: str) -> torch.Tensor:
-    """Return the logits [N, ...] of ``ids`` (at least one), eval mode, in host memory. Collective.
+def compute_logits(
+    scorer: Scorer, source: Source, ids: Ids, method: str
+) -> tuple[Ids, torch.Tensor]:
+    """Return logits [N, ...] of ``ids`` (at least one), eval mode, in host memory. Collective.
 
-    Each rank computes those of its chunks, cut as for scoring; all ranks get all.
+    With them come the ids int64 [N] of what was read: others than asked, in the place of bad ones.
+    Each rank computes the logits of its chunks, cut as for scoring; all ranks get all.
     """
     forward, size, dtype = scorer.forward, scorer.batch_size, scorer.forward.runtime.dtype
-    blocks = [
-        forward.per_sample(
-            source, ids[at : at + _BLOCK], size, lambda out, y: one_tensor(out.logits, method)
-        ).to("cpu", dtype)
-        for at in range(0, len(ids), _BLOCK)
-    ]
-    return torch.cat(blocks)
+    mine: list[torch.Tensor] = []  # ids read of a block
+    read, logits = [ids[:0]], []
+
+    def measure(batch: Batch) -> torch.Tensor:
+        mine.append(batch.ids)
+        return one_tensor(forward.outputs(batch).logits, method)
+
+    for block in blocks(ids):
+        logits.append(forward.per_batch(source, block, size, measure).to("cpu", dtype))
+        forward.forwards += len(block)
+        if info_of(source).replaces:
+            own = torch.cat(mine)[: len(forward.mine(block, size))].to(forward.runtime.device)
+            block = forward.gather(own, len(block), size).cpu().numpy()
+        mine.clear()
+        read.append(block)
+    return np.concatenate(read), torch.cat(logits)
 
 
 class LogitTable:
     """Logits [M, ...] by id, in host memory, the same on every rank. Local."""
 
     def __init__(self) -> None:
-        self.ids: Ids = np.empty(0, dtype=np.int64)  # sorted
+        self._index = IdIndex(np.empty(0, dtype=np.int64))
         self.logits = torch.empty(0)
+
+    @property
+    def ids(self) -> Ids:
+        """The ids held, [M], ascending."""
+        return self._index.ids
+
+    def _hold(self, ids: Ids, logits: torch.Tensor) -> None:
+        self._index, self.logits = IdIndex(ids), logits
 
     def put(self, ids: Ids, logits: torch.Tensor) -> None:
         """Add logits [N, ...] of ids [N], none of which is held."""
@@ -54,12 +73,12 @@ class LogitTable:
         order = np.argsort(both)
         logits = logits.cpu()
         rows = torch.cat([self.logits, logits]) if len(self.ids) else logits
-        self.ids, self.logits = both[order], rows[torch.from_numpy(order)]
+        self._hold(both[order], rows[torch.from_numpy(order)])
 
     def keep(self, ids: Ids) -> None:
         """Forget all but these ids [N]; ids not held are passed over."""
         held = np.isin(self.ids, ids)
-        self.ids, self.logits = self.ids[held], self.logits[torch.from_numpy(held)]
+        self._hold(self.ids[held], self.logits[torch.from_numpy(held)])
 
     def of(self, ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, ...] of ids [B] (on the CPU), on ``like``'s device, in its dtype.
@@ -69,10 +88,9 @@ class LogitTable:
         if len(ids) == 0:
             return like[:0].detach()
         wanted = ids.numpy()
-        at = np.searchsorted(self.ids, wanted).clip(max=max(len(self.ids) - 1, 0))
-        missing = self.ids[at] != wanted if len(self.ids) else np.ones(len(wanted), dtype=np.bool_)
-        if missing.any():
-            raise UsageError(f"no logits are kept of sample id {wanted[missing][0]}")
+        at, held = self._index.locate(wanted)
+        if not held.all():
+            raise UsageError(f"no logits are kept of sample id {wanted[~held][0]}")
         return self.logits[torch.from_numpy(at)].to(like, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,7 +99,7 @@ class LogitTable:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.ids, self.logits = state["ids"].numpy(), state["logits"]
+        self._hold(state["ids"].numpy(), state["logits"])
 
 
 class LastLogits:
@@ -92,11 +110,16 @@ class LastLogits:
     """
 
     def __init__(self, ids: Ids, runtime: Runtime) -> None:
-        self.ids = np.sort(ids)
+        self._index = IdIndex(np.sort(ids))
         self._runtime = runtime
         self._step = 0
         self._noted = torch.full((len(ids),), -1, dtype=torch.int64, device=runtime.device)
         self._logits: torch.Tensor | None = None
+
+    @property
+    def ids(self) -> Ids:
+        """The ids whose logits are noted, [M], ascending."""
+        return self._index.ids
 
     def note(self, ids: torch.Tensor, logits: torch.Tensor) -> None:
         """Note logits [B, ...] of one step; every rank calls it in every step. Local, no sync."""
@@ -104,10 +127,9 @@ class LastLogits:
             return
         if self._logits is None:
             self._logits = logits.new_zeros((len(self.ids), *logits.shape[1:]))
-        at = np.searchsorted(self.ids, ids.numpy()).clip(max=len(self.ids) - 1)
-        mine = np.flatnonzero(self.ids[at] == ids.numpy())
-        rows = torch.from_numpy(at[mine]).to(logits.device, non_blocking=True)
-        columns = torch.from_numpy(mine).to(logits.device, non_blocking=True)
+        at, held = self._index.locate(ids.numpy())
+        rows = torch.from_numpy(at[held]).to(logits.device, non_blocking=True)
+        columns = torch.from_numpy(np.flatnonzero(held)).to(logits.device, non_blocking=True)
         self._logits[rows] = logits.detach()[columns]
         self._noted[rows] = self._step
         self._step += 1
@@ -137,7 +159,7 @@ class LastLogits:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, on the same rank."""
-        self.ids = state["ids"].numpy()
+        self._index = IdIndex(state["ids"].numpy())
         self._step, self._noted, self._logits = state["step"], state["noted"], state["logits"]
 
 

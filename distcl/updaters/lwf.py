@@ -47,7 +47,11 @@ class LwF(Updater):
         if self.commits or self.setup.pretrained:
             mixed = [self.round.history] if self.config.mix_historic_data else []
             ids = np.unique(np.concatenate([self.round.ids, *mixed]))
-            self.teacher.put(ids, compute_logits(self.setup.scorer, self.round.source, ids, "lwf"))
+            read, logits = compute_logits(self.setup.scorer, self.round.source, ids, "lwf")
+            if not np.array_equal(read, ids):  # stand-ins may come twice
+                read, first = np.unique(read, return_index=True)
+                logits = logits[torch.from_numpy(first)]
+            self.teacher.put(read, logits)
 
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """Forward and backward with the distillation; the losses returned are without. Collective.

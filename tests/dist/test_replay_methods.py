@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distcl.data.replay_buffer import History
+from distcl.config import StreamConfig
+from distcl.data.replay_buffer import ReplayBuffer
 from distcl.data.stream import create_stream
 from distcl.errors import DistclError
 from distcl.training.build import assemble
@@ -50,7 +51,8 @@ def _config(case: str) -> Any:
 
 def _plan(experiences: list[Experience], mixed: bool) -> Iterator[tuple[Round, Steps]]:
     """Three rounds of 40 samples, most of them never drawn; history batches from round 2 on."""
-    history, rng = History(CAPACITY, SEED), np.random.default_rng(0)
+    history = ReplayBuffer(create_stream(StreamConfig(), 0), CAPACITY, SEED)
+    rng = np.random.default_rng(0)
     for experience in experiences:
         ids = experience.train[:40]
         pool = np.concatenate([ids, history.ids()]) if mixed else ids

@@ -18,6 +18,7 @@ from distcl.data.shards.index import index_folder
 from distcl.data.shards.writer import Members
 from distcl.data.stream import create_stream
 from distcl.errors import DataError, DistclError
+from distcl.updaters.der import DarkExperienceReplay
 from tests.small import small
 from tests.spawn import exit_codes, run_ranks
 
@@ -110,6 +111,63 @@ def test_bad_samples_go_with_every_way_to_draw_and_learn(tmp_path, way):
         np.testing.assert_allclose(np.array(three[0][0], float), np.array(one[0], float), atol=1e-9)
 
 
+LATE = (  # samples of the history are read for the first time as the round begins
+    "continual_learning.update_mode=lwf",
+    "continual_learning.mix_historic_data=true",
+    "continual_learning.importance_weighting=true",
+    "priority.signal=loss",
+    "priority.source=online",
+    "priority.target=current",
+    "priority.refresh_steps=4",
+    "stream.drift=split",
+    "stream.experiences=2",
+    "training.pretrain_epochs=0",
+)
+SOME = tuple(range(0, 120, 5))
+MOST = tuple(row for row in range(120) if row // 4 % 4)
+
+
+@pytest.mark.parametrize(
+    ("bad", "kept", "batch", "steps", "seed"), [(SOME, 11, 16, 3, 0), (MOST, 1, 2, 30, 3)]
+)
+def test_lwf_has_the_logits_of_what_is_read_in_the_place_of_history(
+    tmp_path, bad, kept, batch, steps, seed
+):
+    folder = write(tmp_path / "s", bad)
+    more = (
+        f"continual_learning.buffer_size={kept}",
+        f"training.batch_size={batch}",
+        f"training.steps_per_round={steps}",
+        f"run.seed={seed}",
+    )
+    one = go(folder, tmp_path / "one", *LATE, *more)
+    assert len(one[1]) == 2 and one[2] > 0, one
+    if batch > 2:
+        three = run_ranks(3, go, folder, tmp_path / "three", *LATE, *more)
+        assert three == [three[0]] * 3 and three[0][1:] == one[1:]
+
+
+class Spoiled(DarkExperienceReplay):
+    """Samples of the first two shards go bad when the second round begins."""
+
+    folder = Path()
+
+    def cl_preprocessing(self) -> None:
+        super().cl_preprocessing()
+        for k in range(2 if len(self.stored.ids) else 0):
+            path = self.folder / f"train-{k:03d}.tar"
+            path.write_bytes(path.read_bytes().replace(b"\x93NUMPY", b"\x94NUMPY", 13))
+
+
+def test_der_replays_what_has_logits_when_samples_go_bad_later(tmp_path, monkeypatch):
+    folder = write(tmp_path / "s", ())
+    monkeypatch.setattr(Spoiled, "folder", folder)
+    mode = "continual_learning.update_mode=tests.faults.test_bad_samples:Spoiled"
+    way = (mode, *WAYS["der"][1:], "stream.experiences=3", "training.pretrain_epochs=0")
+    found = go(folder, tmp_path / "one", *way)
+    assert len(found[1]) == 3 and found[2] > 0, found
+
+
 def test_a_bad_sample_is_replaced_by_the_next_of_its_experience(tmp_path):
     bad, tests = (5, 39, *range(60, 80), 119), (3, 29)
     folder = write(tmp_path / "s", bad, tests)
@@ -181,5 +239,5 @@ def test_bad_samples_have_no_class(tmp_path):
         config = StreamConfig(source="shards", path=str(folder), drift=drift, experiences=2)
         made = create_stream(config, 0, DataConfig(on_bad_sample="skip"))
         counts = [np.bincount(made.read(e.train).y, minlength=CLASSES) for e in made.experiences]
-        assert made.unusable == 20
+        assert made.info.unusable == 20
         assert (np.sum(counts, axis=0) == 25).all() if drift == "split" else counts[0].sum() == 100

@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from distcl.config import DataConfig
+from distcl.data.ids import checked_rows
 from distcl.data.shards.decode import Decoder
 from distcl.data.shards.experiences import Groups
 from distcl.data.shards.index import (
@@ -34,7 +35,7 @@ from distcl.data.sources.arrays import stratified
 from distcl.data.sources.npy import Array
 from distcl.data.transforms import Sample, Stack, Transforms
 from distcl.errors import DataError
-from distcl.types import Batch, Ids, PyTree
+from distcl.types import Batch, Ids, PyTree, SourceInfo
 
 _MOST_OPEN = 64
 _MOST_TOLD = 20
@@ -62,9 +63,6 @@ class ShardSource:
 
     sequential = False
     """Whether reading far from where one is costs much more than reading on."""
-
-    transformed = True
-    """It applies ``data.transforms`` itself."""
 
     def __init__(
         self, folder: Path, shards: Sequence[Shard], data: DataConfig, name: str = "shards"
@@ -129,6 +127,11 @@ class ShardSource:
         return np.maximum(column, 0, out=column)
 
     @property
+    def classes(self) -> int:
+        """0: labels tell."""
+        return 0
+
+    @property
     def usable(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which samples can be used, bool [N]; None: all."""
         return self._column() >= 0 if self.problems else None
@@ -143,6 +146,22 @@ class ShardSource:
         """Whether ``read`` may put another sample in the place of a bad one."""
         return self._data.on_bad_sample == "skip"
 
+    @property
+    def info(self) -> SourceInfo:
+        """See :class:`distcl.types.SourceInfo`."""
+        return SourceInfo(
+            self.name,
+            lambda: self.labels,
+            self.classes,
+            self.class_names,
+            lambda: self.usable,
+            self.groups,
+            self.sequential,
+            self.live_seconds,
+            self.replaces,
+            transformed=True,
+        )
+
     def _column(self) -> Ids:
         labels = np.full(self._total, -1)
         for begin, end, index in zip(self._firsts, self._firsts[1:], self._indexes, strict=False):
@@ -152,9 +171,8 @@ class ShardSource:
 
     def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:
         """Split into (train, test), as :meth:`data.sources.arrays.ArraySource.holdout` does."""
-        train, test = stratified(self._column() + 1, fraction)  # bad ones are a class of their own
-        if len(test) == 0:
-            raise DataError(f"{self.name}: no class has two samples, so none can be held out")
+        labels = self._column() + 1  # bad ones are a class of their own
+        train, test = stratified(labels, fraction, self.name)
         return self._restrict(train), self._restrict(test)
 
     def _restrict(self, ids: Ids) -> ShardSource:
@@ -198,12 +216,7 @@ class ShardSource:
 
     def read(self, ids: Ids) -> Batch:
         """Read samples by id, in the order asked. Local. Raises DataError naming a bad sample."""
-        ids = np.array(ids, dtype=np.int64)
-        outside = (ids < 0) | (ids >= len(self))
-        if outside.any():
-            raise DataError(
-                f"{self.name}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
-            )
+        ids = checked_rows(ids, len(self), self.name)
         if len(ids) == 0:
             if self._empty is None:
                 one = self.read(self._first_usable())

@@ -25,6 +25,7 @@ from distcl.data.sources.npy import Array, npz_keys, open_npz
 from distcl.data.stream import create_sources
 from distcl.data.transforms import arrays_of
 from distcl.errors import DataError, UsageError
+from distcl.types import info_of
 
 _TEST_FOLDERS = ("test", "val", "valid", "validation")
 _CHUNK = 256
@@ -258,7 +259,7 @@ class SourceSamples:
         self._config = config
         parts = create_sources(config, DataConfig())
         self._parts = dict(zip(("train", "test"), parts, strict=True))
-        self.class_names = list(getattr(parts[0], "class_names", ()))
+        self.class_names = list(info_of(parts[0]).class_names)
         self.sizes = {split: len(part) for split, part in self._parts.items()}
 
     def describe(self) -> dict[str, Any]:

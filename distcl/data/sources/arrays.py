@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
+from distcl.data.ids import checked_rows
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
 from distcl.data.transforms import to_tensor
 from distcl.errors import ConfigError, DataError
-from distcl.types import Batch, Ids, PyTree, exact
+from distcl.types import Batch, Ids, PyTree, SourceInfo, exact
 
 MAX_CLASSES = 1 << 20
 """Labels are below this: a larger one is a mistake, not a class."""
@@ -50,6 +51,11 @@ class ArraySource:
         for leaf in tree_leaves(self._x):
             _check_x(leaf, len(y), name)
 
+    @property
+    def info(self) -> SourceInfo:
+        """See :class:`distcl.types.SourceInfo`."""
+        return SourceInfo(self.name, self.labels, groups=self.groups)
+
     def __len__(self) -> int:
         return len(self._y)
 
@@ -58,10 +64,7 @@ class ArraySource:
 
         Raises DataError naming an id out of range.
         """
-        ids = np.array(ids, dtype=np.int64)
-        if len(ids) and ids.view(np.uint64).max() >= len(self):  # negative ids are huge, unsigned
-            bad = ids[(ids < 0) | (ids >= len(self))][0]
-            raise DataError(f"{self.name}: there is no sample {bad} (0…{len(self) - 1})")
+        ids = checked_rows(ids, len(self), self.name)
         rows = ids if self._rows is None else self._rows[ids]
         # not .take: of a member of an .npz, whose data is unaligned, it first copies all of it
         if self._in_tree:
@@ -84,11 +87,7 @@ class ArraySource:
         Raises DataError if that leaves test empty.
         """
         labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels
-        train, test = stratified(labels, fraction)
-        if len(test) == 0:
-            raise DataError(
-                f"{self.name}: no class has two samples, so none can be held out for testing"
-            )
+        train, test = stratified(labels, fraction, self.name)
         return self._restrict(train), self._restrict(test)
 
     def _restrict(self, ids: Ids) -> ArraySource:
@@ -233,12 +232,17 @@ def _check_finite(values: Array, which: str, name: str) -> None:
             raise DataError(f"{name}: {which} has a value that is NaN or infinite at row {row}")
 
 
-def stratified(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
-    """Return the rows (train, test), each ascending, with ``fraction`` of every class in test."""
+def stratified(labels: Ids, fraction: float, name: str = "arrays") -> tuple[Ids, Ids]:
+    """Return the rows (train, test), each ascending, with ``fraction`` of every class in test.
+
+    Raises DataError, naming the source ``name``, if that leaves test empty.
+    """
     order = np.lexsort((np.random.default_rng(0).random(len(labels)), labels))
     counts = np.bincount(labels)
     share = np.array([round(exact(fraction) * n) for n in counts.tolist()])
     held = np.minimum(np.maximum(share, 1), np.maximum(counts - 1, 0))
     place = np.arange(len(labels)) - (counts.cumsum() - counts)[labels[order]]  # within its class
     test = place < held[labels[order]]
+    if not test.any():
+        raise DataError(f"{name}: no class has two samples, so none can be held out for testing")
     return np.sort(order[~test]), np.sort(order[test])

@@ -7,9 +7,20 @@ import operator
 import numpy as np
 import pytest
 
+from distcl.config import StreamConfig
 from distcl.data import ids as ids_module
-from distcl.data.ids import IdRuns, among, blocks, ids_tensor, in_runs, joined_ids, tensor_ids
-from distcl.data.replay_buffer import History
+from distcl.data.ids import (
+    IdIndex,
+    IdRuns,
+    among,
+    blocks,
+    ids_tensor,
+    in_runs,
+    joined_ids,
+    tensor_ids,
+)
+from distcl.data.replay_buffer import ReplayBuffer
+from distcl.data.stream import create_stream
 from distcl.types import pack_ids
 
 BEGINS, SIZES = [50, 3, 1 << 40], [4, 7, 5]
@@ -54,10 +65,38 @@ def test_numpy_takes_them_as_an_array():
     assert list(RUNS) == RUNS.tolist() == PLAIN.tolist()
 
 
-def test_contains():
+def test_among():
     asked = np.array([2, 3, 9, 10, 49, 50, 53, 54, 1 << 40, (1 << 40) + 5, -1])
-    assert among(asked, RUNS).tolist() == np.isin(asked, PLAIN).tolist()
+    for others in (RUNS, PLAIN):
+        assert among(asked, others).tolist() == np.isin(asked, PLAIN).tolist()
     assert not among(asked, IdRuns([], [])).any()
+
+
+RUN = np.arange(40)
+HELD = {
+    "runs": RUNS,
+    "array of runs": PLAIN,
+    "one run": 7 + RUN,
+    "few runs": np.concatenate([RUN, pack_ids(3, RUN), 90 + RUN]),
+    "ascending": RUN**2,
+    "in any order": np.random.default_rng(0).permutation(RUN**2),
+    "twice in runs": np.concatenate([RUN, 5 + RUN[:20]]),
+    "none": RUN[:0],
+    "no runs": IdRuns([], []),
+}
+
+
+@pytest.mark.parametrize("block", [7, 1 << 16])
+@pytest.mark.parametrize("held", HELD)
+def test_an_index_knows_the_row_of_each_id(held, block, monkeypatch):
+    monkeypatch.setattr(ids_module, "BLOCK", block)
+    ids = HELD[held]
+    plain = np.asarray(ids).tolist()
+    asked = np.random.default_rng(1).permutation(np.r_[np.arange(-3, 150), PLAIN, ids, ids])
+    rows, there = IdIndex(ids).locate(asked)
+    assert there.tolist() == [i in set(plain) for i in asked.tolist()]
+    assert rows[there].tolist() == [plain.index(i) for i in asked.tolist() if i in set(plain)]
+    assert len(IdIndex(ids).locate(asked[:0])[0]) == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
@@ -92,6 +131,8 @@ def test_a_checkpoint_keeps_them_as_they_are(given):
     assert given is None or np.array_equal(np.asarray(found), PLAIN)
 
 
+STREAM = create_stream(StreamConfig(), 0)
+
 # -- in a history ---------------------------------------------------------------------------------
 
 
@@ -100,13 +141,13 @@ def test_a_checkpoint_keeps_them_as_they_are(given):
 def test_a_history_of_runs_holds_what_one_of_arrays_does(capacity, block, monkeypatch):
     monkeypatch.setattr(ids_module, "BLOCK", block)
     monkeypatch.setattr("distcl.data.replay_buffer.BLOCK", block)
-    plain, runs = History(capacity, seed=3), History(capacity, seed=3)
+    plain, runs = ReplayBuffer(STREAM, capacity, seed=3), ReplayBuffer(STREAM, capacity, seed=3)
     parts = [pack_ids(1, np.arange(10)), pack_ids(0, np.arange(4, 30)), pack_ids(1, np.arange(40))]
     for ids in parts:
         plain.add(ids)
         runs.add(in_runs([ids]))
         assert np.asarray(runs.ids()).tolist() == plain.ids().tolist()
     assert isinstance(runs.ids(), IdRuns) == (not capacity)
-    again = History(capacity, seed=3)
+    again = ReplayBuffer(STREAM, capacity, seed=3)
     again.load_state_dict(runs.state_dict())
     assert np.asarray(again.ids()).tolist() == plain.ids().tolist()

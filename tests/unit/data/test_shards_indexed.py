@@ -304,7 +304,7 @@ def test_bad_samples_are_found_by_indexing_and_can_be_skipped(tmp_path, bad, mes
     train = source(tmp_path, on_bad_sample="skip")
     assert train.usable.tolist() == [True, True, False, True] and len(train.problems) == 1
     made = DriftStream(train, train, StreamConfig(drift="none", experiences=1), 0)
-    assert made.unusable == 2 and sorted(made.experiences[0].train) == [0, 1, 3]
+    assert made.info.unusable == 2 and sorted(made.experiences[0].train) == [0, 1, 3]
 
 
 def twice(folder: Path) -> None:
@@ -379,7 +379,7 @@ def test_an_undecodable_sample_is_replaced_and_remembered_also_by_workers(tmp_pa
         sampler = DistributedWeightedSampler(4, seed=0)
         sampler.set_weights(made.experiences[1].train)
         list(BatchLoader(made, sampler, workers=workers))
-        assert {i & 0xFF for i in made.replaced} == {5, 7}
+        assert {i & 0xFF for i in made.info.replaced} == {5, 7}
 
 
 def test_a_missing_shard_is_left_out_when_bad_samples_are_skipped(tmp_path):

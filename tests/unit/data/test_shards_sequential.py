@@ -17,7 +17,7 @@ import torch
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.ids import IdRuns
 from distcl.data.loader import BatchLoader
-from distcl.data.replay_buffer import History
+from distcl.data.replay_buffer import ReplayBuffer
 from distcl.data.shards.index import index_folder, verify_folder
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.inputs import npy_bytes
@@ -80,7 +80,7 @@ def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tm
     (folder / "test-0.tar").write_bytes((folder / "s2.tar").read_bytes())
     index_folder(folder)
     stream = create_stream(config, 0, data)
-    assert stream.sequential and stream.experiences[0].train.tolist() == list(range(60))
+    assert stream.info.sequential and stream.experiences[0].train.tolist() == list(range(60))
     for workers in (0, 1, 2):
         plan = LaneSampler(8, window=6, seed=1)
         weights = np.random.default_rng(0).random(60)
@@ -89,11 +89,11 @@ def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tm
         plan.set_groups([Part(slices.ids, weights, 90, slices)])
         log.write_text("")
         fresh = create_stream(config, 0, data)
-        fresh.replaced.clear()
+        fresh.info.replaced.clear()
         seen = list(BatchLoader(fresh, plan, workers=workers))
         ids = np.concatenate([batch.ids for batch in seen])
         np.testing.assert_array_equal(np.concatenate([b.x[:, 0] for b in seen]), ids)
-        assert len(ids) == 90 and not fresh.replaced
+        assert len(ids) == 90 and not fresh.info.replaced
         opened = log.read_text().split()
         at_start = ["s0.tar", "test-0.tar"]  # the shape of a sample; none is opened twice then
         assert opened[:2] == at_start
@@ -158,7 +158,7 @@ def test_a_rank_keeps_48_bytes_a_sample_divided_by_the_ranks(tmp_path, world):
     tracemalloc.start()
     try:
         stream = create_stream(config, 0, DataConfig(access="stream"))
-        history = History()
+        history = ReplayBuffer(stream)
         for experience in stream.experiences:
             history.add(experience.train)
         dealer = Dealer(16, stream.lanes_of, rank=1 % world, world_size=world)

@@ -11,7 +11,7 @@ from distcl.data.drift import Drift, Rotate
 from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
-from distcl.types import pack_ids, unpack_ids
+from distcl.types import SourceInfo, pack_ids, unpack_ids
 
 N, N_TEST, CLASSES = 120, 30, 6
 IMAGES = np.random.default_rng(0).random((N + N_TEST, 1, 5, 5), dtype=np.float32)
@@ -315,12 +315,31 @@ def test_a_class_without_test_samples_leaves_its_experience_empty():
 
 def test_labels_that_are_not_classes_are_refused():
     source = Plain(IMAGES, LABELS)
-    source.labels = LABELS / 2
+    source.info = SourceInfo(labels=LABELS / 2)
     with pytest.raises(DataError, match=r"labels of the train source have type float64"):
         DriftStream(source, source, StreamConfig(), 0)
-    source.labels = LABELS - 2
+    source.info = SourceInfo(labels=LABELS - 2)
     with pytest.raises(DataError, match=r"label -2 of the train source, row \d+, is negative"):
         DriftStream(source, source, StreamConfig(), 0)
+
+
+def test_what_a_source_says_of_itself_chooses_its_samples():
+    n = len(LABELS)
+    usable, groups = np.arange(n) % 3 > 0, np.arange(n) * 2 // n
+    source, config = Plain(IMAGES, LABELS), StreamConfig(drift="none", experiences=2)
+    names = tuple(f"class {k}" for k in range(LABELS.max() + 1))
+    source.info = SourceInfo(
+        labels=lambda: LABELS, class_names=names, usable=lambda: usable, groups=groups
+    )
+    made = DriftStream(source, Plain(IMAGES, LABELS), config, 0)
+    assert made.spec.class_names == names and made.info.unusable == (~usable).sum()
+    for e, experience in enumerate(made.experiences):
+        rows = np.sort(unpack_ids(experience.train)[1])
+        assert rows.tolist() == np.flatnonzero(usable & (groups == e)).tolist()
+        assert len(experience.test) == n
+    source.info = {"labels": LABELS}
+    with pytest.raises(ConfigError, match=r"Plain\.info is no distcl\.types\.SourceInfo"):
+        DriftStream(source, source, config, 0)
 
 
 def test_digits_with_every_default():

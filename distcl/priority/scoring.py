@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
@@ -20,11 +19,9 @@ from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
 from distcl.parallel.partition import create_partition
 from distcl.priority.loss_cache import LossCache, weights_checksum
-from distcl.priority.population import Slices
 from distcl.priority.signals import create_signal
+from distcl.priority.weighting import Slices, Weights
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedLoss
-
-Weights = npt.NDArray[np.float64]
 
 
 class Scorer:
@@ -76,7 +73,7 @@ class Scorer:
         :meth:`score`.
         """
         scores, losses = self._rows(source, ids, slices.ids, slices.pieces(self.batch_size))
-        self.forward.forwards += slices.number()
+        self.forward.forwards += slices.number
         rank = self.forward.runtime.rank
         return self._scores(iter((losses, scores)), slices.ids, lambda _: rank, keep=True)
 
@@ -268,7 +265,7 @@ def compute_sample_priorities(
 
     priority_i = max(L(w_now, x_i) - L(theta_star, x_i), min_score) ** alpha, or another signal,
     made with ``options``, in the place of the difference. What ``[priority]`` does to weights
-    (cap, min_ess, floor) is :func:`distcl.priority.weighting.shape_weights`.
+    (cap, min_ess, floor) is :meth:`distcl.priority.weighting.WeightVector.shaped`.
 
     Every rank scores its own contiguous slice; all ranks get the whole result. ``source`` is a
     Source, or any map-style dataset of (x, y) pairs, whose ids are its positions. ``criterion``

@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distcl.priority.scoring import Weights
-from distcl.priority.weighting import Positions
+from distcl.priority.weighting import Positions, Weights
 from distcl.types import Ids, unpack_ids
 
 _UNKNOWN = -1

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from distcl.priority.weighting import Sums, Weights
+from distcl.priority.weighting import Weights, WeightVector
 from distcl.sampling.groups import Part
-from distcl.types import Batch
+from distcl.types import Batch, Ids
 
 
 class Correction:
@@ -26,7 +26,9 @@ class Correction:
     def __init__(self, beta: float, dtype: torch.dtype) -> None:
         self._beta = beta
         self._dtype = dtype
-        self._groups: Sequence[Part] | None = None
+        self._groups: Sequence[Part] | None = None  # those that what follows was made of
+        self._ids: Ids = np.empty(0, dtype=np.int64)  # sorted
+        self._values: Weights = np.empty(0)
 
     def applied(self, batch: Batch, groups: Sequence[Part]) -> Batch:
         """Return the batch with the loss weights of its samples, drawn from ``groups``.
@@ -41,21 +43,20 @@ class Correction:
     def _of(self, ids: torch.Tensor, groups: Sequence[Part]) -> torch.Tensor:
         if groups is not self._groups:
             self._groups = groups
-            weighted = [(g.ids, g.weights, g.over) for g in groups if g.weights is not None]
-            held = np.concatenate([i for i, *_ in weighted]) if weighted else ids.numpy()[:0]
-            values = [self._loss_weights(w, over) for _, w, over in weighted]
+            weighted = [group for group in groups if group.values is not None]
+            held = np.concatenate([np.empty(0, np.int64), *(group.ids for group in weighted)])
+            values = [np.empty(0), *(self._loss_weights(group) for group in weighted)]
             order = np.argsort(held, kind="stable")
-            self._ids = held[order]
-            self._values = np.concatenate(values)[order] if weighted else np.empty(0)
+            self._ids, self._values = held[order], np.concatenate(values)[order]
         found = np.ones(len(ids))
         if len(self._ids):
             at = np.searchsorted(self._ids, ids.numpy()).clip(max=len(self._ids) - 1)
             found = np.where(self._ids[at] == ids.numpy(), self._values[at], found)
         return torch.from_numpy(found)
 
-    def _loss_weights(self, weights: Weights, over: Sums) -> Weights:
-        share = weights / over.total(weights)
+    def _loss_weights(self, weights: WeightVector) -> Weights:
+        share = weights.held / weights.sum()
         with np.errstate(divide="ignore"):
-            raw = np.where(share > 0, (over.number(share) * share) ** -self._beta, 0.0)
-        loss_weights: Weights = raw / over.total(share * raw)
+            raw = np.where(share > 0, (weights.number * share) ** -self._beta, 0.0)
+        loss_weights: Weights = raw / weights.sum(share * raw)
         return loss_weights

@@ -12,7 +12,7 @@ import torch
 
 from distcl.distributed.runtime import Runtime
 from distcl.priority.population import Dealer
-from distcl.priority.weighting import WHOLE, Sums, Weights
+from distcl.priority.weighting import Weights, WeightVector
 from distcl.types import Ids
 
 Drawn = Sequence[tuple[int, Ids]]
@@ -162,17 +162,15 @@ class DrawTally:
         self._pending, self._number = [], 0
 
 
-def weight_histogram(
-    weights: Weights, runtime: Runtime, over: Sums = WHOLE
-) -> npt.NDArray[np.int64]:
-    """Return how many weights [N], in means, lie between ``EDGES``, int64 [BINS]. Collective.
+def weight_histogram(weights: WeightVector, runtime: Runtime) -> npt.NDArray[np.int64]:
+    """Return how many weights, in means, lie between ``EDGES``, int64 [BINS]. Collective.
 
-    Every rank counts its part of them: where ``over`` sums slices, those it holds. A weight of 0
-    counts in the first bin.
+    Every rank counts its part of them: of slices, those it holds. A weight of 0 counts in the first
+    bin.
     """
-    each = over.number(weights) / over.total(weights)
-    begin, end = runtime.share(len(weights)) if over is WHOLE else (0, len(weights))
-    mine = torch.from_numpy(binned(weights[begin:end], each)).to(runtime.device)
+    held, each = weights.held, weights.number / weights.sum()
+    begin, end = runtime.share(len(held)) if weights.slices is None else (0, len(held))
+    mine = torch.from_numpy(binned(held[begin:end], each)).to(runtime.device)
     counts: npt.NDArray[np.int64] = runtime.all_reduce(mine).cpu().numpy()
     return counts
 

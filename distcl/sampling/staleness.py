@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 
 from distcl.distributed.runtime import Runtime
-from distcl.priority.weighting import WHOLE
 from distcl.sampling.groups import Part
 
 _LOOKS = 8
@@ -43,21 +42,18 @@ class Freshness:
     rank.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.begin(0)
-
-    def begin(self, steps: int, groups: Sequence[Part] = ()) -> None:
-        """Start a round of so many steps by weights; 0: without any.
+    def __init__(self, runtime: Runtime, steps: int = 0, groups: Sequence[Part] = ()) -> None:
+        """Begin a round of so many steps by weights; 0: without any.
 
         ``groups``: what all its looks will show, where their weights lie in slices: these have the
         mean of all ranks' weights, which a look cannot ask for. Collective then, else local.
         """
+        self._runtime = runtime
         self._every = max(1, steps // _LOOKS) if steps else 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, list[Part]]] = []
         self._mine: list[npt.NDArray[np.float64]] = []  # looked up, not gathered yet
         self._pairs: npt.NDArray[np.float64] = np.empty((0, 2))
-        self._means = _means([group for group in groups if group.over is not WHOLE])
+        self._means = _means([group for group in groups if group.slices is not None])
 
     def wants(self, step: int) -> bool:
         """Whether to look at the round's ``step``-th step, from 1. Local; equal on all ranks."""
@@ -69,7 +65,7 @@ class Freshness:
         ``groups``: what they were drawn from; samples of those without weights do not count. They
         are held until the samples are looked up, which for large ones is at once.
         """
-        weighted = [group for group in groups if group.weights is not None]
+        weighted = [group for group in groups if group.values is not None]
         self._waiting.append((drawn, losses, weighted))
         if sum(len(group.ids) for group in weighted) > _BLOCK:
             self._look_up()
@@ -104,13 +100,9 @@ class Freshness:
         wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
         found = np.full(len(wanted), np.nan)
         means = means or _means(groups)
-        for group, mean in zip(groups, means, strict=True) if len(wanted) else ():
-            assert group.weights is not None
-            for start in range(0, len(group.ids), _BLOCK):
-                ids = group.ids[start : start + _BLOCK]
-                at = np.searchsorted(wanted, ids).clip(max=len(wanted) - 1)
-                held = np.flatnonzero(wanted[at] == ids)
-                found[at[held]] = group.weights[start + held] / mean
+        for group, mean in zip(groups, means, strict=True):
+            values = group.lookup(wanted)
+            found = np.where(np.isnan(values), found, values / mean)
         pairs = np.stack([found[place], losses.double().cpu().numpy()], axis=1)
         pairs = pairs.astype(np.float32).astype(np.float64)
         known: npt.NDArray[np.float64] = pairs[np.isfinite(pairs).all(axis=1)]
@@ -139,12 +131,10 @@ class Freshness:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.begin(0)
         self._every, self._pairs = state["every"], state["pairs"].numpy()
         self._means = state["means"]
 
 
 def _means(groups: Sequence[Part]) -> list[float]:
     """Return the mean weight of each group. Collective if one lies in slices."""
-    weighted = ((group.over, group.weights) for group in groups if group.weights is not None)
-    return [over.total(weights) / over.number(weights) for over, weights in weighted]
+    return [group.sum() / group.number for group in groups if group.values is not None]

@@ -22,7 +22,7 @@ from distcl.priority.round_weights import RoundWeighter
 from distcl.priority.scoring import Scorer
 from distcl.priority.signals import create_signal
 from distcl.sampling.composition import Mix
-from distcl.sampling.groups import Permutations
+from distcl.sampling.draws import Permutations
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking import create_tracker
 from distcl.training.dry_run import DryRun

@@ -25,7 +25,8 @@ from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import evaluating
 from distcl.parallel.partition import Partition
 from distcl.priority.online import Ledger
-from distcl.priority.scoring import Scorer, Weights, priorities
+from distcl.priority.scoring import Scorer, priorities
+from distcl.priority.weighting import Weights
 from distcl.types import Batch, Ids, PyTree, Source, UnreducedLoss
 
 

@@ -3,6 +3,7 @@ import torch
 
 from distcl.config import ParallelConfig, RunConfig
 from distcl.distributed.runtime import Runtime
+from distcl.priority.weighting import WeightVector
 from distcl.sampling import draw_log as module
 from distcl.sampling.draw_log import BINS, EDGES, DrawLog, DrawTally, weight_histogram
 from distcl.training.round_report import thumbnails
@@ -45,7 +46,9 @@ def test_a_log_goes_on_from_its_state():
 
 
 def histogram():
-    return weight_histogram(WEIGHTS, Runtime(RunConfig(), ParallelConfig()))
+    return weight_histogram(
+        WeightVector(np.arange(len(WEIGHTS)), WEIGHTS), Runtime(RunConfig(), ParallelConfig())
+    )
 
 
 def test_the_histogram_is_the_same_at_any_number_of_ranks_and_equals_numpys():

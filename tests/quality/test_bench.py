@@ -76,7 +76,7 @@ def test_the_recipe_that_is_measured_is_in_force(tmp_path: Path) -> None:
     round_of(trainer, weighted=True)()
     drawn = trainer.parts.loader.round.log.told(10_000, 1)[0]
     weights = trainer.parts.loader.round.weights.parts["hist"].held
-    assert weights is not None and len(weights) == 2_000
+    assert len(weights) == 2_000
     assert drawn["draws"] == 100 * 100
 
 

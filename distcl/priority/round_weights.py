@@ -18,7 +18,7 @@ from distcl.distributed.memory import large_arrays
 from distcl.priority.online import Ledger
 from distcl.priority.population import Dealer
 from distcl.priority.scoring import Scorer
-from distcl.priority.weighting import Of, Positions, Weights, WeightVector
+from distcl.priority.weighting import Of, Positions, Weights, WeightVector, joined
 from distcl.types import Ids, Source, as_array, as_tensor, exact
 
 NAMES = ("cur", "hist")
@@ -244,7 +244,7 @@ def weigh(shape: Shape, scored: list[WeightVector | None], report: bool = True) 
                     NAMES[k]: statistics(part, shape.priorities) for k, part in weighted.items()
                 }
         if shape.config.target == "union" and len(weighted) == 2:
-            both = weighted[0].joined(weighted[1])
+            both = joined(weighted[0], weighted[1])
             weighted = {k: replace(part, values=None) for k, part in weighted.items()}
             parts.clear()
             both = shape.weights(both, overwrite=True)

@@ -33,11 +33,13 @@ class Scorer:
         anchor: Anchor,
         signal: PrioritySignal,
         batch_size: int,
+        min_score: float = 1e-8,
     ) -> None:
         self.forward = forward
         self.anchor = anchor
         self.signal = signal
         self.batch_size = batch_size
+        self.min_score = min_score
         self.cache = LossCache()
         self._name = type(signal).__name__
 
@@ -65,6 +67,11 @@ class Scorer:
                 yield gathered
 
         return self._scores(columns(), ids, lambda row: row // share, keep=True)
+
+    def priorities(self, source: Source, ids: Ids, alpha: float) -> Weights:
+        """Return max(score, min_score) ** alpha of ``ids``, float64 [N]. Collective."""
+        scores = self.score(source, ids).detach().cpu().numpy().astype(np.float64)
+        return np.power(np.maximum(scores, self.min_score), alpha)
 
     def score_slices(self, source: Source, ids: Ids, slices: Slices) -> torch.Tensor:
         """Return the scores [n] of this rank's part of ``ids``, in the order of ``slices.ids``.
@@ -241,12 +248,6 @@ def score_of_each(signal: PrioritySignal, score: Any, number: int) -> torch.Tens
     return score
 
 
-def priorities(scores: torch.Tensor, alpha: float, min_score: float = 1e-8) -> Weights:
-    """Return max(score, min_score) ** alpha, float64 [N]. Local."""
-    scores64 = scores.detach().cpu().numpy().astype(np.float64)
-    return np.power(np.maximum(scores64, min_score), alpha)
-
-
 def compute_sample_priorities(
     model: nn.Module,
     anchor: Anchor,
@@ -276,5 +277,5 @@ def compute_sample_priorities(
     ids = np.arange(len(source), dtype=np.int64) if ids is None else ids
     forward = ShardedForward(runtime, model, create_partition(runtime, model), criterion)
     made = create_signal(signal, options, criterion=criterion)
-    scorer = Scorer(forward, anchor, made, batch_size)
-    return ids, priorities(scorer.score(source, ids), alpha, min_score)
+    scorer = Scorer(forward, anchor, made, batch_size, min_score)
+    return ids, scorer.priorities(source, ids, alpha)

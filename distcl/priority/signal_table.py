@@ -23,14 +23,18 @@ class SignalTable:
 
     def __init__(self, classes: int = 0) -> None:
         self._classes = classes
-        self._hold(np.empty(0, dtype=np.int64))
+        self.ids: Ids = np.empty(0, dtype=np.int64)  # sorted
+        self._places = _Places(self.ids)
+        self._scores = np.empty(0)  # NaN: never seen
+        self._labels: Ids = np.empty(0, dtype=np.int64)
+        self._found: list[tuple[Ids, Ids]] = []  # what was read, and where it is
 
     def _hold(self, ids: Ids) -> None:
-        self.ids = ids  # sorted
+        self.ids = ids
         self._places = _Places(ids)
-        self._scores = np.full(len(ids), np.nan)  # NaN: never seen
+        self._scores = np.full(len(ids), np.nan)
         self._labels = np.full(len(ids), _UNKNOWN)
-        self._found: list[tuple[Ids, Ids]] = []  # what was read, and where it is
+        self._found = []
 
     def keep(self, ids: Ids) -> None:
         """Hold exactly these ids [M]: new ones are not seen yet, those left out are forgotten."""

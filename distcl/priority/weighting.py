@@ -290,13 +290,14 @@ class WeightVector:
             found[at[there]] = self.held[start + there]
         return found
 
-    def joined(self, other: WeightVector) -> WeightVector:
-        """Return both together, these first; both have slices, or none has. Local."""
-        slices = None
-        if self.slices is not None and other.slices is not None:
-            slices = self.slices.joined(other.slices)
-        ids, values = (self.ids, other.ids), (self.held, other.held)
-        return WeightVector(np.concatenate(ids), np.concatenate(values), slices)
+
+def joined(first: WeightVector, second: WeightVector) -> WeightVector:
+    """Return both together, in that order; both have slices, or none has. Local."""
+    slices = None
+    if first.slices is not None and second.slices is not None:
+        slices = first.slices.joined(second.slices)
+    ids, values = (first.ids, second.ids), (first.held, second.held)
+    return WeightVector(np.concatenate(ids), np.concatenate(values), slices)
 
 
 def check_weights(weights: npt.ArrayLike, ids: npt.ArrayLike | None = None) -> Weights:

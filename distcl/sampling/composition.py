@@ -10,7 +10,7 @@ from math import floor
 import numpy as np
 
 from distcl.config import ContinualLearningConfig, TrainingConfig
-from distcl.priority.weighting import WeightVector
+from distcl.priority.weighting import WeightVector, joined
 from distcl.sampling.groups import Part
 from distcl.types import exact, frozen
 
@@ -98,7 +98,7 @@ class Mix:
             main.append(_part(stored, drawn[1]))
             if self._union and stored.values is not None:  # each one of a pool counts for several
                 stands_for = replace(stored, values=stored.values * (history / stored.number))
-                main = [_part(mine.joined(stands_for), sum(drawn))]
+                main = [_part(joined(mine, stands_for), sum(drawn))]
         groups = {MAIN: main}
         if replayed:
             groups[HISTORY] = [_part(stored, history)]

@@ -23,7 +23,7 @@ from distcl.tracking.tracker import Tracker
 from distcl.training.optimizer import decay_factor, warmup_factor
 from distcl.types import Batch, Experience, Progress
 from distcl.updaters import Updater
-from distcl.updaters.base import StepResult
+from distcl.updaters.step import StepResult
 
 
 class Keeping(Protocol):

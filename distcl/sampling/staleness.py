@@ -80,10 +80,8 @@ class Freshness:
         self._look_up()
         if not self._mine:  # on no rank: all take the same steps
             return
-        mine = torch.from_numpy(np.concatenate(self._mine)).to(self._runtime.device)
-        self._mine = []
-        pairs = self._of_all(mine).cpu().numpy()
-        self._pairs = np.concatenate([self._pairs, pairs[np.isfinite(pairs).all(axis=1)]])
+        every = self._runtime.gather_objects(np.concatenate(self._mine))
+        self._mine, self._pairs = [], np.concatenate([self._pairs, *every])
 
     @staticmethod
     def _pairs_of(
@@ -107,15 +105,6 @@ class Freshness:
         pairs = pairs.astype(np.float32).astype(np.float64)
         known: npt.NDArray[np.float64] = pairs[np.isfinite(pairs).all(axis=1)]
         return known
-
-    def _of_all(self, mine: torch.Tensor) -> torch.Tensor:
-        if self._runtime.world_size == 1:
-            return mine
-        most = torch.tensor(len(mine), device=mine.device)
-        each = max(1, int(self._runtime.all_reduce(most, "max")))
-        padded = mine.new_full((each, 2), torch.nan)
-        padded[: len(mine)] = mine
-        return self._runtime.all_gather(padded, each * self._runtime.world_size, each)
 
     @property
     def correlation(self) -> float | None:

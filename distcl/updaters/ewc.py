@@ -56,7 +56,7 @@ class EWCOnline(Updater):
             self.model,
             self.setup.optimizer,
             self.partition,
-            self.setup.criterion,
+            self.criterion,
             source,
             ids,
         )

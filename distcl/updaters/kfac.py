@@ -52,7 +52,7 @@ class KFACOnline(Updater):
                 "continual_learning.update_mode = 'kfac_online' does not work with "
                 "run.precision = 'fp16'; use 'bf16' or 'fp32'"
             )
-        self.layers, rest = find_layers(self.runtime.strategy.unwrap(setup.model), "kfac_online")
+        self.layers, rest = find_layers(self.runtime.strategy.unwrap(self.model), "kfac_online")
         self.owners = deal_layers(self.layers, self.runtime.world_size)
         if rest and self.runtime.is_main:
             log.info(f"[kfac_online] without a penalty: {', '.join(rest)}")

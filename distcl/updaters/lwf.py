@@ -34,7 +34,7 @@ class LwF(Updater):
     def __init__(self, setup: UpdaterSetup) -> None:
         super().__init__(setup)
         for criterion in (mse, bce):
-            if setup.criterion is criterion:
+            if self.criterion is criterion:
                 raise ConfigError(
                     "continual_learning.update_mode = 'lwf' distils class probabilities, which "
                     f"model.loss = '{criterion.__name__}' has not"

@@ -11,15 +11,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from distcl.config import ContinualLearningConfig
-from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
 from distcl.losses import unreduced
-from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import evaluating
-from distcl.parallel.partition import Partition
 from distcl.priority.online import Ledger
 from distcl.priority.scoring import Scorer
-from distcl.types import Batch, PyTree, UnreducedLoss
+from distcl.types import Batch, PyTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +50,6 @@ class UpdaterSetup:
     ledger: Ledger | None = None
     passes: PassSetup = PassSetup()
 
-    @property
-    def runtime(self) -> Runtime:
-        """The processes."""
-        return self.scorer.forward.runtime
-
-    @property
-    def partition(self) -> Partition:
-        """The weights as they lie on ranks."""
-        return self.scorer.forward.partition
-
-    @property
-    def criterion(self) -> UnreducedLoss:
-        """The unreduced loss."""
-        return self.scorer.forward.criterion
-
-    @property
-    def anchor(self) -> Anchor:
-        """Where theta_star is kept."""
-        return self.scorer.anchor
-
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -92,10 +69,12 @@ class Passes:
     def __init__(self, setup: UpdaterSetup) -> None:
         self.setup = setup
         self.config = setup.config
-        self.runtime = setup.runtime
         self.model = setup.model
-        self.partition = setup.partition
-        self.anchor = setup.anchor
+        forward = setup.scorer.forward
+        self.runtime = forward.runtime
+        self.partition = forward.partition
+        self.criterion = forward.criterion
+        self.anchor = setup.scorer.anchor
         self.first_part = True
         """Whether this is the first part of a step's batches; see :meth:`accumulated`."""
         self._stands_in = False  # whether the last training forward was of no sample
@@ -154,7 +133,7 @@ class Passes:
         leaves = [outputs] if isinstance(outputs, torch.Tensor) else tree_leaves(outputs)
         if len(leaves[0]) == 0:
             return torch.stack([leaf.sum() for leaf in leaves]).sum().expand(0)
-        return self.setup.criterion(outputs, y)
+        return self.criterion(outputs, y)
 
     def forward(self, batch: Batch) -> PyTree:
         """Return the outputs [B, ...] of a training forward. Collective.

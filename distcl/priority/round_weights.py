@@ -23,7 +23,7 @@ from distcl.types import Ids, Source, as_array, as_tensor, exact
 
 NAMES = ("cur", "hist")
 """What the parts of a round, current data and history, are called in reports."""
-_STORED = ("current", "history")
+_PARTS = ("current", "history")  # and in checkpoints
 
 
 @dataclass
@@ -76,7 +76,7 @@ class RoundWeights:
         whole = [None if p is None or p.slices is not None else p for p in self.vectors]
         pool = None if whole[1] is None or whole[1].ids is history else whole[1].ids
         return {
-            **{k: p and as_tensor(p.values) for k, p in zip(_STORED, whole, strict=True)},
+            **{k: p and as_tensor(p.values) for k, p in zip(_PARTS, whole, strict=True)},
             "pool": ids_tensor(pool),
             "weighted": list(self.weighted),
             "chosen": list(self.chosen),
@@ -90,7 +90,7 @@ class RoundWeights:
         ids = current, history if state["pool"] is None else tensor_ids(state["pool"])
         first, second = (
             None if state[name] is None else WeightVector(some, as_array(state[name]))
-            for some, name in zip(ids, _STORED, strict=True)
+            for some, name in zip(ids, _PARTS, strict=True)
         )
         flags: dict[str, Any] = {name: tuple(state[name]) for name in ("weighted", "chosen")}
         return cls((first, second), **flags, report=state["report"], note=state["note"])

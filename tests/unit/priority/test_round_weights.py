@@ -13,8 +13,8 @@ from distcl.errors import ConfigError
 from distcl.priority.round_weights import RoundWeights, Shape, weigh
 from distcl.priority.signals import create_signal
 from distcl.priority.weighting import WeightVector
-from distcl.sampling.correction import Correction
 from distcl.sampling.groups import Part
+from distcl.sampling.round_loader import Correction
 from distcl.training.build import check_priority
 from distcl.types import Batch
 from tests.small import small

@@ -173,22 +173,9 @@ class Scorer:
     def _anchor_passes(
         self, source: Source, ids: Ids, mine: Ids, pieces: list[Ids]
     ) -> tuple[list[Outputs], torch.Tensor]:
-        """Return :meth:`_anchor_pass` with the older anchors' outputs in it. Collective."""
-        found, losses = self._anchor_pass(source, ids, mine, pieces)
-        for back in range(1, 1 + len(self.anchor.older)):
-            with self.anchor.swapped_in(back), self.forward.inferring(source, ids, len(pieces)):
-                for k, batch in enumerate(self._read(source, pieces)):
-                    older = (*found[k].older, self.forward.outputs(batch))
-                    found[k] = replace(found[k], older=older)
-            self.forward.forwards += len(ids)
-        return found, losses
-
-    def _anchor_pass(
-        self, source: Source, ids: Ids, mine: Ids, pieces: list[Ids]
-    ) -> tuple[list[Outputs], torch.Tensor]:
         """Return theta_star's outputs for each of my chunks, and [n], in which its losses lie.
 
-        Collective.
+        Those under older anchors are in the outputs. Collective.
         """
         run = self.forward.runtime
         weights = weights_checksum(self.anchor.theta_star, self.forward.partition, run)
@@ -201,18 +188,23 @@ class Scorer:
         losses = losses.to(run.device, run.dtype)
         found = [Outputs(loss=loss) for loss in torch.split(losses, sizes)]
         unknown = int(run.all_reduce((~known).sum().to(run.device)))
-        if not unknown:
-            return found, losses
         calls = sum(not bool(hit.all()) for hit in hits)
-        with self.anchor.swapped_in(), self.forward.inferring(source, ids, calls):
-            for k, (piece, hit) in enumerate(zip(pieces, hits, strict=True)):
-                missing = piece[~hit.numpy()]
-                for batch in self.forward.chunks(source, missing, len(piece)):
-                    out = self.forward.outputs(batch)
-                    found[k].loss[(~hit).to(run.device)] = out.loss
-                    if self.signal.needs_logits:
-                        found[k] = out
-        self.forward.forwards += unknown
+        if unknown:
+            with self.anchor.swapped_in(), self.forward.inferring(source, ids, calls):
+                for k, (piece, hit) in enumerate(zip(pieces, hits, strict=True)):
+                    missing = piece[~hit.numpy()]
+                    for batch in self.forward.chunks(source, missing, len(piece)):
+                        out = self.forward.outputs(batch)
+                        found[k].loss[(~hit).to(run.device)] = out.loss
+                        if self.signal.needs_logits:
+                            found[k] = out
+            self.forward.forwards += unknown
+        for back in range(1, 1 + len(self.anchor.older)):
+            with self.anchor.swapped_in(back), self.forward.inferring(source, ids, len(pieces)):
+                for k, batch in enumerate(self._read(source, pieces)):
+                    older = (*found[k].older, self.forward.outputs(batch))
+                    found[k] = replace(found[k], older=older)
+            self.forward.forwards += len(ids)
         return found, losses
 
 

@@ -72,7 +72,7 @@ class Freshness:
 
     def _look_up(self) -> None:
         """Look up the weights of this rank's samples that wait. Local."""
-        self._mine += [self._pairs_of(*looked, self._means) for looked in self._waiting]
+        self._mine += [self._pairs_of(*looked) for looked in self._waiting]
         self._waiting = []
 
     def _settle(self) -> None:
@@ -83,22 +83,16 @@ class Freshness:
         every = self._runtime.gather_objects(np.concatenate(self._mine))
         self._mine, self._pairs = [], np.concatenate([self._pairs, *every])
 
-    @staticmethod
     def _pairs_of(
-        drawn: torch.Tensor,
-        losses: torch.Tensor,
-        groups: list[Part],
-        means: Sequence[float] = (),
+        self, drawn: torch.Tensor, losses: torch.Tensor, groups: list[Part]
     ) -> npt.NDArray[np.float64]:
-        """Return the samples' weights, in means, and losses, float64 [n, 2], where both are.
+        """Return the samples' weights, in means, and losses, float64 [n, 2], where both are. Local.
 
-        ``means``: those of the groups, or else they are worked out: collective if these are slices.
         Both are rounded to float32: ties must be ties, whatever last bits a cut of a batch leaves.
         """
         wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
         found = np.full(len(wanted), np.nan)
-        means = means or _means(groups)
-        for group, mean in zip(groups, means, strict=True):
+        for group, mean in zip(groups, self._means or _means(groups), strict=True):
             values = group.lookup(wanted)
             found = np.where(np.isnan(values), found, values / mean)
         pairs = np.stack([found[place], losses.double().cpu().numpy()], axis=1)

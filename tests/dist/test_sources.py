@@ -195,7 +195,7 @@ def test_scores_follow_ids_through_mixing_shares_and_eviction(tmp_path: Path) ->
         assert len(history) == 100
         trainer.run_round(experience, "scheduled")
         plan = trainer.parts.loader.round.samplers[0]
-        assert plan.window
+        assert plan.options.window
         current, stored = plan.groups(len(plan) - 1)
         assert current.weights is None
         assert stored.ids.tolist() == history.tolist()

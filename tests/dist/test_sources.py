@@ -197,7 +197,7 @@ def test_scores_follow_ids_through_mixing_shares_and_eviction(tmp_path: Path) ->
         plan = trainer.parts.loader.round.samplers[0]
         assert plan.options.window
         current, stored = plan.groups(len(plan) - 1)
-        assert current.weights is None
+        assert current.values is None
         assert stored.ids.tolist() == history.tolist()
         batches = np.stack([plan.global_batch(s) for s in range(len(plan) - 2, len(plan))])
         assert np.isin(batches, np.concatenate([history, experience.train])).all()

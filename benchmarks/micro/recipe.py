@@ -57,7 +57,7 @@ def steps(model: dict[str, Any], samples: int, repeats: int) -> list[float]:
             works.append(round_of(trainer, recipe is RECOMMENDED))
         clock = CPU if runtime.world_size == 1 else WALL
         found = seconds_of(*works, repeats=repeats, clock=clock)
-        found.append(trainers[0].parts.loader.priority_seconds)
+        found.append(trainers[0].parts.loader.round.priority_seconds)
     runtime.close()
     return [seconds * ONCE["batch_size"] / samples for seconds in found]
 

@@ -108,7 +108,7 @@ def ours(folder: Path, access: str, weights: np.ndarray | None, workers: int) ->
     if access == "stream":
         plan = LaneSampler(BATCH, window=1024)
         slices = Dealer(8, stream.lanes_of).deal(ids)
-        plan.set_groups([Part(slices.ids, weights, len(ids), slices)])
+        plan.set_groups([Part(slices.ids, weights, slices, draws=len(ids))])
     else:
         plan = DistributedWeightedSampler(BATCH)
         plan.set_weights(ids, weights)

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
-from distcl.priority.scoring import Weights, require_sound, score_of_each
+from distcl.priority.scoring import require_sound, score_of_each
 from distcl.priority.signal_table import _UNKNOWN, SignalTable
+from distcl.priority.weighting import Weights
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source
 
 _CHUNK = 1024

@@ -22,7 +22,7 @@ from distcl.priority.round_weights import RoundWeighter
 from distcl.priority.scoring import Scorer
 from distcl.priority.signals import create_signal
 from distcl.sampling.composition import Mix
-from distcl.sampling.groups import Permutations
+from distcl.sampling.draws import Permutations
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking import create_tracker
 from distcl.training.dry_run import DryRun
@@ -30,7 +30,7 @@ from distcl.training.optimizer import create_optimizer
 from distcl.training.parts import Parts
 from distcl.training.round_report import RoundRecorder
 from distcl.types import DataSpec, PrioritySignal, Progress, Stream, UnreducedLoss, info_of
-from distcl.updaters import UpdaterSetup, create_updater
+from distcl.updaters import PassSetup, UpdaterSetup, create_updater
 
 _POOL = 2  # a stream of draws beside those of the samplers
 
@@ -83,7 +83,8 @@ def assemble(
     keep = getattr(signal, "anchors", 1) if importance else 1
     host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
     anchor = Anchor(partition, keep, host, undo=config.training.accept == "improves")
-    scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
+    priority = config.priority
+    scorer = Scorer(forward, anchor, signal, priority.score_batch, priority.min_score)
     ledger = None
     if importance and config.priority.source == "online":
         ledger = Ledger(runtime, signal, stream.spec.classes)
@@ -91,20 +92,13 @@ def assemble(
         config.continual_learning.update_mode,
         UpdaterSetup(
             config=config.continual_learning,
-            runtime=runtime,
             model=model,
             optimizer=optimizer,
-            partition=partition,
-            anchor=anchor,
-            criterion=criterion,
             scorer=scorer,
             seed=seed,
             pretrained=bool(config.model.pretrained),
-            accumulate=config.training.accumulate,
             ledger=ledger,
-            min_score=config.priority.min_score,
-            stand_in=dry.stand_in,
-            alone=dry.alone,
+            passes=PassSetup(config.training.accumulate, dry.stand_in, dry.alone),
         ),
     )
     if importance:

@@ -27,9 +27,8 @@ def compute_priorities(
     DivergenceError or ConfigError naming signal and sample id for a bad score.
     """
     weights = parts.loader.weigh(number, current, history, parts.updater.uses_hist_batch)
-    mine, stored = weights.held(current, history)
-    bad.silence((mine, weights.current), (stored, weights.history))
-    judged = judge(parts.runtime, guarded, weights, history, held_out)
+    bad.silence(*((part.ids, part.values) for part in weights.parts.values()))
+    judged = judge(parts.runtime, guarded, weights, held_out)
     if judged.uniform:
         note = f"[guard] uniform draws in this round: {'; '.join(judged.doubts)}"
         weights = weights.stand_down(note)

@@ -44,20 +44,20 @@ class Reporter:
 
     def of_round(self, stage: Stage, accepted: bool) -> tuple[dict[str, Any], str]:
         """Return the report of a round, and what the log should say of it, or ''. Collective."""
-        loader = self._loader
-        scored = stage.report["scored"] + loader.forwards
-        candidates = sum(int(r["n"]) for r in loader.weights.report.values())
+        drawn = self._loader.round
+        scored = stage.report["scored"] + drawn.forwards
+        candidates = sum(int(r["n"]) for r in drawn.weights.report.values())
         guard, words = self._guard(stage)
         report = {
             "round": stage.number,
             "trigger": stage.trigger,
             "steps": stage.steps,
-            "train_seconds": stage.seconds - loader.priority_seconds,
-            "priority_seconds": stage.report["priority_seconds"] + loader.priority_seconds,
+            "train_seconds": stage.seconds - drawn.priority_seconds,
+            "priority_seconds": stage.report["priority_seconds"] + drawn.priority_seconds,
             "forward_passes_per_sample": scored / candidates if candidates else 0.0,
             **self._common(stage),
             "accepted": accepted,
-            "priority": loader.weights.report,
+            "priority": drawn.weights.report,
             **guard,
         }
         return report, words
@@ -67,7 +67,7 @@ class Reporter:
         return {
             "compute": self._compute(*stage.report["before"]),
             "flops": None if of_step is None else stage.steps * of_step,
-            "draws_sha256": self._loader.log.digest(),
+            "draws_sha256": self._loader.round.log.digest(),
             "final_loss": stage.loss,
         }
 
@@ -86,8 +86,8 @@ class Reporter:
         judged = Judgement(**stage.report["judged"])
         if not (stage.report["weighted"] or judged.uniform):
             return {}, ""
-        staleness = self._loader.staleness
-        found = doubts(self._loader.weights.report, judged.aim, staleness)
+        staleness = self._loader.round.staleness
+        found = doubts(self._loader.round.weights.report, judged.aim, staleness)
         words = ""
         if found and not judged.uniform:
             words = (
@@ -146,8 +146,8 @@ class RoundRecorder:
 
         Afterwards the report is the same on every rank, as it was before.
         """
-        histograms = {name: Histogram(h, EDGES) for name, h in loader.histograms().items()}
-        report["draws"], ids, counts = loader.log.told(loader.candidates, TOP)
+        histograms = {name: Histogram(h, EDGES) for name, h in loader.round.histograms().items()}
+        report["draws"], ids, counts = loader.round.log.told(loader.round.candidates, TOP)
         if self._runtime.is_main:
             try:
                 self._save(int(report["round"]), ids, counts, histograms, source)

@@ -23,7 +23,7 @@ from distcl.tracking.tracker import Tracker
 from distcl.training.optimizer import decay_factor, warmup_factor
 from distcl.types import Batch, Experience, Progress
 from distcl.updaters import Updater
-from distcl.updaters.base import StepResult
+from distcl.updaters.step import StepResult
 
 
 class Keeping(Protocol):
@@ -155,7 +155,7 @@ class StepLoop:
             self._optimizer.zero_grad(set_to_none=True)
             watch.add(result)
             stage.done += 1
-            self._loader.look(stage.done, result.ids, result.losses)
+            self._loader.round.look(stage.done, result.ids, result.losses)
             self.steps += 1
             samples += batch.total
             self.samples += batch.total

@@ -185,7 +185,7 @@ class ContinuousTrainer:
 
     def _report(self, stage: Stage, accepted: bool) -> dict[str, Any]:
         loader = self.parts.loader
-        for line in loader.weights.lines() if loader.forwards else ():
+        for line in loader.round.weights.lines() if loader.round.forwards else ():
             self._say(line)
         report, words = self._reporter.of_round(stage, accepted)
         if words:

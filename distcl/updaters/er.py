@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from distcl.types import Batch
-from distcl.updaters.base import StepResult, Updater
+from distcl.updaters.base import Updater
+from distcl.updaters.step import StepResult
 
 
 class ExperienceReplay(Updater):

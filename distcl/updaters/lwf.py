@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,8 +9,9 @@ import torch.nn.functional as F
 from distcl.errors import ConfigError
 from distcl.losses import bce, mse
 from distcl.types import Batch, Ids, Source
-from distcl.updaters.base import StepResult, Updater, UpdaterSetup
+from distcl.updaters.base import Updater
 from distcl.updaters.logits import LogitTable, compute_logits, one_tensor
+from distcl.updaters.step import StepResult, UpdaterSetup
 
 
 class LwF(Updater):
@@ -30,10 +29,12 @@ class LwF(Updater):
     were given (``model.pretrained``).
     """
 
+    saved = ("teacher", "commits")
+
     def __init__(self, setup: UpdaterSetup) -> None:
         super().__init__(setup)
         for criterion in (mse, bce):
-            if setup.criterion is criterion:
+            if self.criterion is criterion:
                 raise ConfigError(
                     "continual_learning.update_mode = 'lwf' distils class probabilities, which "
                     f"model.loss = '{criterion.__name__}' has not"
@@ -86,12 +87,3 @@ class LwF(Updater):
         answer = (student / temperature).log_softmax(1)
         each = F.kl_div(answer, target, reduction="none", log_target=True).sum(1)
         return temperature**2 * (each if each.ndim == 1 else each.flatten(1).mean(1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the teacher's answers, while a round trains, and the number of commits."""
-        return {"teacher": self.teacher.state_dict(), "commits": self.commits}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.teacher.load_state_dict(state["teacher"])
-        self.commits = state["commits"]

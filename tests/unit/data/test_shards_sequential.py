@@ -86,7 +86,7 @@ def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tm
         weights = np.random.default_rng(0).random(60)
         weights[list(undrawn)] = 0
         slices = Dealer(3, stream.lanes_of).deal(np.arange(60))
-        plan.set_groups([Part(slices.ids, weights, 90, slices)])
+        plan.set_groups([Part(slices.ids, weights, slices, draws=90)])
         log.write_text("")
         fresh = create_stream(config, 0, data)
         fresh.info.replaced.clear()
@@ -164,7 +164,7 @@ def test_a_rank_keeps_48_bytes_a_sample_divided_by_the_ranks(tmp_path, world):
         dealer = Dealer(16, stream.lanes_of, rank=1 % world, world_size=world)
         slices = [dealer.deal(ids) for ids in (stream.experiences[1].train, history.ids())]
         plan = LaneSampler(64, window=1024)
-        plan.set_groups([Part(s.ids, np.ones(len(s.ids)), len(s.ids), s) for s in slices])
+        plan.set_groups([Part(s.ids, np.ones(len(s.ids)), s, draws=len(s.ids)) for s in slices])
         plan.parts(0)
         assert [len(s.ids) for s in slices] == [n // world, 2 * n // world]
         _, peak = tracemalloc.get_traced_memory()
@@ -202,7 +202,7 @@ def test_worker_processes_do_not_move_what_is_open_here(tmp_path):
     assert source.read(np.array([0, 1])).x[:, 0].tolist() == [0, 1]
     plan = LaneSampler(50, window=4)
     slices = Dealer(1, lambda ids, lanes: ids * 0).deal(np.arange(400))
-    plan.set_groups([Part(slices.ids, None, 400, slices)])
+    plan.set_groups([Part(slices.ids, None, slices, draws=400)])
     seen = [batch.ids for batch in BatchLoader(source, plan, workers=1)]
     assert sorted(np.concatenate(seen).tolist()) == list(range(400))
     assert source.read(np.arange(2, 400)).x[:, 0].tolist() == list(range(2, 400))

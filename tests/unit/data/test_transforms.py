@@ -203,7 +203,7 @@ def test_a_plan_in_windows_counts_its_passes():
     plan = DistributedWeightedSampler(
         8, window=5, num_samples=88, seed=1, draw="systematic", round_index=4
     )
-    plan.set_groups([Part(np.arange(30), None, 30), Part(np.arange(10), None, 10)])
+    plan.set_groups([Part(np.arange(n), None, draws=n) for n in (30, 10)])
     assert [plan.view(step) for step in (0, 4, 5, 9, 10)] == [(1, 4, k) for k in (0, 0, 1, 1, 2)]
 
 

@@ -261,7 +261,7 @@ def test_the_sizes_of_training_forwards_are_foreseen(mode):
 
 def test_a_model_that_vmap_cannot_take_has_its_fisher_sample_by_sample(caplog):
     parts = built("Unmappable")
-    criterion = parts.updater.setup.criterion
+    criterion = parts.updater.criterion
     batch = parts.stream.read(parts.stream.experiences[0].train[:7])
     squares = Squares(parts.model, criterion, torch.float32)
     squares.layers = None
@@ -273,8 +273,6 @@ def test_a_model_that_vmap_cannot_take_has_its_fisher_sample_by_sample(caplog):
     for name, p in parts.model.named_parameters():
         wanted = torch.zeros_like(p)
         for k in range(7):
-            loss = parts.updater.setup.criterion(
-                parts.model(batch.x[k : k + 1]), batch.y[k : k + 1]
-            )
+            loss = parts.updater.criterion(parts.model(batch.x[k : k + 1]), batch.y[k : k + 1])
             wanted += torch.autograd.grad(loss.sum(), p)[0] ** 2
         torch.testing.assert_close(found[name], wanted)

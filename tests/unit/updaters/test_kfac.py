@@ -50,12 +50,8 @@ def make(runtime: Runtime, model: nn.Module, **keys: Any) -> KFACOnline:
     return KFACOnline(
         UpdaterSetup(
             config=ContinualLearningConfig(kfac_lambda=STRENGTH, **keys),
-            runtime=runtime,
             model=model,
             optimizer=torch.optim.SGD(trainable, lr=LR),
-            partition=partition,
-            anchor=anchor,
-            criterion=criterion,
             scorer=Scorer(forward, anchor, LossDelta(), 8),
             seed=0,
         )

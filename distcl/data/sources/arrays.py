@@ -143,7 +143,11 @@ _Split = tuple[Array, Array, str]  # x, y, and how messages name them
 def _from_npz(config: StreamConfig) -> list[_Split]:
     if config.x or config.y or config.x_test or config.y_test:
         raise ConfigError("stream.path excludes stream.x, stream.y, stream.x_test, stream.y_test")
-    path = reachable(config.path)
+    return npz_splits(reachable(config.path))
+
+
+def npz_splits(path: Path) -> list[_Split]:
+    """Return x, y and a name for messages, of train and perhaps test. Raises DataError."""
     keys = npz_keys(path)
     x, y = ("x_train", "y_train") if "x_train" in keys and "x" not in keys else ("x", "y")
     found = open_npz(path, (x, y), ("x_test", "y_test"))

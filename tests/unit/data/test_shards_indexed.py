@@ -14,10 +14,9 @@ from PIL import Image
 
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.loader import BatchLoader
-from distcl.data.shards.decode import decode
+from distcl.data.shards.decode import decode, npy_bytes
 from distcl.data.shards.index import index_folder, verify_folder
 from distcl.data.shards.indexed import ShardSource
-from distcl.data.shards.inputs import npy_bytes
 from distcl.data.shards.manifest import read_shards, write_manifest
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError

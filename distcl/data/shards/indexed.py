@@ -167,12 +167,11 @@ class ShardSource:
         where it was, or (when it lies on another machine's disk) does not show them in a minute.
         """
         before, known, total = len(self), len(self.shards), int(self._firsts[-1]) + more
-        found = _listed(self._folder, self.shards)
         for _ in range(60):
+            found = _listed(self._folder, self.shards)
             if _firsts(found)[-1] >= total:
                 break
             time.sleep(1)
-            found = _listed(self._folder, self.shards)
         while _firsts(found)[-1] > total:  # what came after others looked
             found.pop()
         if found[:known] != self.shards or _firsts(found)[-1] != total:

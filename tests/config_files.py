@@ -11,7 +11,7 @@ import pytest
 from distcl.config.load import load_config
 from distcl.data.shards.inputs import ArraySamples
 from distcl.data.shards.writer import write_shards
-from tests.unit.data.test_vision import write_cifar, write_mnist
+from tests.files import write_cifar, write_mnist
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 

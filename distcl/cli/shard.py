@@ -74,9 +74,8 @@ def shard(
     else:
         folder = dest
         made = inputs.open_samples(source, label, _stream(source, sets or []), skip_bad)
-        problems = list(getattr(made, "problems", ()))
+        problems, skipped = list(made.problems), made.skipped
         bad = problems if skip_bad else None
-        skipped = getattr(made, "skipped", [])
         if skipped:
             shown = ", ".join([*map(repr, skipped[:_FEW]), *["…"] * (len(skipped) > _FEW)])
             complain(f"{len(skipped)} skipped in '{source}', no images of a class: {shown}")

@@ -131,7 +131,7 @@ def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, Ar
             "stream.source = 'arrays' needs stream.path: an .npz, or a folder of x.npy and y.npy"
         )
     path = reachable(config.path)
-    found = _from_folder(path) if path.is_dir() else _from_npz(path)
+    found = _from_folder(path) if path.is_dir() else npz_splits(path)
     splits = [ArraySource(_as_samples(x, name), y, name) for x, y, name in found]
     if experiences:
         concepts = min(config.recurring or config.experiences, config.experiences)
@@ -146,7 +146,8 @@ _Split = tuple[Array, Array, str]  # x, y, and how messages name them
 _TEST = ("x_test", "y_test")
 
 
-def _from_npz(path: Path) -> list[_Split]:
+def npz_splits(path: Path) -> list[_Split]:
+    """Return x, y and a name for messages, of train and perhaps test. Raises DataError."""
     x, y = _names(npz_keys(path))
     return _splits(path, open_npz(path, (x, y), _TEST), x, y)
 

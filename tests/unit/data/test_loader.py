@@ -12,30 +12,7 @@ from distcl.data.stream import DriftStream
 from distcl.errors import DataError, DistclError
 from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.types import Source
-
-X = np.random.default_rng(0).random((50, 1, 4, 4), dtype=np.float32)
-Y = np.arange(50) % 5
-SOURCE = ArraySource(X, Y)
-
-
-class Plan:
-    """Global batches of given ids, cut among ranks."""
-
-    first_step = 0
-
-    def __init__(self, batches, rank=0, world=1):
-        self.batches = [np.asarray(b, dtype=np.int64) for b in batches]
-        self.rank, self.world = rank, world
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        for batch in self.batches:
-            yield batch[self.rank :: self.world].tolist()
-
-    def total(self, step):
-        return len(self.batches[step])
+from tests.plans import SOURCE, Plan, X, Y
 
 
 def drifting():

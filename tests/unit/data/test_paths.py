@@ -19,8 +19,7 @@ from distcl.data.shards.sequential import open_url
 from distcl.data.stream import create_stream
 from distcl.errors import CheckpointError, ConfigError, DataError, DistclError
 from distcl.models import create_model
-from tests.unit.data.test_archives import archive
-from tests.unit.data.test_vision import idx_bytes
+from tests.files import archive, idx_bytes
 
 NAMES = [
     "pipe:touch {ran}; true",

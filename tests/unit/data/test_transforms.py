@@ -19,7 +19,7 @@ from distcl.errors import ConfigError, DataError
 from distcl.sampling.groups import Part
 from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.types import Batch
-from tests.unit.data.test_vision import CIFAR10, write_cifar, write_mnist
+from tests.files import CIFAR10, write_cifar, write_mnist
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 3, 6, 6)).astype(np.uint8)

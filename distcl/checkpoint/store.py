@@ -26,7 +26,7 @@ from distcl.config.files import file_digest, sync_to_disk
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 SHARED = "shared.pt"

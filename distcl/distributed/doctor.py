@@ -13,17 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
-import torch
 from packaging.requirements import Requirement
 
 from distcl.config import RunConfig
 from distcl.config.load import load_config
 from distcl.distributed.environment import adopt, check_launch
-from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
+
+if TYPE_CHECKING:  # whether torch can be imported is one of the findings
+    import torch
+
+    from distcl.distributed.runtime import Runtime
 
 Level = Literal["ok", "note", "warning", "broken"]
 
@@ -243,6 +246,8 @@ def examine_group(own: Sequence[Finding], out: Path = Path("runs")) -> list[Find
     they share the folder of runs, ``out``; how far clocks differ; how long collectives take.
     Collective: every process of the launch calls it, with no process group made before.
     """
+    from distcl.distributed.runtime import Runtime
+
     try:
         runtime = Runtime(RunConfig(timeout_seconds=_TIMEOUT))
     except UsageError as error:  # the same on every rank
@@ -290,10 +295,8 @@ def _shared_folder(runtime: Runtime, folder: Path) -> Finding:
     seen = runtime.gather_objects((folder / name).exists())
     if runtime.is_main:
         (folder / name).unlink()
-    blind = list(
-        dict.fromkeys(p.node for p, sees in zip(runtime.peers, seen, strict=True) if not sees)
-    )
-    if blind:
+    pairs = zip(runtime.peers, seen, strict=True)
+    if blind := list(dict.fromkeys(peer.node for peer, sees in pairs if not sees)):
         text = f"{folder} of {runtime.peers[0].node} is another folder on {', '.join(blind)}"
         return Finding("broken", "shared folder", f"{text}; put --out on a shared file system")
     return Finding("ok", "shared folder", f"all processes see {folder}")
@@ -308,6 +311,8 @@ def _clocks(runtime: Runtime) -> Finding:
 
 def _collectives(runtime: Runtime) -> Iterator[Finding]:
     """Time sums over all ranks: of 8 bytes for the latency, of 16 MiB for the bandwidth."""
+    import torch
+
     small = _seconds(runtime, torch.zeros(2, device=runtime.device), 50)
     yield Finding("ok", "latency", f"{1e6 * small:,.0f} µs for a sum of 8 bytes over all ranks")
     large = _seconds(runtime, torch.zeros(_LARGE // 4, device=runtime.device), 5)
@@ -319,6 +324,8 @@ def _collectives(runtime: Runtime) -> Iterator[Finding]:
 
 def _seconds(runtime: Runtime, tensor: torch.Tensor, times: int) -> float:
     """Return the median seconds of one sum over all ranks, as rank 0 sees it."""
+    import torch
+
     taken = []
     for _ in range(times + 2):
         begun = time.perf_counter()

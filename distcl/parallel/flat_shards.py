@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -41,15 +40,6 @@ def flattened(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return data.as_strided((data.numel(),), (1,), data.storage_offset())
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One tensor's place [start, stop) in the flat index space."""
-
-    name: str
-    start: int
-    stop: int
-
-
 class Cut:
     """Tensors of one dtype in a flat index space that is cut into W equal ranges.
 
@@ -67,13 +57,13 @@ class Cut:
         """Lay tensors of the given ``sizes`` end to end, or at ``starts``; ``each``: the range."""
         self._runtime = runtime
         self.dtype = dtype
-        self._pieces: list[_Piece] = []
+        self._places: dict[str, tuple[int, int]] = {}  # [start, stop) in the flat index space
         at = 0
         for name, size in sizes.items():
             at = at if starts is None else starts[name]
-            self._pieces.append(_Piece(name, at, at + size))
+            self._places[name] = at, at + size
             at += size
-        self._total = max((piece.stop for piece in self._pieces), default=0)
+        self._total = max((stop for _, stop in self._places.values()), default=0)
         self._each = each or -(-self._total // runtime.world_size)
         self.names = list(sizes)
         self.mine = {n: (a, b) for n, a, b, _ in self._overlaps(runtime.rank, 0, self._each)}
@@ -82,10 +72,10 @@ class Cut:
         """Yield (name, a, b, offset): [at, at+size) of a rank's range has name[a:b] at offset."""
         lo = rank * self._each + at
         hi = min(lo + size, self._total)
-        for piece in self._pieces:
-            a, b = max(lo, piece.start), min(hi, piece.stop)
+        for name, (start, stop) in self._places.items():
+            a, b = max(lo, start), min(hi, stop)
             if a < b:
-                yield piece.name, a - piece.start, b - piece.start, a - lo
+                yield name, a - start, b - start, a - lo
 
     def spread(self, take: Take, write: Write) -> None:
         """Send every rank's range to all ranks, bucket by bucket. Collective."""
@@ -261,8 +251,8 @@ def deliver(
 
 
 @contextmanager
-def restoring(runtime: Runtime, restore: Callable[[bool], None]) -> Iterator[None]:
-    """Run ``restore(raised)`` (collective) after the body, also if it raises on all ranks.
+def restoring(runtime: Runtime, restore: Callable[[], None]) -> Iterator[None]:
+    """Run ``restore`` (collective) after the body, also if it raises on all ranks.
 
     If it raises on some ranks only, the others are elsewhere, maybe in a forward that gathers: then
     nothing can be restored together, and the exception goes on to end the run.
@@ -271,8 +261,8 @@ def restoring(runtime: Runtime, restore: Callable[[bool], None]) -> Iterator[Non
         yield
     except BaseException as error:
         if runtime.all_raised():
-            restore(True)
+            restore()
         else:
             error.add_note("weights were not put back: other ranks did not raise")
         raise
-    restore(False)
+    restore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distcl.data.bad_samples import BadSamples
+from distcl.errors import DivergenceError
 from distcl.priority.guard import HeldOut, Judgement, judge
 from distcl.priority.round_weights import RoundWeights
 from distcl.training.accuracy_matrix import AccuracyMatrix
@@ -26,10 +27,13 @@ def compute_priorities(
     ``held_out``: see :func:`held_out_errors`. ``guarded``: doubts make the round uniform. Raises
     DivergenceError or ConfigError naming signal and sample id for a bad score.
     """
-    weights = parts.loader.weigh(number, current, history, parts.updater.uses_hist_batch)
-    mine, stored = weights.held(current, history)
-    bad.silence((mine, weights.current), (stored, weights.history))
-    judged = judge(parts.runtime, guarded, weights, history, held_out)
+    try:
+        weights = parts.loader.weigh(number, current, history, parts.updater.uses_hist_batch)
+        mine, stored = weights.held(current, history)
+        bad.silence((mine, weights.current), (stored, weights.history))
+        judged = judge(parts.runtime, guarded, weights, history, held_out)
+    except DivergenceError as error:
+        raise DivergenceError(f"before step 1 of round {number}: {error}") from error
     if judged.uniform:
         note = f"[guard] uniform draws in this round: {'; '.join(judged.doubts)}"
         weights = weights.stand_down(note)

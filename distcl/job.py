@@ -79,9 +79,7 @@ def execute(
         whose = f"rank {cause.rank}: " if cause.rank else ""
         folder.status("failed", cause.exit_code, f"{whose}{cause.message}")
 
-    if runtime.relay is not None:
-        runtime.relay.tell = peer_failed
-        runtime.relay.note = note
+    runtime.on_failure(peer_failed, note)
     try:
         with runtime.guard():
             check_ranks(config, runtime)
@@ -119,9 +117,12 @@ class Job:
         self._progress = progress
         self.tracker: Tracker = Trackers()
         self._store = CheckpointStore(
-            runtime, folder.path / "checkpoints", config.checkpoint.keep, self.say
+            runtime,
+            folder.path / "checkpoints",
+            config.checkpoint.keep,
+            self.say,
+            published=lambda path: self.tracker.checkpoint(path),
         )
-        self._store.published = lambda path: self.tracker.checkpoint(path)
         self._preemption = Preemption(config.run.max_minutes)
         self._rollbacks = 0
 
@@ -211,7 +212,11 @@ class Job:
             lambda: trainer.loop.steps,
         )
         trainer = ContinuousTrainer(parts, config, keeper)
-        monitor = None if self._command == "train" else self._monitor(trainer)
+        monitor = None
+        if self._command != "train":
+            chosen = config.detector
+            detector = registry.create("detector", chosen.name, options=chosen.options)
+            monitor = Monitor(trainer, detector, config.monitor, config.run.seed)
         state = JobState(self._command)
         saved = registered(state, trainer, monitor)
         if path is not None:
@@ -256,11 +261,6 @@ class Job:
             except UsageError as error:  # the run itself is done
                 self.say(f"[report] {error}")
         return summary
-
-    def _monitor(self, trainer: ContinuousTrainer) -> Monitor:
-        chosen = self._config.detector
-        detector = registry.create("detector", chosen.name, options=chosen.options)
-        return Monitor(trainer, detector, self._config.monitor, self._config.run.seed)
 
     def say(self, text: str) -> None:
         """Log one line and show it, on rank 0. Local."""

@@ -19,7 +19,7 @@ from distcl.checkpoint.store import CheckpointStore
 from distcl.config import CheckpointConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError, Preempted
-from distcl.parallel.saved_slices import SavedSlices
+from distcl.parallel.sliced_state import SavedSlices
 from distcl.training.step_loop import Keeping
 
 Contents = tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]

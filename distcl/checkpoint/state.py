@@ -18,11 +18,14 @@ from distcl.data.ids import tensor_ids
 from distcl.data.stream import DriftStream
 from distcl.errors import CheckpointError
 from distcl.monitoring.monitor import Monitor
-from distcl.parallel.saved_slices import SavedSlices, SlicedStateful
+from distcl.parallel.sliced_state import SavedSlices, SlicedStateful
+from distcl.priority.scoring import Scorer
+from distcl.sampling.round_loader import RoundLoader
+from distcl.training.optimizer import cloned
 from distcl.training.parts import Parts
-from distcl.training.state import stateful
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Stateful
+from distcl.updaters import Updater
 
 Registered = Mapping[str, Stateful | SlicedStateful]
 """Whatever must survive a restart, by name; saved and loaded in this order."""
@@ -47,11 +50,75 @@ class JobState:
         vars(self).update(state)
 
 
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """The losses by id; of a source that is read in lanes they lie with these."""
+
+    scorer: Scorer
+    in_lanes: bool
+
+    def state_dict(self) -> Any:
+        return None if self.in_lanes else self.scorer.cache.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        if state is not None:
+            self.scorer.cache.load_state_dict(state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lanes:
+    """What each rank has of its own of a source that is read in lanes."""
+
+    trainer: ContinuousTrainer
+    loader: RoundLoader
+
+    def state_dict(self) -> Any:
+        return self.loader.lane_state(self.trainer.stage is not None)
+
+    def load_slices(self, saved: SavedSlices) -> None:
+        self.loader.load_lane_states(saved.states)
+
+
+@dataclass(frozen=True, slots=True)
+class _Updater:
+    """Slices of statistics, layers that were dealt out, plain values."""
+
+    updater: Updater
+
+    def state_dict(self) -> Any:
+        return self.updater.state_dict()
+
+    def load_slices(self, saved: SavedSlices) -> None:
+        same = saved.same_layout
+        state = saved.own if same else self.updater.merged(saved.states, saved.cut)
+        self.updater.load_state_dict(state)
+        self.updater.load_state_dict(cloned(self.updater.state_dict()))  # out of the files
+
+
 def registered(job: JobState, trainer: ContinuousTrainer, monitor: Monitor | None) -> Registered:
-    """Return every part of a run that must survive a restart."""
-    watching = {} if monitor is None else {"monitor": monitor}
-    random = RandomState(trainer.parts.runtime.device)
-    return {"job": job, **stateful(trainer), **watching, "random": random}
+    """Return every part of a run that must survive a restart.
+
+    The updater comes after the trainer: it builds on the round in progress.
+    """
+    parts = trainer.parts
+    return {
+        "job": job,
+        "anchor": parts.anchor,
+        "optimizer": trainer.optimizer,
+        "cache": _Cache(parts.scorer, bool(getattr(parts.stream, "sequential", False))),
+        "lanes": _Lanes(trainer, parts.loader),
+        "table": trainer.undo,
+        "forward": parts.forward,
+        "matrix": trainer.matrix,
+        "history": trainer.history,
+        "bad": trainer.bad,
+        "loop": trainer.loop,
+        "trainer": trainer,
+        "updater": _Updater(parts.updater),
+        "tracker": parts.tracker,
+        **({} if monitor is None else {"monitor": monitor}),
+        "random": RandomState(parts.runtime.device),
+    }
 
 
 def collect(

@@ -11,7 +11,7 @@ from torch import nn
 
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.partition import Partition, create_partition
-from distcl.parallel.saved_slices import SavedSlices
+from distcl.parallel.sliced_state import SavedSlices
 
 
 class Anchor:

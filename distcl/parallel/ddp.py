@@ -19,8 +19,8 @@ from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
 from distcl.parallel.flat_shards import Whole, cut_by_dtype, deliver, flattened
-from distcl.parallel.optimizer_state import Fetch, Stepped
 from distcl.parallel.partition import Partition
+from distcl.parallel.sliced_state import Fetch, Stepped
 from distcl.parallel.strategy import MakeOptimizer, Strategy, trainable
 from distcl.types import PyTree
 

@@ -24,8 +24,8 @@ from torch.distributed.fsdp import (
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.gradients import squaring
-from distcl.parallel.optimizer_state import Fetch, Stepped
 from distcl.parallel.partition import EqualShards
+from distcl.parallel.sliced_state import Fetch, Stepped
 from distcl.parallel.strategy import (
     MakeOptimizer,
     Strategy,

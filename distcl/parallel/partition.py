@@ -18,7 +18,7 @@ from distcl.parallel.flat_shards import (
     restoring,
 )
 from distcl.parallel.gradients import OwnedGradients
-from distcl.parallel.optimizer_state import Fetch, SteppedParameters
+from distcl.parallel.sliced_state import Fetch, SteppedParameters
 from distcl.weights import Spec, tensor_spec
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.flat_shards import Cut, Whole, cut_by_dtype
-from distcl.parallel.optimizer_state import Fetch, Stepped
 from distcl.parallel.partition import Partition
+from distcl.parallel.sliced_state import Fetch, Stepped
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

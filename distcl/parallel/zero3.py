@@ -20,8 +20,8 @@ from deepspeed.runtime.zero import parameter_offload
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.flat_shards import BUCKET_ELEMENTS
 from distcl.parallel.gradients import squaring
-from distcl.parallel.optimizer_state import Fetch, Stepped
 from distcl.parallel.partition import EqualShards
+from distcl.parallel.sliced_state import Fetch, Stepped
 from distcl.parallel.zero12 import Place
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from distcl.config import OptimizerConfig
 from distcl.errors import ConfigError
 from distcl.parallel.partition import Partition
-from distcl.parallel.saved_slices import SavedSlices
+from distcl.parallel.sliced_state import SavedSlices
 
 
 def create_optimizer(

@@ -68,7 +68,7 @@ class StepLoop:
         parts, pretraining = self._parts, stage.number == 0
         runtime, updater, optimizer = parts.runtime, parts.updater, parts.optimizer
         fwd_bwd = partial(Updater.fwd_bwd, updater) if pretraining else updater.fwd_bwd
-        watch = LossWatch(runtime, stage.number, updater.partition.owned, stage.done)
+        watch = LossWatch(runtime, stage, updater.partition.owned)
         rate = _Rate(stage.seconds, self.samples)
         parts.progress.round_begins(stage.title, stage.steps)
         parts.model.train()
@@ -122,8 +122,8 @@ class StepLoop:
                 self._parts.runtime.watchdog.beat()
                 yield batches
         except DivergenceError as error:  # of a scoring pass
-            where = f"in round {stage.number}, step {stage.done + 1}"
-            raise DivergenceError(f"{where}: {error}") from error
+            step = stage.done + 1
+            raise DivergenceError(f"in round {stage.number}, step {step}: {error}") from error
 
     def _set_rate(self, step: int, steps: int) -> None:
         factor = warmup_factor(step, self._config.warmup_steps)
@@ -171,17 +171,12 @@ class LossWatch:
     """
 
     def __init__(
-        self,
-        runtime: Runtime,
-        round_index: int,
-        weights: Callable[[], Mapping[str, torch.Tensor]],
-        steps: int = 0,
+        self, runtime: Runtime, stage: Stage, weights: Callable[[], Mapping[str, torch.Tensor]]
     ) -> None:
         self._runtime = runtime
-        self._round = round_index
+        self._stage = stage
         self._weights = weights
         self._window: list[StepResult] = []
-        self._steps = steps  # of the round, before the window
 
     def add(self, result: StepResult) -> None:
         """Take one step's losses. No host synchronization."""
@@ -206,8 +201,11 @@ class LossWatch:
             if not math.isfinite(mean):
                 self._diverged(k, mean)
         if values[len(sums)]:
-            self._gradient_diverged()
-        self._steps += len(self._window)
+            raise DivergenceError(
+                f"the gradient was not finite, or too large, {self._step(len(means) - 1)}, "
+                f"{self._largest(len(means) - 1)}: it left weights that are not finite; try a "
+                "smaller optimizer.lr"
+            )
         self._window.clear()
         return means, words_sum
 
@@ -222,17 +220,12 @@ class LossWatch:
             why = f"; every sample's did: the step before, {self._largest(k - 1)}, was too large, "
             why += "or its gradient was not finite"
         raise DivergenceError(
-            f"the loss became {mean} in round {self._round}, step {self._steps + k + 1}, "
-            f"{where}{why}; try a smaller optimizer.lr"
+            f"the loss became {mean} {self._step(k)}, {where}{why}; try a smaller optimizer.lr"
         )
 
-    def _gradient_diverged(self) -> None:
-        k = len(self._window) - 1
-        raise DivergenceError(
-            f"the gradient was not finite, or too large, in round {self._round}, step "
-            f"{self._steps + k + 1}, {self._largest(k)}: it left weights that are not finite; try "
-            "a smaller optimizer.lr"
-        )
+    def _step(self, k: int) -> str:
+        step = self._stage.done - len(self._window) + k + 1
+        return f"in round {self._stage.number}, step {step}"
 
     def _largest(self, k: int) -> str:
         """Return which samples had the largest losses of a step, in words. Collective."""

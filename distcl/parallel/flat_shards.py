@@ -157,9 +157,7 @@ class Whole:
             return given
 
         mine = self.owned()
-        with torch.no_grad():
-            for cut in self.cuts:
-                cut.spread(take, self.write)
+        self._spread(take)
 
     def put(self, slices: Mapping[str, torch.Tensor]) -> None:
         """Fill the tensors from the slices of all ranks. Collective."""
@@ -167,9 +165,15 @@ class Whole:
         def take(name: str, a: int, b: int) -> torch.Tensor:
             return slices[name][a:b].to(self.tensors[name].device)
 
+        self._spread(take)
+
+    def _spread(self, take: Take) -> None:
         with torch.no_grad():
             for cut in self.cuts:
-                cut.spread(take, self.write)
+                cut.spread(take, self._write)
+
+    def _write(self, name: str, a: int, b: int, values: torch.Tensor) -> None:
+        flattened(name, self.tensors[name])[a:b] = values
 
     def copies(self) -> dict[str, torch.Tensor]:
         """Return whole copies of the tensors. Local."""
@@ -190,10 +194,6 @@ class Whole:
                 if part is not None:
                     mine[name] = part
         return mine
-
-    def write(self, name: str, a: int, b: int, values: torch.Tensor) -> None:
-        """Set elements [a, b) of a tensor. Local."""
-        flattened(name, self.tensors[name])[a:b] = values
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

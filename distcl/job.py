@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any, Literal
 import torch
 
 from distcl import registry
-from distcl.checkpoint.compatible import check_config, check_data, fingerprint
+from distcl.checkpoint.compatible import check_config, check_data
 from distcl.checkpoint.preemption import Preemption
-from distcl.checkpoint.saver import Contents, Keeper
+from distcl.checkpoint.saver import Keeper
 from distcl.checkpoint.state import JobState, collect, registered, restore
 from distcl.checkpoint.store import CheckpointStore, read_manifest, verify
 from distcl.config import Config
@@ -184,7 +183,7 @@ class Job:
 
     def _attempt(self, path: Path | None, allowed: frozenset[str]) -> dict[str, Any]:
         """Run from a checkpoint, or from the start, to the end; return the summary."""
-        config, runtime, begun = self._config, self._runtime, time.perf_counter()
+        config, runtime, state = self._config, self._runtime, JobState(self._command)
         torch.manual_seed(config.run.seed + runtime.rank)
         stream = create_stream(config.stream, config.run.seed, config.data)
         grows = self._command != "train" and bool(stream.sequential or stream.live_seconds)
@@ -196,20 +195,13 @@ class Job:
             progress = FolderProgress(self._progress or Quiet(), self._folder.path, stages)
         parts = assemble(config, runtime, stream, self._folder.path, progress, path is not None)
         self.tracker = parts.tracker
-
-        def contents() -> Contents:
-            state.seconds = before + time.perf_counter() - begun
-            may_have_grown = runtime.is_main and stream.live_seconds
-            now = fingerprint(stream, runtime) if may_have_grown else data
-            return collect(saved, config, trainer, now)
-
         keeper = Keeper(
             runtime,
             self._store,
             config.checkpoint,
             self._preemption,
-            contents,
-            lambda: trainer.loop.steps,
+            contents=lambda: collect(saved, config, trainer, data()),
+            steps=lambda: trainer.loop.steps,
         )
         trainer = ContinuousTrainer(parts, config, keeper)
         monitor = None
@@ -217,7 +209,6 @@ class Job:
             chosen = config.detector
             detector = registry.create("detector", chosen.name, options=chosen.options)
             monitor = Monitor(trainer, detector, config.monitor, config.run.seed)
-        state = JobState(self._command)
         saved = registered(state, trainer, monitor)
         if path is not None:
             restore(path, saved, self._command, trainer)
@@ -228,7 +219,7 @@ class Job:
         elif monitor is None:
             sequential = bool(getattr(parts.stream, "sequential", False))
             foresee_rounds(parts.updater, config, stream.experiences, sequential)
-        before, setup = state.seconds, time.perf_counter() - begun
+        setup = state.here
         self._rollbacks = max(self._rollbacks, state.rollbacks)
         trainer.loop.halve_rates(self._rollbacks - state.rollbacks)
         state.rollbacks = self._rollbacks
@@ -241,9 +232,9 @@ class Job:
             final = self._folder.path / "checkpoints" / "final.safetensors"
             save_final(parts, final)
             self.tracker.checkpoint(final)
-        seconds = before + time.perf_counter() - begun
-        summary = summarize(trainer, monitor, state.baseline, config, seconds, setup)
-        return self._finish(summary)
+        return self._finish(
+            summarize(trainer, monitor, state.baseline, config, state.seconds, setup)
+        )
 
     def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Leave the summary where it belongs, and a report; return it."""

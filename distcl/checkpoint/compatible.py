@@ -62,18 +62,6 @@ def check_config(
         )
 
 
-def fingerprint(
-    stream: DriftStream, runtime: Runtime, like: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return the fingerprint of the data; random numbers are left as they are. Local."""
-    random = RandomState(runtime.device)
-    before = random.state_dict()
-    try:
-        return data_fingerprint(stream, like)
-    finally:
-        random.load_state_dict(before)
-
-
 def check_data(
     path: Path | None,
     stream: DriftStream,
@@ -81,29 +69,34 @@ def check_data(
     grows: bool,
     allowed: bool,
     say: Say,
-) -> dict[str, Any]:
-    """Return the fingerprint of the data, {} but on rank 0, which alone looks. Collective.
+) -> Callable[[], dict[str, Any]]:
+    """Return what tells the fingerprint of the data, {} but on rank 0, which alone looks.
 
-    Raises DataError if they are others than those of the checkpoint at ``path``, unless allowed.
-    ``grows``: there may be more by now.
+    Collective; what is returned is local. Raises DataError if they are others than those of the
+    checkpoint at ``path``, unless allowed. ``grows``: there may be more by now.
     """
-    found: dict[str, Any] = {}
+    random = RandomState(runtime.device)
+
+    def fingerprint(like: dict[str, Any] | None = None) -> dict[str, Any]:
+        before = random.state_dict()
+        try:
+            return data_fingerprint(stream, like)
+        finally:
+            random.load_state_dict(before)
+
     fault = ""
-    if runtime.is_main:
-        found = fingerprint(stream, runtime)
-        if path is not None:
-            saved = read_manifest(path).get("data", {})
-            now = fingerprint(stream, runtime, saved) if grows and saved else found
-            fault = _told(list(changes(saved, now)))
-            if fault and allowed:
-                say(f"[resume] the data changed since the checkpoint: {fault}")
+    found = fingerprint() if runtime.is_main else {}
+    if runtime.is_main and path is not None:
+        saved = read_manifest(path).get("data", {})
+        different = list(changes(saved, fingerprint(saved) if grows and saved else found))
+        fault = "; ".join(different[:4])
+        fault += f" and {len(different) - 4} more" if len(different) > 4 else ""
+        if fault and allowed:
+            say(f"[resume] the data changed since the checkpoint: {fault}")
     if (fault := runtime.broadcast(fault)) and not allowed:
         raise DataError(
             f"the data differ from those of '{path}': {fault}\n"
             "go on all the same with: --allow-changed data"
         )
-    return found
-
-
-def _told(found: list[str]) -> str:
-    return "; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    live = runtime.is_main and bool(stream.live_seconds)
+    return lambda: fingerprint() if live else found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,17 +38,30 @@ class JobState:
 
     command: str
     baseline: list[float] = field(default_factory=list)
-    seconds: float = 0.0
     rollbacks: int = 0
     """Rollbacks whose smaller step the learning rates have."""
+    earlier: float = 0.0
+    begun: float = field(default_factory=time.perf_counter)
+
+    @property
+    def here(self) -> float:
+        """The seconds since this start."""
+        return time.perf_counter() - self.begun
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of the whole run, also of what came before a resume."""
+        return self.earlier + self.here
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything."""
-        return dict(vars(self))
+        names = ("command", "baseline", "rollbacks", "seconds")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        vars(self).update(state)
+        self.baseline, self.rollbacks = state["baseline"], state["rollbacks"]
+        self.earlier = state["seconds"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,10 +160,10 @@ def _machine(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding(level, "memory", text)
     threads = environ.get("OMP_NUM_THREADS", "")
     local = environ.get("LOCAL_WORLD_SIZE", "1")
-    if threads and not (threads.isdecimal() and int(threads) > 0):
-        yield Finding("warning", "OMP_NUM_THREADS", f"'{threads}' is not a number of threads")
-    elif threads:
-        yield Finding("ok", "OMP_NUM_THREADS", threads)
+    if threads:
+        fine = threads.isdecimal() and int(threads) > 0
+        text = threads if fine else f"'{threads}' is not a number of threads"
+        yield Finding("ok" if fine else "warning", "OMP_NUM_THREADS", text)
     elif local.isdecimal() and int(local) > 1:
         advice = f"set it to {max(1, (usable or 1) // int(local))}"
         text = f"not set: {local} processes here would each use all cores; {advice}"

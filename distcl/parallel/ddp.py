@@ -226,9 +226,8 @@ class Replicated(Partition):
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad += values.view(parameter.shape)
 
-        dtypes = {name: p.dtype for name, p in self._parameters.items()}
         sizes = {name: p.numel() for name, p in self._parameters.items()}
-        deliver(self._runtime, dtypes, sizes, grads, owners, add)
+        deliver(self._runtime, sizes, grads, owners, add)
 
     def scale_grads_(self, factor: torch.Tensor) -> None:
         """Multiply every gradient. Local."""

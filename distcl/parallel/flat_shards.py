@@ -220,7 +220,6 @@ def average_buffers(runtime: Runtime, buffers: Mapping[str, torch.Tensor]) -> No
 
 def deliver(
     runtime: Runtime,
-    dtypes: Mapping[str, torch.dtype],
     sizes: Mapping[str, int],
     grads: Mapping[str, torch.Tensor],
     owners: Mapping[str, int],
@@ -228,22 +227,22 @@ def deliver(
 ) -> None:
     """Broadcast whole tensors from their owners, a bucket at a time; see ``add_full_grads_``.
 
-    ``add(name, values)`` receives each on every rank, 1-D. Collective.
+    ``add(name, values)`` receives each on every rank, 1-D, in the model's dtype. Collective.
     """
-    buckets: dict[tuple[int, torch.dtype], list[list[str]]] = {}
+    buckets: dict[int, list[list[str]]] = {}
     for name, owner in owners.items():
-        given = buckets.setdefault((owner, dtypes[name]), [[]])
+        given = buckets.setdefault(owner, [[]])
         filled = sum(sizes[n] for n in given[-1])
         if given[-1] and filled + sizes[name] > BUCKET_ELEMENTS:
             given.append([])
         given[-1].append(name)
-    for (owner, dtype), given in buckets.items():
+    for owner, given in buckets.items():
         for names in given:
             lengths = [sizes[n] for n in names]
             if owner == runtime.rank:
-                bucket = torch.cat([grads[n].reshape(-1).to(dtype) for n in names])
+                bucket = torch.cat([grads[n].reshape(-1).to(runtime.dtype) for n in names])
             else:
-                bucket = torch.empty(sum(lengths), dtype=dtype, device=runtime.device)
+                bucket = torch.empty(sum(lengths), dtype=runtime.dtype, device=runtime.device)
             if runtime.world_size > 1:
                 dist.broadcast(bucket, owner)
             for name, values in zip(names, torch.split(bucket, lengths), strict=True):

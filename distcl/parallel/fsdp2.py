@@ -61,13 +61,9 @@ class FSDP2(Strategy):
         device = self.accelerator.device
         model = model.float()
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        half = torch.bfloat16 if self.precision == "bf16" else None
-        inner = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
-        outer = MixedPrecisionPolicy(
-            param_dtype=half,
-            reduce_dtype=inner.reduce_dtype,
-            output_dtype=torch.float32 if half else None,
-        )
+        half, full = (torch.bfloat16, torch.float32) if self.precision == "bf16" else (None, None)
+        inner = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full)
+        outer = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full, output_dtype=full)
         offload = OffloadPolicy()
         if self.parallel.offload_optimizer:
             offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")

@@ -55,9 +55,8 @@ class OwnedGradients:
             if name in held:
                 held[name].add_(values[slice(*self._spans[name])].to(held[name].device))
 
-        dtypes = dict.fromkeys(self._shapes, torch.float32)
         sizes = {name: shape.numel() for name, shape in self._shapes.items()}
-        deliver(self._runtime, dtypes, sizes, grads, owners, add)
+        deliver(self._runtime, sizes, grads, owners, add)
 
     def scale_grads_(self, factor: torch.Tensor) -> None:
         """Multiply the global mean gradient by a scalar, the same on every rank. Local."""

@@ -116,14 +116,10 @@ class ContinuousTrainer:
         """Return the weights that a round begins with; tell of them in its report."""
         clock, weights, judged = time.perf_counter(), RoundWeights(), Judgement()
         if self.parts.updater.trains and self.continual.importance_weighting:
+            errors = held_out_errors(self.matrix, held_out)
+            history = self.history.ids()
             weights, judged = compute_priorities(
-                self.parts,
-                stage.number,
-                stage.experience.train,
-                self.history.ids(),
-                self.bad,
-                held_out_errors(self.matrix, held_out),
-                self._guarded,
+                self.parts, stage, history, self.bad, errors, self._guarded
             )
         for line in weights.lines():
             self._say(line)

@@ -170,58 +170,20 @@ def load_pretrained(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> N
         )
 
 
-@checked("model")
-def mlp(
-    spec: DataSpec,
-    hidden: tuple[Count, ...] = (256, 256),
-    activation: Literal["relu", "gelu", "tanh"] = "relu",
-) -> nn.Module:
-    """Multi-layer perceptron on flattened inputs; no hidden layer makes it linear."""
-    return MLP(spec, hidden, activation)
-
-
-@checked("model")
-def cnn(
-    spec: DataSpec,
-    channels: Annotated[tuple[Count, ...], Field(min_length=3, max_length=3)] = (32, 64, 128),
-) -> nn.Module:
-    """Three 3×3 convolutions with GroupNorm, the latter two with stride 2, for images.
-
-    Their maps are averaged to at most 2×2, so that any image size works.
-    """
-    return CNN(spec, channels)
-
-
-@checked("model")
-def resnet18(spec: DataSpec, width: Count = 64, norm: Norm = "group") -> nn.Module:
-    """ResNet-18 (He et al., CVPR 2016) with a stem for small images: 3×3, no pooling.
-
-    width: channels of the first stage; norm: "group", or "batch" as published, which makes results
-    depend on how a batch is split among ranks.
-    """
-    return ResNet18(spec, width, norm)
-
-
-@checked("model")
-def vit_tiny(
-    spec: DataSpec, patch: Count = 4, dim: Count = 192, depth: Count = 12, heads: Count = 3
-) -> nn.Module:
-    """Vision transformer (Dosovitskiy et al., ICLR 2021) in the size DeiT calls tiny.
-
-    patch: side of a patch in pixels, must divide the image; dim: width, must be a multiple of
-    ``heads``; depth: blocks. The mean over patches is classified; there is no class token.
-    """
-    return ViT(spec, patch, dim, depth, heads)
-
-
 def _outputs(spec: DataSpec) -> int:
     return spec.classes or math.prod(spec.y_shape)
 
 
 class MLP(nn.Module):
-    """See :func:`mlp`."""
+    """Multi-layer perceptron on flattened inputs; no hidden layer makes it linear."""
 
-    def __init__(self, spec: DataSpec, hidden: tuple[int, ...], activation: str) -> None:
+    @checked("model")
+    def __init__(
+        self,
+        spec: DataSpec,
+        hidden: tuple[Count, ...] = (256, 256),
+        activation: Literal["relu", "gelu", "tanh"] = "relu",
+    ) -> None:
         super().__init__()
         self.features = math.prod(spec.x_shape)
         sizes = [self.features, *hidden]
@@ -267,9 +229,17 @@ def _conv(n_in: int, n_out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
 
 
 class CNN(_Images):
-    """See :func:`cnn`."""
+    """Three 3×3 convolutions with GroupNorm, the latter two with stride 2, for images.
 
-    def __init__(self, spec: DataSpec, channels: tuple[int, ...]) -> None:
+    Their maps are averaged to at most 2×2, so that any image size works.
+    """
+
+    @checked("model")
+    def __init__(
+        self,
+        spec: DataSpec,
+        channels: Annotated[tuple[Count, ...], Field(min_length=3, max_length=3)] = (32, 64, 128),
+    ) -> None:
         super().__init__("cnn", spec)
         layers: list[nn.Module] = []
         n_in = self.channels
@@ -312,9 +282,14 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(_Images):
-    """See :func:`resnet18`."""
+    """ResNet-18 (He et al., CVPR 2016) with a stem for small images: 3×3, no pooling.
 
-    def __init__(self, spec: DataSpec, width: int, norm: Norm) -> None:
+    width: channels of the first stage; norm: "group", or "batch" as published, which makes results
+    depend on how a batch is split among ranks.
+    """
+
+    @checked("model")
+    def __init__(self, spec: DataSpec, width: Count = 64, norm: Norm = "group") -> None:
         super().__init__("resnet18", spec)
         self.stem = nn.Sequential(_conv(self.channels, width), _norm(width, norm), nn.ReLU())
         stages: list[nn.Module] = []
@@ -356,9 +331,21 @@ class Block(nn.Module):
 
 
 class ViT(_Images):
-    """See :func:`vit_tiny`."""
+    """Vision transformer (Dosovitskiy et al., ICLR 2021) in the size DeiT calls tiny.
 
-    def __init__(self, spec: DataSpec, patch: int, dim: int, depth: int, heads: int) -> None:
+    patch: side of a patch in pixels, must divide the image; dim: width, must be a multiple of
+    ``heads``; depth: blocks. The mean over patches is classified; there is no class token.
+    """
+
+    @checked("model")
+    def __init__(
+        self,
+        spec: DataSpec,
+        patch: Count = 4,
+        dim: Count = 192,
+        depth: Count = 12,
+        heads: Count = 3,
+    ) -> None:
         super().__init__("vit_tiny", spec)
         if self.height % patch or self.width % patch:
             raise ConfigError(

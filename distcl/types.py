@@ -280,8 +280,23 @@ class PrioritySignal(Protocol):
         ...
 
 
-class Detector(Protocol):
-    """Drift detection on one value at a time. Runs on rank 0; the verdict is broadcast."""
+class Stateful(Protocol):
+    """What must survive a restart: tensors and plain values, the same on every rank."""
+
+    def state_dict(self) -> Any:
+        """Return the state. Called on every rank."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore what ``state_dict`` returned, at any number of ranks. Called on every rank."""
+        ...
+
+
+class Detector(Stateful, Protocol):
+    """Drift detection on one value at a time. Runs on rank 0; the verdict is broadcast.
+
+    Its state consists of JSON-serializable values.
+    """
 
     def update(self, value: float) -> bool:
         """Take the next value of the metric; True when drift is detected."""
@@ -289,14 +304,6 @@ class Detector(Protocol):
 
     def reset(self) -> None:
         """Forget everything seen."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as JSON-serializable values."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
         ...
 
 

@@ -16,7 +16,7 @@ from distcl.errors import ConfigError
 from distcl.monitoring.detection import DriftDetection
 from distcl.monitoring.live import LiveEnd
 from distcl.sampling.draws import generator
-from distcl.training.step_loop import pack_experience, unpack_experience
+from distcl.training.stage import pack_experience, unpack_experience
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import (
     GROWING,

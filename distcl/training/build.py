@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from distcl.config import Config
+from distcl.config.load import to_toml
 from distcl.data.replay_buffer import ReplayBuffer
 from distcl.data.transforms import Transforms
 from distcl.distributed.runtime import Runtime
@@ -70,14 +72,14 @@ def assemble(
     criterion, signal = create_judges(config, stream.spec)
     importance = config.continual_learning.importance_weighting
     sequential = info_of(stream).sequential
-    dry = DryRun(config, runtime, stream)
+    tried, scored = create_judges(config, stream.spec)
+    dry = DryRun(config, runtime, stream, tried, scored if importance else None)
     raw = create_model(config.model, stream.spec, seed, dry.x)
-    tried, scored = create_judges(config, stream.spec)  # they may count what they are asked
-    dry.before(raw, tried, scored if importance else None)
+    dry.before(raw)
     model, optimizer = runtime.prepare_training(
         raw, lambda params: create_optimizer(config.optimizer, params), dry.unused
     )
-    dry.after(model, tried, scored if importance else None)
+    dry.after(model)
     partition = create_partition(runtime, model)
     forward = ShardedForward(runtime, model, partition, criterion)
     keep = getattr(signal, "anchors", 1) if importance else 1
@@ -119,6 +121,7 @@ def assemble(
         Permutations(seed, _POOL).take,
     )
     mix = Mix(config.training, continual, config.priority.target == "union")
+    loader = RoundLoader(runtime, history.source, weighter, mix, config.priority, config.data, seed)
     shown = progress if progress is not None and runtime.is_main else Quiet()
     tracker = create_tracker(config.tracking, out, runtime.rank, resume, shown.message)
     return Parts(
@@ -131,11 +134,9 @@ def assemble(
         forward=forward,
         scorer=scorer,
         updater=updater,
-        loader=RoundLoader(
-            runtime, history.source, weighter, mix, config.priority, config.data, seed
-        ),
+        loader=loader,
         tracker=tracker,
-        recorder=RoundRecorder(runtime, out, tracker),
+        recorder=RoundRecorder(runtime, out / "draws", tracker, loader, forward, updater),
         progress=shown,
     )
 
@@ -162,55 +163,83 @@ def check_priority(
     """
     p, mode = config.priority, config.continual_learning.update_mode
     replays = takes_history or config.continual_learning.mix_historic_data
-
-    def refuse(key: str, why: str) -> None:
-        raise ConfigError(f"{key} does not work with priority.{why}")
-
-    if sequential and p.source != "score":
-        raise ConfigError(
+    online, candidates = p.source == "online", p.source == "candidates"
+    once, ahead = p.draw == "without_replacement", 2 * config.data.workers
+    other = "source = 'candidates'" if candidates else f"draw = '{p.draw}'"
+    works_not = "does not work with priority."
+    refused = (
+        (
+            sequential and p.source != "score",
             f"priority.source = '{p.source}' draws at random, which a stream of shards cannot be "
-            "read by; use 'score', or data.access = 'indexed'"
-        )
-
-    if p.source != "score" and p.target == "history" and not replays:
-        raise ConfigError(
+            "read by; use 'score', or data.access = 'indexed'",
+        ),
+        (
+            p.source != "score" and p.target == "history" and not replays,
             f"priority.target = 'history' has nothing to weigh: update_mode = '{mode}' takes no "
-            "history batches, and continual_learning.mix_historic_data is false"
-        )
-    if p.source == "online":
-        if signal.needs_anchor:
-            refuse(
-                f"priority.signal = '{p.signal}', which needs a forward under theta_star,",
-                "source = 'online', which makes none: use entropy, loss, grad_norm or fisher",
+            "history batches, and continual_learning.mix_historic_data is false",
+        ),
+        (
+            online and signal.needs_anchor,
+            f"priority.signal = '{p.signal}', which needs a forward under theta_star, {works_not}"
+            "source = 'online', which makes none: use entropy, loss, grad_norm or fisher",
+        ),
+        (
+            online and once,
+            f"priority.draw = 'without_replacement' {works_not}source = 'online', whose weights "
+            "change while it draws: use systematic",
+        ),
+        (
+            online and p.refresh_steps < ahead,
+            f"data.workers = {config.data.workers} {works_not}refresh_steps = {p.refresh_steps}: "
+            f"they read {ahead} batches ahead, which must be less than the steps between two "
+            "refreshes",
+        ),
+        (
+            p.pool and not online,
+            f"priority.source = '{p.source}' {works_not}pool = {p.pool}, which is for source = "
+            "'online'",
+        ),
+        (
+            candidates and p.guard == "auto",
+            f"priority.guard = 'auto' {works_not}source = 'candidates', which has no weights to "
+            "judge before",
+        ),
+        (
+            candidates and not takes_history and p.target == "history",
+            f"priority.source = 'candidates' {works_not}target = 'history' and mixed batches: use "
+            "target = 'union', or an update_mode that takes history batches",
+        ),
+        (
+            p.correction and (candidates or once),
+            f"priority.correction = {p.correction} {works_not}{other}, whose draws have no "
+            "probabilities of their own",
+        ),
+    )
+    for applies, why in refused:
+        if applies:
+            raise ConfigError(why)
+
+
+def check_ranks(config: Config, runtime: Runtime) -> None:
+    """Raise ConfigError where ranks were given different things, or a batch is too small for all.
+
+    Collective.
+    """
+    texts = [text.splitlines() for text in runtime.gather_objects(to_toml(config))]
+    for peer, lines in zip(runtime.peers, texts, strict=True):
+        if lines != texts[0]:
+            pairs = zip_longest(lines, texts[0], fillvalue="nothing")
+            theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ConfigError(
+                f"rank {peer.rank} on {peer.node} has '{theirs}' where rank 0 has '{ours}'; give "
+                "all processes the same file, DISTCL_ environment and --set"
             )
-        if p.draw == "without_replacement":
-            refuse(
-                "priority.draw = 'without_replacement'",
-                "source = 'online', whose weights change while it draws: use systematic",
+    for key, size, what in (
+        ("training.batch_size", config.training.batch_size, "the"),
+        ("continual_learning.replay_batch_size", config.continual_learning.replay_batch_size, "a"),
+    ):
+        if 0 < size < runtime.world_size:
+            raise ConfigError(
+                f"{key} = {size} is smaller than the number of processes, {runtime.world_size}; it "
+                f"is {what} global batch"
             )
-        if p.refresh_steps < 2 * config.data.workers:
-            refuse(
-                f"data.workers = {config.data.workers}",
-                f"refresh_steps = {p.refresh_steps}: they read {2 * config.data.workers} batches "
-                "ahead, which must be less than the steps between two refreshes",
-            )
-    elif p.pool:
-        refuse(
-            f"priority.source = '{p.source}'", f"pool = {p.pool}, which is for source = 'online'"
-        )
-    if p.source == "candidates" and p.guard == "auto":
-        refuse(
-            "priority.guard = 'auto'", "source = 'candidates', which has no weights to judge before"
-        )
-    if p.source == "candidates" and not takes_history and p.target == "history":
-        refuse(
-            "priority.source = 'candidates'",
-            "target = 'history' and mixed batches: use target = 'union', or an update_mode that "
-            "takes history batches",
-        )
-    if p.correction and (p.source == "candidates" or p.draw == "without_replacement"):
-        other = "source = 'candidates'" if p.source == "candidates" else f"draw = '{p.draw}'"
-        refuse(
-            f"priority.correction = {p.correction}",
-            f"{other}, whose draws have no probabilities of their own",
-        )

@@ -13,7 +13,7 @@ from distcl.distributed.runtime import part_of
 from distcl.errors import ConfigError
 from distcl.sampling.composition import Mix
 from distcl.training.parts import Parts
-from distcl.training.step_loop import Stage
+from distcl.training.stage import Stage
 from distcl.types import Experience
 from distcl.updaters import Updater
 
@@ -49,9 +49,9 @@ def foresee(
             )
 
 
-def foresee_stage(parts: Parts, stage: Stage, what: str, accumulate: int) -> None:
+def foresee_stage(parts: Parts, stage: Stage, accumulate: int) -> None:
     """Raise as :func:`foresee` for a round whose draws are set up. Local."""
-    what += f", on experience {stage.experience.index + 1}"
+    what = f"{stage.title}, on experience {stage.experience.index + 1}"
     foresee(parts.updater, parts.loader.batch_sizes(stage.steps), what, accumulate)
 
 

@@ -186,7 +186,7 @@ def test_a_rollback_goes_back_to_a_checkpoint_with_a_smaller_step(
     assert (tmp_path / "log.txt").read_text().count("[rollback] the loss became nan") == 2
     newest = max((tmp_path / "checkpoints").glob("step-*"))
     shared = load(newest / "shared.pt")
-    assert shared["lrs"] == [0.2 / 4]
+    assert shared["loop"]["lrs"] == [0.2 / 4]
     assert shared["job"]["rollbacks"] == 2
     rounds = json.loads((tmp_path / "summary.json").read_text())["rounds"]
     assert all(np.isfinite(r["final_loss"]) for r in rounds)

@@ -147,9 +147,9 @@ def test_a_look_leaves_no_trace():
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     wanted = [torch.rand(3).tolist(), random.random(), np.random.rand()]
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
-    dry = DryRun(settings, runtime, stream)
-    dry.before(model, torch.nn.CrossEntropyLoss(reduction="none"), None)
-    dry.after(model, torch.nn.CrossEntropyLoss(reduction="none"), None)
+    dry = DryRun(settings, runtime, stream, torch.nn.CrossEntropyLoss(reduction="none"), None)
+    dry.before(model)
+    dry.after(model)
     dry.conclude()
     assert [torch.rand(3).tolist(), random.random(), np.random.rand()] == wanted
     after = model.state_dict()

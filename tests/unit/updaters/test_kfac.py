@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from distcl.config import ContinualLearningConfig, RunConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, DivergenceError, UsageError
-from distcl.models import cnn
+from distcl.models import CNN
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
 from distcl.parallel.partition import create_partition
@@ -335,7 +335,7 @@ def test_other_parameters_and_frozen_ones_are_left_alone_and_named(
     runtime: Runtime, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="distcl"):
-        updater = make(runtime, cnn(DataSpec((1, 8, 8), 3), channels=(4, 4, 4)))
+        updater = make(runtime, CNN(DataSpec((1, 8, 8), 3), channels=(4, 4, 4)))
     assert "without a penalty: body.1.weight, body.1.bias" in caplog.text
     step(updater, data(1, 8, 8))
     updater.cl_postprocessing(updater.setup, NO_IDS)

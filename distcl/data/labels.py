@@ -16,7 +16,7 @@ from distcl.types import DataSpec, Ids, Mask, Source, info_of
 _CHUNK = 1024
 
 
-class Split:
+class SourceSplit:
     """A source of a stream, its ``name`` there (train or test), and what is known of its samples.
 
     ``labels``: int64 [N]; the number of classes until :meth:`learn`, where the source has no labels
@@ -108,7 +108,7 @@ class Split:
         return () if len(there) == classes else tuple(there.tolist())
 
 
-def data_spec(train: Split, test: Split) -> DataSpec:
+def data_spec(train: SourceSplit, test: SourceSplit) -> DataSpec:
     """Return the spec of samples; ``x_shape`` is () where a sample is several tensors."""
     (_, shapes), (_, others) = train.x_shapes, test.x_shapes
     if train.x_shapes != test.x_shapes:

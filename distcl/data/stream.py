@@ -15,7 +15,7 @@ from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.drift import Drift, require_classes
 from distcl.data.ids import BLOCK, blocks, in_runs
-from distcl.data.labels import Split, data_spec
+from distcl.data.labels import SourceSplit, data_spec
 from distcl.data.loader import as_source
 from distcl.data.sources.npy import open_file
 from distcl.data.transforms import Transformed, Transforms
@@ -96,7 +96,7 @@ class DriftStream:
 
     def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
         self._train, self._test = self.sources = as_source(train), as_source(test)
-        splits = Split(self._train, "train"), Split(self._test, "test")
+        splits = SourceSplit(self._train, "train"), SourceSplit(self._test, "test")
         self.spec = data_spec(*splits)
         self._config = config
         self._concepts = min(config.recurring or config.experiences, config.experiences)
@@ -264,7 +264,7 @@ class DriftStream:
             "not one of them can be read"
         )
 
-    def _experience(self, e: int, train: Split, test: Split) -> Experience:
+    def _experience(self, e: int, train: SourceSplit, test: SourceSplit) -> Experience:
         chosen = self._members or len(self._older) or self._config.samples_per_experience
         if self.info.sequential and not chosen:
             parts = (slice(at, at + BLOCK) for at in range(0, len(self._train), BLOCK))
@@ -281,7 +281,7 @@ class DriftStream:
         name = f"{'+'.join(self._config.drifts)} {e}"
         return Experience(e, ids, frozen(pack_ids(e, held_out, test=True)), name)
 
-    def _shuffled(self, e: int, train: Split) -> Ids:
+    def _shuffled(self, e: int, train: SourceSplit) -> Ids:
         """Return the ids of an experience in stream order."""
         rng = np.random.default_rng([self._seed, _ORDER, e])
         rows = np.flatnonzero(self._members_of(train, e))
@@ -299,7 +299,7 @@ class DriftStream:
         rows |= pack_ids(e, 0)  # in place: there may be very many
         return in_runs(blocks(rows)) if self.info.sequential else frozen(rows)
 
-    def _members_of(self, split: Split, e: int, rows: slice | None = None) -> Mask:
+    def _members_of(self, split: SourceSplit, e: int, rows: slice | None = None) -> Mask:
         """Return which rows, of all or of a slice, the concept of experience e has."""
         usable, groups, labels = split.usable, split.info.groups, split.labels
         n = len(split.source)

@@ -26,7 +26,7 @@ from pathlib import Path
 folder, copies = Path(sys.argv[1]), int(sys.argv[2])
 shards = read_shards(folder).split("train")[:copies]
 source = ShardSource(folder, shards, DataConfig())
-labels = source.labels
+labels = source.info.known_labels()
 rng = np.random.default_rng(0)
 for _ in range(300):
     source.read(rng.integers(0, len(source), 64))

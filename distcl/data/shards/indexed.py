@@ -117,12 +117,6 @@ class ShardSource:
         return int(self._firsts[-1]) if self._rows is None else len(self._rows)
 
     @property
-    def labels(self) -> Ids | None:
-        """Labels, int64 [N]; 0 for samples that are not usable."""
-        column = self._column()
-        return np.maximum(column, 0, out=column)
-
-    @property
     def usable(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which samples can be used, bool [N]; None: all."""
         return self._column() >= 0 if self.problems else None
@@ -132,7 +126,7 @@ class ShardSource:
         """See :class:`distcl.types.SourceInfo`."""
         return SourceInfo(
             self.name,
-            labels=lambda: self.labels,
+            labels=lambda: self._column().clip(0),
             class_names=self.class_names,
             usable=lambda: self.usable,
             groups=self.groups,

@@ -39,7 +39,7 @@ def test_samples_are_read_by_id_in_the_order_asked(tmp_path):
     batch = train.read(ids)
     np.testing.assert_array_equal(batch.x, np.stack([value(r) for r in ids]))
     assert batch.y.tolist() == [r % 3 for r in ids] and batch.ids.tolist() == ids.tolist()
-    np.testing.assert_array_equal(train.labels, np.arange(9) % 3)
+    np.testing.assert_array_equal(train.info.known_labels(), np.arange(9) % 3)
     assert train.read(ids[:0]).x.shape == (0, 3) and len(train.read(ids[:0]).y) == 0
     for wrong in (9, -1):
         with pytest.raises(DataError, match=f"no sample {wrong} "):

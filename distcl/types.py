@@ -219,8 +219,17 @@ class SourceInfo:
         return self.usable() if callable(self.usable) else self.usable
 
 
+_OF_INFO = ("groups", "usable", "sequential", "live_seconds", "replaces", "transformed")
+
+
 def info_of(source: Source) -> SourceInfo:
     """Return what a source says of itself, by its attribute ``info`` if it has one."""
+    own = [name for name in _OF_INFO if not hasattr(source, "info") and hasattr(source, name)]
+    if own:
+        raise ConfigError(
+            f"{type(source).__name__} has '{own[0]}' as an attribute, which nobody reads: it "
+            f"belongs into info = SourceInfo({own[0]}=...), see distcl.types.SourceInfo"
+        )
     info = getattr(source, "info", SourceInfo())
     if not isinstance(info, SourceInfo):
         raise ConfigError(f"{type(source).__name__}.info is no distcl.types.SourceInfo")

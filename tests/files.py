@@ -60,9 +60,10 @@ def write_cifar(folder: Path, classes: int, sizes: Mapping[str, int]) -> dict[st
     """A file of records for each name; return {name: (labels, images)}."""
     folder.mkdir(exist_ok=True)
     content = {}
+    rng = np.random.default_rng(classes)
     for name, n in sizes.items():
-        labels = RNG.permutation(np.arange(n) % classes).astype(np.uint8)
-        images = RNG.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+        labels = rng.permutation(np.arange(n) % classes).astype(np.uint8)
+        images = rng.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
         coarse = labels[:, None] // 5 if classes == 100 else np.empty((n, 0), np.uint8)
         records = np.hstack([coarse, labels[:, None], images.reshape(n, -1)])
         records.tofile(folder / name)

@@ -12,7 +12,7 @@ from distcl.monitoring.live import LiveEnd
 from distcl.reporting.progress import FolderProgress
 from distcl.reporting.status import read_metrics, read_status
 from distcl.training.build import Quiet
-from distcl.types import GROWING, WAITING, WATCHING
+from distcl.types import GROWING, WAITING, WATCHING, SourceInfo
 
 
 def write_status(folder, state, reason=""):
@@ -153,7 +153,7 @@ def test_whoever_waits_for_samples_says_so_and_what_came():
     said, looks, came = [], [], iter([0, 0, 7, 0])
 
     class Stream:
-        live_seconds = 0.4
+        info = SourceInfo(live_seconds=0.4)
         arrived = staticmethod(lambda: next(came, 0))
         grow = staticmethod(np.arange)
 

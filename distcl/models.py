@@ -61,7 +61,7 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = Non
             )
         if x is not None:
             _make_real(model, config.name, x)
-    if type(model) not in (MLP, CNN, ResNet18, ViT):
+    if type(model) not in (MLP, CNN, ResNet18, ViT, Decoder):
         model.register_forward_hook(_logits_alone)
     if config.pretrained:
         load_pretrained(model, Path(config.pretrained), config.pretrained_skip)
@@ -214,6 +214,20 @@ def vit_tiny(
     return ViT(spec, patch, dim, depth, heads)
 
 
+@checked("model")
+def decoder(
+    spec: DataSpec, dim: Count = 64, depth: Count = 2, heads: Count = 4, length: Count = 128
+) -> nn.Module:
+    """Causal transformer over token ids (Radford et al., "Language models are unsupervised
+    multitask learners", 2019): scores [B, T, V] of the token after each.
+
+    dim: width, must be a multiple of ``heads``; depth: blocks; length: the longest sample, in
+    tokens. Inputs are token ids [B, T], or a dict with them as ``input_ids``; V is the number of
+    tokens that the stream has. Padding comes last, so no earlier position sees it.
+    """
+    return Decoder(spec, dim, depth, heads, length)
+
+
 def _outputs(spec: DataSpec) -> int:
     return spec.classes or math.prod(spec.y_shape)
 
@@ -334,9 +348,9 @@ class ResNet18(_Images):
 class Block(nn.Module):
     """A transformer block: attention and a perceptron, each behind a LayerNorm."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -349,7 +363,11 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         # Written out: the fused kernel knows neither forward-mode nor second derivatives.
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)).softmax(-1)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)
+        if self.causal:
+            later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        weights = scores.softmax(-1)
         x = x + self.proj((weights @ v).transpose(1, 2).reshape(b, t, dim))
         out: torch.Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -365,10 +383,7 @@ class ViT(_Images):
                 f"model.options.patch: must divide the image, {self.height}×{self.width} pixels, "
                 f"but is {patch}"
             )
-        if dim % heads:
-            raise ConfigError(
-                f"model.options.dim: must be a multiple of heads ({heads}), but is {dim}"
-            )
+        _require_multiple(dim, heads)
         patches = (self.height // patch) * (self.width // patch)
         self.embed = nn.Conv2d(self.channels, dim, patch, stride=patch)
         self.position = nn.Parameter(torch.empty(1, patches, dim))
@@ -382,3 +397,37 @@ class ViT(_Images):
         tokens = self.embed(self.images(x)).flatten(2).transpose(1, 2) + self.position
         out: torch.Tensor = self.head(self.norm(self.body(tokens)).mean(1))
         return out
+
+
+class Decoder(nn.Module):
+    """See :func:`decoder`."""
+
+    def __init__(self, spec: DataSpec, dim: int, depth: int, heads: int, length: int) -> None:
+        super().__init__()
+        _require_multiple(dim, heads)
+        if not spec.classes:
+            raise ConfigError("model 'decoder' needs a stream of token ids, as source 'text' is")
+        self.tokens = nn.Embedding(spec.classes, dim)
+        self.position = nn.Parameter(torch.empty(length, dim))
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
+        self.body = nn.Sequential(*(Block(dim, heads, causal=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, spec.classes, bias=False)
+
+    def forward(self, x: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[B, T] → [B, T, V]."""
+        ids = x["input_ids"] if isinstance(x, Mapping) else x
+        if ids.shape[1] > len(self.position):
+            raise ConfigError(
+                f"model.options.length = {len(self.position)}, but a sample has {ids.shape[1]} "
+                "tokens"
+            )
+        hidden = self.tokens(ids) + self.position[: ids.shape[1]]
+        out: torch.Tensor = self.head(self.norm(self.body(hidden)))
+        return out
+
+
+def _require_multiple(dim: int, heads: int) -> None:
+    if dim % heads:
+        raise ConfigError(f"model.options.dim: must be a multiple of heads ({heads}), but is {dim}")

@@ -101,6 +101,8 @@ _TABLE = (
         "distcl.data.sources.huggingface:hf",
         "a Hugging Face dataset, on disk or from the hub",
     ),
+    ("source", "text", "distcl.data.sources.text:text", "text files as token ids, by domain"),
+    ("source", "jsonl", "distcl.data.sources.text:jsonl", "texts in lines of JSON, as token ids"),
     ("source", "shards", "distcl.data.shards.open:shards", "a folder of WebDataset shards"),
     ("transform", "resize", "distcl.data.transforms:resize", "images scaled to one size"),
     ("transform", "to_rgb", "distcl.data.transforms:to_rgb", "images of three channels"),
@@ -144,7 +146,9 @@ _TABLE = (
     ("model", "cnn", "distcl.models:cnn", "three convolutions with GroupNorm"),
     ("model", "resnet18", "distcl.models:resnet18", "ResNet-18 with a stem for small images"),
     ("model", "vit_tiny", "distcl.models:vit_tiny", "small vision transformer"),
+    ("model", "decoder", "distcl.models:decoder", "small causal transformer over token ids"),
     ("loss", "cross_entropy", "distcl.losses:cross_entropy", "softmax cross entropy of classes"),
+    ("loss", "next_token", "distcl.losses:next_token", "each token, foretold by those before it"),
     ("loss", "mse", "distcl.losses:mse", "squared difference"),
     ("loss", "bce", "distcl.losses:bce", "binary cross entropy of logits"),
 )

@@ -147,8 +147,8 @@ class Batch:
 class DataSpec:
     """What a model must accept: shape of one sample and the number of classes.
 
-    ``classes`` is one more than the largest label, 0 for regression; then ``y_shape`` is the shape
-    of one target. ``occurring``: the classes that training samples have, ascending; empty if that
+    ``classes`` is one more than the largest label, 0 for regression. ``y_shape`` is the shape of
+    one target: of several numbers, or of several labels (token ids), else (). ``occurring``: the classes that training samples have, ascending; empty if that
     is every one, or not known. ``class_names``: by label, where the source has them.
     """
 
@@ -183,7 +183,8 @@ class SourceInfo:
     the labels. ``class_names``: by label.
 
     ``usable``: bool [N], leaves bad samples out of all experiences. ``groups``: int64 [N], or what
-    can be indexed as such an array: the concept that each sample belongs to; None: to all. Labels
+    can be indexed as such an array: the concept that each sample belongs to; None: to all.
+    ``group_names``: by concept. Labels
     and ``usable`` may also be functions that return them, so that they are not held in between.
 
     ``sequential``: it is best read from front to back, and that is the stream order;
@@ -201,6 +202,7 @@ class SourceInfo:
     class_names: Sequence[str] = ()
     usable: Mask | Callable[[], Mask | None] | None = None
     groups: Any = None
+    group_names: Sequence[str] = ()
     sequential: bool = False
     live_seconds: float = 0.0
     replaces: bool = False

@@ -275,7 +275,8 @@ class DriftStream:
         if len(ids) == 0 or len(held_out) == 0:
             part = "training" if len(ids) == 0 else "test"
             raise DataError(f"experience {e + 1} has no {part} samples")
-        name = f"{'+'.join(self._config.drifts)} {e}"
+        names = train.info.group_names
+        name = names[e % self._concepts] if names else f"{'+'.join(self._config.drifts)} {e}"
         return Experience(e, ids, frozen(pack_ids(e, held_out, test=True)), name)
 
     def _pieces(self, e: int, train: Split) -> Iterator[Ids]:

@@ -85,7 +85,7 @@ def draws(folder: Path, access: str) -> None:
         every = joined_ids([IdRuns([0], [len(source)])])
         slices = Dealer.over(runtime, 8, lanes_of).deal(every)
         plan = LaneSampler(BATCH, window=1024)
-        plan.set_groups([Part(slices.ids, rng.random(len(slices.ids)), len(source), slices)])
+        plan.set_groups([Part(slices.ids, rng.random(len(slices.ids)), slices, draws=len(source))])
     for step, ids in zip(range(STEPS), plan, strict=False):
         del step
         source.read(np.array(ids, dtype=np.int64))

@@ -4,45 +4,36 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from distcl import registry
+from distcl.checkpoint.compatible import check_config, check_data
 from distcl.checkpoint.preemption import Preemption
-from distcl.checkpoint.saver import Contents, Keeper, random_state, set_random_state
-from distcl.checkpoint.state import JobState, check_config, collect, restore
+from distcl.checkpoint.saver import Keeper
+from distcl.checkpoint.state import JobState, collect, registered, restore
 from distcl.checkpoint.store import CheckpointStore, read_manifest, verify
 from distcl.config import Config
-from distcl.config.load import to_toml
 from distcl.config.paths import reachable
-from distcl.data.fingerprint import changes, data_fingerprint
-from distcl.data.stream import DriftStream, create_stream
+from distcl.data.stream import create_stream
 from distcl.distributed.failure import Cause, cause_of
 from distcl.distributed.memory import give_back
 from distcl.distributed.runtime import Runtime
-from distcl.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DivergenceError,
-    Preempted,
-    UsageError,
-)
+from distcl.errors import CheckpointError, DivergenceError, Preempted, UsageError
 from distcl.monitoring.monitor import Monitor
 from distcl.reporting.progress import FolderProgress
 from distcl.reporting.run_folder import RunFolder
-from distcl.reporting.summary import chance, save_final, summarize
+from distcl.reporting.summary import draw_matrix, save_final, summarize
 from distcl.tracking.tracker import Tracker, Trackers
-from distcl.training.build import Quiet, assemble
+from distcl.training.build import Quiet, assemble, check_ranks
 from distcl.training.foresight import foresee_rounds
+from distcl.training.step_loop import Keeping
 from distcl.training.trainer import ContinuousTrainer
-from distcl.types import Experience, Progress
+from distcl.types import Progress
 
 Command = Literal["run", "train", "detect"]
 
@@ -87,12 +78,10 @@ def execute(
         whose = f"rank {cause.rank}: " if cause.rank else ""
         folder.status("failed", cause.exit_code, f"{whose}{cause.message}")
 
-    if runtime.relay is not None:
-        runtime.relay.tell = peer_failed
-        runtime.relay.note = note
+    runtime.on_failure(peer_failed, note)
     try:
         with runtime.guard():
-            _check(command, config, runtime)
+            check_ranks(config, runtime)
             with folder.open(resume, overwrite, runtime.broadcast) as settled:
                 job = Job(command, settled, runtime, folder, progress)
                 log.info(runtime.about)
@@ -107,29 +96,6 @@ def execute(
         if job is not None:
             job.tracker.finish("failed")
         raise
-
-
-def _check(command: Command, config: Config, runtime: Runtime) -> None:
-    texts = [text.splitlines() for text in runtime.gather_objects(to_toml(config))]
-    for peer, lines in zip(runtime.peers, texts, strict=True):
-        if lines != texts[0]:
-            pairs = zip_longest(lines, texts[0], fillvalue="nothing")
-            theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
-            raise ConfigError(
-                f"rank {peer.rank} on {peer.node} has '{theirs}' where rank 0 has '{ours}'; give "
-                "all processes the same file, DISTCL_ environment and --set"
-            )
-    if config.training.batch_size < runtime.world_size:
-        raise ConfigError(
-            f"training.batch_size = {config.training.batch_size} is smaller than the number of "
-            f"processes, {runtime.world_size}; it is the global batch"
-        )
-    replayed = config.continual_learning.replay_batch_size
-    if 0 < replayed < runtime.world_size:
-        raise ConfigError(
-            f"continual_learning.replay_batch_size = {replayed} is smaller than the number of "
-            f"processes, {runtime.world_size}; it is a global batch"
-        )
 
 
 class Job:
@@ -150,12 +116,14 @@ class Job:
         self._progress = progress
         self.tracker: Tracker = Trackers()
         self._store = CheckpointStore(
-            runtime, folder.path / "checkpoints", config.checkpoint.keep, self.say
+            runtime,
+            folder.path / "checkpoints",
+            config.checkpoint.keep,
+            self.say,
+            published=lambda path: self.tracker.checkpoint(path),
         )
-        self._store.published = lambda path: self.tracker.checkpoint(path)
         self._preemption = Preemption(config.run.max_minutes)
         self._rollbacks = 0
-        self._data: dict[str, Any] = {}  # on rank 0
 
     def run(self, resume: str, allowed: frozenset[str]) -> dict[str, Any]:
         """Run to the end and return the summary."""
@@ -200,146 +168,91 @@ class Job:
 
     def _rolled_back(self, error: DivergenceError) -> Path:
         """Return the checkpoint to go back to after a divergence, or raise it again."""
-        if self._config.training.on_divergence != "rollback":
+        limit = self._config.training.max_rollbacks
+        if limit == 0:
             raise error
         self._store.finish()  # what was saved before the divergence
         path = self._store.newest()
         if path is None:
             raise DivergenceError(f"{error}; there is no checkpoint to roll back to") from error
         self._rollbacks += 1
-        limit = self._config.training.max_rollbacks
         if self._rollbacks > limit:
             raise DivergenceError(f"{error}; {limit} rollbacks did not help") from error
         self.say(f"[rollback] {error}; back to {path.name} with half the learning rate")
         return path
 
     def _attempt(self, path: Path | None, allowed: frozenset[str]) -> dict[str, Any]:
-        config, runtime, folder = self._config, self._runtime, self._folder
-        begun = time.perf_counter()
+        """Run from a checkpoint, or from the start, to the end; return the summary."""
+        config, runtime, state = self._config, self._runtime, JobState(self._command)
         torch.manual_seed(config.run.seed + runtime.rank)
         stream = create_stream(config.stream, config.run.seed, config.data)
-        self._same_data(stream, path, allowed)
+        grows = self._command != "train" and bool(
+            stream.info.sequential or stream.info.live_seconds
+        )
+        data = check_data(path, stream, runtime, grows, "data" in allowed, self.say)
         give_back()  # labels of all samples were needed to make it
         progress = None
         if runtime.is_main:
             stages = len(stream.experiences) if self._command == "train" else 0
-            progress = FolderProgress(self._progress or Quiet(), folder.path, stages)
-        parts = assemble(config, runtime, stream, folder.path, progress, path is not None)
+            progress = FolderProgress(self._progress or Quiet(), self._folder.path, stages)
+        parts = assemble(config, runtime, stream, self._folder.path, progress, path is not None)
         self.tracker = parts.tracker
-        trainer = ContinuousTrainer(parts, config)
-        monitor = None if self._command == "train" else self._monitor(trainer)
-        state = JobState(self._command)
-        if path is not None:
-            restore(path, state, config, trainer, monitor)
-            if runtime.is_main:
-                self._store.go_on_from(trainer.loop.steps)
-            if progress is not None:
-                progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
-        before, setup = state.seconds, time.perf_counter() - begun
-        self._rollbacks = max(self._rollbacks, state.rollbacks)
-        halvings = self._rollbacks - state.rollbacks
-        trainer.loop.base_lrs[:] = [lr * 0.5**halvings for lr in trainer.loop.base_lrs]
-        state.rollbacks = self._rollbacks
-
-        def contents() -> Contents:
-            state.seconds = before + time.perf_counter() - begun
-            if runtime.is_main and stream.info.live_seconds:  # it may have got more
-                self._data = self._fingerprint(stream)
-            return collect(state, config, trainer, monitor, self._data)
-
         keeper = Keeper(
             runtime,
             self._store,
             config.checkpoint,
             self._preemption,
-            contents,
-            lambda: trainer.loop.steps,
+            contents=lambda: collect(saved, config, trainer, data()),
+            steps=lambda: trainer.loop.steps,
         )
-        trainer.loop.keeper = keeper
+        trainer = ContinuousTrainer(parts, config, keeper)
+        monitor = None
+        if self._command != "train":
+            chosen = config.detector
+            detector = registry.create("detector", chosen.name, options=chosen.options)
+            monitor = Monitor(trainer, detector, config.monitor, config.run.seed)
+        saved = registered(state, trainer, monitor)
+        if path is not None:
+            restore(path, saved, self._command, trainer)
+            if runtime.is_main:
+                self._store.go_on_from(trainer.loop.steps)
+            if progress is not None:
+                progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
+        elif monitor is None:
+            foresee_rounds(parts.updater, config, stream.experiences, stream.info.sequential)
+        setup = state.here
+        self._rollbacks = max(self._rollbacks, state.rollbacks)
+        trainer.loop.halve_rates(self._rollbacks - state.rollbacks)
+        state.rollbacks = self._rollbacks
         if monitor is None:
-            if path is None:
-                sequential = stream.info.sequential
-                foresee_rounds(parts.updater, config, stream.experiences, sequential)
-            train(trainer, state)
-            drifts: list[int] = []
-            experiences, untrained = stream.experiences, list[Experience]()
-            baseline: Sequence[float | None] = state.baseline
+            train(trainer, state, keeper)
         else:
             monitor.run() if self._command == "run" else monitor.detect()
-            drifts, experiences, untrained = monitor.drifts, monitor.experiences, monitor.untrained
-            baseline = [chance(trainer)] * len(monitor.experiences)
         keeper.finish()
         if config.checkpoint.save_final:
-            final = folder.path / "checkpoints" / "final.safetensors"
+            final = self._folder.path / "checkpoints" / "final.safetensors"
             save_final(parts, final)
             self.tracker.checkpoint(final)
-        seconds = before + time.perf_counter() - begun
-        summary = summarize(trainer, baseline, drifts, config, seconds, setup)
-        summary["experiences"] = [
-            {"name": e.name, "trained": trained}
-            for some, trained in ((experiences, True), (untrained, False))
-            for e in some
-        ]
-        summary["stream_end"] = monitor.stream_end if monitor is not None else None
-        if runtime.is_main:
-            folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
-        self.tracker.summarize(summary, partial(_draw_matrix, summary))
-        self.tracker.finish()
-        folder.status("done", 0, "")
-        if runtime.is_main and config.run.report:
-            self._report(folder.path)
-        return summary
-
-    def _same_data(self, stream: DriftStream, path: Path | None, allowed: frozenset[str]) -> None:
-        """Take the fingerprint of the data; refuse others than the checkpoint's, if there is one.
-
-        Rank 0 looks. In ``run`` and ``detect``, which watch a stream, there may be more by now.
-        """
-        fault = ""
-        if self._runtime.is_main:
-            self._data = self._fingerprint(stream)
-            if path is not None:
-                saved = read_manifest(path).get("data", {})
-                info = stream.info
-                more = self._command != "train" and (info.sequential or info.live_seconds)
-                now = self._fingerprint(stream, saved) if more and saved else self._data
-                fault = self._changed(path, list(changes(saved, now)), "data" in allowed)
-        fault = self._runtime.broadcast(fault)
-        if fault:
-            raise DataError(fault)
-
-    def _changed(self, path: Path, found: list[str], allowed: bool) -> str:
-        told = "; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-        if found and allowed:
-            self.say(f"[resume] the data changed since the checkpoint: {told}")
-        if not found or allowed:
-            return ""
-        return (
-            f"the data differ from those of '{path}': {told}\n"
-            "go on all the same with: --allow-changed data"
+        return self._finish(
+            summarize(trainer, monitor, state.baseline, config, state.seconds, setup)
         )
 
-    def _fingerprint(
-        self, stream: DriftStream, like: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        before = random_state(self._runtime)
-        try:
-            return data_fingerprint(stream, like)
-        finally:
-            set_random_state(before, self._runtime)
+    def _finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Leave the summary where it belongs, and a report; return it."""
+        folder, main = self._folder, self._runtime.is_main
+        if main:
+            folder.write("summary.json", json.dumps(summary, indent=2, allow_nan=False))
+        self.tracker.summarize(summary, partial(draw_matrix, summary))
+        self.tracker.finish()
+        folder.status("done", 0, "")
+        if main and self._config.run.report:
+            from distcl.reporting.page import write_report
 
-    def _report(self, path: Path) -> None:
-        from distcl.reporting.page import write_report
-
-        try:
-            write_report([path], path / "report.html")
-        except UsageError as error:  # the run itself is done
-            self.say(f"[report] {error}")
-
-    def _monitor(self, trainer: ContinuousTrainer) -> Monitor:
-        chosen = self._config.detector
-        detector = registry.create("detector", chosen.name, options=chosen.options)
-        return Monitor(trainer, detector, self._config.monitor, self._config.run.seed)
+            try:
+                write_report([folder.path], folder.path / "report.html")
+            except UsageError as error:  # the run itself is done
+                self.say(f"[report] {error}")
+        return summary
 
     def say(self, text: str) -> None:
         """Log one line and show it, on rank 0. Local."""
@@ -349,21 +262,15 @@ class Job:
                 self._progress.message(text)
 
 
-def _draw_matrix(summary: dict[str, Any], path: Path) -> None:
-    from distcl.reporting import plots
-
-    matrix, metric = summary["accuracy"], str(summary.get("metric", "accuracy"))
-    names = [str(i + 1) for i in range(len(matrix))]
-    plots.save_png(plots.matrix(matrix, names, metric), path)
-
-
-def train(trainer: ContinuousTrainer, state: JobState | None = None) -> None:
+def train(
+    trainer: ContinuousTrainer, state: JobState | None = None, keeper: Keeping | None = None
+) -> None:
     """Run one round per experience, the first by pretraining if asked. Collective.
 
     ``state.baseline`` becomes the untrained model's accuracy on every experience.
     """
-    state = state or JobState("train")
-    experiences, keeper = trainer.parts.stream.experiences, trainer.loop.keeper
+    state, keeper = state or JobState("train"), keeper or Keeping()
+    experiences = trainer.parts.stream.experiences
     if not state.baseline:
         state.baseline = [trainer.accuracy(e) for e in experiences]
     rest = experiences

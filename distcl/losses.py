@@ -17,10 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from distcl import registry
 from distcl.errors import ConfigError
-from distcl.types import DataSpec, PyTree, UnreducedLoss
-
-IGNORED = -100
-"""A target of this value counts for nothing, in training and in scores."""
+from distcl.types import IGNORED, DataSpec, PyTree, UnreducedLoss
 
 Judgement = Literal["accuracy", "r2"]
 """What the accuracy matrix of a run holds: shares of right samples, or R²."""
@@ -201,6 +198,27 @@ def r_squared(squares: torch.Tensor) -> float:
     if total == 0:
         return float(error == 0)
     return float(1 - error / total)
+
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""Values [N] of single positions -> their mean over each sample's that count, [B]."""
+
+
+def one_by_one(
+    outputs: torch.Tensor, y: PyTree, loss: str | UnreducedLoss
+) -> tuple[torch.Tensor, Gather]:
+    """Return outputs [N, C] of the positions of all samples, and what makes one value a sample.
+
+    For y int64 [B, ...] of several labels a sample; other outputs, [B, C, ...], stay as they are.
+    """
+    several = isinstance(y, torch.Tensor) and y.ndim > 1 and not y.is_floating_point()
+    if not several or outputs.ndim < 3:
+        return outputs, _mean_positions
+    if (registry.resolve("loss", loss) if isinstance(loss, str) else loss) is next_token:
+        outputs, y = _foretold(outputs, y)
+    there, number = y != IGNORED, _valid(y)
+    flat = _classes_last(outputs, y).flatten(0, -2)
+    return flat, lambda values: (values.view_as(y) * there).flatten(1).sum(1) / number
 
 
 def _are_scores_of(outputs: PyTree, y: PyTree) -> bool:

@@ -43,7 +43,7 @@ SOURCES: dict[str, dict[str, Any]] = {
         **{"stream.source": "arrays", "stream.path": "arrays.npz", "stream.drift": "none"},
         "stream.options": {"experiences": "order"},
     },
-    "npy files": {"stream.source": "arrays", "stream.x": "x.npy", "stream.y": "y.npy"},
+    "npy files": {"stream.source": "arrays", "stream.path": "."},
     "hf": {"stream.source": "hf", "stream.path": "hf"},
     "shards": {"stream.path": "shards", "data.access": "indexed"},
     "shards, streamed": {"stream.path": "shards", "data.access": "stream"},
@@ -158,9 +158,8 @@ def draw(seed: int, number: int, data: Path, ranks: Sequence[int]) -> Combinatio
         "priority.score_batch": pick((16, 37, 512)),
         **SOURCES[source],
     }
-    for key in ("stream.path", "stream.x", "stream.y"):
-        if key in keys:
-            keys[key] = str(data / keys[key])
+    if "stream.path" in keys:
+        keys["stream.path"] = str(data / keys["stream.path"])
     if "damaged" in source:
         keys["data.on_bad_sample"] = pick(("skip", "skip", "error"))
 
@@ -179,7 +178,7 @@ def draw(seed: int, number: int, data: Path, ranks: Sequence[int]) -> Combinatio
     maybe(0.2, "training.eval_batch_size", 7)
     maybe(0.2, "training.steps_per_round", 5, 11)
     maybe(0.3, "training.clip_norm", 0.5)
-    maybe(0.2, "stream.transition", "gradual")
+    maybe(0.2, "stream.transition_fraction", 0.25)
     maybe(0.15, "stream.recurring", 2)
     maybe(0.15, "stream.samples_per_experience", 40)
     maybe(0.25, "data.workers", 1, 2)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.numpy import load_file
 
@@ -39,6 +40,14 @@ def outcome(out: Path) -> dict[str, object]:
     for name, value in sorted(load_file(out / "checkpoints" / "final.safetensors").items()):
         weights.update(name.encode() + value.tobytes())
     return {"draws": [r["draws_sha256"] for r in rounds], "weights": weights.hexdigest()}
+
+
+def recorded(path: Path, ranks: int) -> dict[str, object]:
+    """Return what is recorded of a config; skip the test where rounding may be another."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    if record["machine"] != machine():
+        pytest.skip(f"recorded on {record['machine']}, not on {machine()}")
+    return dict(record[path.stem][str(ranks)])
 
 
 def run(path: Path, ranks: int, folder: Path, code: Path) -> dict[str, object]:

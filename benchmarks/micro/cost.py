@@ -125,7 +125,7 @@ def _streamed(n: int) -> float:
         slices = Dealer(64, lanes_of).deal(np.arange(n))
         weights = np.random.default_rng(0).gamma(1.0, size=n)
         sampler = LaneSampler(BATCH, window=1024)
-        sampler.set_groups([Part(slices.ids, weights, n, slices)])
+        sampler.set_groups([Part(slices.ids, weights, slices, draws=n)])
         sampler.parts(0)
         held.append(sampler)
 

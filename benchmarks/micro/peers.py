@@ -48,7 +48,7 @@ JOB: dict[str, dict[str, Any]] = {
     "training": {"batch_size": 64, "epochs": EPOCHS, "pretrain_epochs": 0},
     "continual_learning": {
         "update_mode": "ewc_online",
-        "ewc_step": "explicit",
+        "penalty_step": "explicit",
         "ewc_lambda": 5.0,
         "importance_weighting": True,
     },

@@ -13,7 +13,7 @@ from distcl.config.reference import RECOMMENDED
 from distcl.distributed.runtime import Runtime
 from distcl.priority.round_weights import RoundWeights
 from distcl.sampling.round_loader import EMPTY
-from distcl.training.step_loop import Stage
+from distcl.training.stage import Stage
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Experience, Ids
 
@@ -57,7 +57,7 @@ def steps(model: dict[str, Any], samples: int, repeats: int) -> list[float]:
             works.append(round_of(trainer, recipe is RECOMMENDED))
         clock = CPU if runtime.world_size == 1 else WALL
         found = seconds_of(*works, repeats=repeats, clock=clock)
-        found.append(trainers[0].parts.loader.priority_seconds)
+        found.append(trainers[0].parts.loader.round.priority_seconds)
     runtime.close()
     return [seconds * ONCE["batch_size"] / samples for seconds in found]
 
@@ -79,7 +79,7 @@ def round_of(trainer: ContinuousTrainer, weighted: bool) -> Work:
             weights = parts.loader.weigh(number, experience.train, history, True)
         parts.loader.rebuild(number, experience.train, history, weights, True)
         steps = len(experience.train) // ONCE["batch_size"]
-        trainer.loop.run(Stage(number, "bench", experience, steps), "bench")
+        trainer.loop.run(Stage(number, "bench", experience, steps))
 
     train(second, EMPTY)
     return lambda: train(first, second.train)

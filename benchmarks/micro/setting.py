@@ -17,7 +17,7 @@ from distcl.data.stream import DriftStream
 from distcl.distributed.runtime import Runtime
 from distcl.priority.round_weights import RoundWeights
 from distcl.training.build import assemble
-from distcl.training.step_loop import Stage
+from distcl.training.stage import Stage
 from distcl.training.trainer import ContinuousTrainer
 
 CNN: dict[str, Any] = {"name": "cnn", "options": {"channels": [16, 32, 64]}}
@@ -68,7 +68,7 @@ def steps_of(trainer: ContinuousTrainer, steps: int) -> Work:
         number += 1
         parts.loader.rebuild(number, first.train, past, RoundWeights(), history)
         stage = Stage(number, "bench", first, steps, report={"flops": None})
-        trainer.loop.run(stage, "bench")
+        trainer.loop.run(stage)
 
     return train
 

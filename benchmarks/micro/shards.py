@@ -29,7 +29,7 @@ from distcl.data.shards.manifest import read_shards
 from distcl.data.shards.open import shards
 from distcl.data.shards.sequential import stream_samples
 from distcl.data.shards.tar import open_archive
-from distcl.data.shards.writer import Members, write_shards
+from distcl.data.shards.writer import Members, Samples, write_shards
 from distcl.data.stream import create_stream
 from distcl.errors import UsageError
 from distcl.priority.population import Dealer
@@ -41,18 +41,13 @@ BATCH = 256
 SHARDS = 10
 
 
-class Images:
+class Images(Samples):
     """Random images as samples: of members npy or png, and cls."""
 
-    label = "cls"
-
     def __init__(self, samples: int, ext: str) -> None:
+        super().__init__({"ext": ext, "samples": samples})
         self.sizes = {"train": samples, "test": SHARDS}
         self._ext = ext
-
-    def describe(self) -> dict[str, Any]:
-        """Return what tells these samples from others."""
-        return {"ext": self._ext, **self.sizes}
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """Return nothing: there are no files."""
@@ -108,7 +103,7 @@ def ours(folder: Path, access: str, weights: np.ndarray | None, workers: int) ->
     if access == "stream":
         plan = LaneSampler(BATCH, window=1024)
         slices = Dealer(8, stream.lanes_of).deal(ids)
-        plan.set_groups([Part(slices.ids, weights, len(ids), slices)])
+        plan.set_groups([Part(slices.ids, weights, slices, draws=len(ids))])
     else:
         plan = DistributedWeightedSampler(BATCH)
         plan.set_weights(ids, weights)

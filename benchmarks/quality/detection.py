@@ -20,7 +20,7 @@ is false. Detectors as in `configs/`, fed with what is named."""
 SIZE, EXPERIENCES = 4_000, 3
 STREAMS = {
     "abrupt": ("stream.drift=rotate",),
-    "gradual": ("stream.drift=rotate", "stream.transition=gradual"),
+    "gradual": ("stream.drift=rotate", "stream.transition_fraction=0.25"),
     "none": ("stream.drift=none",),
 }
 _KSWIN = "{alpha=0.0001, window_size=200, stat_size=60}"

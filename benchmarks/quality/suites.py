@@ -219,7 +219,7 @@ SUITES = {
             for what, keys in {
                 "label noise": ("stream.options.noise=0.1",),
                 "imbalance": ("stream.options.imbalance=10.0", "stream.samples_per_experience=0"),
-                "gradual": ("stream.transition=gradual",),
+                "gradual": ("stream.transition_fraction=0.25",),
                 "recurring": ("stream.experiences=6", "stream.recurring=3"),
                 "20 tasks": ("stream.experiences=20", "stream.samples_per_experience=2500"),
             }.items()

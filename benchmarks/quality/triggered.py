@@ -22,7 +22,7 @@ the samples watched that the model of their time got right, mean ± standard dev
 SIZE = 4_000
 STREAMS = {
     "abrupt": ("stream.drift=rotate",),
-    "gradual": ("stream.drift=rotate", "stream.transition=gradual"),
+    "gradual": ("stream.drift=rotate", "stream.transition_fraction=0.25"),
 }
 _CLOCK = "detector.name=benchmarks.quality.triggered:Clock"
 ARMS: dict[str, tuple[str, tuple[str, ...]]] = {

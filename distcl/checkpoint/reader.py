@@ -1,9 +1,4 @@
-"""Reads a checkpoint by name and place, so that any layout on any number of ranks can go on.
-
-Sliced state (theta_star, optimizer, statistics) is saved by each rank as its slices, beside a table
-of where in each tensor they lie. A reader asks for elements [start, stop) of a tensor and gets them
-from whichever ranks' files have them.
-"""
+"""Reads a checkpoint that was verified, for any layout on any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distcl.checkpoint.store import SHARED, copied, load, rank_file
 from distcl.errors import CheckpointError
-from distcl.parallel.partition import Fetch, Partition
-from distcl.weights import Spec, WeightsFile, check_fit
+from distcl.models.weights import Spec, WeightsFile, check_fit
+from distcl.parallel.partition import Partition
 
 
 def load_weights(partition: Partition, path: Path) -> None:
@@ -42,7 +35,17 @@ class Reader:
             load(path / rank_file(rank)) for rank in range(int(manifest["world_size"]))
         ]
 
-    def check(self, partition: Partition) -> None:
+    def check_names(self, shared: set[str], ranks: set[str]) -> None:
+        """Compare the parts whose state is saved with those of the run. Raises CheckpointError."""
+        for saved, own in ((self.shared, shared), *((state, ranks) for state in self.ranks)):
+            if missing := sorted(own - saved.keys()):
+                raise CheckpointError(f"checkpoint '{self.path}' lacks the state of '{missing[0]}'")
+            if extra := sorted(saved.keys() - own):
+                raise CheckpointError(
+                    f"checkpoint '{self.path}' has a state of '{extra[0]}', which this run does not"
+                )
+
+    def check_tensors(self, partition: Partition) -> None:
         """Compare the saved tensors with the model's. Raises CheckpointError. Local."""
         saved = {
             name: Spec(tuple(shape), kind, tuple(order))
@@ -56,42 +59,3 @@ class Reader:
                 f"checkpoint '{self.path}' was written with another memory format of "
                 f"'{turned[0]}' ({len(turned)} in all)"
             )
-
-    def slices(self, *keys: str | int) -> Fetch:
-        """Return the reader of the sliced state under ``keys`` in the ranks' files."""
-        parts = [(_under(state, keys), state["ranges"]) for state in self.ranks]
-
-        def fetch(name: str, start: int, stop: int) -> torch.Tensor:
-            out: torch.Tensor | None = None
-            found = 0
-            for slices, ranges in parts:
-                if name not in slices:
-                    continue
-                data, at = slices[name], ranges[name][0]
-                lo, hi = max(start, at), min(stop, at + data.numel())
-                if lo < hi:
-                    out = data.new_empty(stop - start) if out is None else out
-                    out[lo - start : hi - start] = data[lo - at : hi - at]
-                    found += hi - lo
-            if out is None or found != stop - start:
-                where = "/".join(str(k) for k in keys)
-                raise CheckpointError(f"checkpoint '{self.path}' lacks {where} of '{name}'")
-            return out
-
-        return fetch
-
-    def cut(self, partition: Partition, *keys: str | int) -> dict[str, torch.Tensor]:
-        """Return my slices of a sliced state, under the partition in force."""
-        fetch = self.slices(*keys)
-        saved = {name for state in self.ranks for name in _under(state, keys)}
-        mine = partition.ranges().items()
-        return {name: fetch(name, start, stop) for name, (start, stop) in mine if name in saved}
-
-
-def _under(state: Any, keys: tuple[str | int, ...]) -> dict[str, torch.Tensor]:
-    for key in keys:
-        if isinstance(key, str) and key not in state:
-            return {}
-        state = state[key]
-    found: dict[str, torch.Tensor] = state
-    return found

@@ -19,6 +19,8 @@ from distcl.checkpoint.store import CheckpointStore
 from distcl.config import CheckpointConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError, Preempted
+from distcl.parallel.sliced_state import SavedSlices
+from distcl.training.step_loop import Keeping
 
 Contents = tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]
 """What :meth:`CheckpointStore.save` takes: this rank's state, shared state, model, meta."""
@@ -26,7 +28,7 @@ Contents = tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], dict[s
 _STOP, _WRITING, _DUE = range(3)
 
 
-class Keeper:
+class Keeper(Keeping):
     """Saves a run. ``contents`` collects what is to be saved; it is collective."""
 
     def __init__(
@@ -101,32 +103,37 @@ class Keeper:
         raise Preempted(f"{reason}; the state is saved, go on with --resume auto")
 
 
-def random_state(runtime: Runtime) -> dict[str, Any]:
-    """Return the state of every random number generator of this process. Local."""
-    version, words, gauss = random.getstate()
-    name, keys, pos, has_gauss, cached = np.random.get_state()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(words), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            pos,
-            has_gauss,
-            cached,
-        ],
-    }
-    if runtime.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(runtime.device)
-    return state
+class RandomState:
+    """Every random number generator of this process. Local."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
-def set_random_state(state: dict[str, Any], runtime: Runtime) -> None:
-    """Restore what :func:`random_state` returned. Local."""
-    torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, pos, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), pos, has_gauss, cached))
-    if "cuda" in state and runtime.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], runtime.device)
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each."""
+        version, words, gauss = random.getstate()
+        name, keys, *rest = np.random.get_state()
+        numpy = [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]
+        state: dict[str, Any] = {
+            "torch": torch.get_rng_state(),
+            "python": [version, list(words), gauss],
+            "numpy": numpy,
+        }
+        if self._device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        torch.set_rng_state(state["torch"])
+        version, words, gauss = state["python"]
+        random.setstate((version, tuple(words), gauss))
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        if "cuda" in state and self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self._device)
+
+    def load_slices(self, saved: SavedSlices) -> None:
+        """Go on with this rank's own, if there were as many ranks; else leave them alone."""
+        if saved.own is not None:
+            self.load_state_dict(saved.own)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,34 +11,25 @@ from typing import Any
 import torch
 
 from distcl.checkpoint.reader import Reader, load_weights
-from distcl.checkpoint.saver import Contents, random_state, set_random_state
-from distcl.checkpoint.store import MODEL, copied, read_manifest
+from distcl.checkpoint.saver import Contents, RandomState
+from distcl.checkpoint.store import MODEL, read_manifest
 from distcl.config import Config
 from distcl.data.fingerprint import check_ids
+from distcl.data.ids import tensor_ids
 from distcl.data.stream import DriftStream
-from distcl.errors import CheckpointError, ConfigError
+from distcl.errors import CheckpointError
 from distcl.monitoring.monitor import Monitor
-from distcl.parallel.partition import Partition
-from distcl.training.optimizer import place_steps
+from distcl.parallel.sliced_state import SavedSlices, SlicedStateful
+from distcl.priority.scoring import Scorer
+from distcl.sampling.round_loader import RoundLoader
+from distcl.training.optimizer import cloned
 from distcl.training.parts import Parts
 from distcl.training.trainer import ContinuousTrainer
+from distcl.types import Stateful, info_of
+from distcl.updaters import Updater
 
-HARMLESS = (
-    "run.out",
-    "run.poll_steps",
-    "run.timeout_seconds",
-    "run.max_minutes",
-    "run.report",
-    "training.on_divergence",
-    "training.max_rollbacks",
-    "training.accumulate",
-    "parallel.",
-    "data.workers",
-    "data.pin_memory",
-    "checkpoint.",
-    "tracking.",
-)
-"""Keys, and sections, that may change between a checkpoint and its resumption."""
+Registered = Mapping[str, Stateful | SlicedStateful]
+"""Whatever must survive a restart, by name; saved and loaded in this order."""
 
 
 @dataclass
@@ -46,53 +38,119 @@ class JobState:
 
     command: str
     baseline: list[float] = field(default_factory=list)
-    seconds: float = 0.0
     rollbacks: int = 0
     """Rollbacks whose smaller step the learning rates have."""
+    earlier: float = 0.0
+    begun: float = field(default_factory=time.perf_counter)
+
+    @property
+    def here(self) -> float:
+        """The seconds since this start."""
+        return time.perf_counter() - self.begun
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of the whole run, also of what came before a resume."""
+        return self.earlier + self.here
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything."""
+        names = ("command", "baseline", "rollbacks", "seconds")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.baseline, self.rollbacks = state["baseline"], state["rollbacks"]
+        self.earlier = state["seconds"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """The losses by id; of a source that is read in lanes they lie with these."""
+
+    scorer: Scorer
+    in_lanes: bool
+
+    def state_dict(self) -> Any:
+        return None if self.in_lanes else self.scorer.cache.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        if state is not None:
+            self.scorer.cache.load_state_dict(state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lanes:
+    """What each rank has of its own of a source that is read in lanes."""
+
+    trainer: ContinuousTrainer
+    loader: RoundLoader
+
+    def state_dict(self) -> Any:
+        return self.loader.lane_state(self.trainer.stage is not None)
+
+    def load_slices(self, saved: SavedSlices) -> None:
+        self.loader.load_lane_states(saved.states)
+
+
+@dataclass(frozen=True, slots=True)
+class _Updater:
+    """Slices of statistics, layers that were dealt out, plain values."""
+
+    updater: Updater
+
+    def state_dict(self) -> Any:
+        return self.updater.state_dict()
+
+    def load_slices(self, saved: SavedSlices) -> None:
+        same = saved.same_layout
+        state = saved.own if same else self.updater.merged(saved.states, saved.cut)
+        self.updater.load_state_dict(state)
+        self.updater.load_state_dict(cloned(self.updater.state_dict()))  # out of the files
+
+
+def registered(job: JobState, trainer: ContinuousTrainer, monitor: Monitor | None) -> Registered:
+    """Return every part of a run that must survive a restart.
+
+    The updater comes after the trainer: it builds on the round in progress.
+    """
+    parts = trainer.parts
+    return {
+        "job": job,
+        "anchor": parts.anchor,
+        "optimizer": trainer.optimizer,
+        "cache": _Cache(parts.scorer, info_of(parts.stream).sequential),
+        "lanes": _Lanes(trainer, parts.loader),
+        "table": trainer.undo,
+        "forward": parts.forward,
+        "matrix": trainer.matrix,
+        "history": trainer.history,
+        "bad": trainer.bad,
+        "loop": trainer.loop,
+        "trainer": trainer,
+        "updater": _Updater(parts.updater),
+        "tracker": parts.tracker,
+        **({} if monitor is None else {"monitor": monitor}),
+        "random": RandomState(parts.runtime.device),
+    }
 
 
 def collect(
-    job: JobState,
-    config: Config,
-    trainer: ContinuousTrainer,
-    monitor: Monitor | None,
-    data: dict[str, Any],
+    parts: Registered, config: Config, trainer: ContinuousTrainer, data: dict[str, Any]
 ) -> Contents:
     """Return what a checkpoint of the run holds; ``data``: their fingerprint. Collective."""
-    parts = trainer.parts
-    partition, updater, loader = parts.forward.partition, parts.updater, parts.loader
-    optimizer = partition.optimizer_state(parts.optimizer)
-    undo = trainer.undo.optimizer_state()
-    mine = {
-        "ranges": {name: list(span) for name, span in partition.ranges().items()},
-        "anchor": parts.anchor.state_dict(),
-        "optimizer": optimizer.slices,
-        "optimizer_plain": optimizer.plain,
-        "undo": undo and {"optimizer": undo.slices, "optimizer_plain": undo.plain},
-        "updater": updater.state_dict(),
-        "random": random_state(parts.runtime),
-        "lanes": loader.lane_state(trainer.stage is not None),
-    }
-    shared = {
-        "job": vars(job),
-        "specs": partition.specs(),
-        "trainer": trainer.state_dict(),
-        "monitor": None if monitor is None else monitor.state_dict(),
-        "cache": None if mine["lanes"] else parts.scorer.cache.state_dict(),
-        "forwards": parts.forward.forwards,
-        "ledger": loader.ledger_state(),
-        "undo": trainer.undo.ledger_state(),
-        "lrs": trainer.loop.base_lrs,
-        "tracker": parts.tracker.state_dict(),
-    }
-    score = trainer.matrix.average_accuracy()
+    partition = trainer.parts.forward.partition
+    mine: dict[str, Any] = {"ranges": {n: list(span) for n, span in partition.ranges().items()}}
+    shared: dict[str, Any] = {"specs": partition.specs()}
+    for name, part in parts.items():
+        (mine if isinstance(part, SlicedStateful) else shared)[name] = part.state_dict()
     meta = {
         "round": len(trainer.rounds),
-        "score": score,
+        "score": trainer.matrix.average_accuracy(),
         "config": config.model_dump(mode="json"),
         "data": data,
     }
-    return mine, shared, weights(parts), meta
+    return mine, shared, weights(trainer.parts), meta
 
 
 def weights(parts: Parts) -> dict[str, torch.Tensor]:
@@ -107,117 +165,38 @@ def weights(parts: Parts) -> dict[str, torch.Tensor]:
     return state
 
 
-def restore(
-    path: Path,
-    job: JobState,
-    config: Config,
-    trainer: ContinuousTrainer,
-    monitor: Monitor | None,
-) -> None:
+def restore(path: Path, parts: Registered, command: str, trainer: ContinuousTrainer) -> None:
     """Put a run into the state of a checkpoint that was verified. Collective.
 
-    Raises CheckpointError if it is of another command or model, DataError if its history is of
-    samples that are no longer there. Nothing of its files stays mapped.
+    Raises CheckpointError if it is of another command or model, or has not the state of exactly
+    these parts; DataError if its history is of samples that are no longer there. Nothing of its
+    files stays mapped.
     """
-    parts = trainer.parts
-    runtime, partition = parts.runtime, parts.forward.partition
+    runtime, partition = trainer.parts.runtime, trainer.parts.forward.partition
     reader = Reader(path, read_manifest(path))
     shared = reader.shared
-    if shared["job"]["command"] != job.command:
+    saved_by = shared.get("job", {}).get("command", command)
+    if saved_by != command:
         raise CheckpointError(
-            f"checkpoint '{path}' is of 'distcl {shared['job']['command']}', "
-            f"not 'distcl {job.command}'"
+            f"checkpoint '{path}' is of 'distcl {saved_by}', not 'distcl {command}'"
         )
-    vars(job).update(shared["job"])
-    reader.check(partition)
+    sliced = {name for name, part in parts.items() if isinstance(part, SlicedStateful)}
+    reader.check_names({"specs", *parts} - sliced, {"ranges", *sliced})
+    reader.check_tensors(partition)
+    if isinstance(trainer.parts.stream, DriftStream) and not trainer.history.copies:
+        held = tensor_ids(shared["history"]["ids"])
+        check_ids(trainer.parts.stream, held, f"the history of checkpoint '{path}'")
     load_weights(partition, path / MODEL)
-    same = len(reader.ranks) == runtime.world_size
-    own = reader.ranks[runtime.rank] if same else reader.ranks[0]
-
-    parts.anchor.load_state_dict(_anchor(reader, partition, own["anchor"], "anchor"))
-    if own["undo"] is None:
-        trainer.undo.forget()
-    else:
-        trainer.undo.load(lambda: _load_optimizer(reader, parts, "undo"), shared["undo"])
-    _load_optimizer(reader, parts)
-    if shared["cache"] is not None:
-        parts.scorer.cache.load_state_dict(shared["cache"])
-    parts.loader.load_lane_states([state["lanes"] for state in reader.ranks])
-    parts.forward.forwards = shared["forwards"]
-    parts.loader.load_ledger(shared["ledger"])
-    trainer.load_state_dict(shared["trainer"])
-    if isinstance(parts.stream, DriftStream) and not parts.history.copies:
-        check_ids(parts.stream, trainer.history.ids(), f"the history of checkpoint '{path}'")
-    if trainer.stage is not None:  # what the round trains on; what it found out comes next
-        trainer.announce(trainer.stage.experience)
-    states = [state["updater"] for state in reader.ranks]
-    parts.updater.load_state_dict(
-        own["updater"]
-        if same and _same_layout(own, partition.ranges())
-        else parts.updater.merged(states, lambda key: reader.cut(partition, "updater", key))
-    )
-    parts.updater.load_state_dict(copied(parts.updater.state_dict()))
-    trainer.loop.base_lrs[:] = shared["lrs"]
-    if monitor is not None:
-        monitor.load_state_dict(shared["monitor"])
-    parts.tracker.load_state_dict(shared["tracker"])
-    if same:
-        set_random_state(own["random"], runtime)
-
-
-def _anchor(
-    reader: Reader, partition: Partition, saved: dict[str, Any], *keys: str
-) -> dict[str, Any]:
-    """Return my slices of an anchor's state, which lies under ``keys``. Local."""
-    replaced = saved.get("replaced")
-    return {
-        "theta_star": reader.cut(partition, *keys, "theta_star"),
-        "older": [reader.cut(partition, *keys, "older", k) for k in range(len(saved["older"]))],
-        "begun": saved["begun"],
-        "replaced": replaced and _anchor(reader, partition, replaced, *keys, "replaced"),
-    }
-
-
-def _load_optimizer(reader: Reader, parts: Parts, *where: str) -> None:
-    """Put the optimizer into the state that lies under ``where`` in ranks' files. Collective."""
-    saved = [state["undo"] if where else state for state in reader.ranks]
-    fetch = {key: reader.slices(*where, "optimizer", key) for s in saved for key in s["optimizer"]}
-    plain = {name: values for s in saved for name, values in s["optimizer_plain"].items()}
-    parts.forward.partition.load_optimizer_state(parts.optimizer, fetch, plain)
-    place_steps(parts.optimizer)
-
-
-def _same_layout(state: dict[str, Any], ranges: dict[str, tuple[int, int]]) -> bool:
-    saved = {name: tuple(span) for name, span in state["ranges"].items()}
-    return saved == ranges
-
-
-def check_config(
-    path: Path,
-    saved: dict[str, Any],
-    config: Config,
-    allowed: frozenset[str],
-    say: Callable[[str], None],
-) -> None:
-    """Compare a checkpoint's configuration with the one in force, key by key. Local.
-
-    Raises ConfigError naming every changed key that could change results, unless allowed.
-    """
-    refused = []
-    for section, keys in config.model_dump(mode="json").items():
-        for key, now in keys.items():
-            name = f"{section}.{key}"
-            before = saved.get(section, {}).get(key, now)
-            if before == now:
-                continue
-            change = f"{name}: {before!r} -> {now!r}"
-            if name in allowed or name.startswith(tuple(h for h in HARMLESS)):
-                say(f"[resume] changed since the checkpoint: {change}")
+    ranges = [state["ranges"] for state in reader.ranks]
+    for name, part in parts.items():
+        try:
+            if isinstance(part, SlicedStateful):
+                states = [state[name] for state in reader.ranks]
+                own, world = runtime.rank, runtime.world_size
+                part.load_slices(SavedSlices(path, states, ranges, partition.ranges(), own, world))
             else:
-                refused.append(change)
-    if refused:
-        names = " ".join(f"--allow-changed {change.partition(':')[0]}" for change in refused)
-        raise ConfigError(
-            f"the configuration differs from that of '{path}': {'; '.join(refused)}\n"
-            f"go on all the same with: {names}"
-        )
+                part.load_state_dict(shared[name])
+        except KeyError as error:
+            raise CheckpointError(
+                f"checkpoint '{path}': the state of '{name}' lacks {error}"
+            ) from error

@@ -26,7 +26,7 @@ from distcl.config.files import file_digest, sync_to_disk
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 MODEL = "model.safetensors"
 SHARED = "shared.pt"
@@ -59,15 +59,19 @@ class CheckpointStore:
     one line on rank 0. ``published`` is called there with the path of each that is finished.
     """
 
-    published: Callable[[Path], None] | None = None
-
     def __init__(
-        self, runtime: Runtime, folder: Path, keep: int, warn: Callable[[str], None]
+        self,
+        runtime: Runtime,
+        folder: Path,
+        keep: int,
+        warn: Callable[[str], None],
+        published: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self._runtime = runtime
         self.folder = folder
         self._keep = keep
         self._warn = warn
+        self._published = published
         self._writing: _Writing | None = None
         self.failure = ""
         """Why the last checkpoint was not written; '' if it was."""
@@ -156,8 +160,7 @@ class CheckpointStore:
         except OSError as error:
             return [f"rank 0: {error.strerror or error}"]
         shutil.rmtree(old, ignore_errors=True)
-        if self.published is not None:
-            self.published(final)
+        self._published(final)
         self._prune()
         return []
 

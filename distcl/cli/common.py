@@ -75,6 +75,14 @@ def one_config(argument: Path | None, option: Path | None) -> Path | None:
     return argument or option
 
 
+def needed_config(command: str, argument: Path | None, option: Path | None) -> Path:
+    """Return :func:`one_config`; raises UsageError if there is none."""
+    path = one_config(argument, option)
+    if path is None:
+        raise UsageError(f"distcl {command} needs a CONFIG; 'distcl init' writes one")
+    return path
+
+
 def say(text: str) -> None:
     """Print a result on stdout, by rank 0 only."""
     if launch_rank() == 0:

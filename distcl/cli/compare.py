@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from distcl.cli.common import ConfigArgument, ConfigOption, Overrides, Quiet, one_config, say
+from distcl.cli.common import ConfigArgument, ConfigOption, Overrides, Quiet, needed_config, say
 from distcl.config.load import load_config
 from distcl.config.paths import expanded
 from distcl.errors import UsageError
@@ -68,9 +68,7 @@ def compare(
 
     Interrupted, the same command goes on. The result is in DIR/compare.json and DIR/report.html.
     """
-    path = one_config(config, file)
-    if path is None:
-        raise UsageError("distcl compare needs a CONFIG; 'distcl init' writes one")
+    path = needed_config("compare", config, file)
     if not vs:
         raise UsageError("distcl compare needs a variant, --vs SECTION.KEY=VALUE")
 

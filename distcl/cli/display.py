@@ -145,7 +145,7 @@ class LiveDisplay(PlainDisplay):
 
     def round_begins(self, title: str, steps: int, metric: str = "loss") -> None:
         """Show an empty bar for a part of ``steps`` steps."""
-        self._stage = _Stage(title, steps, metric)
+        super().round_begins(title, steps, metric)
         self._bar.reset(
             self._task, total=steps or None, description=title, figures="", visible=True
         )

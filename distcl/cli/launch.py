@@ -12,15 +12,15 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from distcl.cli.common import ConfigArgument, ConfigOption, Out, Overrides, one_config, say
-from distcl.config.load import load_with_origins
+from distcl.cli.common import ConfigArgument, ConfigOption, Out, Overrides, needed_config, say
+from distcl.config.load import load_config
 from distcl.config.paths import expanded
 from distcl.errors import UsageError
 from distcl.reporting.run_folder import make_numbered, next_numbered
@@ -68,27 +68,27 @@ def launch(
     ] = False,
 ) -> None:
     """Submit a job to SLURM that trains, saves when it must stop, and requeues itself."""
-    path = one_config(config, file)
-    if path is None:
-        raise UsageError("distcl launch needs a CONFIG; 'distcl init' writes one")
-    loaded, _ = load_with_origins(path, sets or [])  # refuse it here, not hours later
+    path = needed_config("launch", config, file)
+    loaded = load_config(path, sets or [])  # refuse it here, not hours later
     folder = out or Path(loaded.run.out or f"runs/{path.stem}")
     if not (out or loaded.run.out):
         folder = next_numbered(folder) if dry_run else make_numbered(folder)
-    job = Submission(
-        arguments=[command, str(path), *(word for one in sets or [] for word in ("--set", one))],
-        out=folder,
-        nodes=nodes,
-        gpus=gpus,
+    job = submission(
+        [command, str(path), *(word for one in sets or [] for word in ("--set", one))],
+        folder,
+        via,
         processes=processes,
         cpus=cpus,
-        time=time,
-        partition=partition,
-        account=account,
-        name=name,
-        via=via,
         setup=setup and str(expanded(setup)),
         options=sbatch or (),
+        asked={
+            "nodes": nodes,
+            "gpus-per-node": gpus,
+            "time": time,
+            "partition": partition,
+            "account": account,
+            "job-name": name,
+        },
     )
     if dry_run:
         say(f"{job}\n\n{job.script.read_text(encoding='utf-8').rstrip()}")
@@ -98,68 +98,57 @@ def launch(
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job for SLURM.
+    """A job for SLURM: the sbatch command, as words, and what the script reads from variables."""
 
-    ``arguments``: of distcl, as ``["train", "a.toml"]``. ``gpus``, ``processes``: of one node; 0
-    processes: one per GPU, or one. ``cpus``: of one process. ``options``: further ones of sbatch,
-    as ``"--qos=debug"``. Empty or 0: as in the script.
-    """
-
-    arguments: Sequence[str]
+    script: Path
+    command: list[str]
+    environment: dict[str, str]
     out: Path
-    nodes: int = 1
-    gpus: int = 0
-    processes: int = 0
-    cpus: int = 0
-    time: str = ""
-    partition: str = ""
-    account: str = ""
-    name: str = ""
-    via: Via = "auto"
-    setup: str = ""
-    options: Sequence[str] = field(default=())
-
-    @property
-    def script(self) -> Path:
-        """The script that fits: torchrun on one node, srun on several, unless ``via`` says else."""
-        name = _SCRIPTS["srun" if self.via == "auto" else self.via]
-        if self.nodes == 1 and self.via in ("auto", "torchrun"):
-            name = "single_node.sbatch"
-        return scripts_folder() / name
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What the script reads from its environment: this Python, processes, the setup file."""
-        found = {"PYTHON": sys.executable}
-        if self.processes and self.script.name != _SCRIPTS["srun"]:
-            found["PROCESSES"] = str(self.processes)
-        if self.setup:
-            found["JOB_SETUP"] = self.setup
-        return found
-
-    @property
-    def command(self) -> list[str]:
-        """The sbatch command, as words."""
-        processes = self.processes or self.gpus or 1
-        each = self.script.name == _SCRIPTS["srun"]  # a task is a process, else a node
-        asked = {
-            "nodes": self.nodes,
-            "ntasks-per-node": processes if each else 1,
-            "gpus-per-node": self.gpus,
-            "cpus-per-task": self.cpus * (1 if each else processes),
-            "time": self.time,
-            "partition": self.partition,
-            "account": self.account,
-            "job-name": self.name or self.out.name,
-            "output": self.out / "slurm-%j.out",
-        }
-        words = [f"--{name}={value}" for name, value in asked.items() if value]
-        rest = [*self.arguments, "--out", str(self.out)]
-        return ["sbatch", "--parsable", *words, *self.options, str(self.script), *rest]
 
     def __str__(self) -> str:
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*settings, shlex.join(self.command)])
+
+
+def submission(
+    arguments: Sequence[str],
+    out: Path,
+    via: Via = "auto",
+    processes: int = 0,
+    cpus: int = 0,
+    setup: str = "",
+    options: Sequence[str] = (),
+    asked: Mapping[str, str | int] | None = None,
+) -> Submission:
+    """Return the job that runs ``distcl`` with ``arguments``, as ``["train", "a.toml"]``.
+
+    ``processes``: of a node; 0: one per GPU, or one. ``cpus``: of a process. ``setup``: a file of
+    shell commands. ``asked``: options of sbatch by name, empty or 0: as in the script. ``options``:
+    further ones, as ``"--qos=debug"``. The script is torchrun's on one node, srun's on several,
+    unless ``via`` says else.
+    """
+    asked = {"nodes": 1, "gpus-per-node": 0, "job-name": "", **(asked or {})}
+    # Of srun a task is a process, of the others a node.
+    srun = via == "srun" or (via == "auto" and asked["nodes"] != 1)
+    script = _SCRIPTS["srun" if via == "auto" else via]
+    if asked["nodes"] == 1 and via in ("auto", "torchrun"):
+        script = "single_node.sbatch"
+    each = processes or int(asked["gpus-per-node"]) or 1
+    asked |= {
+        "ntasks-per-node": each if srun else 1,
+        "cpus-per-task": cpus * (1 if srun else each),
+        "job-name": asked["job-name"] or out.name,
+        "output": str(out / "slurm-%j.out"),
+    }
+    words = [f"--{name}={value}" for name, value in asked.items() if value]
+    path = scripts_folder() / script
+    environment = {"PYTHON": sys.executable}
+    if processes and not srun:
+        environment["PROCESSES"] = str(processes)
+    if setup:
+        environment["JOB_SETUP"] = setup
+    command = ["sbatch", "--parsable", *words, *options, str(path), *arguments, "--out", str(out)]
+    return Submission(path, command, environment, out)
 
 
 def scripts_folder() -> Path:
@@ -172,21 +161,19 @@ def scripts_folder() -> Path:
     raise UsageError(f"the job scripts are in neither {checkout} nor {installed}")
 
 
-def submit(submission: Submission) -> str:
+def submit(job: Submission) -> str:
     """Make the run folder, submit the job, return its id. Raises UsageError if SLURM refuses."""
     try:
-        submission.out.mkdir(parents=True, exist_ok=True)
+        job.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"the run folder '{submission.out}' cannot be made: {error.strerror}"
-        ) from error
+        raise UsageError(f"the run folder '{job.out}' cannot be made: {error.strerror}") from error
     # a job's variables, where this runs inside one, would become the new job's
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
     inherited |= {k: v for k, v in os.environ.items() if k in ("SLURM_CONF", "SLURM_CLUSTERS")}
     try:
         done = subprocess.run(
-            submission.command,
-            env=inherited | submission.environment,
+            job.command,
+            env=inherited | job.environment,
             capture_output=True,
             text=True,
             check=False,

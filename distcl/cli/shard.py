@@ -10,10 +10,9 @@ import typer
 from distcl import registry
 from distcl.cli.common import Overrides, Quiet, complain, launch_rank, say
 from distcl.config import StreamConfig
-from distcl.config.load import load_with_origins
+from distcl.config.load import load_config
 from distcl.config.paths import expanded, reachable
 from distcl.errors import DataError, UsageError
-from distcl.types import exact
 
 _SOURCE_HELP = (
     "An .npz, a folder of class folders of images, archives, a Hugging Face dataset on disk, a "
@@ -63,6 +62,7 @@ def shard(
         raise UsageError("--skip-bad does not go with --verify, which names all that is bad")
     from distcl.cli.display import counting
     from distcl.data.shards import index, inputs, writer
+    from distcl.types import exact
 
     if dest is None:
         folder = reachable(source)
@@ -74,9 +74,8 @@ def shard(
     else:
         folder = dest
         made = inputs.open_samples(source, label, _stream(source, sets or []), skip_bad)
-        problems = list(getattr(made, "problems", ()))
+        problems, skipped = list(made.problems), made.skipped
         bad = problems if skip_bad else None
-        skipped = getattr(made, "skipped", [])
         if skipped:
             shown = ", ".join([*map(repr, skipped[:_FEW]), *["…"] * (len(skipped) > _FEW)])
             complain(f"{len(skipped)} skipped in '{source}', no images of a class: {shown}")
@@ -104,10 +103,10 @@ def _stream(source: str, sets: list[str]) -> StreamConfig | None:
     """Return the stream that SOURCE names, if it is a configuration or a registered source."""
     path = reachable(source)
     if source.endswith(".toml") and not path.is_dir():
-        return load_with_origins(path, sets)[0].stream
+        return load_config(path, sets).stream
     named = source in {part.name for part in registry.parts("source")}
     if named and path.exists():
         raise UsageError(f"'{source}' is a source and also here as a file: ./{source} is the file")
     if named or (":" in source and not path.exists()):
-        return load_with_origins(None, [*sets, f"stream.source={source}"])[0].stream
+        return load_config(None, [*sets, f"stream.source={source}"]).stream
     return None

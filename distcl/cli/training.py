@@ -21,10 +21,9 @@ from distcl.cli.common import (
     Resume,
     complain,
     launch_rank,
-    one_config,
+    needed_config,
 )
-from distcl.config.load import load_with_origins
-from distcl.errors import UsageError
+from distcl.config.load import load_config
 
 Command = Literal["run", "train", "detect"]
 
@@ -43,10 +42,46 @@ def _command(command: Command, does: str) -> Callable[..., None]:
         quiet: Quiet = False,
         as_json: Json = False,
     ) -> None:
-        path = one_config(config, file)
-        if path is None:
-            raise UsageError(f"distcl {command} needs a CONFIG; 'distcl init' writes one")
-        _execute(command, path, sets, out, resume, allow_changed, overwrite, quiet, as_json)
+        path = needed_config(command, config, file)
+        loaded = load_config(path, sets or [])
+        folder = out or Path(loaded.run.out or f"runs/{path.stem}")
+        numbered = not (out or loaded.run.out)
+        run = loaded.run.model_copy(update={"out": str(folder)})
+        loaded = loaded.model_copy(update={"run": run})
+
+        from distcl import job
+        from distcl.cli.display import open_display, show_summary
+
+        console = Console(stderr=as_json)
+        display = None if quiet or launch_rank() else open_display(console)
+
+        def tell(message: str) -> None:
+            if display is not None:
+                display.close()
+            complain(message)
+
+        try:
+            summary = job.execute(
+                command,
+                loaded,
+                folder,
+                display,
+                tell,
+                resume,
+                allow_changed or [],
+                overwrite,
+                numbered,
+            )
+        finally:
+            if display is not None:
+                display.close()
+        if launch_rank() == 0:
+            if as_json:
+                print(json.dumps(summary, indent=2))
+            elif not quiet:
+                show_summary(console, summary)
+                where = f"everything is in {summary['folder']}"
+                console.print(where, markup=False, highlight=False)
 
     execute.__doc__ = does
     return execute
@@ -59,53 +94,3 @@ COMMANDS = {
     "train": _command("train", "Train one round per experience, without a detector."),
     "detect": _command("detect", "Watch the stream and report drift, without rounds of training."),
 }
-
-
-def _execute(
-    command: Command,
-    path: Path,
-    sets: list[str] | None,
-    out: Path | None,
-    resume: str,
-    allow_changed: list[str] | None,
-    overwrite: bool,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    config, _ = load_with_origins(path, sets or [])
-    folder = out or Path(config.run.out or f"runs/{path.stem}")
-    numbered = not (out or config.run.out)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"out": str(folder)})})
-
-    from distcl import job
-    from distcl.cli.display import open_display, show_summary
-
-    console = Console(stderr=as_json)
-    display = None if quiet or launch_rank() else open_display(console)
-
-    def tell(message: str) -> None:
-        if display is not None:
-            display.close()
-        complain(message)
-
-    try:
-        summary = job.execute(
-            command,
-            config,
-            folder,
-            display,
-            tell,
-            resume,
-            allow_changed or [],
-            overwrite,
-            numbered,
-        )
-    finally:
-        if display is not None:
-            display.close()
-    if launch_rank() == 0:
-        if as_json:
-            print(json.dumps(summary, indent=2))
-        elif not quiet:
-            show_summary(console, summary)
-            console.print(f"everything is in {summary['folder']}", markup=False, highlight=False)

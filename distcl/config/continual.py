@@ -40,15 +40,17 @@ class ContinualLearningConfig(Section):
         ge=0,
         description="global batch of history for updaters that take one; 0: training.batch_size",
     )
+    penalty_step: Literal["damped", "explicit"] = Field(
+        "damped",
+        description="ewc_online, kfac_online, si: damped: stable at any strength; explicit: as "
+        "published",
+    )
     der_alpha: float = Field(0.5, ge=0, description="weight of the stored logits (der)")
     der_beta: float = Field(0.5, ge=0, description="weight of the history batch's loss (der)")
     lwf_alpha: float = Field(1.0, ge=0, description="weight of the distillation (lwf)")
     lwf_temperature: float = Field(2.0, gt=0, description="temperature of both softmaxes (lwf)")
     si_c: float = Field(0.1, ge=0, description="strength of the penalty (si)")
     si_xi: float = Field(0.1, gt=0, description="keeps the importance finite, in weights² (si)")
-    si_step: Literal["damped", "explicit"] = Field(
-        "damped", description="damped: stable at any si_c; explicit: as published"
-    )
     ewc_lambda: float = Field(100.0, ge=0, description="strength of the EWC penalty")
     ewc_ema_decay: float = Field(
         0.9, ge=0, lt=1, description="share d of the old Fisher that a commit keeps"
@@ -56,9 +58,6 @@ class ContinualLearningConfig(Section):
     ewc_fisher: Literal["mean", "sum"] = Field(
         "mean",
         description="mean: old and new Fisher weigh d and 1 - d; sum: d and 1, so rounds add up",
-    )
-    ewc_step: Literal["damped", "explicit"] = Field(
-        "damped", description="damped: stable at any lambda; explicit: as published"
     )
     fisher_samples: int = Field(
         1024, ge=1, description="training samples of one Fisher pass, at most"
@@ -69,9 +68,6 @@ class ContinualLearningConfig(Section):
     )
     kfac_every: int = Field(
         20, ge=1, description="steps from one that counts for the Kronecker factors to the next"
-    )
-    kfac_step: Literal["damped", "explicit"] = Field(
-        "damped", description="damped: stable at any lambda; explicit: as published"
     )
     jvp_rho_theta: float = Field(
         0.05, ge=0, description="jvp_reg: distance that the weights are moved uphill (L2)"
@@ -188,7 +184,6 @@ class MonitorConfig(Section):
     cooldown: int = Field(
         0, ge=0, description="samples after a round in which the detector does not fire"
     )
-    reset_detector: bool = Field(True, description="whether a round resets the detector")
     max_rounds: int = Field(0, ge=0, description="stop after this many rounds; 0: never")
 
     @field_validator("metric")

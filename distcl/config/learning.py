@@ -44,13 +44,10 @@ class StreamConfig(Section):
     )
     path: PathText = Field(
         "",
-        description="arrays, mnist: an .npz; mnist, cifar10, cifar100: the folder of the files; "
-        "hf: a folder, or a name on the hub; shards: their folder",
+        description="arrays, mnist: an .npz; arrays: a folder of x.npy and y.npy; mnist, cifar10, "
+        "cifar100: the folder of the files; hf: a folder, or a name on the hub; shards: their "
+        "folder",
     )
-    x: PathText = Field("", description="arrays: an .npy of inputs (with y), instead of path")
-    y: PathText = Field("", description="arrays: an .npy of integer labels, or of float targets")
-    x_test: PathText = Field("", description="arrays: an .npy of held-out inputs")
-    y_test: PathText = Field("", description="arrays: an .npy of held-out labels or targets")
     options: dict[str, Any] = Field({}, description="keyword arguments of the source's factory")
     sha256: dict[str, str] = Field(
         {}, description="SHA-256 that files must have, by name, relative to path; hexadecimal"
@@ -72,11 +69,12 @@ class StreamConfig(Section):
     severity: float = Field(
         1.0, ge=0, description="strength of the drift, relative to the schedule's own default"
     )
-    transition: Literal["abrupt", "gradual"] = Field(
-        "abrupt", description="gradual: early samples still come from the concept before"
-    )
     transition_fraction: float = Field(
-        0.25, gt=0, le=1, description="share of an experience over which a gradual drift spreads"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of an experience whose samples may still come from the concept before; "
+        "0: an abrupt drift",
     )
 
     @field_validator("source")
@@ -193,14 +191,20 @@ class TrainingConfig(Section):
         description="improves: a round that makes held-out data of old and new experiences worse "
         "is taken back",
     )
-    on_divergence: Literal["stop", "rollback"] = Field(
-        "stop",
-        description="rollback: go back to the last checkpoint with half the learning rate",
+    max_rollbacks: int = Field(
+        0,
+        ge=0,
+        description="how often a run that diverges goes back to the last checkpoint, with half the "
+        "learning rate; 0: it stops",
     )
-    max_rollbacks: int = Field(2, ge=1, description="rollbacks of a run, at most")
     eval_batch_size: int = Field(256, ge=1, description="chunk of an evaluation pass, per rank")
     accumulate: int = Field(
         1, ge=1, description="parts of a global batch, one after another; draws stay the same"
+    )
+    normalize: Literal["sample", "token"] = Field(
+        "sample",
+        description="what the loss of a global batch is a mean of: its samples, or the targets of "
+        "all of them that count, where each has several, as texts have",
     )
     clip_norm: float = Field(
         0.0, ge=0, description="largest L2 norm of the gradient, regularizers included; 0: any"

@@ -11,10 +11,9 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomlkit
 from pydantic import ValidationError
@@ -36,6 +35,24 @@ SECTIONS: dict[str, type[Section]] = {
 }
 """The model of each section by name, in the order of the file."""
 
+_STEP = "is now continual_learning.penalty_step"
+_NPY = "is gone: stream.path may be a folder of x.npy, y.npy, and perhaps x_test.npy, y_test.npy"
+GONE = {
+    "continual_learning.ewc_step": _STEP,
+    "continual_learning.kfac_step": _STEP,
+    "continual_learning.si_step": _STEP,
+    "monitor.reset_detector": "is gone: a round always resets the detector",
+    "stream.transition": "is gone: a drift is gradual where stream.transition_fraction is above 0",
+    "stream.x": _NPY,
+    "stream.x_test": _NPY,
+    "stream.y": _NPY,
+    "stream.y_test": _NPY,
+    "tracking.entity": "is gone: W&B reads the variable WANDB_ENTITY",
+    "tracking.mode": "is gone: W&B reads the variable WANDB_MODE",
+    "training.on_divergence": "is gone: training.max_rollbacks above 0 is a rollback",
+}
+"""Keys that there were, and what to write in their place."""
+
 _WORDS = {
     "integer": "a whole number",
     "number": "a number",
@@ -47,20 +64,6 @@ _HEADER = re.compile(r"\s*\[+\s*([^\[\]]+?)\s*\]")
 _KEY = re.compile(r"""\s*([\w.\-"']+)\s*=""")
 _POSITION = re.compile(r"(.*) \(at line (\d+), column (\d+)\)", re.DOTALL)
 _SHOWN = 60  # characters of a value that a message repeats
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a value came from; ``detail`` is ``file:line``, the variable's name, or ``--set``."""
-
-    kind: Literal["default", "file", "environment", "set"]
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return self.detail or self.kind
-
-
-_DEFAULT = Origin("default")
 
 
 def load_config(
@@ -83,33 +86,34 @@ def load_with_origins(
     path: str | Path | None = None,
     overrides: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
-) -> tuple[Config, dict[str, Origin]]:
+) -> tuple[Config, dict[str, str]]:
     """Load as :func:`load_config` does; return also the origin of every ``section.key``.
 
-    Keys inside a table of options have an origin of their own, ``section.options.key``.
+    That is ``default``, ``file:line``, a variable's name or ``--set``. Keys inside a table of
+    options have an origin of their own, ``section.options.key``.
     """
     environ = os.environ if environ is None else environ
     raw: dict[str, dict[str, Any]] = {}
-    origins: dict[str, Origin] = {}
+    origins: dict[str, str] = {}
     if path is not None:
         _read_file(expanded(path), raw, origins)
     for name in sorted(environ):
         if name.startswith(ENV_PREFIX) and name not in RESERVED_ENV:
             parts = name.removeprefix(ENV_PREFIX).lower().split("__")
-            _put(raw, origins, parts, environ[name], Origin("environment", name))
+            _put(raw, origins, parts, environ[name], name)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not (equals and key.strip()):
             raise ConfigError(f"--set {override}: must have the form section.key=value")
-        _put(raw, origins, key.strip().split("."), text.strip(), Origin("set", "--set"))
+        _put(raw, origins, key.strip().split("."), text.strip(), "--set")
     try:
         config = Config.model_validate(raw, strict=True)
     except ValidationError as error:
         raise ConfigError(_sentences(error, origins, path)) from None
-    return config, dict.fromkeys(_keys(), _DEFAULT) | origins
+    return config, dict.fromkeys(_keys(), "default") | origins
 
 
-def to_toml(config: Config, origins: Mapping[str, Origin] | None = None) -> str:
+def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     """Write a configuration as TOML; loading the text gives an equal one.
 
     With ``origins``, each key is followed by a comment that says where its value came from.
@@ -128,7 +132,7 @@ def allowed(section: str, key: str) -> str:
 # -- reading ------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, raw: dict[str, dict[str, Any]], origins: dict[str, Origin]) -> None:
+def _read_file(path: Path, raw: dict[str, dict[str, Any]], origins: dict[str, str]) -> None:
     text = _text(path)
     try:
         tree = tomllib.loads(text)
@@ -141,18 +145,18 @@ def _read_file(path: Path, raw: dict[str, dict[str, Any]], origins: dict[str, Or
         raise ConfigError(f"{where}: not valid TOML: {why}{hint}") from None
     lines = dict(_lines(text))
     for section, values in tree.items():
-        origin = Origin("file", _at(path, lines, section))
+        origin = _at(path, lines, section)
         if section not in SECTIONS:
             parts = [section, *values][:2] if isinstance(values, dict) else [section]
             raise ConfigError(f"{origin}: {_unknown(parts)}")
         if not isinstance(values, dict):
             raise ConfigError(f"{origin}: {section} must be a section, [{section}]")
         for key, value in values.items():
-            _check([section, key], Origin("file", _at(path, lines, f"{section}.{key}")))
+            _check([section, key], _at(path, lines, f"{section}.{key}"))
             inner = value if isinstance(value, dict) else ()
             for name in [key, *(f"{key}.{k}" for k in inner)]:
                 dotted = f"{section}.{name}"
-                origins[dotted] = Origin("file", _at(path, lines, dotted))
+                origins[dotted] = _at(path, lines, dotted)
         raw[section] = values
 
 
@@ -194,10 +198,10 @@ def _at(path: Path, lines: Mapping[str, int], dotted: str) -> str:
 
 def _put(
     raw: dict[str, dict[str, Any]],
-    origins: dict[str, Origin],
+    origins: dict[str, str],
     parts: Sequence[str],
     text: str,
-    origin: Origin,
+    origin: str,
 ) -> None:
     """Set one value from its text, TOML or else a bare string, in ``raw``."""
     _check(parts, origin)
@@ -275,7 +279,7 @@ def _number(bound: float) -> str:
     return f"2^{bits}" if bits > 30 and bound == 2**bits else f"{bound:g}"
 
 
-def _check(parts: Sequence[str], origin: Origin) -> None:
+def _check(parts: Sequence[str], origin: str) -> None:
     """Raise ConfigError unless ``parts`` name a key, or something inside a table of options."""
     section, key = parts[0], parts[1] if len(parts) > 1 else ""
     if section not in SECTIONS or key not in SECTIONS[section].model_fields:
@@ -286,6 +290,8 @@ def _check(parts: Sequence[str], origin: Origin) -> None:
 
 def _unknown(parts: Sequence[str]) -> str:
     section, *rest = parts
+    if gone := GONE.get(".".join(parts[:2])):
+        return f"{'.'.join(parts[:2])} {gone}"
     namesakes = [key for key in _keys() if key.endswith(f".{parts[-1]}")]
     if section not in SECTIONS and rest:
         what = f"unknown section '{section}'"
@@ -302,9 +308,7 @@ def _unknown(parts: Sequence[str]) -> str:
     return f"{what}, did you mean '{near[0]}'?" if near else what
 
 
-def _sentences(
-    error: ValidationError, origins: Mapping[str, Origin], path: str | Path | None
-) -> str:
+def _sentences(error: ValidationError, origins: Mapping[str, str], path: str | Path | None) -> str:
     """Turn pydantic's findings into a sentence on the first, and the names of the others."""
     found: dict[str, ErrorDetails] = {}
     for details in error.errors():
@@ -336,7 +340,7 @@ def _show(value: Any) -> str:
 # -- writing --------------------------------------------------------------------------------------
 
 
-def _table(values: Mapping[str, Any], name: str, origins: Mapping[str, Origin] | None) -> Table:
+def _table(values: Mapping[str, Any], name: str, origins: Mapping[str, str] | None) -> Table:
     table = tomlkit.table()
     tables = {key: value for key, value in values.items() if isinstance(value, Mapping) and value}
     for key, value in values.items():
@@ -344,7 +348,7 @@ def _table(values: Mapping[str, Any], name: str, origins: Mapping[str, Origin] |
             continue
         item = tomlkit.inline_table() if value == {} else tomlkit.item(value)
         if origins is not None:
-            item.comment(str(origins.get(f"{name}.{key}") or origins.get(name, _DEFAULT)))
+            item.comment(origins.get(f"{name}.{key}") or origins.get(name, "default"))
         table.add(key, item)
     for key, value in tables.items():
         table.add(key, _table(value, f"{name}.{key}", origins))

@@ -117,10 +117,6 @@ class TrackingConfig(Section):
     )
     project: str = Field("distcl", min_length=1, description="project, or experiment, of the run")
     name: str = Field("", description="name of the run; empty: that of the run folder")
-    entity: str = Field("", description="wandb: user or team; empty: the user's own")
-    mode: Literal["auto", "online", "offline"] = Field(
-        "auto", description="wandb; auto: online if there is a key, else offline"
-    )
 
     @field_validator("kind")
     @classmethod

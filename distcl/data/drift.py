@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from distcl.data.ids import GOLDEN, splitmix
 from distcl.errors import ConfigError
 from distcl.types import DataSpec, Ids, Mask, exact
 
@@ -27,12 +28,8 @@ _DEGREES = 30.0  # of rotation, per experience
 _AFFINE_DEGREES, _AFFINE_SHARE = 15.0, 0.1  # of one random map: turn; scale, shear and shift
 _NOISE_STD = 0.1  # per experience, in units of x
 _BLUR_PIXELS = 0.5  # standard deviation, per experience
-_AFFINE, _PERMUTE, _SPLIT, _LABELS = (
-    1,
-    2,
-    3,
-    5,
-)  # tell apart what different schedules draw from one seed
+# what different schedules draw from one seed is told apart by these
+_AFFINE, _PERMUTE, _SPLIT, _LABELS = 1, 2, 3, 5
 
 
 class Drift:
@@ -66,75 +63,68 @@ class Identity(Drift):
     """No drift."""
 
 
-class _Warp:
-    """Moves pixels, bilinearly, zeros from outside of the image.
+class _Warp(Drift):
+    """Moves pixels, bilinearly, zeros from outside of the image."""
 
-    ``maps``: float64 [concepts, 3, 3], from output to input position, in pixels around the
-    image's centre, x before y. ``name`` is the schedule's, for the error if ``spec`` has no images.
-    """
-
-    def __init__(self, name: str, spec: DataSpec, maps: npt.NDArray[np.float64]) -> None:
-        self._height, self._width = _image_size(name, spec)
-        self._maps = maps
-        self._grids: dict[int, torch.Tensor] = {}
-
-    def __call__(self, x: torch.Tensor, concept: int) -> torch.Tensor:
-        if concept == 0:
-            return x
-        grid = self._grids.get(concept)
-        if grid is None:
-            grid = self._grids[concept] = self._grid(concept)
-        grid = grid.to(x.dtype).expand(len(x), -1, -1, -1)
-        return F.grid_sample(x, grid, mode="bilinear", align_corners=False)
-
-    def _grid(self, concept: int) -> torch.Tensor:
-        half = np.array([self._width / 2, self._height / 2, 1.0])  # affine_grid counts in halves
-        theta = (self._maps[concept] * half / half[:, None])[:2]
-        size = [1, 1, self._height, self._width]
-        return F.affine_grid(torch.from_numpy(theta)[None], size, align_corners=False).float()
-
-
-class Rotate(Drift):
-    """Images turned about their centre, counterclockwise, by 30° x severity x concept."""
+    name: str
 
     def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
         super().__init__(severity, seed, spec, concepts)
-        angles = np.radians(_DEGREES * severity) * np.arange(concepts)
-        self._warp = _Warp("rotate", spec, np.stack([_turn(a) for a in angles]))
+        self._size = _image_size(self.name, spec)
+        self._maps = self.maps(*self._size)
+        self._grids: dict[int, torch.Tensor] = {}
+
+    def maps(self, height: int, width: int) -> list[npt.NDArray[np.float64]]:
+        """Return each concept's map [3, 3] from output to input position.
+
+        In pixels around the image's centre, x before y.
+        """
+        raise NotImplementedError
 
     def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
         """See :meth:`Drift.apply`."""
-        return self._warp(x, concept)
+        if concept == 0:
+            return x
+        if concept not in self._grids:
+            half = np.array([*self._size[::-1], 2.0]) / 2  # affine_grid counts in halves
+            theta = torch.from_numpy((self._maps[concept] * half / half[:, None])[:2])
+            grid = F.affine_grid(theta[None], [1, 1, *self._size], align_corners=False)
+            self._grids[concept] = grid.float()
+        grid = self._grids[concept].to(x.dtype).expand(len(x), -1, -1, -1)
+        return F.grid_sample(x, grid, mode="bilinear", align_corners=False)
 
 
-class Affine(Drift):
+class Rotate(_Warp):
+    """Images turned about their centre, counterclockwise, by 30° x severity x concept."""
+
+    name = "rotate"
+
+    def maps(self, height: int, width: int) -> list[npt.NDArray[np.float64]]:
+        """See the base class."""
+        return [_turn(a) for a in np.radians(_DEGREES * self.severity) * np.arange(self.concepts)]
+
+
+class Affine(_Warp):
     """The composition of one more random affine map for each concept.
 
     Each map turns by up to 15°, stretches either axis by up to exp(±0.1), shears by up to 0.1 and
     shifts by up to 0.1 of half the image; all uniform, and times severity.
     """
 
-    def __init__(self, severity: float, seed: int, spec: DataSpec, concepts: int) -> None:
-        super().__init__(severity, seed, spec, concepts)
-        height, width = _image_size("affine", spec)
-        rng = np.random.default_rng([seed, _AFFINE])
-        maps = [np.eye(3)]
-        for _ in range(1, concepts):
-            turn, *rest = severity * rng.uniform(-1, 1, 6)
-            stretch_x, stretch_y, shear, dx, dy = _AFFINE_SHARE * np.array(rest)
-            small = np.array(
-                [
-                    [math.exp(stretch_x), shear, dx * width / 2],
-                    [0.0, math.exp(stretch_y), dy * height / 2],
-                    [0.0, 0.0, 1.0],
-                ]
-            )
-            maps.append(maps[-1] @ _turn(math.radians(_AFFINE_DEGREES) * turn) @ small)
-        self._warp = _Warp("affine", spec, np.stack(maps))
+    name = "affine"
 
-    def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
-        """See :meth:`Drift.apply`."""
-        return self._warp(x, concept)
+    def maps(self, height: int, width: int) -> list[npt.NDArray[np.float64]]:
+        """See the base class."""
+        rng = np.random.default_rng([self.seed, _AFFINE])
+        maps = [np.eye(3)]
+        for _ in range(1, self.concepts):
+            turn, *rest = self.severity * rng.uniform(-1, 1, 6)
+            stretch_x, stretch_y, shear, dx, dy = _AFFINE_SHARE * np.array(rest)
+            x_row = [math.exp(stretch_x), shear, dx * width / 2]
+            y_row = [0.0, math.exp(stretch_y), dy * height / 2]
+            small = np.array([x_row, y_row, [0.0, 0.0, 1.0]])
+            maps.append(maps[-1] @ _turn(math.radians(_AFFINE_DEGREES) * turn) @ small)
+        return maps
 
 
 class Permute(Drift):
@@ -177,16 +167,16 @@ class Noise(Drift):
         super().__init__(severity, seed, spec, concepts)
         middles = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
         self._quantiles = torch.special.ndtri(middles).float().numpy()
-        self._key = _splitmix(np.array([seed], dtype=np.uint64))
+        self._key = splitmix(np.array([seed], dtype=np.uint64))
         words = -(-math.prod(spec.x_shape) // 4)
-        self._counters = np.arange(1, words + 1, dtype=np.uint64) * _GOLDEN
+        self._counters = np.arange(1, words + 1, dtype=np.uint64) * GOLDEN
 
     def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
         """See :meth:`Drift.apply`."""
         if concept == 0:
             return x
-        keys = _splitmix(ids.view(np.uint64) ^ self._key)
-        words = _splitmix(keys[:, None] + self._counters).view(np.uint16)
+        keys = splitmix(ids.view(np.uint64) ^ self._key)
+        words = splitmix(keys[:, None] + self._counters).view(np.uint16)
         normal = torch.from_numpy(self._quantiles.take(words[:, : math.prod(x.shape[1:])]))
         return x + normal.mul_(_NOISE_STD * self.severity * concept).view_as(x)
 
@@ -310,16 +300,6 @@ def _checked_priors(priors: Any, classes: int, concepts: int) -> npt.NDArray[np.
         raise ConfigError(f"{key}: weights must be at least 0, and not all 0 in one concept")
     sums: npt.NDArray[np.float64] = table.sum(axis=1, keepdims=True)
     return table / sums
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _splitmix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Mix 64 bits into 64 that look random; arithmetic modulo 2**64."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _turn(angle: float) -> npt.NDArray[np.float64]:

@@ -111,7 +111,7 @@ def _content(stream: DriftStream, id_: np.int64) -> bytes:
     source: Any = stream.sources[int(test[0])]
     try:
         if isinstance(source, ShardSource):
-            return b"" if source.sequential else next(source.extents(row))
+            return b"" if source.info.sequential else next(source.extents(row))
         batch = stream.read(ids)
     except DataError:
         return b"bad"

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distcl.errors import DataError
 from distcl.types import Ids, as_tensor, frozen
 
 BLOCK = 1 << 16  # ids looked at together
@@ -194,3 +195,23 @@ def tensor_ids(tensor: torch.Tensor | None) -> Any:
 def as_ids(runs: IdRuns) -> Ids:
     """Return runs typed as the array that they stand in for."""
     return cast("Ids", runs)  # as good as one wherever it is indexed or given to numpy
+
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""The step of SplitMix64's counter."""
+
+
+def splitmix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return 64 bits mixed into 64 that look random: SplitMix64's finalizer."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def checked_rows(ids: Ids, number: int, name: str) -> Ids:
+    """Return a copy of ids [B]; DataError naming the first that is not one of a source's rows."""
+    ids = np.array(ids, dtype=np.int64)
+    if len(ids) and ids.view(np.uint64).max() >= number:  # negative ids are huge, unsigned
+        bad = ids[(ids < 0) | (ids >= number)][0]
+        raise DataError(f"{name}: there is no sample {bad} (0…{number - 1})")
+    return ids

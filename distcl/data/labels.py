@@ -11,18 +11,18 @@ from torch.utils._pytree import tree_flatten
 
 from distcl.data.sources.arrays import MAX_CLASSES
 from distcl.errors import DataError
-from distcl.losses import IGNORED
-from distcl.types import DataSpec, Ids, Mask, Source, info_of
+from distcl.types import IGNORED, DataSpec, Ids, Mask, Source, info_of
 
 _CHUNK = 1024
 
 
-class Split:
+class SourceSplit:
     """A source of a stream, its ``name`` there (train or test), and what is known of its samples.
 
     ``labels``: int64 [N]; the number of classes until :meth:`learn`, where the source has no labels
-    but says that, or each sample has several; None if y is floating point. ``usable``: which samples are not known to be bad,
-    bool [N], or None: all. Raises DataError on no samples, and on labels that are no classes.
+    but says that, or each sample has several; None if y is floating point. ``usable``: which
+    samples are not known to be bad, bool [N], or None: all. Raises DataError on no samples, and on
+    labels that are no classes.
     """
 
     def __init__(self, source: Source, name: str) -> None:
@@ -48,7 +48,9 @@ class Split:
 
         Where only the number of classes is known, every sample is read.
         """
-        if isinstance(self.labels, int) and not self.y_shape:
+        if self.y_shape:  # labels by position are not kept
+            return None
+        if isinstance(self.labels, int):
             self.labels = self._read()
         return self.labels
 
@@ -132,7 +134,7 @@ class Split:
         return () if len(there) == classes else tuple(there.tolist())
 
 
-def data_spec(train: Split, test: Split) -> DataSpec:
+def data_spec(train: SourceSplit, test: SourceSplit) -> DataSpec:
     """Return the spec of samples; ``x_shape`` is () where a sample is several tensors."""
     (_, shapes), (_, others) = train.x_shapes, test.x_shapes
     if train.x_shapes != test.x_shapes:

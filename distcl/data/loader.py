@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate, get_worker_info
 
+from distcl.data.ids import checked_rows
 from distcl.data.transforms import training_view
 from distcl.errors import DataError, DistclError, UserCodeError, told
 from distcl.types import Batch, Ids, PyTree, Source, info_of
@@ -89,7 +90,8 @@ class BatchLoader:
         if isinstance(sampler, LanePlan):
             workers = self._readers = min(workers, sampler.readers)
         self._plan = _Steps(sampler, max(1, self._readers))
-        self._replaced = info_of(source).replaced
+        info = info_of(source)
+        self._replaced = info.replaced if info.replaces else None
         self._reads = _Reads(source)
         self._loader: DataLoader[Any] | None = None
         pinned = pin_memory and self._device.type == "cuda"
@@ -136,7 +138,7 @@ class BatchLoader:
         if isinstance(read, int):
             return None, read
         batch, asked = Batch(*read[:-1]), read[-1]
-        if not torch.equal(asked, batch.ids):
+        if self._replaced is not None and not torch.equal(asked, batch.ids):
             self._replaced.update(asked[asked != batch.ids].tolist())
         return batch, batch.total
 
@@ -240,12 +242,7 @@ class _DatasetSource:
 
     def read(self, ids: Ids) -> Batch:
         """See :meth:`distcl.types.Source.read`."""
-        ids = np.array(ids, dtype=np.int64)
-        outside = (ids < 0) | (ids >= self._len)
-        if outside.any():
-            raise DataError(
-                f"{self._name}: there is no sample {ids[outside][0]} (0…{self._len - 1})"
-            )
+        ids = checked_rows(ids, self._len, self._name)
         if len(ids) == 0:
             one = self.read(np.zeros(1, dtype=np.int64))
             x, y = tree_map(lambda t: t[:0], (one.x, one.y))

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from distcl.data.ids import (
     BLOCK,
+    GOLDEN,
     IdIndex,
     IdRuns,
     among,
@@ -18,10 +19,11 @@ from distcl.data.ids import (
     ids_tensor,
     in_runs,
     joined_ids,
+    splitmix,
     tensor_ids,
 )
 from distcl.data.loader import iterate_chunks
-from distcl.types import Batch, Ids, PyTree, Source, Stream, frozen, info_of
+from distcl.types import Batch, Ids, PyTree, Source, Stream, frozen, info_of, pack_ids, unpack_ids
 
 _CHUNK = 1024
 
@@ -132,12 +134,13 @@ class ReplayBuffer:
         """Return the next sound one of the ids ``held``, ascending; ``found``, if there is none."""
         n, first, k = len(held), int(np.searchsorted(held, bad, "right")), 0
         while k < n:  # those behind it, then those before it
-            other = held[(first + k) % n]
-            read = int(self._stream.read(other[None]).ids[0])
-            at = int(np.searchsorted(held, read))
-            if at < n and held[at] == read:
+            other = held[(first + k) % n, None]
+            read = int(self._stream.read(other).ids[0])
+            if held[np.searchsorted(held, read) % n] == read:
                 return read
-            k = max(k + 1, (at - first) % n)  # none is sound from the other to what was read
+            # none of its experience is sound from there to what was read, or else to its end
+            beyond = read if read > other[0] else pack_ids(int(unpack_ids(other)[0][0]) + 1, 0)
+            k = max(k + 1, (int(np.searchsorted(held, beyond)) - first) % n)
         return found
 
     def _from_copies(self, ids: Ids, rows: Ids, held: npt.NDArray[np.bool_]) -> Batch:
@@ -215,12 +218,6 @@ def _smallest_keys(ids: Ids, number: int, seed: int) -> Ids:
 
 
 def _keys(ids: Ids, seed: int) -> npt.NDArray[np.uint64]:
-    """Return a hash of (seed, id) for each id, uint64 [N]: SplitMix64's finalizer, twice."""
-    return _mix(_mix(ids.astype(np.uint64)) ^ _mix(np.full(1, seed, dtype=np.uint64)))
-
-
-def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """Return a hash of (seed, id) for each id, uint64 [N]: SplitMix64, twice."""
+    key = splitmix(np.full(1, seed, dtype=np.uint64) + GOLDEN)
+    return splitmix((splitmix(ids.astype(np.uint64) + GOLDEN) ^ key) + GOLDEN)

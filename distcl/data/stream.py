@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +15,7 @@ from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.drift import Drift, require_classes
 from distcl.data.ids import BLOCK, blocks, in_runs
-from distcl.data.labels import Split, data_spec
+from distcl.data.labels import SourceSplit, data_spec
 from distcl.data.loader import as_source
 from distcl.data.sources.npy import open_file
 from distcl.data.transforms import Transformed, Transforms
@@ -81,9 +80,9 @@ class DriftStream:
     Experience e has concept e, or e mod K under ``recurring = K``: the drift is that of an earlier
     experience, the ids are not.
 
-    ``transition = "gradual"``: along the first ``transition_fraction`` of the stream order, samples
-    still come from the concept before, with a probability that falls from 1 to 0 linearly: rows
-    that the older concept has and the experience does not use yet, under the older drift.
+    Along the first ``transition_fraction`` of the stream order, samples still come from the concept
+    before, with a probability that falls from 1 to 0 linearly: rows that the older concept has and
+    the experience does not use yet, under the older drift.
 
     What the sources say of themselves (:class:`distcl.types.SourceInfo`) says which samples an
     experience takes, and in which order. With floating-point y the stream is one for regression
@@ -97,7 +96,7 @@ class DriftStream:
 
     def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
         self._train, self._test = self.sources = as_source(train), as_source(test)
-        splits = Split(self._train, "train"), Split(self._test, "test")
+        splits = SourceSplit(self._train, "train"), SourceSplit(self._test, "test")
         self.spec = data_spec(*splits)
         self._config = config
         self._concepts = min(config.recurring or config.experiences, config.experiences)
@@ -112,7 +111,7 @@ class DriftStream:
                 drifts = self._create_drifts()
         self._members = [d.members for d in drifts if type(d).members is not Drift.members]
         self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
-        gradual = config.transition == "gradual"
+        gradual = config.transition_fraction > 0
         self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
         """Whether a row of an experience still comes from the concept before."""
         self._sorted: tuple[object, Ids] = (None, np.empty(0, dtype=np.int64))  # of one experience
@@ -121,6 +120,7 @@ class DriftStream:
             sequential=own.sequential,
             live_seconds=own.live_seconds,
             replaces=any(split.info.replaces for split in splits),
+            varies=any(split.info.varies for split in splits),
             unusable=sum(int((~s.usable).sum()) for s in splits if s.usable is not None),
         )
         self.experiences = [self._experience(e, *splits) for e in range(config.experiences)]
@@ -265,10 +265,14 @@ class DriftStream:
             "not one of them can be read"
         )
 
-    def _experience(self, e: int, train: Split, test: Split) -> Experience:
+    def _experience(self, e: int, train: SourceSplit, test: SourceSplit) -> Experience:
         chosen = self._members or len(self._older) or self._config.samples_per_experience
         if self.info.sequential and not chosen:
-            ids = in_runs(self._pieces(e, train))
+            parts = (slice(at, at + BLOCK) for at in range(0, len(self._train), BLOCK))
+            ids = in_runs(  # in the source's own order, never all at once
+                pack_ids(e, part.start + np.flatnonzero(self._members_of(train, e, part)))
+                for part in parts
+            )
         else:
             ids = self._shuffled(e, train)
         held_out = np.flatnonzero(self._members_of(test, e))
@@ -279,13 +283,7 @@ class DriftStream:
         name = names[e % self._concepts] if names else f"{'+'.join(self._config.drifts)} {e}"
         return Experience(e, ids, frozen(pack_ids(e, held_out, test=True)), name)
 
-    def _pieces(self, e: int, train: Split) -> Iterator[Ids]:
-        """Yield the ids of an experience in the source's own order, never all at once."""
-        for at in range(0, len(self._train), BLOCK):
-            block = slice(at, min(at + BLOCK, len(self._train)))
-            yield pack_ids(e, at + np.flatnonzero(self._members_of(train, e, block)))
-
-    def _shuffled(self, e: int, train: Split) -> Ids:
+    def _shuffled(self, e: int, train: SourceSplit) -> Ids:
         """Return the ids of an experience in stream order."""
         rng = np.random.default_rng([self._seed, _ORDER, e])
         rows = np.flatnonzero(self._members_of(train, e))
@@ -303,11 +301,12 @@ class DriftStream:
         rows |= pack_ids(e, 0)  # in place: there may be very many
         return in_runs(blocks(rows)) if self.info.sequential else frozen(rows)
 
-    def _members_of(self, split: Split, e: int, rows: slice | None = None) -> Mask:
+    def _members_of(self, split: SourceSplit, e: int, rows: slice | None = None) -> Mask:
         """Return which rows, of all or of a slice, the concept of experience e has."""
         usable, groups, labels = split.usable, split.info.groups, split.labels
-        rows = slice(0, len(split.source)) if rows is None else rows
-        mask = np.ones(rows.stop - rows.start, dtype=np.bool_)
+        n = len(split.source)
+        rows = slice(0, n) if rows is None else rows
+        mask = np.ones(min(rows.stop, n) - rows.start, dtype=np.bool_)
         if usable is not None:
             mask &= usable[rows]
         if groups is not None:

@@ -13,17 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
-import torch
 from packaging.requirements import Requirement
 
 from distcl.config import RunConfig
 from distcl.config.load import load_config
 from distcl.distributed.environment import adopt, check_launch
-from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
+
+if TYPE_CHECKING:  # whether torch can be imported is one of the findings
+    import torch
+
+    from distcl.distributed.runtime import Runtime
 
 Level = Literal["ok", "note", "warning", "broken"]
 
@@ -157,10 +160,10 @@ def _machine(environ: Mapping[str, str]) -> Iterator[Finding]:
     yield Finding(level, "memory", text)
     threads = environ.get("OMP_NUM_THREADS", "")
     local = environ.get("LOCAL_WORLD_SIZE", "1")
-    if threads and not (threads.isdecimal() and int(threads) > 0):
-        yield Finding("warning", "OMP_NUM_THREADS", f"'{threads}' is not a number of threads")
-    elif threads:
-        yield Finding("ok", "OMP_NUM_THREADS", threads)
+    if threads:
+        fine = threads.isdecimal() and int(threads) > 0
+        text = threads if fine else f"'{threads}' is not a number of threads"
+        yield Finding("ok" if fine else "warning", "OMP_NUM_THREADS", text)
     elif local.isdecimal() and int(local) > 1:
         advice = f"set it to {max(1, (usable or 1) // int(local))}"
         text = f"not set: {local} processes here would each use all cores; {advice}"
@@ -243,6 +246,8 @@ def examine_group(own: Sequence[Finding], out: Path = Path("runs")) -> list[Find
     they share the folder of runs, ``out``; how far clocks differ; how long collectives take.
     Collective: every process of the launch calls it, with no process group made before.
     """
+    from distcl.distributed.runtime import Runtime
+
     try:
         runtime = Runtime(RunConfig(timeout_seconds=_TIMEOUT))
     except UsageError as error:  # the same on every rank
@@ -290,10 +295,8 @@ def _shared_folder(runtime: Runtime, folder: Path) -> Finding:
     seen = runtime.gather_objects((folder / name).exists())
     if runtime.is_main:
         (folder / name).unlink()
-    blind = list(
-        dict.fromkeys(p.node for p, sees in zip(runtime.peers, seen, strict=True) if not sees)
-    )
-    if blind:
+    pairs = zip(runtime.peers, seen, strict=True)
+    if blind := list(dict.fromkeys(peer.node for peer, sees in pairs if not sees)):
         text = f"{folder} of {runtime.peers[0].node} is another folder on {', '.join(blind)}"
         return Finding("broken", "shared folder", f"{text}; put --out on a shared file system")
     return Finding("ok", "shared folder", f"all processes see {folder}")
@@ -308,6 +311,8 @@ def _clocks(runtime: Runtime) -> Finding:
 
 def _collectives(runtime: Runtime) -> Iterator[Finding]:
     """Time sums over all ranks: of 8 bytes for the latency, of 16 MiB for the bandwidth."""
+    import torch
+
     small = _seconds(runtime, torch.zeros(2, device=runtime.device), 50)
     yield Finding("ok", "latency", f"{1e6 * small:,.0f} µs for a sum of 8 bytes over all ranks")
     large = _seconds(runtime, torch.zeros(_LARGE // 4, device=runtime.device), 5)
@@ -319,6 +324,8 @@ def _collectives(runtime: Runtime) -> Iterator[Finding]:
 
 def _seconds(runtime: Runtime, tensor: torch.Tensor, times: int) -> float:
     """Return the median seconds of one sum over all ranks, as rank 0 sees it."""
+    import torch
+
     taken = []
     for _ in range(times + 2):
         begun = time.perf_counter()

@@ -21,19 +21,11 @@ FIRST_PORT, PORTS = 20_000, 10_000
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
-# rank, size, rank within the node, size within the node: Open MPI, MPICH and Intel, MVAPICH, PALS
+# rank, size, rank within the node, size within the node: Open MPI, MVAPICH, MPICH and Intel, PALS
 _MPI = (
-    (
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    (
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        "MV2_COMM_WORLD_LOCAL_RANK",
-        "MV2_COMM_WORLD_LOCAL_SIZE",
+    *(
+        tuple(f"{mpi}_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+        for mpi in ("OMPI", "MV2")
     ),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("PMI_RANK", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
@@ -66,11 +58,6 @@ def rank_of(environ: Mapping[str, str]) -> int:
         if environ.get(name, "").isdecimal():
             return int(environ[name])
     return 0
-
-
-def detect(environ: Mapping[str, str]) -> Launch:
-    """Read what started this process; see :func:`adopt`, which also makes others see it."""
-    return adopt(dict(environ))
 
 
 def adopt(environ: MutableMapping[str, str]) -> Launch:
@@ -243,12 +230,7 @@ def check_launcher(
         ("MIXED_PRECISION", "run.precision", run.precision, "no"),
         ("GRADIENT_ACCUMULATION_STEPS", "training.accumulate", str(training.accumulate), "1"),
         ("GRADIENT_CLIPPING", "training.clip_norm", str(training.clip_norm), "none"),
-        (
-            "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
-            "parallel.offload_optimizer",
-            device,
-            "none",
-        ),
+        ("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "parallel.offload_optimizer", device, "none"),
     ):
         asked = environ.get(f"ACCELERATE_{option}", default).lower()
         if asked not in (default, value, "auto"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -154,22 +154,14 @@ class Runtime:
             return mine
         each = each or -(-n // self.world_size)
         if each <= _GATHERED:
-            return self._gathered(mine, each)[:n]
+            return _gathered(mine, each, self.world_size)[:n]
         out = mine.new_empty((n, *mine.shape[1:]))
         for start in range(0, each, _GATHERED):  # only the result is to be large
             size = min(_GATHERED, each - start)
-            every = self._gathered(mine[start : start + size], size)
+            every = _gathered(mine[start : start + size], size, self.world_size)
             for rank in range(self.world_size):
                 begin, end = (min(rank * each + at, n) for at in (start, start + size))
                 out[begin:end] = every[rank * size : rank * size + end - begin]
-        return out
-
-    def _gathered(self, mine: torch.Tensor, each: int) -> torch.Tensor:
-        """Return [each · W, ...]: every rank's rows, zeros after those that it has not."""
-        padded = mine.new_zeros((each, *mine.shape[1:]))
-        padded[: len(mine)] = mine
-        out = mine.new_empty((each * self.world_size, *mine.shape[1:]))
-        dist.all_gather_single(out, padded)
         return out
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
@@ -225,6 +217,11 @@ class Runtime:
 
     # -- the end -----------------------------------------------------------------------------
 
+    def on_failure(self, tell: Callable[[Cause], None], note: Callable[[Cause], None]) -> None:
+        """Set who is told, on this rank, that another failed, and who notes it first. Local."""
+        if self.relay is not None:
+            self.relay.tell, self.relay.note = tell, note
+
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Run the body such that an exception on any rank ends all ranks with its cause.
@@ -263,6 +260,15 @@ class Runtime:
         if dist.is_initialized():
             _left.append(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+def _gathered(mine: torch.Tensor, each: int, world_size: int) -> torch.Tensor:
+    """Return [each · W, ...]: every rank's rows, zeros after those that it has not. Collective."""
+    padded = mine.new_zeros((each, *mine.shape[1:]))
+    padded[: len(mine)] = mine
+    out = mine.new_empty((each * world_size, *mine.shape[1:]))
+    dist.all_gather_single(out, padded)
+    return out
 
 
 def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -16,9 +16,8 @@ import base64
 import importlib.metadata
 import math
 import zlib
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from random import Random
 from statistics import fmean
@@ -36,17 +35,29 @@ Direction = Literal["up", "both"]
 """Which changes count: rises of the metric (the model got worse), or rises and falls."""
 
 
-class RiverDetector(ABC):
+Rises = Callable[[Any, float], Callable[[], bool]]
+"""Called with a detector of river's before a value that it takes; the result, called if the value
+made it fire, tells whether the metric rose."""
+
+
+class RiverDetector:
     """One of river's detectors, with a direction and a state that can be saved.
 
     kind: the class in river; options: the direction, and what a ``kind`` is made with beside
-    ``more``; saved with the state.
+    ``more``; saved with the state. rises: None if the kind knows directions itself.
     """
 
-    name: str
-
-    def __init__(self, kind: type, options: Mapping[str, Any], **more: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: type,
+        options: Mapping[str, Any],
+        rises: Rises | None = None,
+        **more: str,
+    ) -> None:
+        self.name = name
         self._options = dict(options)
+        self._rises = rises if options["direction"] == "up" else None
         given = {key: value for key, value in options.items() if key != "direction"} | more
         self._make = partial(kind, **given)
         self._river: Any = self._make()
@@ -55,9 +66,12 @@ class RiverDetector(ABC):
         """Take the next value; True on drift. Raises DivergenceError if it is not finite."""
         if not math.isfinite(value):
             raise DivergenceError(f"the metric fed to detector '{self.name}' is {value}")
-        verdict = self._detect(float(value))
-        if self._river.drift_detected:
-            self.reset()
+        rose = self._rises(self._river, float(value)) if self._rises else lambda: True
+        self._river.update(float(value))
+        if not self._river.drift_detected:
+            return False
+        verdict = rose()
+        self.reset()
         return verdict
 
     def reset(self) -> None:
@@ -95,10 +109,6 @@ class RiverDetector(ABC):
                 f"the saved state of detector '{self.name}' is damaged: {error!r}"
             ) from error
         self._river = fresh
-
-    @abstractmethod
-    def _detect(self, value: float) -> bool:
-        """Feed river one value; whether it found a drift in a direction that counts."""
 
     def _attributes(self, river: Any) -> list[tuple[str, Any]]:
         """Return what a detector holds besides its options and methods."""
@@ -157,36 +167,16 @@ def _finite(value: Any) -> int | float:
     return number
 
 
-class _Adwin(RiverDetector):
-    name = "adwin"
-
-    def _detect(self, value: float) -> bool:
-        before = (self._river.total + value) / (self._river.width + 1)
-        self._river.update(value)
-        if not self._river.drift_detected:
-            return False
-        # The older part of the window is cut by now: what is left is the time after the change.
-        return self._options["direction"] == "both" or bool(self._river.estimation > before)
+def _adwin_rises(river: Any, value: float) -> Callable[[], bool]:
+    before = (river.total + value) / (river.width + 1)
+    # The older part of the window is cut by then: what is left is the time after the change.
+    return lambda: bool(river.estimation > before)
 
 
-class _Kswin(RiverDetector):
-    name = "kswin"
-
-    def _detect(self, value: float) -> bool:
-        before = [*self._river.window, value][-self._river.window_size :]
-        self._river.update(value)
-        if not self._river.drift_detected:
-            return False
-        # river has reduced the window to the newest values, those that differ.
-        return self._options["direction"] == "both" or fmean(self._river.window) > fmean(before)
-
-
-class _PageHinkley(RiverDetector):
-    name = "page_hinkley"
-
-    def _detect(self, value: float) -> bool:
-        self._river.update(value)
-        return bool(self._river.drift_detected)  # the direction is an option of river's own
+def _kswin_rises(river: Any, value: float) -> Callable[[], bool]:
+    before = [*river.window, value][-river.window_size :]
+    # river has reduced the window to the newest values by then, those that differ.
+    return lambda: fmean(river.window) > fmean(before)
 
 
 @checked("detector")
@@ -209,7 +199,7 @@ def adwin(
     options = dict(locals())
     from river.drift import ADWIN
 
-    return _Adwin(ADWIN, options)
+    return RiverDetector("adwin", ADWIN, options, _adwin_rises)
 
 
 @checked("detector")
@@ -238,7 +228,7 @@ def kswin(
         )
     from river.drift import KSWIN
 
-    return _Kswin(KSWIN, options)
+    return RiverDetector("kswin", KSWIN, options, _kswin_rises)
 
 
 @checked("detector")
@@ -259,7 +249,7 @@ def page_hinkley(
     options = dict(locals())
     from river.drift import PageHinkley
 
-    return _PageHinkley(PageHinkley, options, mode=direction)
+    return RiverDetector("page_hinkley", PageHinkley, options, mode=direction)
 
 
 class Ensemble:

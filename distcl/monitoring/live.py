@@ -17,32 +17,25 @@ _POLLS = 20  # looks for something new in the time that is waited
 class LiveEnd:
     """Waits for more samples of a stream with ``live_seconds``; any other stream just ends.
 
-    ``say`` takes what a person should know; ``waits`` is called at every look in vain.
-    Rank 0 looks; its word is every rank's, so that all take in the same samples.
+    ``say`` takes what a person should know. Rank 0 looks; its word is every rank's, so that all
+    take in the same samples.
     """
 
-    def __init__(
-        self,
-        stream: Stream,
-        runtime: Runtime,
-        say: Callable[[str], None] = lambda _: None,
-        waits: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, stream: Stream, runtime: Runtime, say: Callable[[str], None]) -> None:
         self._stream: Any = stream
         self._runtime = runtime
         self._say = say
-        self._waits = waits
         self._seconds = info_of(stream).live_seconds
         self.open = self._seconds > 0
         """Whether there may be more."""
 
-    def wait(self) -> Ids:
+    def wait(self, waits: Callable[[int], None]) -> Ids:
         """Return the ids of new training samples [M]; none when the stream has ended. Collective.
 
         Returns as soon as something has come, or after ``live_seconds`` in which nothing came.
+        ``waits`` is told how many looks were in vain, at each of them.
         """
-        until = time.monotonic() + self._seconds
-        told = False
+        until, looks = time.monotonic() + self._seconds, 0
         while self.open:
             more, late = self._runtime.broadcast(
                 (self._stream.arrived(), time.monotonic() > until)
@@ -53,13 +46,13 @@ class LiveEnd:
                 new: Ids = self._stream.grow(more)
                 self._say(f"[live] {len(new):,} more samples have come")
                 return new
-            self.open = not late
             if late:
+                self.open = False
                 self._say(f"[live] none came in {self._seconds:g} s: the stream has ended")
-            elif not told:
-                told = True
+                break
+            looks += 1
+            if looks == 1:
                 self._say(f"[live] waiting {self._seconds:g} s at most for more samples")
-            if self.open:
-                self._waits()
-                time.sleep(self._seconds / _POLLS)
+            waits(looks)
+            time.sleep(self._seconds / _POLLS)
         return np.empty(0, dtype=np.int64)

@@ -9,21 +9,19 @@ from math import floor
 from typing import Any
 
 import numpy as np
-import torch
 
 from distcl.config import MonitorConfig
 from distcl.data.ids import joined_ids
 from distcl.errors import ConfigError
+from distcl.monitoring.detection import DriftDetection
 from distcl.monitoring.live import LiveEnd
-from distcl.monitoring.metrics import StreamMetric, create_metric
 from distcl.sampling.draws import generator
-from distcl.training.step_loop import pack_experience, unpack_experience
+from distcl.training.stage import pack_experience, unpack_experience
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import (
     GROWING,
     WAITING,
     WATCHING,
-    Batch,
     Detector,
     Experience,
     Ids,
@@ -48,6 +46,10 @@ class _Due:
     sample: int
     ready: int
 
+    def met(self, have: int, least: int, ended: bool) -> bool:
+        """Tell whether enough samples are there; ``ended``: no more will come."""
+        return have >= least and (have > self.sample if ended else have >= self.ready)
+
 
 class Monitor:
     """Watches the stream with the model in use. Every method is collective.
@@ -66,11 +68,9 @@ class Monitor:
         self, trainer: ContinuousTrainer, detector: Detector, config: MonitorConfig, seed: int
     ) -> None:
         self.trainer = trainer
-        self.detector = detector
         self.config = config
         self.seed = seed
-        self.metric = create_metric(config, trainer.parts.stream.spec, trainer.loss_name)
-        self.metric_name = config.metric.rpartition(":")[2]
+        self.detection = DriftDetection(trainer, detector, config)
         self.experiences: list[Experience] = []
         self.untrained: list[Experience] = []
         """Experiences of the stream of which no round has had a sample, known at the end."""
@@ -82,29 +82,22 @@ class Monitor:
         self.measured = 0
         """Samples of the stream whose metric the detector has been fed, or that it skips."""
         self._order = joined_ids([e.train for e in trainer.parts.stream.experiences])
-        self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime, self._say, self._wait)
+        self._live = LiveEnd(trainer.parts.stream, trainer.parts.runtime, self._say)
         self._pretrained_on = 0  # samples of the stream, all labelled, before watching begins
         self._last_round = 0  # samples of the stream that rounds have learned from, or let pass
         self._quiet_until = 0  # the sample from which on the detector may fire
-        self._reference = self._order[:0]  # what the metric compares samples with
         self._due: _Due | None = None
-        self._begun = self._waiting = False
+        self._begun = False
 
     def run(self) -> None:
         """Watch the whole stream; a round on every drift, unless labels never come."""
         if self.config.label_delay < 0:
             self._say("labels never come (monitor.label_delay = -1): drifts start no rounds")
-        self._pretrain()
         self._watch(rounds=self.config.label_delay >= 0)
-        self._look_back()
 
     def detect(self) -> None:
         """Watch the whole stream and only note drifts."""
-        self._pretrain()
         self._watch(rounds=False)
-        self._look_back()
-
-    # -- parts of the loop ---------------------------------------------------------------------
 
     def _pretrain(self) -> None:
         if self._begun:
@@ -118,7 +111,7 @@ class Monitor:
                 self._form(self._order[:known])
             self.trainer.pretrain(self.experiences[0])
             self.trainer.evaluate(self.experiences, seen=1)
-        elif type(self.metric).begin is not StreamMetric.begin:
+        elif self.detection.compares:
             known, warmup = warmup, 0
             if not 2 <= known <= len(self._order):
                 raise ConfigError(
@@ -128,32 +121,33 @@ class Monitor:
                 )
         self.watched = self.measured = self._pretrained_on = self._last_round = known
         self._quiet_until = known + warmup
-        self._compare_with(self._order[:known])
+        self.detection.compare_with(self._order[:known])
         self._begun = True
         self.trainer.loop.keeper.round_ended()
 
-    def _compare_with(self, ids: Ids) -> None:
-        self._reference = ids
-        if len(ids):
-            self.metric.begin(self.trainer.history.source, ids)
-
     def _watch(self, rounds: bool) -> None:
         """Go through the stream. ``rounds``: drifts start rounds; else they are only noted."""
+        self._pretrain()
         if self.trainer.stage is not None:  # a resumed run goes on with its round
             self._deal_with_drift(rounds)
         self._show()
-        while self.watched < len(self._order) and not self._enough:
+        limit = self.config.max_rounds or math.inf
+        late = self.config.label_delay if self.detection.metric.needs_labels else 0
+        while self.watched < len(self._order) and len(self.trainer.rounds) < limit:
             self.watched = min(self.watched + self.config.batch_size, len(self._order))
-            fired = self._measure(self._labelled if self.metric.needs_labels else self.watched)
+            fired = self._measure(self._labelled if late else self.watched)
             if fired is not None and self._due is None:
-                self._note(fired)
+                self.drifts.append(fired + late)  # where it could be known
+                self._say(f"[drift] at stream position {fired + late}")
                 self._due = _Due(fired, fired + self.config.collect + 1)
             if self.watched == len(self._order):
-                more = self._live.wait()
+                more = self._live.wait(self._show_waiting)
                 self._order = joined_ids([self._order, more])
                 if len(more):
                     self._show()
-            if self._due is not None and self._ready(self._due, rounds):
+            have, ended = self.measured, self.watched == len(self._order)
+            have = self._labelled if rounds else have
+            if self._due is not None and self._due.met(have, self._last_round + 2, ended):
                 self._due = None
                 self._deal_with_drift(rounds)
                 self._show()
@@ -161,18 +155,17 @@ class Monitor:
                 self.trainer.loop.keeper.poll()
         if self._due is not None and rounds:
             self._say("the stream ended before labels followed its last drift: no round for it")
+        self._look_back()
 
     def _show(self) -> None:
         """Begin a new bar, as long as what is known of the stream."""
-        title = GROWING if self._live.open else WATCHING
-        self._waiting = False
-        self.trainer.parts.progress.round_begins(title, len(self._order), self.metric_name)
+        title, name = GROWING if self._live.open else WATCHING, self.detection.metric_name
+        self.trainer.parts.progress.round_begins(title, len(self._order), name)
 
-    def _wait(self) -> None:
+    def _show_waiting(self, looks: int) -> None:
         """Show that nothing is to be done, and that the run is alive."""
-        if not self._waiting:
-            self.trainer.parts.progress.round_begins(WAITING, 0, self.metric_name)
-        self._waiting = True
+        if looks == 1:
+            self.trainer.parts.progress.round_begins(WAITING, 0, self.detection.metric_name)
         self.trainer.parts.progress.step(self.watched, math.nan, 0.0)
 
     def _look_back(self) -> None:
@@ -206,16 +199,21 @@ class Monitor:
         if self.untrained:
             self._say(f"[stream] {len(self.untrained)} of its experiences never trained on")
 
-    @property
-    def _enough(self) -> bool:
-        """Whether there were as many rounds as may be."""
-        return 0 < self.config.max_rounds <= len(self.trainer.rounds)
-
     def _deal_with_drift(self, rounds: bool) -> None:
+        """Let a round learn from what is labelled, if ``rounds``; the detector begins anew."""
         if rounds:
-            self._round()
-        if self.config.reset_detector or not rounds:
-            self.detector.reset()
+            labelled = self._labelled
+            begin = max(self._last_round, labelled - self.config.window)
+            if self.trainer.stage is None:
+                experience = self._form(self._order[begin:labelled])
+                self.trainer.matrix.fill_last(self.trainer.accuracy(experience))
+            self.trainer.run_round(
+                self.experiences[-1], f"drift at {self.drifts[-1]}", held_out=self.experiences
+            )
+            self.trainer.evaluate(self.experiences, seen=len(self.experiences))
+            self._last_round = labelled
+            self.detection.compare_with(self._order[begin:labelled])
+        self.detection.detector.reset()
         self._quiet_until = self.measured + self.config.cooldown
         self.trainer.loop.keeper.round_ended()
 
@@ -226,52 +224,22 @@ class Monitor:
             return self._pretrained_on
         return max(self._pretrained_on, self.watched - self.config.label_delay)
 
-    def _ready(self, due: _Due, rounds: bool) -> bool:
-        """Tell whether a drift can be dealt with: enough samples are there, or no more will be."""
-        have = self._labelled if rounds else self.measured
-        if self.watched == len(self._order):
-            return have > due.sample and have >= self._last_round + 2
-        return have >= max(due.ready, self._last_round + 2)
-
     def _measure(self, until: int) -> int | None:
         """Feed the detector up to stream position ``until``; return where it fired, or None."""
         ids = self._order[self.measured : until]
         if len(ids) == 0:
             return None
-        values = self._values(ids)
-        fired = self._verdict(values, self._quiet_until - self.measured)
+        fired, mean = self.detection.feed(ids, self._quiet_until - self.measured)
         sample = None if fired is None else self.measured + fired
         self.measured = until
-        mean = float(values.mean())
-        self.trainer.parts.tracker.log(
-            {
-                "round": len(self.trainer.rounds),
-                "position": self.watched,
-                f"monitor/{self.metric_name}": mean,
-            },
-            self.trainer.loop.steps,
-        )
+        values = {
+            "round": len(self.trainer.rounds),
+            "position": self.watched,
+            f"monitor/{self.detection.metric_name}": mean,
+        }
+        self.trainer.parts.tracker.log(values, self.trainer.loop.steps)
         self.trainer.parts.progress.step(self.watched, mean, 0.0)
         return sample
-
-    def _note(self, sample: int) -> None:
-        """Note a drift, at the stream position at which it could be known."""
-        late = self.config.label_delay if self.metric.needs_labels else 0
-        self.drifts.append(sample + late)
-        self._say(f"[drift] at stream position {sample + late}")
-
-    def _round(self) -> None:
-        labelled = self._labelled
-        begin = max(self._last_round, labelled - self.config.window)
-        if self.trainer.stage is None:
-            experience = self._form(self._order[begin:labelled])
-            self.trainer.matrix.fill_last(self.trainer.accuracy(experience))
-        self.trainer.run_round(
-            self.experiences[-1], f"drift at {self.drifts[-1]}", held_out=self.experiences
-        )
-        self.trainer.evaluate(self.experiences, seen=len(self.experiences))
-        self._last_round = labelled
-        self._compare_with(self._order[begin:labelled])
 
     def _form(self, ids: Ids) -> Experience:
         """Make an experience of stream samples, a random share of them held out."""
@@ -287,37 +255,6 @@ class Monitor:
         self.experiences.append(experience)
         return experience
 
-    def _values(self, ids: Ids) -> torch.Tensor:
-        """Return the metric of each sample, [B], on the CPU of every rank."""
-        forward, metric = self.trainer.parts.forward, self.metric
-
-        def measure(batch: Batch) -> torch.Tensor:
-            with forward.runtime.strategy.autocast():
-                logits = forward.module(batch.x) if metric.needs_model else None
-                values = metric.measure(batch, logits)
-            if values.shape != (len(batch),):
-                raise ConfigError(
-                    f"monitor.metric = '{self.config.metric}' must return one number per sample, "
-                    f"shape [{len(batch)}], but returned {list(values.shape)}"
-                )
-            return values.to(forward.runtime.dtype)
-
-        size = self.trainer.training.eval_batch_size
-        return forward.per_batch(self.trainer.history.source, ids, size, measure).cpu()
-
-    def _verdict(self, values: torch.Tensor, quiet: int) -> int | None:
-        """Return where in the block the detector fired, after ``quiet`` samples, or None."""
-        runtime = self.trainer.parts.runtime
-        fired = -1
-        if runtime.is_main:
-            sign = 1 if self.metric.good == "low" else -1
-            for k, value in enumerate(values.tolist()):
-                if self.detector.update(sign * value) and k >= quiet:
-                    fired = k
-                    break
-        answer = int(runtime.all_reduce(torch.tensor(fired, device=runtime.device), "max"))
-        return answer if answer >= 0 else None
-
     def _say(self, text: str) -> None:
         if self.trainer.parts.runtime.is_main:
             log.info(text)
@@ -329,10 +266,9 @@ class Monitor:
             "experiences": [pack_experience(e) for e in self.experiences],
             "drifts": self.drifts,
             "places": {name: getattr(self, name) for name in _PLACES},
-            "reference": torch.from_numpy(self._reference.copy()),
             "due": None if self._due is None else [self._due.sample, self._due.ready],
             "begun": self._begun,
-            "detector": self.detector.state_dict(),
+            "detection": self.detection.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -341,7 +277,6 @@ class Monitor:
         self.drifts[:] = state["drifts"]
         for name, value in state["places"].items():
             setattr(self, name, value)
-        self._compare_with(state["reference"].numpy())
         self._due = None if state["due"] is None else _Due(*state["due"])
         self._begun = state["begun"]
-        self.detector.load_state_dict(state["detector"])
+        self.detection.load_state_dict(state["detection"])

@@ -11,6 +11,7 @@ from torch import nn
 
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.partition import Partition, create_partition
+from distcl.parallel.sliced_state import SavedSlices
 
 
 class Anchor:
@@ -116,6 +117,21 @@ class Anchor:
         self.older = [{n: v.clone() for n, v in old.items()} for old in state["older"]]
         self._begun = state["begun"]
         self._replaced = state["replaced"]
+
+    def load_slices(self, saved: SavedSlices) -> None:
+        """Restore my slices of what was saved on any number of ranks. Local."""
+        self.load_state_dict(_mine(saved, saved.own or saved.states[0]))
+
+
+def _mine(saved: SavedSlices, state: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """Return my slices of an anchor's ``state``, which lies under ``keys``. Local."""
+    replaced = state.get("replaced")
+    return {
+        "theta_star": saved.cut(*keys, "theta_star"),
+        "older": [saved.cut(*keys, "older", k) for k in range(len(state["older"]))],
+        "begun": state["begun"],
+        "replaced": replaced and _mine(saved, replaced, *keys, "replaced"),
+    }
 
 
 def _copy(view: torch.Tensor, device: torch.device) -> torch.Tensor:

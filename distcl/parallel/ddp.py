@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,8 @@ from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
 from distcl.parallel.flat_shards import Whole, cut_by_dtype, deliver, flattened
-from distcl.parallel.partition import (
-    BasePartition,
-    Fetch,
-    OptimizerState,
-    PlainState,
-    read_state,
-)
+from distcl.parallel.partition import Partition
+from distcl.parallel.sliced_state import Fetch, Stepped
 from distcl.parallel.strategy import MakeOptimizer, Strategy, trainable
 from distcl.types import PyTree
 
@@ -166,7 +162,7 @@ def always_uses_all(model: nn.Module) -> bool:
     return all(type(module).__module__.startswith(own) for module in model.modules())
 
 
-class Replicated(BasePartition):
+class Replicated(Partition):
     """Whole weights on every rank (DDP, a plain process); each owns 1/W of them."""
 
     def __init__(self, runtime: Runtime, module: nn.Module) -> None:
@@ -185,26 +181,8 @@ class Replicated(BasePartition):
         self._whole.load(fetch)
         self._rest.load(fetch)
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
-        """My slices of what has a parameter's shape, copies not taken. Local."""
-
-        def own(name: str, value: torch.Tensor) -> torch.Tensor:
-            return flattened(name, value)[slice(*self._spans[name])]
-
-        return read_state(optimizer, self._parameters, own, self._spans)
-
-    def load_optimizer_state(
-        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
-    ) -> None:
-        """Restore whole states on every rank. Local."""
-        for name, parameter in self._parameters.items():
-            if name not in plain:
-                continue
-            state = {key: value.clone() for key, value in plain[name].items()}
-            for key, read in fetch.items():
-                state[key] = torch.empty_like(parameter)
-                flattened(name, state[key]).copy_(read(name, 0, parameter.numel()))
-            optimizer.state[parameter] = state
+    def _stepped(self) -> dict[str, Stepped]:
+        return {n: Stepped(p, partial(flattened, n), 0) for n, p in self._parameters.items()}
 
     def grads(self) -> dict[str, torch.Tensor]:
         """My slices of the gradients, live views."""
@@ -248,9 +226,8 @@ class Replicated(BasePartition):
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad += values.view(parameter.shape)
 
-        dtypes = {name: p.dtype for name, p in self._parameters.items()}
         sizes = {name: p.numel() for name, p in self._parameters.items()}
-        deliver(self._runtime, dtypes, sizes, grads, owners, add)
+        deliver(self._runtime, sizes, grads, owners, add)
 
     def scale_grads_(self, factor: torch.Tensor) -> None:
         """Multiply every gradient. Local."""

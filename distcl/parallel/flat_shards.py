@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -41,15 +40,6 @@ def flattened(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return data.as_strided((data.numel(),), (1,), data.storage_offset())
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One tensor's place [start, stop) in the flat index space."""
-
-    name: str
-    start: int
-    stop: int
-
-
 class Cut:
     """Tensors of one dtype in a flat index space that is cut into W equal ranges.
 
@@ -67,13 +57,13 @@ class Cut:
         """Lay tensors of the given ``sizes`` end to end, or at ``starts``; ``each``: the range."""
         self._runtime = runtime
         self.dtype = dtype
-        self._pieces: list[_Piece] = []
+        self._places: dict[str, tuple[int, int]] = {}  # [start, stop) in the flat index space
         at = 0
         for name, size in sizes.items():
             at = at if starts is None else starts[name]
-            self._pieces.append(_Piece(name, at, at + size))
+            self._places[name] = at, at + size
             at += size
-        self._total = max((piece.stop for piece in self._pieces), default=0)
+        self._total = max((stop for _, stop in self._places.values()), default=0)
         self._each = each or -(-self._total // runtime.world_size)
         self.names = list(sizes)
         self.mine = {n: (a, b) for n, a, b, _ in self._overlaps(runtime.rank, 0, self._each)}
@@ -82,10 +72,10 @@ class Cut:
         """Yield (name, a, b, offset): [at, at+size) of a rank's range has name[a:b] at offset."""
         lo = rank * self._each + at
         hi = min(lo + size, self._total)
-        for piece in self._pieces:
-            a, b = max(lo, piece.start), min(hi, piece.stop)
+        for name, (start, stop) in self._places.items():
+            a, b = max(lo, start), min(hi, stop)
             if a < b:
-                yield piece.name, a - piece.start, b - piece.start, a - lo
+                yield name, a - start, b - start, a - lo
 
     def spread(self, take: Take, write: Write) -> None:
         """Send every rank's range to all ranks, bucket by bucket. Collective."""
@@ -167,9 +157,7 @@ class Whole:
             return given
 
         mine = self.owned()
-        with torch.no_grad():
-            for cut in self.cuts:
-                cut.spread(take, self.write)
+        self._spread(take)
 
     def put(self, slices: Mapping[str, torch.Tensor]) -> None:
         """Fill the tensors from the slices of all ranks. Collective."""
@@ -177,9 +165,15 @@ class Whole:
         def take(name: str, a: int, b: int) -> torch.Tensor:
             return slices[name][a:b].to(self.tensors[name].device)
 
+        self._spread(take)
+
+    def _spread(self, take: Take) -> None:
         with torch.no_grad():
             for cut in self.cuts:
-                cut.spread(take, self.write)
+                cut.spread(take, self._write)
+
+    def _write(self, name: str, a: int, b: int, values: torch.Tensor) -> None:
+        flattened(name, self.tensors[name])[a:b] = values
 
     def copies(self) -> dict[str, torch.Tensor]:
         """Return whole copies of the tensors. Local."""
@@ -200,10 +194,6 @@ class Whole:
                 if part is not None:
                     mine[name] = part
         return mine
-
-    def write(self, name: str, a: int, b: int, values: torch.Tensor) -> None:
-        """Set elements [a, b) of a tensor. Local."""
-        flattened(name, self.tensors[name])[a:b] = values
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -230,7 +220,6 @@ def average_buffers(runtime: Runtime, buffers: Mapping[str, torch.Tensor]) -> No
 
 def deliver(
     runtime: Runtime,
-    dtypes: Mapping[str, torch.dtype],
     sizes: Mapping[str, int],
     grads: Mapping[str, torch.Tensor],
     owners: Mapping[str, int],
@@ -238,22 +227,22 @@ def deliver(
 ) -> None:
     """Broadcast whole tensors from their owners, a bucket at a time; see ``add_full_grads_``.
 
-    ``add(name, values)`` receives each on every rank, 1-D. Collective.
+    ``add(name, values)`` receives each on every rank, 1-D, in the model's dtype. Collective.
     """
-    buckets: dict[tuple[int, torch.dtype], list[list[str]]] = {}
+    buckets: dict[int, list[list[str]]] = {}
     for name, owner in owners.items():
-        given = buckets.setdefault((owner, dtypes[name]), [[]])
+        given = buckets.setdefault(owner, [[]])
         filled = sum(sizes[n] for n in given[-1])
         if given[-1] and filled + sizes[name] > BUCKET_ELEMENTS:
             given.append([])
         given[-1].append(name)
-    for (owner, dtype), given in buckets.items():
+    for owner, given in buckets.items():
         for names in given:
             lengths = [sizes[n] for n in names]
             if owner == runtime.rank:
-                bucket = torch.cat([grads[n].reshape(-1).to(dtype) for n in names])
+                bucket = torch.cat([grads[n].reshape(-1).to(runtime.dtype) for n in names])
             else:
-                bucket = torch.empty(sum(lengths), dtype=dtype, device=runtime.device)
+                bucket = torch.empty(sum(lengths), dtype=runtime.dtype, device=runtime.device)
             if runtime.world_size > 1:
                 dist.broadcast(bucket, owner)
             for name, values in zip(names, torch.split(bucket, lengths), strict=True):
@@ -261,8 +250,8 @@ def deliver(
 
 
 @contextmanager
-def restoring(runtime: Runtime, restore: Callable[[bool], None]) -> Iterator[None]:
-    """Run ``restore(raised)`` (collective) after the body, also if it raises on all ranks.
+def restoring(runtime: Runtime, restore: Callable[[], None]) -> Iterator[None]:
+    """Run ``restore`` (collective) after the body, also if it raises on all ranks.
 
     If it raises on some ranks only, the others are elsewhere, maybe in a forward that gathers: then
     nothing can be restored together, and the exception goes on to end the run.
@@ -271,8 +260,8 @@ def restoring(runtime: Runtime, restore: Callable[[bool], None]) -> Iterator[Non
         yield
     except BaseException as error:
         if runtime.all_raised():
-            restore(True)
+            restore()
         else:
             error.add_note("weights were not put back: other ranks did not raise")
         raise
-    restore(False)
+    restore()

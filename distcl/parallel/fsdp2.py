@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,14 +23,9 @@ from torch.distributed.fsdp import (
 
 from distcl.config import ParallelConfig, RunConfig, TrainingConfig
 from distcl.distributed.runtime import Runtime
-from distcl.parallel.partition import (
-    EqualShards,
-    Fetch,
-    OptimizerState,
-    PlainState,
-    read_state,
-    squaring,
-)
+from distcl.parallel.gradients import squaring
+from distcl.parallel.partition import EqualShards
+from distcl.parallel.sliced_state import Fetch, Stepped
 from distcl.parallel.strategy import (
     MakeOptimizer,
     Strategy,
@@ -66,13 +61,9 @@ class FSDP2(Strategy):
         device = self.accelerator.device
         model = model.float()
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        half = torch.bfloat16 if self.precision == "bf16" else None
-        inner = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
-        outer = MixedPrecisionPolicy(
-            param_dtype=half,
-            reduce_dtype=inner.reduce_dtype,
-            output_dtype=torch.float32 if half else None,
-        )
+        half, full = (torch.bfloat16, torch.float32) if self.precision == "bf16" else (None, None)
+        inner = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full)
+        outer = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=full, output_dtype=full)
         offload = OffloadPolicy()
         if self.parallel.offload_optimizer:
             offload = CPUOffloadPolicy(pin_memory=device.type == "cuda")
@@ -167,23 +158,9 @@ class FullySharded(EqualShards):
                 shard.copy_(fetch(name, *self._spans[name]))
         self._rest.load(fetch)
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
-        """My shards of what has a parameter's shape. Local."""
-        return read_state(optimizer, self._parameters, lambda _, value: _local(value), self._spans)
-
-    def load_optimizer_state(
-        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
-    ) -> None:
-        """Restore the states of my shards. Local."""
-        for name, parameter in self._parameters.items():
-            if name not in plain:
-                continue
-            state = {key: value.clone() for key, value in plain[name].items()}
-            for key, read in fetch.items():
-                state[key] = torch.zeros_like(parameter, requires_grad=False)
-                if name in self._spans:
-                    _local(state[key]).copy_(read(name, *self._spans[name]))
-            optimizer.state[parameter] = state
+    def _stepped(self) -> dict[str, Stepped]:
+        starts = {name: self._spans.get(name, (0, 0))[0] for name in self._parameters}
+        return {n: Stepped(p, _local, starts[n]) for n, p in self._parameters.items()}
 
     # -- gradients -----------------------------------------------------------------------------
 
@@ -214,8 +191,15 @@ class FullySharded(EqualShards):
 
     # -- other weights -------------------------------------------------------------------------
 
-    def _recover(self) -> None:
-        self._units[0].reset_iter_state()  # of the root
+    @contextmanager
+    def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
+        """Exchange the shards with ``slices``. Collective."""
+        with super().swapped(slices):
+            try:
+                yield
+            except BaseException:  # it has cut a forward short
+                self._units[0].reset_iter_state()  # of the root
+                raise
 
     def _exchange(self, slices: dict[str, torch.Tensor], back: bool) -> None:
         with torch.inference_mode(False), torch.no_grad():

@@ -50,6 +50,14 @@ class ShardedForward:
         self.criterion = criterion
         self.forwards = 0
 
+    def state_dict(self) -> int:
+        """Return the count."""
+        return self.forwards
+
+    def load_state_dict(self, state: int) -> None:
+        """Restore it."""
+        self.forwards = state
+
     def mine(self, ids: Ids, size: int) -> Ids:
         """Return the part of ``ids`` that lies in this rank's chunks. Local."""
         lo, hi = self.runtime.share(-(-len(ids) // size))

@@ -98,7 +98,11 @@ class Strategy(ABC):
         stands_in: Callable[[], bool],
         all_reduce: Callable[..., torch.Tensor],
     ) -> AbstractContextManager[None]:
-        """See ``Runtime.only_used``; most give every parameter a gradient at each step."""
+        """Return the context of a step in which some rank's forward may have had no sample.
+
+        Parameters that no rank's forward of a sample used have no gradient afterwards, where models
+        may branch; ``stands_in``: whether the last forward was of none. Collective.
+        """
         return nullcontext()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027 most have none

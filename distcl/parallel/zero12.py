@@ -8,22 +8,26 @@ buffers are cut as under DDP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from distcl.distributed.runtime import Runtime
-from distcl.parallel import deepspeed_state
-from distcl.parallel.deepspeed_state import Place, read_flat_state, write_flat_state
 from distcl.parallel.flat_shards import Cut, Whole, cut_by_dtype
-from distcl.parallel.partition import BasePartition, Fetch, OptimizerState, PlainState
+from distcl.parallel.partition import Partition
+from distcl.parallel.sliced_state import Fetch, Stepped
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+Place = tuple[int, int, int]
+"""(group, start, stop): elements of the flat tensor of a group, of this rank."""
 
-class Zero12(BasePartition):
+
+class Zero12(Partition):
     """The partition of a DeepSpeed engine of stage 1 or 2."""
 
     def __init__(self, runtime: Runtime, engine: DeepSpeedEngine) -> None:
@@ -32,7 +36,7 @@ class Zero12(BasePartition):
         names = {id(p): name for name, p in self._parameters.items()}
         self._place: dict[str, Place] = {}
         cuts: list[Cut] = []
-        for i, (parameters, buffer) in enumerate(deepspeed_state.groups(self._zero)):
+        for i, (parameters, buffer) in enumerate(groups(self._zero)):
             starts = {
                 names[id(p)]: int(p.storage_offset() - buffer.storage_offset()) for p in parameters
             }
@@ -51,8 +55,8 @@ class Zero12(BasePartition):
 
     def _slices(self) -> dict[str, torch.Tensor]:
         """My slices, of the float32 master weights where there are any."""
-        masters = deepspeed_state.masters(self._zero)
-        trained = {n: masters[i][a:b] for n, (i, a, b) in self._place.items()}
+        flats = masters(self._zero)
+        trained = {n: flats[i][a:b] for n, (i, a, b) in self._place.items()}
         mine = {**trained, **self._frozen.owned()}
         return {name: mine[name] for name in self._parameters if name in mine}
 
@@ -68,26 +72,21 @@ class Zero12(BasePartition):
         """Replace weights, masters and buffers. Local."""
         for whole in (self._trained, self._frozen, self._rest):
             whole.load(fetch)
-        masters = deepspeed_state.masters(self._zero)
+        flats = masters(self._zero)
         for name, (group, a, b) in self._place.items():
-            masters[group][a:b] = fetch(name, *self._spans[name]).to(masters[group])
+            flats[group][a:b] = fetch(name, *self._spans[name]).to(flats[group])
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
-        """My slices of what the optimizer keeps for the masters. Local."""
-        flats = deepspeed_state.master_parameters(self._zero)
-        return read_flat_state(optimizer, flats, self._place)
-
-    def load_optimizer_state(
-        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
-    ) -> None:
-        """Restore what the optimizer keeps for the masters. Local."""
-        flats = deepspeed_state.master_parameters(self._zero)
-        write_flat_state(optimizer, flats, self._place, self._spans, fetch, plain)
+    def _stepped(self) -> dict[str, Stepped]:
+        flats = master_parameters(self._zero)
+        return {
+            name: Stepped(flats[i], itemgetter(slice(a, b)), self._spans[name][0])
+            for name, (i, a, b) in self._place.items()
+        }
 
     def grads(self) -> dict[str, torch.Tensor]:
         """My slices of the gradients as the optimizer will get them."""
         return {
-            name: deepspeed_state.gradient(self._zero, self._parameters[name], place)
+            name: gradient(self._zero, self._parameters[name], place)
             for name, place in self._place.items()
         }
 
@@ -104,6 +103,44 @@ class Zero12(BasePartition):
         whole = torch.zeros(tensor.numel(), dtype=torch.float32, device=tensor.device)
         if name in self._place:
             group, a, b = self._place[name]
-            master = deepspeed_state.masters(self._zero)[group][a:b]
+            master = masters(self._zero)[group][a:b]
             whole[slice(*self._spans[name])] = master.to(tensor.device)
         return self._runtime.all_reduce(whole).view(tensor.shape)
+
+
+# Where DeepSpeed's optimizers keep weights and gradients.
+
+
+def groups(zero: Any) -> Iterator[tuple[list[nn.Parameter], torch.Tensor]]:
+    """Yield each group's parameters and the flat buffer whose views they are. Local."""
+    if hasattr(zero, "bit16_groups"):
+        yield from zip(zero.bit16_groups, zero.bit16_groups_flat, strict=True)
+    else:  # ZeRO-1 in bf16
+        yield from zip(zero.bf16_groups, zero.bf16_groups_flat, strict=True)
+
+
+def master_parameters(zero: Any) -> list[torch.Tensor]:
+    """Return what the optimizer inside steps: each group's range of this rank, float32. Local."""
+    if hasattr(zero, "single_partition_of_fp32_groups"):
+        return list(zero.single_partition_of_fp32_groups)
+    return list(zero.fp32_groups_flat_partition)
+
+
+def masters(zero: Any) -> list[torch.Tensor]:
+    """Return :func:`master_parameters` as plain tensors, 1-D, live. Local."""
+    return [flat.detach() for flat in master_parameters(zero)]
+
+
+def gradient(zero: Any, parameter: nn.Parameter, place: Place) -> torch.Tensor:
+    """Return this rank's slice of a parameter's averaged gradient, 1-D, live. Local."""
+    group, start, stop = place
+    if hasattr(zero, "fp32_groups_gradient_flat_partition"):  # ZeRO-1 in bf16
+        partition: torch.Tensor = zero.fp32_groups_gradient_flat_partition[group]
+        return partition[start:stop]
+    if zero.cpu_offload:
+        partition = zero.single_partition_of_fp32_groups[group].grad
+        return partition[start:stop]
+    fragment: torch.Tensor = parameter._hp_mapping.get_lp_grad_fragment(  # type: ignore[attr-defined]
+        parameter._index_in_param_group  # type: ignore[attr-defined]
+    )
+    return fragment.view(-1)

@@ -9,17 +9,20 @@ goes on with those of the anchor. Buffers lie whole on every rank and are cut as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed.runtime.zero import parameter_offload
 
 from distcl.distributed.runtime import Runtime
-from distcl.parallel.deepspeed_state import Place, read_flat_state, write_flat_state
 from distcl.parallel.flat_shards import BUCKET_ELEMENTS
-from distcl.parallel.partition import EqualShards, Fetch, OptimizerState, PlainState, squaring
+from distcl.parallel.gradients import squaring
+from distcl.parallel.partition import EqualShards
+from distcl.parallel.sliced_state import Fetch, Stepped
+from distcl.parallel.zero12 import Place
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -66,19 +69,13 @@ class Zero3(EqualShards):
             self._gather_residents()
         self._rest.load(fetch)
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
-        """My shards of what the optimizer keeps for the masters. Local."""
-        return read_flat_state(optimizer, self._zero.fp32_partitioned_groups_flat, self._places())
-
-    def load_optimizer_state(
-        self, optimizer: torch.optim.Optimizer, fetch: Mapping[str, Fetch], plain: PlainState
-    ) -> None:
-        """Restore what the optimizer keeps for the masters. Local."""
+    def _stepped(self) -> dict[str, Stepped]:
         flats = self._zero.fp32_partitioned_groups_flat
-        write_flat_state(optimizer, flats, self._places(), self._spans, fetch, plain)
-
-    def _places(self) -> dict[str, Place]:
-        return {name: place for name, place in self._place.items() if name in self._spans}
+        return {
+            name: Stepped(flats[i], itemgetter(slice(a, b)), self._spans[name][0])
+            for name, (i, a, b) in self._place.items()
+            if name in self._spans
+        }
 
     def _shard(self, name: str) -> torch.Tensor:
         """Return what forwards gather, without padding."""

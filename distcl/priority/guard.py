@@ -10,7 +10,7 @@ import numpy as np
 from distcl.data.ids import among
 from distcl.distributed.runtime import Runtime
 from distcl.priority.round_weights import RoundWeights
-from distcl.priority.weighting import WHOLE, Sums, Weights
+from distcl.priority.weighting import WeightVector
 from distcl.types import Ids
 
 LOW_ESS = 0.4
@@ -29,10 +29,10 @@ HeldOut = Sequence[tuple[Ids, float | None]]
 held-out ones, None where it was not measured."""
 
 
-def aim(ids: Ids, weights: Weights, held_out: HeldOut, over: Sums = WHOLE) -> float | None:
-    """Return how the draws aim at what is wrong on held-out data; collective if ``over`` is.
+def aim(weights: WeightVector, held_out: HeldOut) -> float | None:
+    """Return how the draws aim at what is wrong on held-out data. Collective over slices.
 
-    With m_e the share of the weights [N] on experience e, s_e its share of the samples and r_e its
+    With m_e the share of the weights on experience e, s_e its share of the samples and r_e its
     held-out error: sum m_e r_e / sum s_e r_e - 1. Above 0, draws prefer experiences of more error;
     below, they prefer those that are learned already, and uniform draws are better. 0 for uniform
     weights; None of fewer than two experiences, without any error, or if none of theirs is drawn.
@@ -42,9 +42,9 @@ def aim(ids: Ids, weights: Weights, held_out: HeldOut, over: Sums = WHOLE) -> fl
     for members, error in held_out:
         if error is None:
             continue
-        inside = among(ids, members)
-        chosen = np.where(inside, weights, 0.0), inside.astype(np.float64)
-        of = np.array([over.total(part) for part in chosen])
+        inside = among(weights.ids, members)
+        chosen = np.where(inside, weights.held, 0.0), inside.astype(np.float64)
+        of = np.array([weights.sum(part) for part in chosen])
         known += bool(of[1])
         mass, share, total = mass + error * of[0], share + error * of[1], total + of
     if known < 2 or share <= 0 or total[0] <= 0:
@@ -92,18 +92,14 @@ class Judgement:
     """Whether the round is to be drawn uniformly instead."""
 
 
-def judge(
-    runtime: Runtime, auto: bool, weights: RoundWeights, history: Ids, held_out: HeldOut
-) -> Judgement:
+def judge(runtime: Runtime, auto: bool, weights: RoundWeights, held_out: HeldOut) -> Judgement:
     """Judge a round's weights by themselves and by held-out data. Collective.
 
     ``auto``: doubts make the round uniform. The verdict is rank 0's.
     """
     if not weights.parts:
         return Judgement()
-    aimed = None
-    if weights.history is not None:
-        _, stored = weights.held(history, history)
-        aimed = aim(stored, weights.history, held_out, weights.over[1])
+    stored = weights.parts.get("hist")
+    aimed = None if stored is None else aim(stored, held_out)
     found = doubts(weights.report, aimed)
     return runtime.broadcast(Judgement(aimed, found, auto and bool(found)))

@@ -1,26 +1,20 @@
-"""Samples dealt out by lanes: each rank holds its own, and sums over all that all ranks hold."""
+"""Samples dealt out by lanes: each rank holds its own."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from distcl.data.ids import BLOCK, IdIndex, blocks
+from distcl.data.ids import BLOCK, blocks
 from distcl.distributed.runtime import Runtime
-from distcl.priority.weighting import Of, summed
+from distcl.priority.weighting import Array, Reduce, Slices
 from distcl.types import Ids, frozen, unpack_ids
 
 LanesOf = Callable[[Ids, int], Ids]
 """(ids [N], lanes) -> the lane of each, int64 [N]."""
-Array = npt.NDArray[Any]
-Reduce = Callable[[Array, str], Array]
-"""(values, sum or max) -> the same over all ranks. Collective."""
 
 
 class Dealer:
@@ -106,82 +100,3 @@ class Dealer:
     def _owner(self, ids: Ids) -> Ids:
         owner: Ids = self._lanes_of(ids, self.lanes) * self.world_size // self.lanes
         return owner
-
-
-@dataclass(frozen=True, eq=False)
-class Slices:
-    """The samples of some ids that this rank holds, and how many of them each rank's runs have.
-
-    A run is what one experience has in one lane; runs are numbered over all ranks, lane by lane.
-    Arrays [n] beside ``ids`` [n] are summed over all ranks by :meth:`total` and its like (see
-    :class:`distcl.priority.weighting.Sums`): run by run, and a run lies on one rank, so that no sum
-    depends on the number of ranks. Collective.
-    """
-
-    ids: Ids
-    """This rank's, int64 [n], in order of run, then of id."""
-    sizes: Ids
-    """How many of ``ids`` are in each run, int64 [R]; 0 for other ranks' runs."""
-    everyones: Ids
-    """The same over all ranks, int64 [R]."""
-    lanes: Ids
-    """The lane of each run, int64 [R]."""
-    reduce: Reduce
-
-    def runs(self) -> Iterator[tuple[int, slice]]:
-        """Yield (number of the run, its place in ``ids``) of this rank's runs. Local."""
-        end = 0
-        for run in np.flatnonzero(self.sizes).tolist():
-            begin, end = end, end + int(self.sizes[run])
-            yield run, slice(begin, end)
-
-    def pieces(self, size: int) -> list[Ids]:
-        """Return ``ids`` lane by lane in chunks of ``size``, a lane's last one smaller. Local."""
-        found, end = [], 0
-        for lane in np.unique(self.lanes).tolist():
-            begin, end = end, end + int(self.sizes[self.lanes == lane].sum())
-            found += [self.ids[at : min(at + size, end)] for at in range(begin, end, size)]
-        return found
-
-    def number(self, _: Array | None = None) -> int:
-        """Return how many samples all ranks hold. Local."""
-        return int(self.everyones.sum())
-
-    def total(self, values: Array, of: Of | None = None) -> float:
-        """Return the sum of values [n], or of a function ``of`` them, over all ranks. Collective.
-
-        In float64.
-        """
-        sums = np.zeros(len(self.sizes))
-        for run, place in self.runs():
-            sums[run] = summed(values[place], of)
-        return float(self.reduce(sums, "sum").sum())
-
-    def largest(self, values: Array) -> float:
-        """Return the largest of values [n] over all ranks, -inf of none. Collective."""
-        mine = np.array([values.max(initial=-math.inf)], dtype=np.float64)
-        return float(self.reduce(mine, "max")[0])
-
-    def smallest(self, values: Array) -> float:
-        """Return the smallest of values [n] over all ranks, inf of none. Collective."""
-        mine = np.array([-values.min(initial=math.inf)], dtype=np.float64)
-        return -float(self.reduce(mine, "max")[0])
-
-    def count(self, mask: npt.NDArray[np.bool_]) -> int:
-        """Return how many of a mask [n] are true over all ranks. Collective."""
-        return int(self.reduce(np.array([np.count_nonzero(mask)]), "sum")[0])
-
-    def joined(self, other: Slices) -> Slices:
-        """Return both, these first. Local."""
-        return Slices(
-            np.concatenate([self.ids, other.ids]),
-            np.concatenate([self.sizes, other.sizes]),
-            np.concatenate([self.everyones, other.everyones]),
-            np.concatenate([self.lanes, other.lanes]),
-            self.reduce,
-        )
-
-    def pick(self, ids: Ids, values: Array) -> Array:
-        """Return the values [n] of mine from values [M] of ``ids`` [M], which have them all."""
-        picked: Array = values[IdIndex(ids).locate(self.ids)[0]]
-        return picked

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -13,55 +13,55 @@ import numpy as np
 import torch
 
 from distcl.config import PriorityConfig
+from distcl.data.ids import ids_tensor, tensor_ids
 from distcl.distributed.memory import large_arrays
 from distcl.priority.online import Ledger
-from distcl.priority.population import Dealer, Slices
+from distcl.priority.population import Dealer
 from distcl.priority.scoring import Scorer
-from distcl.priority.weighting import (
-    WHOLE,
-    Of,
-    Positions,
-    Sums,
-    Weights,
-    ess_fraction,
-    shape_weights,
-    top_share,
-)
+from distcl.priority.weighting import Of, Positions, Weights, WeightVector, joined
 from distcl.types import Ids, Source, as_array, as_tensor, exact
+
+NAMES = ("cur", "hist")
+"""What the parts of a round, current data and history, are called in reports."""
+_PARTS = ("current", "history")  # and in checkpoints
 
 
 @dataclass
 class RoundWeights:
-    """Draw weights of a round; None: uniform.
+    """Draw weights of the parts of a round, current data and history; None: not known yet.
 
-    ``history`` belongs to the ids ``pool``, or to all of the history where that is None.
-    ``weighted``: whether current data, and history, are to have weights in this round; by
-    ``chosen``, their batches are chosen among candidates. ``report`` has the statistics for
-    summary.json; ``note`` is what else the log should say, or empty. ``over``, for current data and
-    history: how weights are summed; where that is a Slices, this rank has only the weights of its
-    ids.
+    A vector without values is drawn uniformly. That of history may be of a pool of it.
+    ``weighted``: whether each part is to have weights in this round; by ``chosen``, its batches are
+    chosen among candidates. ``report`` has the statistics for summary.json; ``note`` is what else
+    the log should say, or empty.
     """
 
-    current: Weights | None = None
-    history: Weights | None = None
-    pool: Ids | None = None
+    vectors: tuple[WeightVector | None, WeightVector | None] = (None, None)
     weighted: tuple[bool, bool] = (False, False)
     chosen: tuple[bool, bool] = (False, False)
-    over: tuple[Sums, Sums] = (WHOLE, WHOLE)
     report: dict[str, dict[str, float]] = field(default_factory=dict)
     note: str = ""
 
     @property
-    def parts(self) -> dict[str, tuple[Weights, Sums]]:
-        """The weights that there are, and their sums, by the name of their part in ``report``."""
-        both = zip(("cur", "hist"), (self.current, self.history), self.over, strict=True)
-        return {name: (weights, over) for name, weights, over in both if weights is not None}
+    def parts(self) -> dict[str, WeightVector]:
+        """The parts that have weights, by their name in ``report``."""
+        both = zip(NAMES, self.vectors, strict=True)
+        return {name: part for name, part in both if part is not None and part.values is not None}
 
-    def held(self, current: Ids, history: Ids) -> tuple[Ids, Ids]:
-        """Return the ids that the weights belong to, of all current ids and all of the history."""
-        mine = [over.ids if isinstance(over, Slices) else None for over in self.over]
-        stored = history if self.pool is None else self.pool
-        return current if mine[0] is None else mine[0], stored if mine[1] is None else mine[1]
+    def of(self, current: Ids, history: Ids, dealer: Dealer | None) -> RoundWeights:
+        """Return these with parts that know their samples, uniform ones too. Collective.
+
+        ``dealer``: those of this rank's lanes.
+        """
+        if dealer is None:
+            whole = zip(self.vectors, (current, history), strict=True)
+            first, second = (WeightVector(ids, None) if p is None else p for p, ids in whole)
+        elif any(part is None or part.slices is None for part in self.vectors):
+            cut = dealer.deal(current), dealer.deal(history)
+            first, second = (WeightVector(slices.ids, None, slices) for slices in cut)
+        else:
+            return self
+        return replace(self, vectors=(first, second))
 
     def lines(self) -> list[str]:
         """Return the note and the report as lines for the log."""
@@ -71,13 +71,13 @@ class RoundWeights:
             lines.append(f"[priority/{name}] {text}")
         return lines
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, history: Ids) -> dict[str, Any]:
         """Return what is the same on every rank, as tensors and plain values."""
-        cut = [isinstance(over, Slices) for over in self.over]
+        whole = [None if p is None or p.slices is not None else p for p in self.vectors]
+        pool = None if whole[1] is None or whole[1].ids is history else whole[1].ids
         return {
-            "current": None if cut[0] else as_tensor(self.current),
-            "history": None if cut[1] else as_tensor(self.history),
-            "pool": as_tensor(self.pool),
+            **{k: p and as_tensor(p.values) for k, p in zip(_PARTS, whole, strict=True)},
+            "pool": ids_tensor(pool),
             "weighted": list(self.weighted),
             "chosen": list(self.chosen),
             "report": self.report,
@@ -85,11 +85,15 @@ class RoundWeights:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> RoundWeights:
+    def from_state(cls, state: dict[str, Any], current: Ids, history: Ids) -> RoundWeights:
         """Return the weights that ``state_dict`` was called on."""
-        arrays = {name: as_array(state[name]) for name in ("current", "history", "pool")}
+        ids = current, history if state["pool"] is None else tensor_ids(state["pool"])
+        first, second = (
+            None if state[name] is None else WeightVector(some, as_array(state[name]))
+            for some, name in zip(ids, _PARTS, strict=True)
+        )
         flags: dict[str, Any] = {name: tuple(state[name]) for name in ("weighted", "chosen")}
-        return cls(**arrays, **flags, report=state["report"], note=state["note"])
+        return cls((first, second), **flags, report=state["report"], note=state["note"])
 
     def stand_down(self, note: str) -> RoundWeights:
         """Return uniform weights in place of these. Local.
@@ -113,16 +117,10 @@ class Shape:
         clamped **= self.alpha
         return clamped
 
-    def weights(
-        self, scores: Weights, ids: Ids, over: Sums = WHOLE, overwrite: bool = False
-    ) -> Weights:
-        """Return the weights [N] of scores [N]: alpha, cap, min_ess, floor, in that order.
-
-        Collective if ``over`` is. ``overwrite``: the scores need not stay.
-        """
+    def weights(self, scores: WeightVector, overwrite: bool = False) -> WeightVector:
+        """Return the weights of scores: alpha, cap, min_ess, floor, see WeightVector.shaped."""
         c = self.config
-        shaped = c.cap, c.min_ess, c.floor
-        return shape_weights(scores, self.alpha, *shaped, ids, c.min_score, over, overwrite)
+        return scores.shaped(self.alpha, c.cap, c.min_ess, c.floor, c.min_score, overwrite)
 
 
 class RoundWeighter:
@@ -175,12 +173,9 @@ class RoundWeighter:
         elif self.ledger is not None:
             self.ledger.expect(round_index, self._source, current, history)
             result = self.by_ledger(weighted, round_index, current, history)
-        elif self.dealer is not None:
-            result = self._by_lanes(self.dealer, weighted, current, history)
         else:
-            result = weigh(self.shape, self._score, *_those(weighted, current, history))
-        result.weighted, result.note = weighted, note
-        return result
+            result = self._by_scores(weighted, current, history)
+        return replace(result, weighted=weighted, note=note)
 
     def by_ledger(
         self,
@@ -195,36 +190,35 @@ class RoundWeighter:
         ``update``: which of the round's refreshes it is; 0 makes a report too. Local.
         """
         assert self.ledger is not None
-        table, size, chosen, pool = self.ledger.table, self._config.pool, None, None
+        table, size = self.ledger.table, self._config.pool
+        scored: list[WeightVector | None] = [None, None]
+        if weighted[0]:
+            scored[0] = WeightVector(current, table.read(current))
         if weighted[1] and 0 < size < len(history):
             chosen = self._pick(round_index, len(history), update * size, size)
-            pool = history[chosen]
+            scored[1] = WeightVector(history[chosen], table.read(history, chosen))
+        elif weighted[1]:
+            scored[1] = WeightVector(history, table.read(history))
+        return weigh(self.shape, scored, report=not update)
 
-        def read(ids: Ids) -> Weights:
-            return table.read(history, chosen) if ids is pool else table.read(ids)
+    def _by_scores(self, weighted: tuple[bool, bool], current: Ids, history: Ids) -> RoundWeights:
+        """Return weights by a scoring pass, over this rank's lanes if there are any. Collective."""
+        scored: list[WeightVector | None] = []
+        for ids, wanted in zip((current, history), weighted, strict=True):
+            scored.append(self._scored(ids, wanted))
+        return weigh(self.shape, scored)
 
-        those = _those(weighted, current, history)
-        return weigh(self.shape, read, *those, pool, report=not update)
-
-    def _by_lanes(
-        self, dealer: Dealer, weighted: tuple[bool, bool], current: Ids, history: Ids
-    ) -> RoundWeights:
-        """Return the weights of this rank's lanes. Collective."""
-        cut = dealer.deal(current), dealer.deal(history)
-
-        def score(mine: Ids) -> Weights:
-            ids, slices = (current, cut[0]) if mine is cut[0].ids else (history, cut[1])
-            return _float64(self.scorer.score_slices(self._source, ids, slices))
-
-        mine = _those(weighted, cut[0].ids, cut[1].ids)
-        return weigh(self.shape, score, *mine, over=cut)
-
-    def _score(self, ids: Ids) -> Weights:
-        return _float64(self.scorer.score(self._source, ids))
-
-
-def _those(weighted: tuple[bool, bool], current: Ids, history: Ids) -> tuple[Any, Any]:
-    return current if weighted[0] else None, history if weighted[1] else None
+    def _scored(self, ids: Ids, wanted: bool) -> WeightVector | None:
+        """Return the scores of what is ``wanted``; of lanes, the samples also if it is not."""
+        if self.dealer is None:
+            if not (wanted and len(ids)):
+                return None
+            return WeightVector(ids, _float64(self.scorer.score(self._source, ids)))
+        slices = self.dealer.deal(ids)
+        if not wanted or not slices.number:
+            return WeightVector(slices.ids, None, slices)
+        scores = _float64(self.scorer.score_slices(self._source, ids, slices))
+        return WeightVector(slices.ids, scores, slices)
 
 
 def _float64(scores: torch.Tensor) -> Weights:
@@ -232,87 +226,44 @@ def _float64(scores: torch.Tensor) -> Weights:
         return scores.cpu().numpy().astype(np.float64)
 
 
-def weigh(
-    shape: Shape,
-    score: Callable[[Ids], Weights],
-    current: Ids | None,
-    history: Ids | None,
-    pool: Ids | None = None,
-    *,
-    over: tuple[Sums, Sums] = (WHOLE, WHOLE),
-    report: bool = True,
-) -> RoundWeights:
-    """Score what is given and shape the scores into weights; collective if ``score`` is.
+def weigh(shape: Shape, scored: list[WeightVector | None], report: bool = True) -> RoundWeights:
+    """Shape the scores of current data and of history into weights. Collective over slices.
 
-    ``score`` returns a new array, which is overwritten.
-
-    ``over`` sums what belongs to current data, and to history: of each, the ids may be this rank's.
-
-    Under ``priority.target = "union"`` both are shaped together, so that they share one
-    normalization. ``pool``: a uniform sample of the history, scored in its place.
+    The list is emptied and the scores are overwritten. What has no scores, or no samples, stays
+    uniform. Under ``priority.target = "union"`` both are shaped together, so that they share one
+    normalization.
     """
-    result = RoundWeights(pool=pool, over=over)
-    scored = history if pool is None else pool
-    wanted = [
-        (ids, sums)
-        for ids, sums in zip((current, scored), over, strict=True)
-        if ids is not None and sums.number(ids)
-    ]
-    scores = [score(ids) for ids, _ in wanted]
+    parts = [p if p is None or p.number else replace(p, values=None) for p in scored]
+    scored.clear()
+    weighted = {k: p for k, p in enumerate(parts) if p is not None and p.values is not None}
+    result = RoundWeights()
     with large_arrays() if report else nullcontext():  # a refresh comes every few steps
-        _fill(result, shape, current, wanted, scores, report)
+        if report:
+            with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
+                result.report = {
+                    NAMES[k]: statistics(part, shape.priorities) for k, part in weighted.items()
+                }
+        if shape.config.target == "union" and len(weighted) == 2:
+            both = joined(weighted[0], weighted[1])
+            weighted = {k: replace(part, values=None) for k, part in weighted.items()}
+            parts.clear()
+            both = shape.weights(both, overwrite=True)
+            halves = np.split(both.held, [len(weighted[0].ids)])
+            parts = [replace(weighted[k], values=half) for k, half in enumerate(halves)]
+        else:
+            for k in [*weighted]:
+                parts[k] = shape.weights(weighted.pop(k), overwrite=True)
+        result.vectors = parts[0], parts[1]
+        if report:
+            for name, part in result.parts.items():
+                result.report[name] |= {"ess_fraction": part.ess(), "top_share": part.top_share()}
     return result
 
 
-def _fill(
-    result: RoundWeights,
-    shape: Shape,
-    current: Ids | None,
-    wanted: list[tuple[Ids, Sums]],
-    scores: list[Weights],
-    report: bool,
-) -> None:
-    """Shape ``scores``, which are overwritten, into the weights of what is ``wanted``."""
-    if report:
-        with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
-            stats = [
-                statistics(raw, sums, shape.priorities)
-                for raw, (_, sums) in zip(scores, wanted, strict=True)
-            ]
-    if shape.config.target == "union" and len(wanted) == 2:
-        ids, sizes = np.concatenate([ids for ids, _ in wanted]), [len(raw) for raw in scores]
-        both = np.concatenate(scores)
-        scores.clear()
-        both = shape.weights(both, ids, joined_sums(*(sums for _, sums in wanted)), overwrite=True)
-        parts = np.split(both, sizes[:1])
-    else:
-        parts = [shape.weights(scores.pop(0), *of, overwrite=True) for of in wanted]
-    for k, ((ids, sums), weights) in enumerate(zip(wanted, parts, strict=True)):
-        if report:
-            result.report["cur" if ids is current else "hist"] = stats[k] | {
-                "ess_fraction": ess_fraction(weights, sums),
-                "top_share": top_share(weights, over=sums),
-            }
-        if ids is current:
-            result.current = weights
-        else:
-            result.history = weights
-
-
-def joined_sums(first: Sums, second: Sums) -> Sums:
-    """Return the sums over arrays of the first one's samples, then the second one's."""
-    if isinstance(first, Slices) and isinstance(second, Slices):
-        return first.joined(second)
-    return WHOLE
-
-
-def statistics(scores: Weights, over: Sums, priorities: Of) -> dict[str, float]:
-    """Return n, min, mean, max, std of the priorities of scores [N], which rise with these.
-
-    Collective if ``over`` is.
-    """
-    n, low, high = over.number(scores), over.smallest(scores), over.largest(scores)
+def statistics(scores: WeightVector, priorities: Of) -> dict[str, float]:
+    """Return n, min, mean, max, std of the priorities of scores, which rise with these."""
+    n, low, high = scores.number, scores.min(), scores.max()
     smallest, largest = priorities(np.array([low, high])).tolist()
-    mean = over.total(scores, priorities) / n
-    variance = over.total(scores, lambda s: np.square(priorities(s) - mean)) / n
+    mean = scores.sum(of=priorities) / n
+    variance = scores.sum(of=lambda s: np.square(priorities(s) - mean)) / n
     return {"n": n, "min": smallest, "mean": mean, "max": largest, "std": math.sqrt(variance)}

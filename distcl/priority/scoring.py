@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
@@ -20,11 +19,9 @@ from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
 from distcl.parallel.partition import create_partition
 from distcl.priority.loss_cache import LossCache, weights_checksum
-from distcl.priority.population import Slices
 from distcl.priority.signals import create_signal
+from distcl.priority.weighting import Slices, Weights
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, Source, UnreducedLoss
-
-Weights = npt.NDArray[np.float64]
 
 
 class Scorer:
@@ -36,11 +33,13 @@ class Scorer:
         anchor: Anchor,
         signal: PrioritySignal,
         batch_size: int,
+        min_score: float = 1e-8,
     ) -> None:
         self.forward = forward
         self.anchor = anchor
         self.signal = signal
         self.batch_size = batch_size
+        self.min_score = min_score
         self.cache = LossCache()
         self._name = type(signal).__name__
 
@@ -69,6 +68,11 @@ class Scorer:
 
         return self._scores(columns(), ids, lambda row: row // share, keep=True)
 
+    def priorities(self, source: Source, ids: Ids, alpha: float) -> Weights:
+        """Return max(score, min_score) ** alpha of ``ids``, float64 [N]. Collective."""
+        scores = self.score(source, ids).detach().cpu().numpy().astype(np.float64)
+        return np.power(np.maximum(scores, self.min_score), alpha)
+
     def score_slices(self, source: Source, ids: Ids, slices: Slices) -> torch.Tensor:
         """Return the scores [n] of this rank's part of ``ids``, in the order of ``slices.ids``.
 
@@ -76,7 +80,7 @@ class Scorer:
         :meth:`score`.
         """
         scores, losses = self._rows(source, ids, slices.ids, slices.pieces(self.batch_size))
-        self.forward.forwards += slices.number()
+        self.forward.forwards += slices.number
         rank = self.forward.runtime.rank
         return self._scores(iter((losses, scores)), slices.ids, lambda _: rank, keep=True)
 
@@ -169,22 +173,9 @@ class Scorer:
     def _anchor_passes(
         self, source: Source, ids: Ids, mine: Ids, pieces: list[Ids]
     ) -> tuple[list[Outputs], torch.Tensor]:
-        """Return :meth:`_anchor_pass` with the older anchors' outputs in it. Collective."""
-        found, losses = self._anchor_pass(source, ids, mine, pieces)
-        for back in range(1, 1 + len(self.anchor.older)):
-            with self.anchor.swapped_in(back), self.forward.inferring(source, ids, len(pieces)):
-                for k, batch in enumerate(self._read(source, pieces)):
-                    older = (*found[k].older, self.forward.outputs(batch))
-                    found[k] = replace(found[k], older=older)
-            self.forward.forwards += len(ids)
-        return found, losses
-
-    def _anchor_pass(
-        self, source: Source, ids: Ids, mine: Ids, pieces: list[Ids]
-    ) -> tuple[list[Outputs], torch.Tensor]:
         """Return theta_star's outputs for each of my chunks, and [n], in which its losses lie.
 
-        Collective.
+        Those under older anchors are in the outputs. Collective.
         """
         run = self.forward.runtime
         weights = weights_checksum(self.anchor.theta_star, self.forward.partition, run)
@@ -197,18 +188,23 @@ class Scorer:
         losses = losses.to(run.device, run.dtype)
         found = [Outputs(loss=loss) for loss in torch.split(losses, sizes)]
         unknown = int(run.all_reduce((~known).sum().to(run.device)))
-        if not unknown:
-            return found, losses
         calls = sum(not bool(hit.all()) for hit in hits)
-        with self.anchor.swapped_in(), self.forward.inferring(source, ids, calls):
-            for k, (piece, hit) in enumerate(zip(pieces, hits, strict=True)):
-                missing = piece[~hit.numpy()]
-                for batch in self.forward.chunks(source, missing, len(piece)):
-                    out = self.forward.outputs(batch)
-                    found[k].loss[(~hit).to(run.device)] = out.loss
-                    if self.signal.needs_logits:
-                        found[k] = out
-        self.forward.forwards += unknown
+        if unknown:
+            with self.anchor.swapped_in(), self.forward.inferring(source, ids, calls):
+                for k, (piece, hit) in enumerate(zip(pieces, hits, strict=True)):
+                    missing = piece[~hit.numpy()]
+                    for batch in self.forward.chunks(source, missing, len(piece)):
+                        out = self.forward.outputs(batch)
+                        found[k].loss[(~hit).to(run.device)] = out.loss
+                        if self.signal.needs_logits:
+                            found[k] = out
+            self.forward.forwards += unknown
+        for back in range(1, 1 + len(self.anchor.older)):
+            with self.anchor.swapped_in(back), self.forward.inferring(source, ids, len(pieces)):
+                for k, batch in enumerate(self._read(source, pieces)):
+                    older = (*found[k].older, self.forward.outputs(batch))
+                    found[k] = replace(found[k], older=older)
+            self.forward.forwards += len(ids)
         return found, losses
 
 
@@ -244,12 +240,6 @@ def score_of_each(signal: PrioritySignal, score: Any, number: int) -> torch.Tens
     return score
 
 
-def priorities(scores: torch.Tensor, alpha: float, min_score: float = 1e-8) -> Weights:
-    """Return max(score, min_score) ** alpha, float64 [N]. Local."""
-    scores64 = scores.detach().cpu().numpy().astype(np.float64)
-    return np.power(np.maximum(scores64, min_score), alpha)
-
-
 def compute_sample_priorities(
     model: nn.Module,
     anchor: Anchor,
@@ -268,7 +258,7 @@ def compute_sample_priorities(
 
     priority_i = max(L(w_now, x_i) - L(theta_star, x_i), min_score) ** alpha, or another signal,
     made with ``options``, in the place of the difference. What ``[priority]`` does to weights
-    (cap, min_ess, floor) is :func:`distcl.priority.weighting.shape_weights`.
+    (cap, min_ess, floor) is :meth:`distcl.priority.weighting.WeightVector.shaped`.
 
     Every rank scores its own contiguous slice; all ranks get the whole result. ``source`` is a
     Source, or any map-style dataset of (x, y) pairs, whose ids are its positions. ``criterion``
@@ -279,5 +269,5 @@ def compute_sample_priorities(
     ids = np.arange(len(source), dtype=np.int64) if ids is None else ids
     forward = ShardedForward(runtime, model, create_partition(runtime, model), criterion)
     made = create_signal(signal, options, criterion=criterion)
-    scorer = Scorer(forward, anchor, made, batch_size)
-    return ids, priorities(scorer.score(source, ids), alpha, min_score)
+    scorer = Scorer(forward, anchor, made, batch_size, min_score)
+    return ids, scorer.priorities(source, ids, alpha)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from distcl.data.ids import IdIndex
-from distcl.priority.scoring import Weights
-from distcl.priority.weighting import Positions
+from distcl.priority.weighting import Positions, Weights
 from distcl.types import Ids, unpack_ids
 
 _UNKNOWN = -1
@@ -24,14 +23,18 @@ class SignalTable:
 
     def __init__(self, classes: int = 0) -> None:
         self._classes = classes
-        self._hold(np.empty(0, dtype=np.int64))
+        self.ids: Ids = np.empty(0, dtype=np.int64)  # sorted
+        self._index = IdIndex(self.ids)
+        self._scores = np.empty(0)  # NaN: never seen
+        self._labels: Ids = np.empty(0, dtype=np.int64)
+        self._found: list[tuple[Ids, Ids]] = []  # what was read, and where it is
 
     def _hold(self, ids: Ids) -> None:
         self.ids = ids  # sorted
         self._index = IdIndex(ids)
         self._scores = np.full(len(ids), np.nan)  # NaN: never seen
         self._labels = np.full(len(ids), _UNKNOWN)
-        self._found: list[tuple[Ids, Ids]] = []  # what was read, and where it is
+        self._found = []
 
     def keep(self, ids: Ids) -> None:
         """Hold exactly these ids [M]: new ones are not seen yet, those left out are forgotten."""

@@ -7,7 +7,6 @@ comparison's: ``OUT/VARIANT/seed-N``. Runs that are done stay, so an interrupted
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import subprocess
@@ -30,7 +29,7 @@ from distcl.reporting.status import read_json
 Equal = Literal["compute", "steps", "samples"]
 
 MEASURES = {"compute": "units", "steps": "steps", "samples": "trained"}
-"""What ``equal`` makes equal, by its name in :class:`Outcome`."""
+"""What ``equal`` makes equal, by its name in a run's cost."""
 
 TOLERANCE = 0.01
 """How far costs that count as equal may be apart, relatively."""
@@ -61,8 +60,9 @@ class Variant:
 class Outcome:
     """What a run came to. A diverged one has no figures.
 
-    ``units``: compute, a forward of a sample is one, forward and backward three. ``trained``:
-    samples that went forward and backward. ``curve``: after each evaluation, the mean over the
+    ``figures``: by their keys in ``summary.json``. ``cost``: ``units`` of compute, of which a
+    forward of a sample is one, forward and backward three; ``steps``; samples ``trained``, which
+    went forward and backward; ``seconds``. ``curve``: after each evaluation, the mean over the
     experiences seen by then.
     """
 
@@ -70,16 +70,12 @@ class Outcome:
     folder: str
     diverged: bool = False
     metric: str = "accuracy"
-    average_accuracy: float = float("nan")
-    average_forgetting: float | None = None
-    average_anytime_accuracy: float | None = None
-    worst_experience_accuracy: float | None = None
-    backward_transfer: float | None = None
-    forward_transfer: float | None = None
-    units: int = 0
-    steps: int = 0
-    trained: int = 0
-    seconds: float = 0.0
+    figures: Mapping[str, float | None] = field(
+        default_factory=lambda: dict.fromkeys(figure.key for figure in FIGURES)
+    )
+    cost: Mapping[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("units", "steps", "trained", "seconds"), 0)
+    )
     curve: tuple[float, ...] = ()
 
 
@@ -160,10 +156,10 @@ def _balance(plan: Plan, runner: _Runner, arms: Sequence[Arm]) -> None:
             break
     else:
         return  # there is no seed that all arms survive: nothing to compare anyway
-    base = {id(arm): float(getattr(arm.outcomes[seed], measure)) for arm in arms}
+    base = {id(arm): arm.outcomes[seed].cost[measure] for arm in arms}
     target = max(base.values())
     for arm in arms:
-        cost, slope = base[id(arm)], 3.0 * arm.outcomes[seed].trained
+        cost, slope = base[id(arm)], 3.0 * arm.outcomes[seed].cost["trained"]
         slope = slope if plan.equal == "compute" else cost
         for _ in range(_TRIALS):
             if not slope or abs(cost - target) <= TOLERANCE * target / 10:
@@ -174,7 +170,7 @@ def _balance(plan: Plan, runner: _Runner, arms: Sequence[Arm]) -> None:
             runner.run([(arm, seed)], calibrating=True)
             if arm.outcomes[seed].diverged:
                 break
-            cost = float(getattr(arm.outcomes[seed], measure))
+            cost = arm.outcomes[seed].cost[measure]
             slope = (cost - before) / (arm.step_factor - factor) or slope
 
 
@@ -235,11 +231,12 @@ class _Runner:
         for number, future in enumerate(as_completed(todo), 1):
             outcome = future.result()
             todo[future].outcomes[outcome.seed] = outcome
-            what = f"{words_of(outcome.metric).name} {outcome.average_accuracy:.4f}"
+            accuracy = outcome.figures["average_accuracy"]
+            what = words_of(outcome.metric).name + ("" if accuracy is None else f" {accuracy:.4f}")
             which = "calibration" if calibrating else f"{done + number}/{len(wanted)}"
             self._tell(
                 f"[{which}] {todo[future].variant.name}, seed {outcome.seed}: "
-                f"{'diverged' if outcome.diverged else what} ({outcome.seconds:.0f} s)"
+                f"{'diverged' if outcome.diverged else what} ({outcome.cost['seconds']:.0f} s)"
             )
 
     def close(self) -> None:
@@ -353,18 +350,17 @@ def outcome_of(folder: Path, summary: dict[str, Any]) -> Outcome:
     cut, cost = len(untrained(summary)), summary.get("compute") or {}
     rows = [row[: len(row) - cut][: k + 1] for k, row in enumerate(summary["accuracy"])]
     seen = [[value for value in row if value is not None] for row in rows]
-    figures: dict[str, Any] = {figure.key: summary.get(figure.key) for figure in FIGURES}
-    if figures["average_accuracy"] is None:
-        figures["average_accuracy"] = math.nan
     return Outcome(
         seed=summary["seed"],
         folder=str(folder),
         metric=summary["metric"],
-        **figures,
-        units=cost.get("units", 0),
-        trained=cost.get("trained", 0),
-        steps=sum(stage["steps"] for stage in stages(summary)),
-        seconds=summary["seconds"],
+        figures={figure.key: summary.get(figure.key) for figure in FIGURES},
+        cost={
+            "units": cost.get("units", 0),
+            "steps": sum(stage["steps"] for stage in stages(summary)),
+            "trained": cost.get("trained", 0),
+            "seconds": summary["seconds"],
+        },
         curve=tuple(fmean(row) for row in seen if row),
     )
 

@@ -22,8 +22,8 @@ from distcl.reporting.run_section import Plot, RunSection, run_section
 from distcl.reporting.verdict import (
     Groups,
     Result,
+    both,
     difference_table,
-    pairs,
     table,
     values_of,
     words_for,
@@ -145,10 +145,8 @@ def _paired(result: Result) -> list[Plot]:
     for arm, difference in zip(result.arms[1:], result.differences, strict=True):
         a = difference.accuracy
         if a.n > 1:
-            values = [
-                words.scale * (theirs.average_accuracy - ours.average_accuracy)
-                for ours, theirs in pairs(first, arm)
-            ]
+            known = both(first, arm, "average_accuracy")
+            values = [words.scale * (theirs - ours) for ours, theirs in known]
             found[arm.variant.name] = (values, words.scale * a.low, words.scale * a.high)
     if not found:
         return []

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
@@ -99,7 +101,7 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
     ``marked``: columns, from 0, whose numbers get an asterisk.
     """
     rows, names = rows[-_MOST_ROWS * 2 :], names[-_MOST_ROWS * 2 :]
-    values = np.array([[np.nan if v is None else v for v in row] for row in rows], dtype=float)
+    values = np.array(rows, dtype=float)
     high, width = values.shape
     words = words_of(metric)
     figure, axes = _figure(0.9 + 0.31 * high)
@@ -115,10 +117,8 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
                 shown = f"{words.scale * values[i, j]:.{min(words.digits, 2)}f}"
                 axes.text(j, i, shown, ha="center", va="center", color=text, fontsize=8)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(high - 0.5, -0.5), xlabel="experience")
-    axes.set_yticks(range(high), names)
     _whole_ticks(axes, width, marked=marked)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    _bare(axes, names)
     return figure
 
 
@@ -128,22 +128,16 @@ def forgetting(values: Sequence[Entry], metric: str = "accuracy") -> Figure:
     figure, axes = _figure(2.1)
     words = words_of(metric)
     digits = min(words.digits, 2)
-    points = [np.nan if v is None else words.scale * v for v in values]
+    points = words.scale * np.array(values, dtype=float)
     colors = [LINES[1] if v > 0 else LINES[2] for v in points]
     axes.bar(range(len(points)), points, color=colors, width=0.62)
     axes.axhline(0, color=SOFT, lw=0.8)
     for k, v in enumerate(points):
         if np.isfinite(v) and len(points) <= 12:
             offset = (0, 3 if v >= 0 else -3)
-            axes.annotate(
-                f"{v:+.{digits}f}",
-                (k, v),
-                offset,
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if v >= 0 else "top",
-                fontsize=8,
-            )
+            place: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+            place["va"] = "bottom" if v >= 0 else "top"
+            axes.annotate(f"{v:+.{digits}f}", (k, v), offset, **place)
     axes.margins(y=0.22)
     axes.set(xlabel="experience", ylabel=f"{words.gain} forgotten")
     _whole_ticks(axes, len(points))
@@ -164,7 +158,7 @@ def watched(
         label = "drift detected" if k == 0 else None
         axes.axvline(drift, color=ALARM, lw=1.1, ls=(0, (4, 2)), label=label)
     axes.set(xlabel="stream position (samples)", ylabel=metric)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    _legend(axes, 2)
     return figure
 
 
@@ -236,25 +230,15 @@ def most_drawn(
     figure, axes = _figure(0.1 + 0.84 * len(images))
     for row, (pictures, texts) in enumerate(zip(images, captions, strict=True)):
         for column, (picture, text) in enumerate(zip(pictures[:across], texts, strict=False)):
-            high, wide = (
-                picture.shape[0] / max(picture.shape),
-                picture.shape[1] / max(picture.shape),
-            )
+            high, wide = np.array(picture.shape[:2]) / max(picture.shape)
             left, top = column + 0.5 - 0.45 * wide, 1.25 * row + 0.9 - 0.9 * high
-            axes.imshow(
-                picture[..., 0] if picture.shape[-1] == 1 else picture,
-                cmap="gray",
-                vmin=0,
-                vmax=255,
-                interpolation="nearest",
-                extent=(left, left + 0.9 * wide, top + 0.9 * high, top),
-            )
+            drawn = picture[..., 0] if picture.shape[-1] == 1 else picture
+            place = (left, left + 0.9 * wide, top + 0.9 * high, top)
+            axes.imshow(drawn, "gray", vmin=0, vmax=255, interpolation="nearest", extent=place)
             axes.text(column + 0.5, top - 0.06, text, ha="center", va="bottom", fontsize=7.5)
     axes.set(xlim=(0, across), ylim=(1.25 * len(images) - 0.3, -0.3), aspect="equal")
-    axes.set_yticks([1.25 * row + 0.45 for row in range(len(images))], names)
     axes.set_xticks([])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    _bare(axes, names, [1.25 * row + 0.45 for row in range(len(images))])
     return figure
 
 
@@ -262,17 +246,15 @@ def most_drawn(
 def times(stages: Sequence[str], parts: Mapping[str, Sequence[float]]) -> Figure:
     """Stacked bars: seconds of each stage of the run, by what they were spent on."""
     shown = stages[-2 * _MOST_ROWS :]
-    figure, axes = _figure(0.95 + 0.24 * len(shown))
+    figure, axes = _rows(shown, "seconds", 0.95 + 0.24 * len(shown))
     left = np.zeros(len(shown))
     for k, (name, seconds) in enumerate(parts.items()):
         values = np.asarray(seconds, dtype=float)[-len(shown) :]
         if values.any():
             axes.barh(range(len(shown)), values, left=left, color=LINES[k], height=0.66, label=name)
             left += values
-    axes.set(xlabel="seconds", ylim=(len(shown) - 0.5, -0.5))
-    axes.set_yticks(range(len(shown)), shown)
-    axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+    axes.margins(x=0.05)
+    _legend(axes, 4)
     return figure
 
 
@@ -284,21 +266,16 @@ def curves(series: Mapping[str, Sequence[Sequence[float]]], ylabel: str) -> Figu
     """
     figure, axes = _figure(2.6)
     for k, (name, runs) in enumerate(series.items()):
-        length = max(map(len, runs))
-        table = np.full((len(runs), length), np.nan)
-        for i, run in enumerate(runs):
-            table[i, : len(run)] = run
-        x, mean = np.arange(length), np.nanmean(table, axis=0)
-        color = LINES[k % len(LINES)]
+        columns = [[v for v in column if v is not None] for column in zip_longest(*runs)]
+        mean = np.array([fmean(column) for column in columns])
+        color, x = LINES[k % len(LINES)], np.arange(len(mean))
         axes.plot(x, mean, color=color, marker="o", ms=3, label=name)
         if len(runs) > 1:
-            count = np.isfinite(table).sum(axis=0)
-            spread = np.where(count > 1, np.nanstd(table, axis=0, ddof=0), 0.0)
-            spread *= np.sqrt(count / np.maximum(count - 1, 1))
+            spread = np.array([_spread(column) for column in columns])
             axes.fill_between(x, mean - spread, mean + spread, color=color, alpha=0.18, lw=0)
     axes.set(xlabel="evaluation", ylabel=ylabel)
     _whole_ticks(axes, max(len(run) for runs in series.values() for run in runs))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=1)
+    _legend(axes, 1)
     return figure
 
 
@@ -308,9 +285,8 @@ def dots(groups: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     figure, axes = _rows([name.replace(", ", "\n") for name in groups], xlabel)
     for k, values in enumerate(groups.values()):
         color = _dots(axes, values, k)
-        spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        mean = float(np.mean(values))
-        axes.errorbar(mean, k, xerr=spread, fmt="|", ms=12, mew=2, color=color, capsize=3)
+        bar: Any = {"fmt": "|", "ms": 12, "mew": 2, "color": color, "capsize": 3}
+        axes.errorbar(fmean(values), k, xerr=_spread(values), **bar)
     return figure
 
 
@@ -326,13 +302,29 @@ def differences(groups: Mapping[str, tuple[Sequence[float], float, float]], xlab
     return figure
 
 
-def _rows(names: Sequence[str], xlabel: str) -> tuple[Figure, Axes]:
-    figure, axes = _figure(0.75 + 0.2 * sum(name.count("\n") + 1.7 for name in names))
+def _rows(names: Sequence[str], xlabel: str, height: float = 0.0) -> tuple[Figure, Axes]:
+    """Return a figure with a row per name; ``height``: of all; 0: what the names need."""
+    figure, axes = _figure(height or 0.75 + 0.2 * sum(n.count("\n") + 1.7 for n in names))
     axes.set(xlabel=xlabel, ylim=(len(names) - 0.5, -0.5))
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0)
     axes.margins(x=0.1)
     return figure, axes
+
+
+def _bare(axes: Axes, names: Sequence[str], places: Sequence[float] = ()) -> None:
+    """Name the rows, at their places or one by one, and take ticks and frame away."""
+    axes.set_yticks(places or range(len(names)), names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 def _dots(axes: Axes, values: Sequence[float], row: int) -> str:

@@ -29,7 +29,7 @@ _DRAWS = ("ids", "counts", "labels", "thumbnails")
 class Run:
     """What a run folder holds; a run that is not over has an empty ``summary``.
 
-    ``draws``: by round, the arrays of its file in ``OUT/draws``, see ``record.RoundRecorder``.
+    ``draws``: by round, the arrays of its file in ``OUT/draws``, see ``RoundRecorder``.
     """
 
     folder: Path

@@ -14,10 +14,12 @@ from distcl.config import Config
 from distcl.config.files import write_atomically
 from distcl.distributed.memory import peak_memory
 from distcl.errors import CheckpointError
+from distcl.monitoring.monitor import Monitor
 from distcl.reporting.status import finite
 from distcl.training.accuracy_matrix import AccuracyMatrix
 from distcl.training.parts import Parts
 from distcl.training.trainer import ContinuousTrainer
+from distcl.types import Experience
 
 
 def chance(trainer: ContinuousTrainer) -> float | None:
@@ -33,16 +35,22 @@ def chance(trainer: ContinuousTrainer) -> float | None:
 
 def summarize(
     trainer: ContinuousTrainer,
+    monitor: Monitor | None,
     baseline: Sequence[float | None],
-    drifts: list[int],
     config: Config,
     seconds: float,
     setup_seconds: float,
 ) -> dict[str, Any]:
     """Return the contents of ``summary.json``. Collective.
 
-    ``seconds`` are of the whole run, ``setup_seconds`` of its last start, until it could train.
+    ``monitor``: None of scheduled rounds, before which the model scored ``baseline``. ``seconds``
+    are of the whole run, ``setup_seconds`` of its last start, until it could train.
     """
+    if monitor is None:
+        experiences, untrained = trainer.parts.stream.experiences, list[Experience]()
+    else:
+        experiences, untrained = monitor.experiences, monitor.untrained
+        baseline = [chance(trainer)] * len(experiences)
     matrix: AccuracyMatrix = trainer.matrix
     runtime = trainer.parts.runtime
     stages = [*([trainer.pretraining] if trainer.pretraining else []), *trainer.rounds]
@@ -65,7 +73,7 @@ def summarize(
         "forward_transfer": matrix.forward_transfer(baseline),
         "average_anytime_accuracy": matrix.average_anytime_accuracy(),
         "worst_experience_accuracy": matrix.worst_experience_accuracy(),
-        "drifts": drifts,
+        "drifts": [] if monitor is None else monitor.drifts,
         "bad_samples": trainer.bad.count,
         "class_names": list(trainer.parts.stream.spec.class_names),
         "pretrain": trainer.pretraining,
@@ -77,9 +85,24 @@ def summarize(
         "flops": None if None in flops else sum(flops),
         "peak_memory": runtime.gather_objects(peak_memory(runtime.device)),
         "rounds": trainer.rounds,
+        "experiences": [
+            {"name": e.name, "trained": trained}
+            for some, trained in ((experiences, True), (untrained, False))
+            for e in some
+        ],
+        "stream_end": None if monitor is None else monitor.stream_end,
     }
     cleaned: dict[str, Any] = finite(summary)
     return cleaned
+
+
+def draw_matrix(summary: dict[str, Any], path: Path) -> None:
+    """Write a picture of the accuracy matrix. Local."""
+    from distcl.reporting import plots
+
+    matrix, metric = summary["accuracy"], str(summary.get("metric", "accuracy"))
+    names = [str(i + 1) for i in range(len(matrix))]
+    plots.save_png(plots.matrix(matrix, names, metric), path)
 
 
 def save_final(parts: Parts, path: Path) -> None:

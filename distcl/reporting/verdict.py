@@ -119,8 +119,7 @@ class Result:
 def conclude(plan: Plan, arms: list[Arm]) -> Result:
     """Compare every arm with the first."""
     first, *others = arms
-    both = [pairs(first, arm) for arm in others]
-    accuracy = [_of(pair, "average_accuracy") for pair in both]
+    accuracy = [_compared(first, arm, "average_accuracy") for arm in others]
     corrected = holm([one.p for one in accuracy])
     measure = MEASURES[plan.equal]
     differences = [
@@ -128,10 +127,10 @@ def conclude(plan: Plan, arms: list[Arm]) -> Result:
             variant=arm.variant.name,
             accuracy=accuracy[k],
             p_holm=corrected[k],
-            forgetting=_of(both[k], "average_forgetting"),
-            anytime=_of(both[k], "average_anytime_accuracy"),
-            cost=_ratio(both[k], measure),
-            seconds=_ratio(both[k], "seconds"),
+            forgetting=_compared(first, arm, "average_forgetting"),
+            anytime=_compared(first, arm, "average_anytime_accuracy"),
+            cost=_ratio(pairs(first, arm), measure),
+            seconds=_ratio(pairs(first, arm), "seconds"),
         )
         for k, arm in enumerate(others)
     ]
@@ -149,16 +148,21 @@ def pairs(first: Arm, other: Arm) -> list[tuple[Outcome, Outcome]]:
     return [(a, b) for a, b in both if not (a.diverged or b.diverged)]
 
 
-def _of(pairs: Sequence[tuple[Outcome, Outcome]], name: str) -> Paired:
-    values = [(getattr(a, name), getattr(b, name)) for a, b in pairs]
-    known = [(a, b) for a, b in values if a is not None and b is not None]
+def both(first: Arm, other: Arm, figure: str) -> list[tuple[float, float]]:
+    """Return a figure of both runs of each such pair that has it."""
+    values = [(a.figures[figure], b.figures[figure]) for a, b in pairs(first, other)]
+    return [(a, b) for a, b in values if a is not None and b is not None]
+
+
+def _compared(first: Arm, other: Arm, figure: str) -> Paired:
+    known = both(first, other, figure)
     return paired([b for _, b in known], [a for a, _ in known])
 
 
 def _ratio(pairs: Sequence[tuple[Outcome, Outcome]], name: str) -> float:
     if not pairs:
         return math.nan
-    return fmean(getattr(b, name) for _, b in pairs) / fmean(getattr(a, name) for a, _ in pairs)
+    return fmean(b.cost[name] for _, b in pairs) / fmean(a.cost[name] for a, _ in pairs)
 
 
 # -- words --------------------------------------------------------------------------------------
@@ -251,9 +255,9 @@ def words_for(groups: Groups) -> Words:
 
 
 def values_of(group: Sequence[Outcome], key: str) -> list[float]:
-    """Return a figure of each run that has it: not of those that diverged."""
-    values = [getattr(o, key) for o in group if not o.diverged]
-    return [value for value in values if value is not None and not math.isnan(value)]
+    """Return a figure, or a cost, of each run that has it: not of those that diverged."""
+    values = [{**o.figures, **o.cost}[key] for o in group if not o.diverged]
+    return [value for value in values if value is not None]
 
 
 def table(groups: Groups, keys: Collection[str] = ()) -> Table:
@@ -322,7 +326,7 @@ def as_json(result: Result) -> dict[str, Any]:
                 "name": arm.variant.name,
                 "overrides": list(arm.variant.overrides),
                 "step_factor": arm.step_factor,
-                "runs": [asdict(arm.outcomes[seed]) for seed in plan.seeds],
+                "runs": [_flat(arm.outcomes[seed]) for seed in plan.seeds],
             }
             for arm in result.arms
         ],
@@ -331,6 +335,13 @@ def as_json(result: Result) -> dict[str, Any]:
     }
     cleaned: dict[str, Any] = finite(found)
     return cleaned
+
+
+def _flat(outcome: Outcome) -> dict[str, Any]:
+    found: dict[str, Any] = asdict(outcome)
+    for part in ("figures", "cost"):
+        found |= found.pop(part)
+    return found
 
 
 def write_json(result: Result, path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_map_only
 
@@ -15,7 +14,7 @@ from distcl.data.transforms import training_view
 from distcl.distributed.runtime import part_of
 from distcl.priority.round_weights import Shape
 from distcl.priority.scoring import Scorer
-from distcl.priority.weighting import ess_fraction
+from distcl.priority.weighting import Weights, WeightVector
 from distcl.sampling.draw_log import BINS, Drawn, binned
 from distcl.sampling.draws import generator, without_replacement
 from distcl.types import Batch, Ids, Source
@@ -64,9 +63,9 @@ class Chooser:
         for step, (batch, [(_, ids)]) in enumerate(batches, start=first_step):
             clock, forwards = time.perf_counter(), self._scorer.forward.forwards
             scores = self._scorer.score_batch(batch, ids).cpu().numpy().astype(np.float64)
-            weights = self._shape.weights(scores, ids)
+            weights = self._shape.weights(WeightVector(ids, scores))
             rng = generator(self._seed, self._stream, round_index, step)
-            kept = without_replacement(weights, len(ids) // self._of, rng)
+            kept = without_replacement(weights.held, len(ids) // self._of, rng)
             self._note(self._shape.priorities(scores), weights)
             with training_view(view(step)):
                 part = self._dealt(batch, ids, kept)
@@ -92,12 +91,12 @@ class Chooser:
         both = part.joined(read)
         return Batch(both.ids, both.x, both.y, len(kept))
 
-    def _note(self, priorities: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> None:
-        n = len(weights)
+    def _note(self, priorities: Weights, weights: WeightVector) -> None:
+        n = weights.number
         self._number += n
         self._low, self._high = min(self._low, priorities.min()), max(self._high, priorities.max())
-        self.histogram += binned(weights, n / weights.sum())
-        self._sums += [priorities.sum(), np.square(priorities).sum(), n * ess_fraction(weights)]
+        self.histogram += binned(weights.held, n / weights.sum())
+        self._sums += [priorities.sum(), np.square(priorities).sum(), n * weights.ess()]
 
     def statistics(self) -> dict[str, float]:
         """Return n, min, mean, max, std of all priorities, and the mean ESS of a step's weights."""

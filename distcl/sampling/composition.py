@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from math import floor
@@ -10,10 +10,9 @@ from math import floor
 import numpy as np
 
 from distcl.config import ContinualLearningConfig, TrainingConfig
-from distcl.priority.round_weights import RoundWeights, joined_sums
-from distcl.priority.weighting import Sums, Weights
+from distcl.priority.weighting import WeightVector, joined
 from distcl.sampling.groups import Part
-from distcl.types import Ids, exact, frozen
+from distcl.types import exact, frozen
 
 MAIN, HISTORY = 0, 1
 """The plan of the training batches, and that of history batches for updaters that take them."""
@@ -85,46 +84,34 @@ class Mix:
         return steps * (mixed + history_batch * self.sizes[HISTORY]) / history
 
     def groups(
-        self, weights: RoundWeights, current: Ids, history: Ids, replayed: bool
+        self, parts: Sequence[WeightVector], current: int, history: int, replayed: bool
     ) -> dict[int, list[Part]]:
         """Return what each plan draws from; ``replayed``: there are history batches.
 
-        Ids and weights are read-only, so that plans share them: nothing may change them later.
+        ``parts``: the weights of the ``current`` data, and of the ``history`` or a pool of it. Ids
+        and weights are read-only, so that plans share them: nothing may change them later.
         """
-        mine, stored = weights.held(current, history)
-        drawn = self.draws(len(current), len(history))
-        main = [_part(mine, weights.current, drawn[0], weights.over[0])]
+        mine, stored = parts
+        drawn = self.draws(current, history)
+        main = [_part(mine, drawn[0])]
         if drawn[1]:
-            main.append(_part(stored, weights.history, drawn[1], weights.over[1]))
-            if self._union and weights.history is not None:
-                main = [_union(main[0], main[1], stands_for=len(history))]
+            main.append(_part(stored, drawn[1]))
+            if self._union and stored.values is not None:  # each one of a pool counts for several
+                stands_for = replace(stored, values=stored.values * (history / stored.number))
+                main = [_part(joined(mine, stands_for), sum(drawn))]
         groups = {MAIN: main}
         if replayed:
-            groups[HISTORY] = [_part(stored, weights.history, len(history), weights.over[1])]
+            groups[HISTORY] = [_part(stored, history)]
         return groups
 
 
-def _part(ids: Ids, weights: Weights | None, draws: int, over: Sums) -> Part:
-    return Part(frozen(ids), None if weights is None else frozen(weights), draws, over)
+def _part(weights: WeightVector, draws: int) -> Part:
+    values = None if weights.values is None else frozen(weights.values)
+    return Part(frozen(weights.ids), values, weights.slices, draws=draws)
 
 
 def at_most_once(group: Part) -> Part:
     """Return a group of no more draws than it has samples with a weight: bad ones have none."""
-    if group.weights is None:
+    if group.values is None:
         return group
-    return replace(group, draws=min(group.draws, int(np.count_nonzero(group.weights))))
-
-
-def _union(current: Part, stored: Part, stands_for: int) -> Part:
-    """Return one group that draws from both by their common weights.
-
-    ``stored`` stands for so many samples: each one of a pool counts for several.
-    """
-    assert current.weights is not None and stored.weights is not None
-    each = stands_for / stored.over.number(stored.ids)
-    return _part(
-        np.concatenate([current.ids, stored.ids]),
-        np.concatenate([current.weights, stored.weights * each]),
-        current.draws + stored.draws,
-        joined_sums(current.over, stored.over),
-    )
+    return replace(group, draws=min(group.draws, int(np.count_nonzero(group.values))))

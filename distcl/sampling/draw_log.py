@@ -1,4 +1,4 @@
-"""What a round has drawn so far: its digest, and how often each sample came."""
+"""What a round has drawn so far: digest, counts by sample; and how its weights were spread."""
 
 from __future__ import annotations
 
@@ -12,81 +12,13 @@ import torch
 
 from distcl.distributed.runtime import Runtime
 from distcl.priority.population import Dealer
-from distcl.priority.weighting import WHOLE, Sums, Weights
+from distcl.priority.weighting import Weights, WeightVector
 from distcl.types import Ids
 
 Drawn = Sequence[tuple[int, Ids]]
 """The ids of a batch as (lane, ids): of all ranks' parts, in lane 0, or of this rank's lanes."""
 Told = tuple[dict[str, Any], Ids, Ids]
 """Statistics of the draws; the ids drawn most and how often, most first."""
-
-
-class DrawLog:
-    """Takes in one batch after another: digest, and counts by id.
-
-    The digest is a chain: SHA-256 of the digest before a batch and the batch's ids, little-endian
-    int64. Over lanes (``dealer``), each lane has a chain, of its ids in order of runs, and the
-    digest is that over the chains: no rank need know another's draws, and the digest is the same at
-    every world size. Without lanes every rank knows all draws, and rank 0 counts.
-    """
-
-    def __init__(self, runtime: Runtime, dealer: Dealer | None = None) -> None:
-        self._runtime = runtime
-        self._dealer = dealer
-        self._counts = runtime.is_main or dealer is not None
-        self.chains = dict.fromkeys([0] if dealer is None else dealer.mine, b"")
-        self._tally = DrawTally()
-
-    def add(self, drawn: Drawn) -> None:
-        """Take in a batch. Local."""
-        for lane, chain in self.chains.items():
-            here = b"".join(ids.astype("<i8").tobytes() for at, ids in drawn if at == lane)
-            self.chains[lane] = hashlib.sha256(chain + here).digest()
-        for _, ids in drawn if self._counts else ():
-            self._tally.add(ids)
-
-    def digest(self) -> str:
-        """Return the digest of the global batches so far, the same on every rank. Collective."""
-        if self._dealer is None:
-            return self.chains[0].hex()
-        return digest_of(self._runtime.gather_objects(self.chains))
-
-    def told(self, candidates: int, top: int) -> Told:
-        """Return what the report shows, the same on every rank. Collective."""
-        mine = self._tally.statistics(candidates), *self._tally.top(top)
-        every = self._runtime.gather_objects(mine)
-        statistics = {
-            name: (max if name == "most" else sum)(part[0][name] for part in every)
-            for name in mine[0]
-        }
-        ids, counts = (np.concatenate([part[k] for part in every]) for k in (1, 2))
-        order = np.lexsort((ids, -counts))[:top]
-        return statistics, ids[order], counts[order]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this rank's state: tensors and plain values. Without lanes, save rank 0's."""
-        chains = {lane: chain.hex() for lane, chain in self.chains.items()}
-        return {"chains": chains, "tally": self._tally.state_dict()}
-
-    def load_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on from the states that were saved, at any world size. Local."""
-        for state in states:
-            for lane, chain in state["chains"].items():
-                if lane in self.chains:
-                    self.chains[lane] = bytes.fromhex(chain)
-            ids, counts = (state["tally"][name].numpy() for name in ("ids", "counts"))
-            own = np.full(len(ids), self._counts) if self._dealer is None else self._dealer.own(ids)
-            self._tally.put(ids[own], counts[own])
-
-
-def digest_of(chains: Sequence[dict[int, bytes]]) -> str:
-    """Return the digest, in hex, of the chains of all ranks' lanes; '' if nothing was drawn."""
-    every = {lane: chain for part in chains for lane, chain in part.items()}
-    joined = b"".join(every[lane] for lane in sorted(every))
-    return hashlib.sha256(joined).hexdigest() if joined else ""
-
-
-# How often each sample was drawn in a round, and how its weights were spread.
 
 
 BINS = 64
@@ -101,78 +33,114 @@ _BLOCK = 1 << 16  # weights looked at together
 _PENDING = 1 << 20  # draws that are kept before they are merged
 
 
-class DrawTally:
-    """Counts draws by id. Memory: 16 bytes a distinct id, and 8 MiB. Local."""
+class DrawLog:
+    """Takes in one batch after another: digest, and counts by id.
 
-    def __init__(self) -> None:
+    The digest is a chain: SHA-256 of the digest before a batch and the batch's ids, little-endian
+    int64. Over lanes (``dealer``), each lane has a chain, of its ids in order of runs, and the
+    digest is that over the chains: no rank need know another's draws, and the digest is the same at
+    every world size. Without lanes every rank knows all draws, and rank 0 counts. Memory: 16 bytes
+    a distinct id, and 8 MiB.
+    """
+
+    def __init__(self, runtime: Runtime, dealer: Dealer | None = None) -> None:
+        self._runtime = runtime
+        self._dealer = dealer
+        self._is_counting = runtime.is_main or dealer is not None
+        self.chains = dict.fromkeys([0] if dealer is None else dealer.mine, b"")
         self._ids: Ids = np.empty(0, dtype=np.int64)
-        self._counts: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._counts: Ids = np.empty(0, dtype=np.int64)
         self._pending: list[Ids] = []
-        self._number = 0
+        self._waiting = 0  # draws in it
 
-    def add(self, ids: Ids) -> None:
-        """Count one draw of each of ``ids``, int64 [b]; an id may be there several times."""
-        self._pending.append(ids)
-        self._number += len(ids)
-        if self._number >= _PENDING:
-            self._merge()
+    def add(self, drawn: Drawn) -> None:
+        """Take in a batch; an id may be in it several times. Local."""
+        for lane, chain in self.chains.items():
+            here = b"".join(ids.astype("<i8").tobytes() for at, ids in drawn if at == lane)
+            self.chains[lane] = hashlib.sha256(chain + here).digest()
+        if self._is_counting:
+            self._pending += [ids for _, ids in drawn]
+            self._waiting += sum(len(ids) for _, ids in drawn)
+            if self._waiting >= _PENDING:
+                self.counts()
 
-    def counts(self) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """Return (ids, counts), int64 [n] each, of all ids drawn at least once, sorted by id."""
-        self._merge()
+    def counts(self) -> tuple[Ids, Ids]:
+        """Return (ids, counts), int64 [n] each, of what this rank counts, sorted by id. Local."""
+        if self._pending:
+            fresh = np.unique(np.concatenate(self._pending), return_counts=True)
+            self._pending, self._waiting = [], 0
+            self._merge(*fresh)
         return self._ids, self._counts
 
-    def top(self, n: int) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """Return (ids, counts) of the ``n`` ids drawn most, most first, equals by id."""
-        ids, counts = self.counts()
-        order = np.argsort(-counts, kind="stable")[:n]
-        return ids[order], counts[order]
-
-    def statistics(self, candidates: int) -> dict[str, Any]:
-        """Return ``draws``, ``distinct`` ids, ``coverage`` (share of candidates) and ``most``."""
-        _, counts = self.counts()
-        return {
-            "draws": int(counts.sum()),
-            "distinct": len(counts),
-            "coverage": len(counts) / candidates if candidates else 0.0,
-            "most": int(counts.max(initial=0)),
-        }
-
-    def put(self, ids: Ids, counts: npt.NDArray[np.int64]) -> None:
-        """Add counts [n] of different ``ids`` [n], none of which has been drawn yet."""
-        self._merge()
+    def _merge(self, ids: Ids, counts: Ids) -> None:
         both = np.concatenate([self._ids, ids])
-        order = np.argsort(both, kind="stable")
-        self._ids, self._counts = both[order], np.concatenate([self._counts, counts])[order]
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the counts so far as tensors."""
-        ids, counts = self.counts()
-        return {"ids": torch.from_numpy(ids), "counts": torch.from_numpy(counts)}
-
-    def _merge(self) -> None:
-        if not self._pending:
-            return
-        fresh, counts = np.unique(np.concatenate(self._pending), return_counts=True)
-        both = np.concatenate([self._ids, fresh])
         self._ids, inverse = np.unique(both, return_inverse=True)
         merged = np.zeros(len(self._ids), dtype=np.int64)
         np.add.at(merged, inverse, np.concatenate([self._counts, counts]))
         self._counts = merged
-        self._pending, self._number = [], 0
+
+    def digest(self) -> str:
+        """Return the digest of the global batches so far, the same on every rank. Collective."""
+        if self._dealer is None:
+            return self.chains[0].hex()
+        return digest_of(self._runtime.gather_objects(self.chains))
+
+    def told(self, candidates: int, top: int) -> Told:
+        """Return what the report shows, the same on every rank. Collective.
+
+        ``draws``, ``distinct`` ids, ``coverage`` (share of ``candidates``), and ``most``.
+        """
+        ids, counts = self.counts()
+        order = np.argsort(-counts, kind="stable")[:top]
+        sizes = int(counts.sum()), len(counts), int(counts.max(initial=0))
+        every = self._runtime.gather_objects((*sizes, ids[order], counts[order]))
+        draws, distinct, most, some, often = zip(*every, strict=True)
+        ids, counts = np.concatenate(some), np.concatenate(often)
+        order = np.lexsort((ids, -counts))[:top]
+        statistics = {
+            "draws": sum(draws),
+            "distinct": sum(distinct),
+            "coverage": sum(n / candidates for n in distinct) if candidates else 0.0,
+            "most": max(most),
+        }
+        return statistics, ids[order], counts[order]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's state: tensors and plain values. Without lanes, save rank 0's."""
+        chains = {lane: chain.hex() for lane, chain in self.chains.items()}
+        ids, counts = map(torch.from_numpy, self.counts())
+        return {"chains": chains, "tally": {"ids": ids, "counts": counts}}
+
+    def load_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states that were saved, at any world size. Local."""
+        for state in states:
+            for lane, chain in state["chains"].items():
+                if lane in self.chains:
+                    self.chains[lane] = bytes.fromhex(chain)
+            ids, counts = (state["tally"][name].numpy() for name in ("ids", "counts"))
+            if self._dealer is not None:
+                own = self._dealer.own(ids)
+                ids, counts = ids[own], counts[own]
+            if self._is_counting:
+                self._merge(ids, counts)
 
 
-def weight_histogram(
-    weights: Weights, runtime: Runtime, over: Sums = WHOLE
-) -> npt.NDArray[np.int64]:
-    """Return how many weights [N], in means, lie between ``EDGES``, int64 [BINS]. Collective.
+def digest_of(chains: Sequence[dict[int, bytes]]) -> str:
+    """Return the digest, in hex, of the chains of all ranks' lanes; '' if nothing was drawn."""
+    every = {lane: chain for part in chains for lane, chain in part.items()}
+    joined = b"".join(every[lane] for lane in sorted(every))
+    return hashlib.sha256(joined).hexdigest() if joined else ""
 
-    Every rank counts its part of them: where ``over`` sums slices, those it holds. A weight of 0
-    counts in the first bin.
+
+def weight_histogram(weights: WeightVector, runtime: Runtime) -> npt.NDArray[np.int64]:
+    """Return how many weights, in means, lie between ``EDGES``, int64 [BINS]. Collective.
+
+    Every rank counts its part of them: of slices, those it holds. A weight of 0 counts in the first
+    bin.
     """
-    each = over.number(weights) / over.total(weights)
-    begin, end = runtime.share(len(weights)) if over is WHOLE else (0, len(weights))
-    mine = torch.from_numpy(binned(weights[begin:end], each)).to(runtime.device)
+    held, each = weights.held, weights.number / weights.sum()
+    begin, end = runtime.share(len(held)) if weights.slices is None else (0, len(held))
+    mine = torch.from_numpy(binned(held[begin:end], each)).to(runtime.device)
     counts: npt.NDArray[np.int64] = runtime.all_reduce(mine).cpu().numpy()
     return counts
 

@@ -137,6 +137,32 @@ def uniform(number: int, n: int, rng: np.random.Generator) -> Positions:
     return drawn
 
 
+class Permutations:
+    """Permutations of N positions, one after another without end, read at any place.
+
+    The k-th is a function of (seed, k and the counters), so any rank and a resumed run read the
+    same. Holds one, 4 N bytes (8 N from 2**32 positions on).
+    """
+
+    def __init__(self, seed: int, stream: int) -> None:
+        self._seed = seed
+        self._stream = stream
+        self._held: tuple[tuple[int, ...], Positions] | None = None
+
+    def take(self, round_index: int, number: int, first: int, n: int, kind: int = 0) -> Positions:
+        """Return draws ``first`` to ``first`` + n of ``number`` positions, [n]."""
+        found = []
+        while n:
+            index, at = divmod(first, number)
+            key = (self._stream, round_index, index, kind)
+            if self._held is None or self._held[0] != (number, *key):
+                drawn = uniform(number, number, generator(self._seed, *key))
+                self._held = (number, *key), drawn
+            found.append(self._held[1][at : at + n])
+            first, n = first + len(found[-1]), n - len(found[-1])
+        return np.concatenate(found)
+
+
 def _check_number(n: int) -> None:
     if not 0 <= n < 1 << 48:
         raise ValueError(f"the number of draws must be from 0 to 2**48 - 1, not {n}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 
 from distcl.data.ids import IdRuns, as_ids, ids_tensor, tensor_ids
-from distcl.priority import weighting
-from distcl.sampling import draws
+from distcl.priority.weighting import Positions, WeightVector, check_weights
 from distcl.types import Ids, as_tensor, frozen
 
 ArrayLike = npt.ArrayLike | torch.Tensor
@@ -30,19 +29,14 @@ class Group:
     draws: int
 
 
-@dataclass(frozen=True, slots=True)
-class Part(Group):
-    """A group whose ids int64 [N] and weights float64 [N] (None: permutations) are arrays.
+@dataclass(frozen=True, eq=False)
+class Part(WeightVector):
+    """A group as a weight vector; without values, permutations are drawn."""
 
-    They are all there are, or this rank's, which ``over`` sums.
-    """
-
-    ids: Ids
-    weights: weighting.Weights | None
-    over: weighting.Sums = weighting.WHOLE
+    draws: int = field(kw_only=True)
 
 
-def own(group: Group) -> Part:
+def own(group: Group | Part) -> Part:
     """Return a group that nobody else changes: arrays are copied, but for read-only ones.
 
     A Part is taken as it is. Raises ValueError for what cannot be drawn from, naming the id.
@@ -62,8 +56,8 @@ def own(group: Group) -> Part:
         weights = weights.astype(np.float64, copy=weights.flags.writeable)
         if weights.shape != (len(ids),):
             raise ValueError(f"weights of shape {weights.shape} for {len(ids)} ids")
-        weighting.check_weights(weights, ids)
-    return Part(ids, weights, group.draws)
+        check_weights(weights, ids)
+    return Part(ids, weights, draws=group.draws)
 
 
 def _own_ids(values: ArrayLike | int) -> Ids:
@@ -78,20 +72,17 @@ def _own_ids(values: ArrayLike | int) -> Ids:
 
 def packed(part: Part) -> dict[str, Any]:
     """Return a part for a checkpoint, as tensors and plain values."""
-    return {
-        "ids": ids_tensor(part.ids),
-        "weights": as_tensor(part.weights),
-        "draws": part.draws,
-    }
+    ids, weights = ids_tensor(part.ids), as_tensor(part.values)
+    return {"ids": ids, "weights": weights, "draws": part.draws}
 
 
 def unpacked(state: dict[str, Any]) -> Part:
     """Return the part that was packed."""
     weights = None if state["weights"] is None else frozen(state["weights"].numpy())
-    return Part(tensor_ids(state["ids"]), weights, state["draws"])
+    return Part(tensor_ids(state["ids"]), weights, draws=state["draws"])
 
 
-def ids_at(positions: weighting.Positions, parts: Sequence[Part]) -> Ids:
+def ids_at(positions: Positions, parts: Sequence[Part]) -> Ids:
     """Return the ids at positions, which count through the parts one after another."""
     if len(parts) == 1:
         ids = parts[0].ids
@@ -105,31 +96,3 @@ def ids_at(positions: weighting.Positions, parts: Sequence[Part]) -> Ids:
         found[here] = part.ids[positions[here] - first]
         first += size
     return found
-
-
-class Permutations:
-    """Permutations of N positions, one after another without end, read at any place.
-
-    The k-th is a function of (seed, k and the counters), so any rank and a resumed run read the
-    same. Holds one, 4 N bytes (8 N from 2**32 positions on).
-    """
-
-    def __init__(self, seed: int, stream: int) -> None:
-        self._seed = seed
-        self._stream = stream
-        self._held: tuple[tuple[int, ...], weighting.Positions] | None = None
-
-    def take(
-        self, round_index: int, number: int, first: int, n: int, kind: int = 0
-    ) -> weighting.Positions:
-        """Return draws ``first`` to ``first`` + n of ``number`` positions, [n]."""
-        found = []
-        while n:
-            index, at = divmod(first, number)
-            key = (self._stream, round_index, index, kind)
-            if self._held is None or self._held[0] != (number, *key):
-                drawn = draws.uniform(number, number, draws.generator(self._seed, *key))
-                self._held = (number, *key), drawn
-            found.append(self._held[1][at : at + n])
-            first, n = first + len(found[-1]), n - len(found[-1])
-        return np.concatenate(found)

@@ -5,35 +5,31 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch.utils._pytree import tree_leaves
 
 from distcl.config import DataConfig, PriorityConfig
-from distcl.data.ids import ids_tensor, tensor_ids
+from distcl.data.ids import IdIndex, tensor_ids
 from distcl.data.loader import BatchLoader
 from distcl.distributed.runtime import Runtime
-from distcl.priority.population import Slices
-from distcl.priority.round_weights import RoundWeighter, RoundWeights
-from distcl.priority.weighting import Weights
+from distcl.priority.round_weights import NAMES, RoundWeighter, RoundWeights
+from distcl.priority.weighting import Weights, WeightVector
 from distcl.sampling.candidates import Chooser
-from distcl.sampling.composition import HISTORY, MAIN, Mix, at_most_once
-from distcl.sampling.correction import Correction
-from distcl.sampling.draw_log import DrawLog, Drawn, weight_histogram
+from distcl.sampling.composition import Mix, at_most_once
+from distcl.sampling.draw_log import Drawn
 from distcl.sampling.groups import Part
+from distcl.sampling.round_draws import AnySampler, RoundDraws
 from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.sampling.sequential import LaneSampler
 from distcl.sampling.staleness import Freshness
 from distcl.types import Batch, Ids, Source, as_array, as_tensor
 
 EMPTY: Ids = np.empty(0, dtype=np.int64)
-_PARTS = {MAIN: "cur", HISTORY: "hist"}
 _WINDOWS, _CHOICE = 16, 32  # added to the stream of a sampler
-
-Sampler = DistributedWeightedSampler | LaneSampler
-"""What draws one pass after another."""
 
 
 class RoundLoader:
@@ -63,22 +59,10 @@ class RoundLoader:
         self._priority = priority
         self._data = data
         self._seed = seed
-        self._freshness = Freshness(runtime)
         self._lane_states: list[dict[str, Any]] = []  # of all ranks, until a round is loaded
-        self._begin(0, EMPTY, EMPTY, RoundWeights(), replayed=False)
-
-    def _begin(
-        self, index: int, current: Ids, history: Ids, weights: RoundWeights, replayed: bool
-    ) -> None:
-        """Let go of what is held of the round before."""
-        self._round, self._current, self._history = index, current, history
-        self.weights = weights
-        """The weights that the round began with, and their report."""
-        self._replayed = replayed
-        self.log = DrawLog(self._runtime, self._weighter.dealer)
-        self._refresh_seconds = 0.0
-        self._choosers: dict[int, Chooser] = {}
-        self._samplers: dict[int, Sampler] = {}
+        self._begin = partial(RoundDraws, runtime, mix, weighter.dealer)
+        self.round = self._begin(0, EMPTY, EMPTY, RoundWeights())
+        """The round in progress, or the last one."""
 
     # ------------------------------------------------------------ 1. priorities
 
@@ -86,7 +70,7 @@ class RoundLoader:
         self, round_index: int, current: Ids, history: Ids, history_batch: bool
     ) -> RoundWeights:
         """Return the weights that a round begins with, see RoundWeighter.weigh. Collective."""
-        self._begin(0, EMPTY, EMPTY, RoundWeights(), replayed=False)  # its memory may be needed
+        self.round = self._begin(0, EMPTY, EMPTY, RoundWeights())  # its memory may be needed
         replays = self._mix.replays(len(current), len(history), history_batch)
         return self._weighter.weigh(round_index, current, history, history_batch, replays)
 
@@ -103,59 +87,44 @@ class RoundLoader:
         """Set up the draws of a round; every rank passes the same. Collective."""
         if self._weighter.ledger is not None:
             self._weighter.ledger.expect(round_index, self._source, current, history)
-        weights = self._dealt(weights, current, history)
-        self._begin(round_index, current, history, weights, history_batch and len(history) > 0)
-        groups = self._groups(weights)
-        self._samplers = {which: self._sampler(which, g) for which, g in groups.items()}
-        weighted = [part for g in groups.values() for part in g if part.weights is not None]
-        self._freshness.begin(self.steps() if weighted else 0, weighted)
+        weights = weights.of(current, history, self._weighter.dealer)
+        replayed = history_batch and len(history) > 0
+        self.round = self._begin(round_index, current, history, weights, replayed)
+        groups = self.round.groups()
+        self.round.samplers = {which: self._sampler(which, g) for which, g in groups.items()}
+        weighted = [part for g in groups.values() for part in g if part.values is not None]
+        self.round.freshness = Freshness(self._runtime, self.steps() if weighted else 0, weighted)
 
     def steps(self, epochs: int | None = None) -> int:
         """Return the number of steps of the round, or of ``epochs`` passes. Local."""
-        return self._mix.steps(len(self._current), len(self._history), epochs)
+        return self._mix.steps(len(self.round.current), len(self.round.history), epochs)
 
     def batch_sizes(self, steps: int) -> Iterator[tuple[int, int]]:
         """Yield the sizes of the global training and history batches of each step. Local."""
-        current, history = len(self._current), len(self._history)
-        return self._mix.batch_sizes(current, history, self._replayed, steps, self._windowed())
+        round_ = self.round
+        current, history = len(round_.current), len(round_.history)
+        return self._mix.batch_sizes(current, history, round_.replayed, steps, round_.windowed)
 
-    def _windowed(self) -> dict[int, DistributedWeightedSampler]:
-        """Return the samplers that draw in windows."""
-        return {
-            which: sampler
-            for which, sampler in self._samplers.items()
-            if isinstance(sampler, DistributedWeightedSampler) and sampler.window
-        }
-
-    def _dealt(self, weights: RoundWeights, current: Ids, history: Ids) -> RoundWeights:
-        """Return weights that know which ids this rank has, if it has some only. Collective."""
-        dealer = self._weighter.dealer
-        if dealer is None or isinstance(weights.over[0], Slices):
-            return weights
-        return replace(weights, over=(dealer.deal(current), dealer.deal(history)))
-
-    def _groups(self, weights: RoundWeights) -> dict[int, list[Part]]:
-        """Return what each sampler draws from."""
-        return self._mix.groups(weights, self._current, self._history, self._replayed)
-
-    def _sampler(self, which: int, groups: list[Part]) -> Sampler:
+    def _sampler(self, which: int, groups: list[Part]) -> AnySampler:
         """Return who draws the training batches, or the history batches. Collective."""
         size, stream, window, number = self._mix.sizes[which], which, None, None
-        if self._weighter.ledger is not None and any(g.weights is not None for g in groups):
+        if self._weighter.ledger is not None and any(g.values is not None for g in groups):
             window, number = self._priority.refresh_steps, self.steps() * size
             stream += _WINDOWS
-        if self.weights.chosen[which]:
+        if self.round.weights.chosen[which]:
             of = self._priority.candidates
             size, groups = size * of, [replace(group, draws=group.draws * of) for group in groups]
             w, choice = self._weighter, which + _CHOICE
-            self._choosers[which] = Chooser(w.scorer, self._source, w.shape, of, self._seed, choice)
-        sampler: Sampler
+            self.round.choosers[which] = Chooser(
+                w.scorer, self._source, w.shape, of, self._seed, choice
+            )
+        sampler: AnySampler
         if self._weighter.dealer is not None:
             sampler = LaneSampler(
                 size,
                 window=self._data.shuffle_buffer,
                 seed=self._seed,
-                round_index=self._round,
+                round_index=self.round.index,
                 stream=which,
             )
         else:
@@ -169,7 +138,7 @@ class RoundLoader:
                 world_size=self._runtime.world_size,
                 seed=self._seed,
                 draw=self._priority.draw,
-                round_index=self._round,
+                round_index=self.round.index,
                 stream=stream,
             )
         sampler.set_groups(groups)
@@ -179,7 +148,8 @@ class RoundLoader:
 
     def batches(self, steps: int, done: int = 0) -> Iterator[tuple[Batch, Batch | None]]:
         """Yield (batch, history batch or None) for the steps left of ``steps``. Collective."""
-        lines = [self._drawn(which, done) for which in self._samplers]
+        round_ = self.round
+        lines = [self._read(which, done) for which in round_.samplers]
         every, ledger = self._priority.refresh_steps, self._weighter.ledger
         if ledger is not None and done and done % every == 0:
             self._refresh(done)  # saved after the step, before the refresh
@@ -187,28 +157,18 @@ class RoundLoader:
             batches = []
             for line in lines:
                 batch, drawn = next(line)
-                self.log.add(drawn)
+                round_.log.add(drawn)
                 batches.append(batch)
             yield batches[0], batches[1] if len(batches) > 1 else None
             if ledger is not None and (step % every == 0 or step == steps):
                 self._refresh(step)
-        self.weights.note = ""
-        for which, chooser in self._choosers.items():
-            self.weights.report[_PARTS[which]] = chooser.statistics()
+        round_.weights.note = ""
+        for which, chooser in round_.choosers.items():
+            round_.weights.report[NAMES[which]] = chooser.statistics()
 
-    def _drawn(self, which: int, done: int) -> Iterator[tuple[Batch, Drawn]]:
+    def _read(self, which: int, done: int) -> Iterator[tuple[Batch, Drawn]]:
         """Yield the batches of a sampler and what they drew, for all of the round's steps."""
-        sampler, chooser = self._samplers[which], self._choosers.get(which)
-        read = self._read(sampler)
-        if chooser is None:
-            return read
-        return chooser.choose(self._round, read, done, sampler.view)
-
-    def _read(self, sampler: Sampler) -> Iterator[tuple[Batch, Drawn]]:
-        """Yield this rank's parts with their loss weights, and what was drawn, without end.
-
-        Collective where weights lie in slices.
-        """
+        sampler, chooser = self.round.samplers[which], self.round.choosers.get(which)
         loader = BatchLoader(
             self._source,
             sampler,
@@ -218,114 +178,65 @@ class RoundLoader:
             dtype=self._runtime.dtype,
         )
         correction = Correction(self._priority.correction, self._runtime.dtype)
-        epoch = sampler.epoch
-        while True:
-            sampler.set_epoch(epoch)
-            for step, batch in enumerate(loader, start=sampler.first_step):
-                yield correction.applied(batch, sampler.groups(step)), sampler.parts(step)
-            epoch += 1
+
+        def read() -> Iterator[tuple[Batch, Drawn]]:
+            """Yield this rank's parts with their loss weights, and what was drawn, without end.
+
+            Collective where weights lie in slices.
+            """
+            epoch = sampler.epoch
+            while True:
+                sampler.set_epoch(epoch)
+                for step, batch in enumerate(loader, start=sampler.first_step):
+                    yield correction.applied(batch, sampler.groups(step)), sampler.parts(step)
+                epoch += 1
+
+        if chooser is None:
+            return read()
+        return chooser.choose(self.round.index, read(), done, sampler.view)
 
     def _refresh(self, step: int) -> None:
         """Gather what the steps since the last time told; weigh by it, from a window later on."""
-        clock, every = time.perf_counter(), self._priority.refresh_steps
+        clock, every, round_ = time.perf_counter(), self._priority.refresh_steps, self.round
         assert self._weighter.ledger is not None
         self._weighter.ledger.gather()
         update, rest = divmod(step, every)
-        windows = self._windowed()
+        windows = round_.windowed
         if windows and not rest and step + every < self.steps():
-            those = self.weights.weighted, self._round, self._current, self._history
-            groups = self._groups(self._weighter.by_ledger(*those, update))
+            those = round_.weights.weighted, round_.index, round_.current, round_.history
+            groups = round_.groups(self._weighter.by_ledger(*those, update))
             for which, sampler in windows.items():
                 sampler.set_groups(groups[which], from_step=step + every)
-        self._refresh_seconds += time.perf_counter() - clock
-
-    # ------------------------------------------------------------ what a round tells
-
-    def look(self, step: int, ids: torch.Tensor, losses: torch.Tensor) -> None:
-        """Take this rank's losses [B] of the ``step``-th step, if it is looked at. Local.
-
-        Few steps of a round are looked at, and none of a round without weights.
-        """
-        if self._freshness.wants(step):
-            samplers = self._samplers.values()
-            parts = [part for s in samplers for part in s.groups((step - 1) % len(s))]
-            self._freshness.take(ids, losses, parts)
-
-    @property
-    def staleness(self) -> float | None:
-        """Rank correlation of weights and the round's losses so far, or None. Collective."""
-        return self._freshness.correlation
-
-    @property
-    def candidates(self) -> int:
-        """How many samples could be drawn in this round."""
-        current, history = len(self._current), len(self._history)
-        drawn = self._replayed or self._mix.draws(current, history)[1] > 0
-        return current + drawn * history
-
-    def histograms(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Return histograms of weights between ``EDGES``, by the name of their part. Collective.
-
-        Of the weights that the round began with, or of those of all candidates so far.
-        """
-        found = {
-            name: weight_histogram(weights, self._runtime, over)
-            for name, (weights, over) in self.weights.parts.items()
-        }
-        return found | {_PARTS[which]: c.histogram for which, c in self._choosers.items()}
-
-    @property
-    def forwards(self) -> int:
-        """Samples passed through the model to choose this round's batches, over all ranks."""
-        return sum(chooser.forwards for chooser in self._choosers.values())
-
-    @property
-    def priority_seconds(self) -> float:
-        """How much of the time of this round's steps went into priorities."""
-        choosing = sum(chooser.seconds for chooser in self._choosers.values())
-        return self._refresh_seconds + choosing
+        round_.refresh_seconds += time.perf_counter() - clock
 
     # ------------------------------------------------------------ state
 
     def state_dict(self, done: int) -> dict[str, Any]:
-        """Return what all ranks share of a round after ``done`` steps. Collective.
-
-        As tensors and plain values.
-        """
-        samplers = {
-            which: sampler.state_dict((done - 1) % len(sampler) + 1 if done else 0)
-            for which, sampler in self._samplers.items()
-        }
-        return {
-            "round": self._round,
-            "current": ids_tensor(self._current),
-            "history": ids_tensor(self._history),
-            "replayed": self._replayed,
-            "weights": self.weights.state_dict(),
-            "log": None if self._weighter.dealer is not None else self.log.state_dict(),
-            "seconds": self._refresh_seconds,
-            "samplers": samplers,
-            "choosers": {which: c.state_dict() for which, c in self._choosers.items()},
-            "freshness": self._freshness.state_dict(),
-        }
+        """Return what all ranks share of a round after ``done`` steps. Collective."""
+        return self.round.state_dict(done)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the round that was saved, at any world size. Collective."""
+        dealer, lanes = self._weighter.dealer, self._lane_states
         current, history = tensor_ids(state["current"]), tensor_ids(state["history"])
-        weights = self._dealt(RoundWeights.from_state(state["weights"]), current, history)
-        self._begin(state["round"], current, history, weights, state["replayed"])
-        if self._weighter.dealer is None:
-            self.log.load_states([state["log"]])
-        else:
-            self._load_lanes()
-        self._refresh_seconds = state["seconds"]
-        groups = self._groups(self.weights)
-        self._samplers = {which: self._sampler(which, groups[which]) for which in state["samplers"]}
-        for which, sampler in self._samplers.items():
+        weights = RoundWeights.from_state(state["weights"], current, history)
+        weights = weights.of(current, history, dealer)
+        if dealer is not None:
+            held = [[rank["weights"][k] for rank in lanes] for k in range(len(NAMES))]
+            first, second = map(_of_lanes, weights.vectors, held)
+            weights = replace(weights, vectors=(first, second))
+        self.round = self._begin(state["round"], current, history, weights, state["replayed"])
+        logs = [state["log"]] if dealer is None else [rank["log"] for rank in lanes]
+        self.round.log.load_states(logs)
+        self._lane_states = []
+        self.round.refresh_seconds = state["seconds"]
+        groups = self.round.groups()
+        self.round.samplers = {which: self._sampler(which, groups[which]) for which in groups}
+        for which, sampler in self.round.samplers.items():
             sampler.load_state_dict(state["samplers"][which])
-        for which, chooser in self._choosers.items():
+        for which, chooser in self.round.choosers.items():
             chooser.load_state_dict(state["choosers"][which])
-        self._freshness.load_state_dict(state["freshness"])
+        self.round.freshness.load_state_dict(state["freshness"])
 
     def lane_state(self, in_round: bool) -> dict[str, Any] | None:
         """Return what only this rank has, if the source is read in lanes, else None. Local.
@@ -336,12 +247,12 @@ class RoundLoader:
             return None
         state: dict[str, Any] = {"cache": self._weighter.scorer.cache.state_dict()}
         if in_round:
-            values = self.weights.current, self.weights.history
+            parts = self.round.weights.parts
             state["weights"] = [
-                None if some is None else (as_tensor(_slices(over).ids), as_tensor(some))
-                for some, over in zip(values, self.weights.over, strict=True)
+                None if part is None else (as_tensor(part.ids), as_tensor(part.values))
+                for part in map(parts.get, NAMES)
             ]
-            state["log"] = self.log.state_dict()
+            state["log"] = self.round.log.state_dict()
         return state
 
     def load_lane_states(self, states: Sequence[dict[str, Any] | None]) -> None:
@@ -351,20 +262,6 @@ class RoundLoader:
             self._lane_states = [state for state in states if state is not None]
             caches = [state["cache"] for state in self._lane_states]
             self._weighter.scorer.cache.load_parts(caches, dealer.own)
-
-    def _load_lanes(self) -> None:
-        """Take up this rank's weights and draws of the round that was saved. Local."""
-        states, self._lane_states = self._lane_states, []
-        found: list[Weights | None] = []
-        for k, over in enumerate(self.weights.over):
-            parts = [state["weights"][k] for state in states]
-            if any(part is None for part in parts):
-                found.append(None)
-                continue
-            ids, values = (np.concatenate([as_array(p[j]) for p in parts]) for j in (0, 1))
-            found.append(_slices(over).pick(ids, values))
-        self.weights = replace(self.weights, current=found[0], history=found[1])
-        self.log.load_states([state["log"] for state in states])
 
     def ledger_state(self) -> dict[str, Any] | None:
         """Return the state of the signal table, the same on every rank. Collective."""
@@ -381,6 +278,55 @@ class RoundLoader:
             self._weighter.ledger.load_state_dict(state)
 
 
-def _slices(over: object) -> Slices:
-    assert isinstance(over, Slices)
-    return over
+def _of_lanes(part: WeightVector | None, ranks: Sequence[Any]) -> WeightVector | None:
+    """Return a part of this rank's lanes with its weights, from (ids, weights) of all ranks."""
+    if part is None or part.slices is None or any(rank is None for rank in ranks):
+        return part
+    ids, values = (np.concatenate([as_array(rank[k]) for rank in ranks]) for k in (0, 1))
+    return replace(part, values=part.slices.pick(ids, values))
+
+
+class Correction:
+    """Loss weights that undo the skew of draws, as in prioritized replay (Schaul et al. 2016).
+
+    c_i = (N p_i)^-β / Σ_j p_j (N p_j)^-β  for a sample drawn from a group of N with probability
+    p_i; 1 for a sample drawn uniformly. Their mean over draws is 1, so the step keeps its length:
+    Schaul et al. divide by max_j c_j instead, which scales the learning rate. β = 1 makes the mean
+    of corrected losses an unbiased estimate of the uniform mean.
+    """
+
+    def __init__(self, beta: float, dtype: torch.dtype) -> None:
+        self._beta = beta
+        self._dtype = dtype
+        self._groups: Sequence[Part] | None = None  # those that what follows was made of
+        self._index = IdIndex(np.empty(0, dtype=np.int64))
+        self._values: Weights = np.empty(0)
+
+    def applied(self, batch: Batch, groups: Sequence[Part]) -> Batch:
+        """Return the batch with the loss weights of its samples, drawn from ``groups``.
+
+        Collective at the first batch from new groups, if their weights lie in slices.
+        """
+        if not self._beta:
+            return batch
+        device = tree_leaves(batch.y)[0].device
+        return replace(batch, weights=self._of(batch.ids, groups).to(device, self._dtype))
+
+    def _of(self, ids: torch.Tensor, groups: Sequence[Part]) -> torch.Tensor:
+        if groups is not self._groups:
+            self._groups = groups
+            weighted = [group for group in groups if group.values is not None]
+            held = np.concatenate([np.empty(0, np.int64), *(group.ids for group in weighted)])
+            values = [np.empty(0), *(self._loss_weights(group) for group in weighted)]
+            self._index, self._values = IdIndex(held), np.concatenate(values)
+        found = np.ones(len(ids))
+        at, there = self._index.locate(ids.numpy())
+        found[there] = self._values[at[there]]
+        return torch.from_numpy(found)
+
+    def _loss_weights(self, weights: WeightVector) -> Weights:
+        share = weights.held / weights.sum()
+        with np.errstate(divide="ignore"):
+            raw = np.where(share > 0, (weights.number * share) ** -self._beta, 0.0)
+        loss_weights: Weights = raw / weights.sum(share * raw)
+        return loss_weights

@@ -10,18 +10,17 @@ import numpy as np
 
 from distcl.distributed.memory import large_arrays
 from distcl.errors import UsageError
-from distcl.priority import weighting
-from distcl.priority.population import Array, Slices
-from distcl.priority.weighting import Sums
+from distcl.priority.weighting import Positions, Slices, Weights
 from distcl.sampling import draws
 from distcl.sampling.groups import Part
+from distcl.sampling.sampler import RoundSampler
 from distcl.types import ROW_BITS, Ids
 
 _ROWS = (1 << ROW_BITS) - 1
 _BLOCK = 1 << 16  # weights quantized together
 
 
-class LaneSampler:
+class LaneSampler(RoundSampler):
     """Yields this rank's part, a list of ids, of each global batch of a sequential source.
 
     The source is cut into lanes, each read in order; a lane belongs to one rank, which alone has
@@ -46,70 +45,53 @@ class LaneSampler:
         round_index: int = 0,
         stream: int = 0,
     ) -> None:
+        super().__init__(round_index)
         self.batch_size = batch_size
-        self.round_index = round_index
-        self.epoch = 0
         self._window = window
         self._seed = seed
         self._stream = stream
+        self._identity = [seed, stream, batch_size, window]
         self._groups: list[Part] = []
-        self._sums: list[Array] = []  # of each group's weights in fixed point, by run
+        self._sums: list[Ids] = []  # of each group's weights in fixed point, by run
         self._exponents: list[int] = []
         self._total = 0
-        self._restart()
+        self._plan: _Plan | None = None
 
     def _restart(self, step: int = 0) -> None:
         self._begin = step
-        self._plan: _Plan | None = None
+        self._plan = None
 
     def set_groups(self, groups: Sequence[Part]) -> None:
-        """Replace what is drawn: exactly ``draws`` of each part, whose ``over`` is a Slices.
+        """Replace what is drawn: exactly ``draws`` of each part, which has slices.
 
         Without weights every sample is drawn as often as any other, but for one. Collective.
         Raises ValueError naming the id of a bad weight.
         """
         self._groups, self._sums, self._exponents = list(groups), [], []
         for group in groups:
-            held, number = _slices(group.over), _slices(group.over).number()
-            if number == 0:
+            held = _slices(group)
+            if held.number == 0:
                 raise ValueError("there are no ids to draw from")
-            if group.weights is None:
+            if group.values is None:
                 self._exponents.append(0)
                 self._sums.append(held.everyones)
                 continue
-            weights = weighting.check_weights(group.weights, held.ids, held)
-            exponent = draws.fixed_point_exponent(held.largest(weights), number)
+            group.check()
+            exponent = draws.fixed_point_exponent(group.max(), held.number)
             sums = np.zeros(len(held.sizes), dtype=np.int64)
             for run, place in held.runs():
-                units = _units(weights[place], place.stop - place.start, exponent)
+                units = _units(group.values[place], place.stop - place.start, exponent)
                 sums[run] = sum(int(block.sum()) for block in units)
             self._exponents.append(exponent)
             self._sums.append(held.reduce(sums, "sum"))
         self._total = sum(group.draws for group in groups)
         self._restart()
 
-    def set_round(self, round_index: int) -> None:
-        """Begin another round, with other draws, at epoch 0; no effect if it is the present one."""
-        if round_index != self.round_index:
-            self.round_index, self.epoch = round_index, 0
-            self._restart()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begin another epoch, with other draws; no effect if it is the present one."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self._restart()
-
     def __len__(self) -> int:
         """Return the number of steps of an epoch, equal on all ranks."""
         if not self._total:
             raise UsageError("the sampler has nothing to draw from: call set_groups first")
         return -(-self._total // self.batch_size)
-
-    @property
-    def first_step(self) -> int:
-        """The step at which the next iteration begins: 0, or where a loaded state goes on."""
-        return self._begin
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's part of each batch; after a resume, of those not consumed."""
@@ -123,7 +105,7 @@ class LaneSampler:
         return len(self._lanes())
 
     def _lanes(self) -> list[int]:
-        held = [_slices(group.over).lanes[_slices(group.over).sizes > 0] for group in self._groups]
+        held = [_slices(group).lanes[_slices(group).sizes > 0] for group in self._groups]
         return [int(lane) for lane in np.unique(np.concatenate([np.empty(0, np.int64), *held]))]
 
     def cut(self, step: int, readers: int) -> list[list[int]]:
@@ -149,7 +131,8 @@ class LaneSampler:
         """Return (lane, ids int64 [b]) of this rank's part of a batch, in order of lanes, runs."""
         if self._plan is None:
             with large_arrays():
-                self._plan = self._draw()
+                key = self._seed, self._stream, self.round_index, self.epoch
+                self._plan = _Plan(self._groups, self._sums, self._exponents, self._window, key)
         plan, begin = self._plan, step * self.batch_size
         first, last = plan.merged(begin), plan.merged(begin + self.total(step))
         return [
@@ -158,21 +141,73 @@ class LaneSampler:
             if first[run] < last[run]
         ]
 
-    def _draw(self) -> _Plan:
-        """Draw an epoch: how often each run is drawn, and this rank's draws in order."""
-        rng = self._generator(0)
-        shift = int(rng.integers(self._window))
+    def state_dict(self, consumed: int) -> dict[str, Any]:
+        """Return where a resume after ``consumed`` steps of this epoch goes on, at any world size.
+
+        Plain values, the same on every rank; what is drawn is not among them.
+        """
+        return {
+            "round": self.round_index,
+            "epoch": self.epoch,
+            "step": consumed,
+            "identity": self._identity,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken, with the same groups, set before. Local.
+
+        Raises ValueError if seed, batch size or window differ.
+        """
+        if state["identity"] != self._identity:
+            raise ValueError(
+                f"the saved draws are of (seed, stream, batch size, window) "
+                f"{state['identity']}, not {self._identity}"
+            )
+        self.round_index, self.epoch = state["round"], state["epoch"]
+        self._restart(state["step"])
+
+
+def _units(weights: Weights | None, number: int, exponent: int) -> Iterator[Ids]:
+    """Yield weights [n] in fixed point, blocks after one another; None: ones."""
+    for start in range(0, number, _BLOCK):
+        size = min(_BLOCK, number - start)
+        if weights is None:
+            yield np.ones(size, dtype=np.int64)
+        else:
+            yield draws.quantize(weights[start : start + size], exponent)
+
+
+class _Plan:
+    """The draws of an epoch: how often each run of all ranks is drawn, and this rank's in order.
+
+    ``key``: (seed, stream, round, epoch). ``sums`` and ``exponents``: of each group's weights in
+    fixed point, by run.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Part],
+        sums: Sequence[Ids],
+        exponents: Sequence[int],
+        window: int,
+        key: tuple[int, int, int, int],
+    ) -> None:
+        self._window = window
+        self._key = key
+        self.mine: dict[int, tuple[int, Ids, Positions]] = {}
+        """(lane, ids, positions in these as drawn) of this rank's runs, by their number."""
+        rng = draws.generator(*key)
+        shift = int(rng.integers(window))
         counts: list[Ids] = []
-        mine: dict[int, tuple[int, Ids, weighting.Positions]] = {}
         first = 0  # the group's first run
-        for group, sums, exponent in zip(self._groups, self._sums, self._exponents, strict=True):
-            u, total, held = rng.random(), int(sums.sum()), _slices(group.over)
-            counts.append(draws.systematic_counts_local(sums, 0, total, group.draws, u))
-            offsets = np.cumsum(sums) - sums
+        for group, of_runs, exponent in zip(groups, sums, exponents, strict=True):
+            u, total, held = rng.random(), int(of_runs.sum()), _slices(group)
+            counts.append(draws.systematic_counts_local(of_runs, 0, total, group.draws, u))
+            offsets = np.cumsum(of_runs) - of_runs
             for run, place in held.runs():
                 if not counts[-1][run]:
                     continue
-                weights = None if group.weights is None else group.weights[place]
+                weights = None if group.values is None else group.values[place]
                 ids = held.ids[place]
                 number = draws.systematic_count_blocks(
                     _units(weights, len(ids), exponent),
@@ -187,14 +222,19 @@ class LaneSampler:
                     begin, end = end, end + int(block.sum())
                     drawn[begin:end] = np.repeat(np.arange(start, start + len(block)), block)
                 self._shuffle(ids, drawn, shift, first + run)
-                mine[first + run] = int(held.lanes[run]), ids, drawn
-            first += len(sums)
-        in_order = sorted(mine.items(), key=lambda item: (item[1][0], item[0]))  # lane by lane
-        return _Plan(np.concatenate(counts), dict(in_order))
+                self.mine[first + run] = int(held.lanes[run]), ids, drawn
+            first += len(of_runs)
+        in_order = sorted(self.mine.items(), key=lambda item: (item[1][0], item[0]))
+        self.mine = dict(in_order)  # lane by lane
+        self._counts = np.concatenate(counts)
+        self._total = int(self._counts.sum())
+        # how far the k-th draw of all may be from a run's share of k, in draws of the run
+        self._spare = np.ceil(len(self._counts) * self._counts / self._total).astype(np.int64) + 1
+        self._last: dict[int, Ids] = {}
 
-    def _shuffle(self, ids: Ids, drawn: weighting.Positions, shift: int, run: int) -> None:
+    def _shuffle(self, ids: Ids, drawn: Positions, shift: int, run: int) -> None:
         """Bring positions in a run's ids, ascending so far, into random order in each window."""
-        rng = self._generator(1 + run)
+        rng = draws.generator(*self._key, 1 + run)
         low, high = ids[drawn[[0, -1]]]
         first, last = (int(low) & _ROWS) + shift, (int(high) & _ROWS) + shift
         starts = np.arange(first // self._window + 1, last // self._window + 1) * self._window
@@ -203,61 +243,6 @@ class LaneSampler:
         for begin, end in itertools.pairwise([0, *ends, len(drawn)]):
             keys = rng.random(end - begin)
             drawn[begin:end] = drawn[begin:end][np.argsort(keys, kind="stable")]
-
-    def _generator(self, last: int) -> np.random.Generator:
-        return draws.generator(self._seed, self._stream, self.round_index, self.epoch, last)
-
-    def state_dict(self, consumed: int) -> dict[str, Any]:
-        """Return where a resume after ``consumed`` steps of this epoch goes on, at any world size.
-
-        Plain values, the same on every rank; what is drawn is not among them.
-        """
-        identity = self._identity()
-        return {
-            "round": self.round_index,
-            "epoch": self.epoch,
-            "step": consumed,
-            "identity": identity,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, with the same groups, set before. Local.
-
-        Raises ValueError if seed, batch size or window differ.
-        """
-        if state["identity"] != self._identity():
-            raise ValueError(
-                f"the saved draws are of (seed, stream, batch size, window) "
-                f"{state['identity']}, not {self._identity()}"
-            )
-        self.round_index, self.epoch = state["round"], state["epoch"]
-        self._restart(state["step"])
-
-    def _identity(self) -> list[int]:
-        return [self._seed, self._stream, self.batch_size, self._window]
-
-
-def _units(weights: weighting.Weights | None, number: int, exponent: int) -> Iterator[Ids]:
-    """Yield weights [n] in fixed point, blocks after one another; None: ones."""
-    for start in range(0, number, _BLOCK):
-        size = min(_BLOCK, number - start)
-        if weights is None:
-            yield np.ones(size, dtype=np.int64)
-        else:
-            yield draws.quantize(weights[start : start + size], exponent)
-
-
-class _Plan:
-    """The draws of an epoch: ``counts`` [R] of each run of all ranks, and this rank's."""
-
-    def __init__(self, counts: Ids, mine: dict[int, tuple[int, Ids, weighting.Positions]]) -> None:
-        self.mine = mine
-        """(lane, ids, positions in these as drawn) of this rank's runs, by their number."""
-        self._counts = counts
-        self._total = int(counts.sum())
-        # how far the k-th draw of all may be from a run's share of k, in draws of the run
-        self._spare = np.ceil(len(counts) * counts / self._total).astype(np.int64) + 1
-        self._last: dict[int, Ids] = {}
 
     def merged(self, number: int) -> Ids:
         """Return how many of the first ``number`` draws of the epoch are of each run, int64 [R].
@@ -282,6 +267,6 @@ class _Plan:
         return merged
 
 
-def _slices(over: Sums) -> Slices:
-    assert isinstance(over, Slices)
-    return over
+def _slices(group: Part) -> Slices:
+    assert group.slices is not None
+    return group.slices

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distcl.data.ids import BLOCK, IdIndex
+from distcl.data.ids import BLOCK
 from distcl.distributed.runtime import Runtime
-from distcl.priority.weighting import WHOLE
 from distcl.sampling.groups import Part
 
 _LOOKS = 8
@@ -43,21 +42,18 @@ class Freshness:
     rank.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.begin(0)
-
-    def begin(self, steps: int, groups: Sequence[Part] = ()) -> None:
-        """Start a round of so many steps by weights; 0: without any.
+    def __init__(self, runtime: Runtime, steps: int = 0, groups: Sequence[Part] = ()) -> None:
+        """Begin a round of so many steps by weights; 0: without any.
 
         ``groups``: what all its looks will show, where their weights lie in slices: these have the
         mean of all ranks' weights, which a look cannot ask for. Collective then, else local.
         """
+        self._runtime = runtime
         self._every = max(1, steps // _LOOKS) if steps else 0
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, list[Part]]] = []
         self._mine: list[npt.NDArray[np.float64]] = []  # looked up, not gathered yet
         self._pairs: npt.NDArray[np.float64] = np.empty((0, 2))
-        self._means = _means([group for group in groups if group.over is not WHOLE])
+        self._means = _means([group for group in groups if group.slices is not None])
 
     def wants(self, step: int) -> bool:
         """Whether to look at the round's ``step``-th step, from 1. Local; equal on all ranks."""
@@ -69,14 +65,14 @@ class Freshness:
         ``groups``: what they were drawn from; samples of those without weights do not count. They
         are held until the samples are looked up, which for large ones is at once.
         """
-        weighted = [group for group in groups if group.weights is not None]
+        weighted = [group for group in groups if group.values is not None]
         self._waiting.append((drawn, losses, weighted))
         if sum(len(group.ids) for group in weighted) > BLOCK:
             self._look_up()
 
     def _look_up(self) -> None:
         """Look up the weights of this rank's samples that wait. Local."""
-        self._mine += [self._pairs_of(*looked, self._means) for looked in self._waiting]
+        self._mine += [self._pairs_of(*looked) for looked in self._waiting]
         self._waiting = []
 
     def _settle(self) -> None:
@@ -84,44 +80,25 @@ class Freshness:
         self._look_up()
         if not self._mine:  # on no rank: all take the same steps
             return
-        mine = torch.from_numpy(np.concatenate(self._mine)).to(self._runtime.device)
-        self._mine = []
-        pairs = self._of_all(mine).cpu().numpy()
-        self._pairs = np.concatenate([self._pairs, pairs[np.isfinite(pairs).all(axis=1)]])
+        every = self._runtime.gather_objects(np.concatenate(self._mine))
+        self._mine, self._pairs = [], np.concatenate([self._pairs, *every])
 
-    @staticmethod
     def _pairs_of(
-        drawn: torch.Tensor,
-        losses: torch.Tensor,
-        groups: list[Part],
-        means: Sequence[float] = (),
+        self, drawn: torch.Tensor, losses: torch.Tensor, groups: list[Part]
     ) -> npt.NDArray[np.float64]:
-        """Return the samples' weights, in means, and losses, float64 [n, 2], where both are.
+        """Return the samples' weights, in means, and losses, float64 [n, 2], where both are. Local.
 
-        ``means``: those of the groups, or else they are worked out: collective if these are slices.
         Both are rounded to float32: ties must be ties, whatever last bits a cut of a batch leaves.
         """
         wanted, place = np.unique(drawn.cpu().numpy(), return_inverse=True)
-        index, found = IdIndex(wanted), np.full(len(wanted), np.nan)
-        means = means or _means(groups)
-        for group, mean in zip(groups, means, strict=True) if len(wanted) else ():
-            assert group.weights is not None
-            for start in range(0, len(group.ids), BLOCK):
-                at, there = index.locate(group.ids[start : start + BLOCK])
-                found[at[there]] = group.weights[start + np.flatnonzero(there)] / mean
+        found = np.full(len(wanted), np.nan)
+        for group, mean in zip(groups, self._means or _means(groups), strict=True):
+            values = group.lookup(wanted)
+            found = np.where(np.isnan(values), found, values / mean)
         pairs = np.stack([found[place], losses.double().cpu().numpy()], axis=1)
         pairs = pairs.astype(np.float32).astype(np.float64)
         known: npt.NDArray[np.float64] = pairs[np.isfinite(pairs).all(axis=1)]
         return known
-
-    def _of_all(self, mine: torch.Tensor) -> torch.Tensor:
-        if self._runtime.world_size == 1:
-            return mine
-        most = torch.tensor(len(mine), device=mine.device)
-        each = max(1, int(self._runtime.all_reduce(most, "max")))
-        padded = mine.new_full((each, 2), torch.nan)
-        padded[: len(mine)] = mine
-        return self._runtime.all_gather(padded, each * self._runtime.world_size, each)
 
     @property
     def correlation(self) -> float | None:
@@ -137,12 +114,10 @@ class Freshness:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
-        self.begin(0)
         self._every, self._pairs = state["every"], state["pairs"].numpy()
         self._means = state["means"]
 
 
 def _means(groups: Sequence[Part]) -> list[float]:
     """Return the mean weight of each group. Collective if one lies in slices."""
-    weighted = ((group.over, group.weights) for group in groups if group.weights is not None)
-    return [over.total(weights) / over.number(weights) for over, weights in weighted]
+    return [group.sum() / group.number for group in groups if group.values is not None]

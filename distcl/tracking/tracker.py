@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,45 +27,62 @@ _RESERVED = ("step", "time", "nonfinite")
 log = logging.getLogger("distcl")
 
 
-class Tracker(Protocol):
-    """One place that values go to. Local: called on every rank, does something on rank 0 only.
+Draw = Callable[[Path], None]
+Ending = Literal["done", "preempted", "failed"]
+"""How a process ends: the run is over; it will go on in another process; an error."""
+_STATUS: dict[Ending, str] = {"done": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """A value that trackers take: counts int64 [b ≤ 64] between edges float64 [b + 1]."""
+
+    counts: npt.NDArray[np.int64]
+    edges: npt.NDArray[np.float64]
+
+    def trimmed(self) -> Histogram:
+        """Return it without empty bins at either end."""
+        held = np.flatnonzero(self.counts)
+        first, last = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 1)
+        return Histogram(self.counts[first:last], self.edges[first : last + 1])
+
+
+class Tracker:
+    """One place that values go to, or none. Local: called on every rank, does its work on rank 0.
 
     Calls of ``log`` are numbered from 0. A run that goes on from a checkpoint repeats those after
     it; a tracker holds each of them once all the same.
     """
+
+    kind = ""
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """Record values at a step: the number of optimizer steps of the run so far.
 
         Values: numbers, strings, bools, None, lists and dicts of them, and ``Histogram``.
         """
-        ...
 
     def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
         """Record the contents of ``summary.json`` when the run is over.
 
         ``draw`` writes the accuracy matrix as a PNG file, for a tracker that takes images.
         """
-        ...
 
     def checkpoint(self, path: Path) -> None:
         """Record where a checkpoint, or the final weights, has been written."""
-        ...
 
     def finish(self, ending: Ending = "done") -> None:
         """Write what is pending and close."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know, as plain values."""
-        ...
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there: what was logged since will be logged again."""
-        ...
 
 
-class Trackers:
+class Trackers(Tracker):
     """Several trackers as one; with none, nothing is recorded.
 
     A tracker that fails is dropped with one warning: tracking never stops training.
@@ -96,11 +113,11 @@ class Trackers:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of every tracker, by its kind."""
-        return {_kind(tracker): tracker.state_dict() for tracker in self._trackers}
+        return {tracker.kind: tracker.state_dict() for tracker in self._trackers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, also for a tracker that was not there."""
-        self._each(lambda t: t.load_state_dict(state.get(_kind(t), {})))
+        self._each(lambda tracker: tracker.load_state_dict(state.get(tracker.kind, {})))
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
@@ -108,10 +125,10 @@ class Trackers:
                 act(tracker)
             except Exception as error:  # whatever a service or its client raises
                 self._trackers.remove(tracker)
-                self._warn(f"[tracking] {failure(_kind(tracker), error)}")
+                self._warn(f"[tracking] {failure(tracker.kind, error)}")
 
 
-class JsonlTracker:
+class JsonlTracker(Tracker):
     """One JSON object a line: ``round``, ``step``, ``time`` (Unix seconds), then the values.
 
     JSON has no NaN and no infinity: such a number becomes null, and the line's ``nonfinite`` maps
@@ -119,6 +136,8 @@ class JsonlTracker:
     line is flushed. An existing file is replaced, or with ``resume`` kept, until
     ``load_state_dict`` cuts it. Raises UsageError if it cannot be written.
     """
+
+    kind = "jsonl"
 
     def __init__(self, path: Path, resume: bool = False) -> None:
         try:
@@ -137,12 +156,6 @@ class JsonlTracker:
             record["nonfinite"] = nonfinite
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-
-    def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
-        """Do nothing: ``summary.json`` is beside the file."""
-
-    def checkpoint(self, path: Path) -> None:
-        """Do nothing."""
 
     def finish(self, ending: Ending = "done") -> None:
         """Close the file."""
@@ -217,10 +230,8 @@ class AccelerateTracker(ServiceTracker):
         if kind in _ID_OF:
             self.id = str(_ID_OF[kind](self._service.tracker))
         if not run_id:
-            told = {
-                **flat_values(config_of(out)),
-                "distcl_version": __version__,
-            }  # MLflow takes 500
+            told = flat_values(config_of(out)) | {"distcl_version": __version__}
+            # MLflow takes 500 characters.
             short = {key.replace("/", "."): str(value)[:500] for key, value in told.items()}
             self._service.store_init_configuration(short)
 
@@ -233,9 +244,6 @@ class AccelerateTracker(ServiceTracker):
             if isinstance(value, int | float) and not isinstance(value, bool)
         }
         self._service.log(numbers, step=step)
-
-    def checkpoint(self, path: Path) -> None:
-        """Do nothing."""
 
     def summarize(self, summary: dict[str, Any], draw: Draw | None = None) -> None:
         """Log the final numbers."""
@@ -343,13 +351,8 @@ def config_of(out: Path) -> dict[str, Any]:
     return tomllib.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _kind(tracker: Tracker) -> str:
-    return getattr(tracker, "kind", "") or type(tracker).__name__
-
-
 def failure(kind: str, error: Exception) -> str:
     """Return one line on a tracker that is dropped."""
-    kind = kind.removesuffix("Tracker").lower()
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return f"{kind} failed, so the run goes on without it: {reason}"
 
@@ -369,26 +372,6 @@ def _plain(value: Any, name: str, nonfinite: dict[str, str]) -> Any:
         nonfinite[name] = str(value)
         return None
     return value
-
-
-Draw = Callable[[Path], None]
-Ending = Literal["done", "preempted", "failed"]
-"""How a process ends: the run is over; it will go on in another process; an error."""
-_STATUS: dict[Ending, str] = {"done": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
-
-
-@dataclass(frozen=True, slots=True)
-class Histogram:
-    """A value that trackers take: counts int64 [b ≤ 64] between edges float64 [b + 1]."""
-
-    counts: npt.NDArray[np.int64]
-    edges: npt.NDArray[np.float64]
-
-    def trimmed(self) -> Histogram:
-        """Return it without empty bins at either end."""
-        held = np.flatnonzero(self.counts)
-        first, last = (int(held[0]), int(held[-1]) + 1) if len(held) else (0, 1)
-        return Histogram(self.counts[first:last], self.edges[first : last + 1])
 
 
 def flat_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,14 +30,12 @@ class WandbTracker(ServiceTracker):
     processes left.
     """
 
+    kind = "wandb"
+
     def __init__(
-        self,
-        config: TrackingConfig,
-        out: Path,
-        run_id: str,
-        tell: Callable[[str], None],
+        self, config: TrackingConfig, out: Path, run_id: str, tell: Callable[[str], None]
     ) -> None:
-        mode = self._mode(config, tell)
+        mode = _mode(tell)
         for name in ("CACHE", "DATA", "ARTIFACT"):  # everything that it writes is in the run folder
             os.environ.setdefault(f"WANDB_{name}_DIR", str((out / "wandb").absolute()))
         run_id = run_id or uuid.uuid4().hex[:12]
@@ -45,7 +43,6 @@ class WandbTracker(ServiceTracker):
         (out / "wandb").mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=config.project,
-            entity=config.entity or None,
             name=config.name or out.resolve().name,
             id=run_id,
             resume="allow",
@@ -82,18 +79,9 @@ class WandbTracker(ServiceTracker):
             k: v for k, v in flat_values(summary).items() if isinstance(v, int | float | str | bool)
         }
         self._run.summary.update(plain)
-        matrix = summary.get("accuracy") or []
-        if matrix and matrix[0]:
-            self._log_matrix(matrix, draw)
-
-    def finish(self, ending: Ending = "done") -> None:
-        """Write what is pending and close the run, or this process's part of it."""
-        if ending == "preempted":
-            self._run.mark_preempting()
-        self._run.finish(exit_code=int(ending != "done"))
-        wandb.teardown()  # returns when the files are whole, which finish() does not wait for
-
-    def _log_matrix(self, matrix: list[list[float | None]], draw: Draw | None) -> None:
+        matrix = summary.get("accuracy") or [[]]
+        if not matrix[0]:
+            return
         columns: list[str | int] = ["evaluation"]
         columns += [f"experience {j + 1}" for j in range(len(matrix[0]))]
         rows = [[i + 1, *row] for i, row in enumerate(matrix)]
@@ -103,21 +91,25 @@ class WandbTracker(ServiceTracker):
             draw(path)
             values["accuracy_heat_map"] = wandb.Image(str(path))
         self._run.log(values, step=self._calls)
-        self._calls += 1
 
-    @staticmethod
-    def _mode(config: TrackingConfig, tell: Callable[[str], None]) -> Any:
-        if config.mode != "auto":
-            return config.mode
-        if os.environ.get("WANDB_MODE"):
-            return os.environ["WANDB_MODE"]
-        if os.environ.get("WANDB_API_KEY") or _in_netrc():
-            return "online"
-        tell(
-            "[tracking] W&B has no key (WANDB_API_KEY, or wandb login), so the run is offline; "
-            "upload it later with: wandb sync"
-        )
-        return "offline"
+    def finish(self, ending: Ending = "done") -> None:
+        """Write what is pending and close the run, or this process's part of it."""
+        if ending == "preempted":
+            self._run.mark_preempting()
+        self._run.finish(exit_code=int(ending != "done"))
+        wandb.teardown()  # returns when the files are whole, which finish() does not wait for
+
+
+def _mode(tell: Callable[[str], None]) -> Any:
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY") or _in_netrc():
+        return "online"
+    tell(
+        "[tracking] W&B has no key (WANDB_API_KEY, or wandb login), so the run is offline; "
+        "upload it later with: wandb sync"
+    )
+    return "offline"
 
 
 def _in_netrc() -> bool:

@@ -21,6 +21,10 @@ def _mean(values: Iterable[float]) -> Entry:
     return fmean(known) if known else None
 
 
+def _gain(pairs: Iterable[tuple[Entry, Entry]]) -> Entry:
+    return _mean(a - b for a, b in pairs if a is not None and b is not None)
+
+
 class AccuracyMatrix:
     """One row per evaluation, one column per experience, in the order they were formed.
 
@@ -83,8 +87,7 @@ class AccuracyMatrix:
         if len(self._rows) < 2:
             return []
         lost: list[Entry] = []
-        for j in range(self._seen[-2]):
-            column = [self._at(i, j) for i in range(len(self._rows))]
+        for column in [*zip(*self.rows(), strict=True)][: self._seen[-2]]:
             earlier, last = [r for r in column[:-1] if r is not None], column[-1]
             lost.append(max(earlier) - last if earlier and last is not None else None)
         return lost
@@ -94,10 +97,8 @@ class AccuracyMatrix:
 
         BWT of Lopez-Paz and Ranzato, "Gradient episodic memory", NeurIPS 2017, where first(j) = j.
         """
-        last = len(self._rows) - 1
-        return self._mean_gain(
-            (self._at(last, j), self._at(i, j)) for j, i in enumerate(self._first()) if i < last
-        )
+        rows, first = self.rows(), enumerate(self._first())
+        return _gain((rows[-1][j], rows[i][j]) for j, i in first if i < len(rows) - 1)
 
     def forward_transfer(self, baseline: Sequence[Entry]) -> Entry:
         """Mean over j with first(j) > 0 of R[first(j) - 1][j] - baseline[j].
@@ -109,9 +110,8 @@ class AccuracyMatrix:
         first = self._first()
         if len(baseline) < len(first):
             raise ValueError(f"{len(baseline)} baselines for {len(first)} experiences")
-        return self._mean_gain(
-            (self._at(i - 1, j), baseline[j]) for j, i in enumerate(first) if i > 0
-        )
+        rows = self.rows()
+        return _gain((rows[i - 1][j], baseline[j]) for j, i in enumerate(first) if i > 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the matrix as JSON-serializable values."""
@@ -123,9 +123,6 @@ class AccuracyMatrix:
         for row, seen in zip(state["rows"], state["seen"], strict=True):
             self.append(row, seen)
 
-    def _at(self, i: int, j: int) -> Entry:
-        return self._rows[i][j] if j < len(self._rows[i]) else None
-
     def _of_seen(self, i: int) -> list[float]:
         return [value for value in self._rows[i][: self._seen[i]] if value is not None]
 
@@ -133,10 +130,6 @@ class AccuracyMatrix:
         """Return first(j) of every experience seen by the end."""
         count = self._seen[-1] if self._seen else 0
         return [next(i for i, seen in enumerate(self._seen) if seen > j) for j in range(count)]
-
-    @staticmethod
-    def _mean_gain(pairs: Iterable[tuple[Entry, Entry]]) -> Entry:
-        return _mean(a - b for a, b in pairs if a is not None and b is not None)
 
 
 def _finite(value: Entry) -> Entry:

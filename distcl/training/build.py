@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 
 from distcl.config import Config
+from distcl.config.load import to_toml
 from distcl.data.replay_buffer import ReplayBuffer
 from distcl.data.transforms import Transforms
 from distcl.distributed.runtime import Runtime
@@ -22,7 +24,7 @@ from distcl.priority.round_weights import RoundWeighter
 from distcl.priority.scoring import Scorer
 from distcl.priority.signals import create_signal
 from distcl.sampling.composition import Mix
-from distcl.sampling.groups import Permutations
+from distcl.sampling.draws import Permutations
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking import create_tracker
 from distcl.training.dry_run import DryRun
@@ -30,7 +32,7 @@ from distcl.training.optimizer import create_optimizer
 from distcl.training.parts import Parts
 from distcl.training.round_report import RoundRecorder
 from distcl.types import DataSpec, PrioritySignal, Progress, Stream, UnreducedLoss, info_of
-from distcl.updaters import UpdaterSetup, create_updater
+from distcl.updaters import PassSetup, UpdaterSetup, create_updater
 
 _POOL = 2  # a stream of draws beside those of the samplers
 
@@ -66,24 +68,31 @@ def assemble(
             "each epoch; continual_learning.history_store = 'copy' keeps what was read once. "
             "Use history_store = 'ids', or transforms that are not random"
         )
+    kept = ("history_store", "copy") if copies else ("update_mode", continual.update_mode)
+    if info_of(stream).varies and (copies or continual.update_mode in ("lwf", "der")):
+        raise ConfigError(
+            f"continual_learning.{kept[0]} = '{kept[1]}' keeps what belongs to samples side by "
+            "side, so they must be equally long: cut texts to one length (source 'text' with pack)"
+        )
     history = ReplayBuffer(stream, continual.buffer_size, seed, copies)
     criterion, signal = create_judges(config, stream.spec)
     importance = config.continual_learning.importance_weighting
     sequential = info_of(stream).sequential
-    dry = DryRun(config, runtime, stream)
+    tried, scored = create_judges(config, stream.spec)
+    dry = DryRun(config, runtime, stream, tried, scored if importance else None)
     raw = create_model(config.model, stream.spec, seed, dry.x)
-    tried, scored = create_judges(config, stream.spec)  # they may count what they are asked
-    dry.before(raw, tried, scored if importance else None)
+    dry.before(raw)
     model, optimizer = runtime.prepare_training(
         raw, lambda params: create_optimizer(config.optimizer, params), dry.unused
     )
-    dry.after(model, tried, scored if importance else None)
+    dry.after(model)
     partition = create_partition(runtime, model)
     forward = ShardedForward(runtime, model, partition, criterion)
     keep = getattr(signal, "anchors", 1) if importance else 1
     host = torch.device("cpu") if config.parallel.anchor_device == "cpu" else None
     anchor = Anchor(partition, keep, host, undo=config.training.accept == "improves")
-    scorer = Scorer(forward, anchor, signal, config.priority.score_batch)
+    priority = config.priority
+    scorer = Scorer(forward, anchor, signal, priority.score_batch, priority.min_score)
     ledger = None
     if importance and config.priority.source == "online":
         ledger = Ledger(runtime, signal, stream.spec.classes)
@@ -91,25 +100,23 @@ def assemble(
         config.continual_learning.update_mode,
         UpdaterSetup(
             config=config.continual_learning,
-            runtime=runtime,
             model=model,
             optimizer=optimizer,
-            partition=partition,
-            anchor=anchor,
-            criterion=criterion,
             scorer=scorer,
             seed=seed,
             pretrained=bool(config.model.pretrained),
-            accumulate=config.training.accumulate,
             ledger=ledger,
-            min_score=config.priority.min_score,
-            stand_in=dry.stand_in,
-            alone=dry.alone,
+            passes=PassSetup(config.training.accumulate, dry.stand_in, dry.alone),
         ),
     )
     if importance:
         check_priority(config, signal, updater.uses_hist_batch, sequential)
     judged_by(config.model.loss, stream.spec)
+    if config.training.normalize == "token" and not (stream.spec.classes and stream.spec.y_shape):
+        raise ConfigError(
+            "training.normalize = 'token' needs several labels a sample, as texts have, but a "
+            f"target of this stream has shape {list(stream.spec.y_shape)}; leave it at 'sample'"
+        )
     dry.conclude()
     dealer = None
     if sequential:
@@ -125,6 +132,7 @@ def assemble(
         Permutations(seed, _POOL).take,
     )
     mix = Mix(config.training, continual, config.priority.target == "union")
+    loader = RoundLoader(runtime, history.source, weighter, mix, config.priority, config.data, seed)
     shown = progress if progress is not None and runtime.is_main else Quiet()
     tracker = create_tracker(config.tracking, out, runtime.rank, resume, shown.message)
     return Parts(
@@ -137,11 +145,9 @@ def assemble(
         forward=forward,
         scorer=scorer,
         updater=updater,
-        loader=RoundLoader(
-            runtime, history.source, weighter, mix, config.priority, config.data, seed
-        ),
+        loader=loader,
         tracker=tracker,
-        recorder=RoundRecorder(runtime, out, tracker),
+        recorder=RoundRecorder(runtime, out / "draws", tracker, loader, forward, updater),
         progress=shown,
     )
 
@@ -168,55 +174,83 @@ def check_priority(
     """
     p, mode = config.priority, config.continual_learning.update_mode
     replays = takes_history or config.continual_learning.mix_historic_data
-
-    def refuse(key: str, why: str) -> None:
-        raise ConfigError(f"{key} does not work with priority.{why}")
-
-    if sequential and p.source != "score":
-        raise ConfigError(
+    online, candidates = p.source == "online", p.source == "candidates"
+    once, ahead = p.draw == "without_replacement", 2 * config.data.workers
+    other = "source = 'candidates'" if candidates else f"draw = '{p.draw}'"
+    works_not = "does not work with priority."
+    refused = (
+        (
+            sequential and p.source != "score",
             f"priority.source = '{p.source}' draws at random, which a stream of shards cannot be "
-            "read by; use 'score', or data.access = 'indexed'"
-        )
-
-    if p.source != "score" and p.target == "history" and not replays:
-        raise ConfigError(
+            "read by; use 'score', or data.access = 'indexed'",
+        ),
+        (
+            p.source != "score" and p.target == "history" and not replays,
             f"priority.target = 'history' has nothing to weigh: update_mode = '{mode}' takes no "
-            "history batches, and continual_learning.mix_historic_data is false"
-        )
-    if p.source == "online":
-        if signal.needs_anchor:
-            refuse(
-                f"priority.signal = '{p.signal}', which needs a forward under theta_star,",
-                "source = 'online', which makes none: use entropy, loss, grad_norm or fisher",
+            "history batches, and continual_learning.mix_historic_data is false",
+        ),
+        (
+            online and signal.needs_anchor,
+            f"priority.signal = '{p.signal}', which needs a forward under theta_star, {works_not}"
+            "source = 'online', which makes none: use entropy, loss, grad_norm or fisher",
+        ),
+        (
+            online and once,
+            f"priority.draw = 'without_replacement' {works_not}source = 'online', whose weights "
+            "change while it draws: use systematic",
+        ),
+        (
+            online and p.refresh_steps < ahead,
+            f"data.workers = {config.data.workers} {works_not}refresh_steps = {p.refresh_steps}: "
+            f"they read {ahead} batches ahead, which must be less than the steps between two "
+            "refreshes",
+        ),
+        (
+            p.pool and not online,
+            f"priority.source = '{p.source}' {works_not}pool = {p.pool}, which is for source = "
+            "'online'",
+        ),
+        (
+            candidates and p.guard == "auto",
+            f"priority.guard = 'auto' {works_not}source = 'candidates', which has no weights to "
+            "judge before",
+        ),
+        (
+            candidates and not takes_history and p.target == "history",
+            f"priority.source = 'candidates' {works_not}target = 'history' and mixed batches: use "
+            "target = 'union', or an update_mode that takes history batches",
+        ),
+        (
+            p.correction and (candidates or once),
+            f"priority.correction = {p.correction} {works_not}{other}, whose draws have no "
+            "probabilities of their own",
+        ),
+    )
+    for applies, why in refused:
+        if applies:
+            raise ConfigError(why)
+
+
+def check_ranks(config: Config, runtime: Runtime) -> None:
+    """Raise ConfigError where ranks were given different things, or a batch is too small for all.
+
+    Collective.
+    """
+    texts = [text.splitlines() for text in runtime.gather_objects(to_toml(config))]
+    for peer, lines in zip(runtime.peers, texts, strict=True):
+        if lines != texts[0]:
+            pairs = zip_longest(lines, texts[0], fillvalue="nothing")
+            theirs, ours = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ConfigError(
+                f"rank {peer.rank} on {peer.node} has '{theirs}' where rank 0 has '{ours}'; give "
+                "all processes the same file, DISTCL_ environment and --set"
             )
-        if p.draw == "without_replacement":
-            refuse(
-                "priority.draw = 'without_replacement'",
-                "source = 'online', whose weights change while it draws: use systematic",
+    for key, size, what in (
+        ("training.batch_size", config.training.batch_size, "the"),
+        ("continual_learning.replay_batch_size", config.continual_learning.replay_batch_size, "a"),
+    ):
+        if 0 < size < runtime.world_size:
+            raise ConfigError(
+                f"{key} = {size} is smaller than the number of processes, {runtime.world_size}; it "
+                f"is {what} global batch"
             )
-        if p.refresh_steps < 2 * config.data.workers:
-            refuse(
-                f"data.workers = {config.data.workers}",
-                f"refresh_steps = {p.refresh_steps}: they read {2 * config.data.workers} batches "
-                "ahead, which must be less than the steps between two refreshes",
-            )
-    elif p.pool:
-        refuse(
-            f"priority.source = '{p.source}'", f"pool = {p.pool}, which is for source = 'online'"
-        )
-    if p.source == "candidates" and p.guard == "auto":
-        refuse(
-            "priority.guard = 'auto'", "source = 'candidates', which has no weights to judge before"
-        )
-    if p.source == "candidates" and not takes_history and p.target == "history":
-        refuse(
-            "priority.source = 'candidates'",
-            "target = 'history' and mixed batches: use target = 'union', or an update_mode that "
-            "takes history batches",
-        )
-    if p.correction and (p.source == "candidates" or p.draw == "without_replacement"):
-        other = "source = 'candidates'" if p.source == "candidates" else f"draw = '{p.draw}'"
-        refuse(
-            f"priority.correction = {p.correction}",
-            f"{other}, whose draws have no probabilities of their own",
-        )

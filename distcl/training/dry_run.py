@@ -47,14 +47,25 @@ _SHARDED = ("zero3", "fsdp2")
 class DryRun:
     """What is found out of a model, loss and signal. Making one reads two samples; local.
 
-    ``x``: their inputs, on the CPU, or None if the stream has no samples; ``unused``: parameters
-    that got no gradient in one of the forwards; ``alone``: why the model cannot train on one
-    sample, or "".
+    ``criterion`` and ``signal`` (None if nothing is scored) are of this look alone: they may count
+    what they are asked. ``x``: the inputs, on the CPU, or None if the stream has no samples;
+    ``unused``: parameters that got no gradient in one of the forwards; ``alone``: why the model
+    cannot train on one sample, or "".
     """
 
-    def __init__(self, config: Config, runtime: Runtime, stream: Stream) -> None:
+    def __init__(
+        self,
+        config: Config,
+        runtime: Runtime,
+        stream: Stream,
+        criterion: UnreducedLoss,
+        signal: PrioritySignal | None,
+    ) -> None:
         self._config = config
         self._runtime = runtime
+        self._criterion = criterion
+        self._signal = signal
+        self._sharded = runtime.strategy.name in _SHARDED
         self._name = config.model.name
         self._batch = _two(stream)
         self.x: PyTree = None
@@ -70,38 +81,34 @@ class DryRun:
         """The inputs [1, ...] of one sample, on the device, or None."""
         return None if self._batch is None else self._batch.part(0, 2).x
 
-    def before(
-        self, model: nn.Module, criterion: UnreducedLoss, signal: PrioritySignal | None
-    ) -> None:
+    def before(self, model: nn.Module) -> None:
         """Look at a model that is not yet prepared for training. Collective.
 
-        ``signal``: None if nothing is scored. Raises ConfigError naming a tensor of a dtype that
-        would not stay; what else is wrong is for :meth:`conclude` to tell.
+        Raises ConfigError naming a tensor of a dtype that would not stay; what else is wrong is for
+        :meth:`conclude` to tell.
         """
         _refuse_dtypes(model, self._runtime.dtype)
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(f"model '{self._name}' has no parameter that takes gradients")
-        if self._runtime.strategy.name in _SHARDED:
+        if self._sharded:
             return
         model.to(self._runtime.device, self._runtime.dtype)
-        self._failure = together(self._runtime, lambda: self._look(model, criterion, signal))
+        self._failure = together(self._runtime, lambda: self._look(model))
         if self.unused and self._runtime.is_main:
             log.info(
                 f"[dry run] no gradient reaches {', '.join(self.unused)} in some forwards; where "
                 "none does, nothing but weight decay may move them"
             )
 
-    def after(
-        self, model: nn.Module, criterion: UnreducedLoss, signal: PrioritySignal | None
-    ) -> None:
+    def after(self, model: nn.Module) -> None:
         """Look at a prepared model whose weights are sharded; settle any other. Collective.
 
         Raises as :meth:`conclude`.
         """
         if self._batch is None or self._failure is not None:
             return
-        if self._runtime.strategy.name in _SHARDED:
-            self._look(model, criterion, signal)
+        if self._sharded:
+            self._look(model)
             return
         with untouched(self._runtime.strategy.unwrap(model), self._runtime.device):
             model.train()
@@ -118,9 +125,7 @@ class DryRun:
 
     # -- one look ------------------------------------------------------------------------------
 
-    def _look(
-        self, model: nn.Module, criterion: UnreducedLoss, signal: PrioritySignal | None
-    ) -> None:
+    def _look(self, model: nn.Module) -> None:
         """Take all forwards; training first, so that what a model caches may take gradients.
 
         Where weights are sharded, forwards are collective, none has a gradient, and none is risked
@@ -129,31 +134,27 @@ class DryRun:
         if self._batch is None:
             return
         module = self._runtime.strategy.unwrap(model)
-        sharded = self._runtime.strategy.name in _SHARDED
-        grad = _trains(self._config) and not sharded
+        grad = _trains(self._config) and not self._sharded
         one = self._batch.part(0, 2)
         with untouched(module, self._runtime.device), evaluating(model):
             model.train()
             with torch.set_grad_enabled(grad), _lone_channels(module) as lone:
-                outputs, losses = self._forward(model, self._batch, criterion)
+                outputs, losses = self._forward(model, self._batch)
             if grad:
                 self._gradients(module, outputs, losses)
             if lone:
                 self.alone = f"BatchNorm '{lone[0]}' cannot train on one sample"
-            elif not sharded:
-                self.alone = self._why_not_alone(model, one, criterion, losses)
+            elif not self._sharded:
+                self.alone = self._why_not_alone(model, one, losses)
             model.eval()
             if grad:  # the forward of a rank without samples
-                self._gradients(module, *self._forward(model, one, criterion))
+                self._gradients(module, *self._forward(model, one))
             for batch in (self._batch, one):
-                with torch.no_grad() if sharded else torch.inference_mode():
-                    outputs, losses = self._forward(model, batch, criterion)
-                    if signal is not None:
-                        self._score(signal, batch, Outputs(losses, outputs))
+                with torch.no_grad() if self._sharded else torch.inference_mode():
+                    outputs, losses = self._forward(model, batch)
+                    self._score(batch, Outputs(losses, outputs))
 
-    def _forward(
-        self, model: nn.Module, batch: Batch, criterion: UnreducedLoss
-    ) -> tuple[PyTree, torch.Tensor]:
+    def _forward(self, model: nn.Module, batch: Batch) -> tuple[PyTree, torch.Tensor]:
         """Return outputs and losses of a batch, once both are what they must be."""
         n = len(batch)
         given = f"{n} samples, {_form(batch.x)}" if n > 1 else f"one sample, {_form(batch.x)}"
@@ -178,12 +179,14 @@ class DryRun:
                 f"model.loss = '{name}' fails on outputs {_form(outputs)} and targets "
                 f"{_form(batch.y)}"
             ):
-                losses = unreduced(criterion(outputs, batch.y), n, f"model.loss = '{name}'")
+                losses = unreduced(self._criterion(outputs, batch.y), n, f"model.loss = '{name}'")
         if not losses.is_floating_point():
             raise ConfigError(f"model.loss = '{name}' returned {losses.dtype}; numbers are needed")
         return outputs, losses
 
-    def _score(self, signal: PrioritySignal, batch: Batch, now: Outputs) -> None:
+    def _score(self, batch: Batch, now: Outputs) -> None:
+        if (signal := self._signal) is None:
+            return
         older = (now,) * (getattr(signal, "anchors", 1) - 1)
         anchor = Outputs(now.loss, now.logits, older) if signal.needs_anchor else None
         online = self._config.priority.source == "online"
@@ -211,12 +214,10 @@ class DryRun:
         if idle and not isinstance(outputs, torch.Tensor):  # DDP would wait for their gradients
             module.register_forward_hook(_detaching(idle))
 
-    def _why_not_alone(
-        self, model: nn.Module, one: Batch, criterion: UnreducedLoss, losses: torch.Tensor
-    ) -> str:
+    def _why_not_alone(self, model: nn.Module, one: Batch, losses: torch.Tensor) -> str:
         """Return why a training forward of one sample does not work, as that of two did."""
         try:
-            _, loss = self._forward(model, one, criterion)
+            _, loss = self._forward(model, one)
         except Exception as error:  # whatever a user's model raises
             return f"the model cannot train on one ({named(error)})"
         if losses.isfinite().all() and not loss.isfinite().all():

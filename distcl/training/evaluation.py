@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from distcl.errors import DivergenceError
 from distcl.losses import per_sample_error, per_sample_squares, r_squared
@@ -27,23 +28,12 @@ class Evaluator:
 
         Raises DivergenceError, saying ``when``, if it is not finite.
         """
-        if self._metric == "r2":
-            value = r_squared(
-                self._forward.per_sample(
-                    self._source,
-                    experience.test,
-                    self._size,
-                    lambda out, y: per_sample_squares(out.logits, y),
-                )
-            )
-        else:
-            errors = self._forward.per_sample(
-                self._source,
-                experience.test,
-                self._size,
-                lambda out, y: per_sample_error(out.logits, y, self._loss_name),
-            )
-            value = 1.0 - float(errors.double().mean())
+        error = partial(per_sample_error, loss_name=self._loss_name)
+        measure = per_sample_squares if self._metric == "r2" else error
+        found = self._forward.per_sample(
+            self._source, experience.test, self._size, lambda out, y: measure(out.logits, y)
+        )
+        value = r_squared(found) if self._metric == "r2" else 1.0 - float(found.double().mean())
         if not math.isfinite(value):
             raise DivergenceError(
                 f"{self._metric} on experience {experience.index + 1} is {value} {when}: the "

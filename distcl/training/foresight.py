@@ -13,7 +13,7 @@ from distcl.distributed.runtime import part_of
 from distcl.errors import ConfigError
 from distcl.sampling.composition import Mix
 from distcl.training.parts import Parts
-from distcl.training.step_loop import Stage
+from distcl.training.stage import Stage
 from distcl.types import Experience
 from distcl.updaters import Updater
 
@@ -26,7 +26,7 @@ def foresee(
     ``batches``: the sizes of the global training and history batches of each step; ``what`` trains.
     """
     seen: set[tuple[int, int]] = set()
-    if not updater.setup.alone:
+    if not updater.setup.passes.alone:
         return
     world = updater.runtime.world_size
     for step, sizes in enumerate(batches, start=1):
@@ -42,16 +42,16 @@ def foresee(
             raise ConfigError(
                 f"{what}: step {step} has a batch of {sizes[0]}{history}; on {world} "
                 f"rank{'s' * (world > 1)}{cut}, rank {rank} would train on one sample at a time, "
-                f"and {updater.setup.alone}; change training.batch_size"
+                f"and {updater.setup.passes.alone}; change training.batch_size"
                 f"{', continual_learning.replay_batch_size' * bool(sizes[1])}, "
                 f"training.accumulate, stream.samples_per_experience or the number of processes, "
                 "or take GroupNorm for BatchNorm"
             )
 
 
-def foresee_stage(parts: Parts, stage: Stage, what: str, accumulate: int) -> None:
+def foresee_stage(parts: Parts, stage: Stage, accumulate: int) -> None:
     """Raise as :func:`foresee` for a round whose draws are set up. Local."""
-    what += f", on experience {stage.experience.index + 1}"
+    what = f"{stage.title}, on experience {stage.experience.index + 1}"
     foresee(parts.updater, parts.loader.batch_sizes(stage.steps), what, accumulate)
 
 

@@ -1,15 +1,19 @@
-"""The optimizer, its learning rate within a round, and its reset between rounds."""
+"""The optimizer, its learning rate within a round, its reset between rounds, and its state."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from distcl.config import OptimizerConfig
 from distcl.errors import ConfigError
+from distcl.parallel.partition import Partition
+from distcl.parallel.sliced_state import SavedSlices
 
 
 def create_optimizer(
@@ -71,3 +75,67 @@ def place_steps(optimizer: torch.optim.Optimizer) -> None:
             state = optimizer.state.get(parameter, {})
             if "step" in state:
                 state["step"] = state["step"].to(parameter.device)
+
+
+class OptimizerSlices:
+    """An optimizer's state by parameter, my slices of it: now and, if kept, as a round began."""
+
+    def __init__(self, partition: Partition, optimizer: torch.optim.Optimizer) -> None:
+        self._partition = partition
+        self._optimizer = optimizer
+        self._kept: dict[Any, Any] | None = None
+
+    def keep(self) -> None:
+        """Keep a copy of the state as it is. Local."""
+        self._kept = {p: cloned(state) for p, state in self._optimizer.state.items()}
+
+    def forget(self) -> None:
+        """Let go of what is kept. Local."""
+        self._kept = None
+
+    def put_back(self) -> None:
+        """Make the state what was kept, if any was, and forget it. Local."""
+        self._exchange()
+        self.forget()
+
+    def _exchange(self) -> None:
+        if self._kept is not None:
+            now = dict(self._optimizer.state)
+            self._optimizer.state.clear()
+            self._optimizer.state.update(self._kept)
+            self._kept = now
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what :meth:`load_slices` needs of each rank. Local."""
+        now, kept = self._slices(), None
+        if self._kept is not None:
+            self._exchange()
+            kept = self._slices()
+            self._exchange()
+        return {"now": now, "kept": kept}
+
+    def _slices(self) -> dict[str, Any]:
+        found = self._partition.optimizer_state(self._optimizer)
+        return {"slices": found.slices, "plain": found.plain}
+
+    def load_slices(self, saved: SavedSlices) -> None:
+        """Restore my slices of what was saved on any number of ranks. Collective."""
+        self.forget()
+        if saved.states[0]["kept"] is not None:
+            self._optimizer.state.clear()
+            self._load(saved, "kept")
+            self._kept = dict(self._optimizer.state)
+            self._optimizer.state.clear()
+        self._load(saved, "now")
+
+    def _load(self, saved: SavedSlices, which: str) -> None:
+        states = [state[which] for state in saved.states]
+        fetch = {key: saved.fetch(which, "slices", key) for s in states for key in s["slices"]}
+        plain = {name: values for s in states for name, values in s["plain"].items()}
+        self._partition.load_optimizer_state(self._optimizer, fetch, plain)
+        place_steps(self._optimizer)
+
+
+def cloned(state: Any) -> Any:
+    """Return a copy of a tree of tensors and plain values."""
+    return tree_map_only(torch.Tensor, torch.Tensor.clone, state)

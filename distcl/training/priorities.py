@@ -5,31 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distcl.data.bad_samples import BadSamples
+from distcl.errors import DivergenceError
 from distcl.priority.guard import HeldOut, Judgement, judge
 from distcl.priority.round_weights import RoundWeights
 from distcl.training.accuracy_matrix import AccuracyMatrix
 from distcl.training.parts import Parts
+from distcl.training.stage import Stage
 from distcl.types import Experience, Ids
 
 
 def compute_priorities(
     parts: Parts,
-    number: int,
-    current: Ids,
+    stage: Stage,
     history: Ids,
     bad: BadSamples,
     held_out: HeldOut,
     guarded: bool,
 ) -> tuple[RoundWeights, Judgement]:
-    """Return the weights of round ``number``, and what the guard says of them. Collective.
+    """Return the weights that a round begins with, and what the guard says of them. Collective.
 
     ``held_out``: see :func:`held_out_errors`. ``guarded``: doubts make the round uniform. Raises
     DivergenceError or ConfigError naming signal and sample id for a bad score.
     """
-    weights = parts.loader.weigh(number, current, history, parts.updater.uses_hist_batch)
-    mine, stored = weights.held(current, history)
-    bad.silence((mine, weights.current), (stored, weights.history))
-    judged = judge(parts.runtime, guarded, weights, history, held_out)
+    number, current = stage.number, stage.experience.train
+    try:
+        weights = parts.loader.weigh(number, current, history, parts.updater.uses_hist_batch)
+        bad.silence(*((part.ids, part.values) for part in weights.parts.values()))
+        judged = judge(parts.runtime, guarded, weights, held_out)
+    except DivergenceError as error:
+        raise DivergenceError(f"before step 1 of round {number}: {error}") from error
     if judged.uniform:
         note = f"[guard] uniform draws in this round: {'; '.join(judged.doubts)}"
         weights = weights.stand_down(note)

@@ -1,9 +1,10 @@
-"""What is told of a round in ``summary.json``: its steps, cost, draws, priorities and guard."""
+"""What is told of a round: in ``summary.json``, in ``OUT/draws/``, and to the trackers."""
 
 from __future__ import annotations
 
 import io
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,100 +19,10 @@ from distcl.priority.guard import Judgement, doubts
 from distcl.sampling.draw_log import EDGES
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking.tracker import Histogram, Tracker, flat_values
-from distcl.training.step_loop import Stage
+from distcl.training.stage import Stage
 from distcl.types import Source, info_of
 from distcl.updaters import Updater
 
-
-class Reporter:
-    """Makes the reports, the same on every rank."""
-
-    def __init__(
-        self, runtime: Runtime, loader: RoundLoader, forward: ShardedForward, updater: Updater
-    ) -> None:
-        self._runtime = runtime
-        self._loader = loader
-        self._forward = forward
-        self._updater = updater
-
-    def counts(self) -> list[int]:
-        """Return the samples that went through the model so far: forward only, and trained on."""
-        return [self._forward.forwards, self._updater.trained]
-
-    def of_pretraining(self, stage: Stage, seconds: float) -> dict[str, Any]:
-        """Return the report of pretraining that took so long. Collective."""
-        return {"steps": stage.steps, "train_seconds": seconds, **self._common(stage)}
-
-    def of_round(self, stage: Stage, accepted: bool) -> tuple[dict[str, Any], str]:
-        """Return the report of a round, and what the log should say of it, or ''. Collective."""
-        loader = self._loader
-        scored = stage.report["scored"] + loader.forwards
-        candidates = sum(int(r["n"]) for r in loader.weights.report.values())
-        guard, words = self._guard(stage)
-        report = {
-            "round": stage.number,
-            "trigger": stage.trigger,
-            "steps": stage.steps,
-            "train_seconds": stage.seconds - loader.priority_seconds,
-            "priority_seconds": stage.report["priority_seconds"] + loader.priority_seconds,
-            "forward_passes_per_sample": scored / candidates if candidates else 0.0,
-            **self._common(stage),
-            "accepted": accepted,
-            "priority": loader.weights.report,
-            **guard,
-        }
-        return report, words
-
-    def _common(self, stage: Stage) -> dict[str, Any]:
-        of_step = stage.report.get("flops", 0)  # of the first; None where they cannot be counted
-        return {
-            "compute": self._compute(*stage.report["before"]),
-            "flops": None if of_step is None else stage.steps * of_step,
-            "draws_sha256": self._loader.log.digest(),
-            "final_loss": stage.loss,
-        }
-
-    def _compute(self, forwards: int, trained: int) -> dict[str, int]:
-        """Return the samples that went through the model since these counts, over all ranks.
-
-        A forward of a sample is one unit, forward and backward three; evaluation does not count,
-        but what ``training.accept`` looks at does.
-        """
-        now = self.counts()
-        scored, samples = now[0] - forwards, now[1] - trained
-        return {"scored": scored, "trained": samples, "units": scored + 3 * samples}
-
-    def _guard(self, stage: Stage) -> tuple[dict[str, Any], str]:
-        """Return what the guard has to report of a round by priority, and a warning or ''."""
-        judged = Judgement(**stage.report["judged"])
-        if not (stage.report["weighted"] or judged.uniform):
-            return {}, ""
-        staleness = self._loader.staleness
-        found = doubts(self._loader.weights.report, judged.aim, staleness)
-        words = ""
-        if found and not judged.uniform:
-            words = (
-                f"[guard] round {stage.number}: sampling by priority is likely to hurt: "
-                + "; ".join(found)
-            )
-        told: dict[str, Any] = {
-            "uniform": judged.uniform,
-            "aim": judged.aim,
-            "staleness": staleness,
-        }
-        if judged.uniform:
-            told["words"] = f"uniform draws: {'; '.join(judged.doubts)}"
-        elif found:
-            told["words"] = f"sampling by priority is likely to hurt: {'; '.join(found)}"
-        return {"guard": told}, words
-
-
-# What a round leaves in ``OUT/draws/`` for the report, and tells the trackers, when it is over.
-
-
-log = logging.getLogger("distcl")
-
-FOLDER = "draws"
 TOP = 24
 """Samples drawn most that a round's file holds."""
 
@@ -120,60 +31,120 @@ _CHANNELS = (1, 3)
 _UNTOLD = ("trigger", "steps", "draws_sha256", "train_seconds", "priority_seconds")
 """Of a round's report: no numbers to plot, or other ones each time that the run is repeated."""
 
+log = logging.getLogger("distcl")
 
+
+@dataclass(frozen=True, slots=True)
 class RoundRecorder:
-    """Writes ``OUT/draws/round-NNNN.npz`` and logs a round's figures.
+    """Makes the reports of rounds, the same on every rank, and records what they drew.
 
-    Arrays: ``ids``, ``counts`` int64 [n ≤ TOP] of the samples drawn most, ``labels`` int64 [n] of
-    classes (else [0]), ``thumbnails`` uint8 [n, h, w, channels] of images (else [0]), and of each
-    weighted part, ``cur`` and ``hist``, ``{part}_counts`` int64 [64] and ``{part}_edges``: a
-    histogram of the draw weights that the round began with, or of its candidates, in means.
+    ``round-NNNN.npz`` in ``folder`` has the arrays ``ids``, ``counts`` int64 [n ≤ TOP] of the
+    samples drawn most, ``labels`` int64 [n] of classes (else [0]), ``thumbnails`` uint8
+    [n, h, w, channels] of images (else [0]), and of each weighted part, ``cur`` and ``hist``,
+    ``{part}_counts`` int64 [64] and ``{part}_edges``: a histogram of the draw weights that the
+    round began with, or of its candidates, in means.
     """
 
-    def __init__(self, runtime: Runtime, out: Path, tracker: Tracker) -> None:
-        self._runtime = runtime
-        self._folder = out / FOLDER
-        self._tracker = tracker
+    runtime: Runtime
+    folder: Path
+    tracker: Tracker
+    loader: RoundLoader
+    forward: ShardedForward
+    updater: Updater
 
-    def write(
-        self,
-        report: dict[str, Any],
-        loader: RoundLoader,
-        source: Source,
-        step: int,
-    ) -> None:
+    def counts(self) -> list[int]:
+        """Return the samples that went through the model so far: forward only, and trained on."""
+        return [self.forward.forwards, self.updater.trained]
+
+    def of_pretraining(self, stage: Stage) -> dict[str, Any]:
+        """Return the report of pretraining. Collective."""
+        return {"steps": stage.steps, "train_seconds": stage.seconds, **self._common(stage)}
+
+    def of_round(self, stage: Stage, accepted: bool) -> tuple[dict[str, Any], str]:
+        """Return the report of a round, and what the log should say of it, or ''. Collective."""
+        drawn = self.loader.round
+        scored = stage.report["scored"] + drawn.forwards
+        candidates = sum(int(r["n"]) for r in drawn.weights.report.values())
+        guard, words = self._guard(stage)
+        report = {
+            "round": stage.number,
+            "trigger": stage.trigger,
+            "steps": stage.steps,
+            "train_seconds": stage.seconds - drawn.priority_seconds,
+            "priority_seconds": stage.report["priority_seconds"] + drawn.priority_seconds,
+            "forward_passes_per_sample": scored / candidates if candidates else 0.0,
+            **self._common(stage),
+            "accepted": accepted,
+            "priority": drawn.weights.report,
+            **guard,
+        }
+        return report, words
+
+    def _common(self, stage: Stage) -> dict[str, Any]:
+        """Return what is told of rounds and pretraining.
+
+        Of ``compute``, a forward of a sample is one unit, forward and backward three; evaluation
+        does not count, but what ``training.accept`` looks at does.
+        """
+        of_step = stage.report.get("flops", 0)  # of the first; None where they cannot be counted
+        before = stage.report["before"]
+        scored, trained = (now - then for now, then in zip(self.counts(), before, strict=True))
+        return {
+            "compute": {"scored": scored, "trained": trained, "units": scored + 3 * trained},
+            "flops": None if of_step is None else stage.steps * of_step,
+            "draws_sha256": self.loader.round.log.digest(),
+            "final_loss": stage.loss,
+        }
+
+    def _guard(self, stage: Stage) -> tuple[dict[str, Any], str]:
+        """Return what the guard has to report of a round by priority, and a warning or ''."""
+        judged = Judgement(**stage.report["judged"])
+        if not (stage.report["weighted"] or judged.uniform):
+            return {}, ""
+        drawn = self.loader.round
+        staleness = drawn.staleness
+        found = doubts(drawn.weights.report, judged.aim, staleness)
+        told: dict[str, Any] = {"uniform": judged.uniform, "aim": judged.aim}
+        told["staleness"] = staleness
+        words = ""
+        if judged.uniform:
+            told["words"] = f"uniform draws: {'; '.join(judged.doubts)}"
+        elif found:
+            told["words"] = f"sampling by priority is likely to hurt: {'; '.join(found)}"
+            words = f"[guard] round {stage.number}: {told['words']}"
+        return {"guard": told}, words
+
+    def write(self, report: dict[str, Any], source: Source, step: int) -> None:
         """Add ``draws`` to a round's report, write its file and log its figures. Collective.
 
         Afterwards the report is the same on every rank, as it was before.
         """
-        histograms = {name: Histogram(h, EDGES) for name, h in loader.histograms().items()}
-        report["draws"], ids, counts = loader.log.told(loader.candidates, TOP)
-        if self._runtime.is_main:
+        drawn = self.loader.round
+        histograms = {name: Histogram(h, EDGES) for name, h in drawn.histograms().items()}
+        report["draws"], ids, counts = drawn.log.told(drawn.candidates, TOP)
+        if self.runtime.is_main:
             try:
-                self._save(int(report["round"]), ids, counts, histograms, source)
+                self._save(int(report["round"]), {"ids": ids, "counts": counts}, histograms, source)
             except OSError as error:  # a full disk: the report will show less
                 log.warning(f"[report] draws of round {report['round']} are not kept: {error}")
         values = {name: value for name, value in report.items() if name not in _UNTOLD}
         told = {f"priority/{name}/weights": histogram for name, histogram in histograms.items()}
-        self._tracker.log(flat_values(values) | told, step)
+        self.tracker.log(flat_values(values) | told, step)
 
     def _save(
         self,
         number: int,
-        ids: npt.NDArray[np.int64],
-        counts: npt.NDArray[np.int64],
+        arrays: dict[str, npt.NDArray[Any]],
         histograms: dict[str, Histogram],
         source: Source,
     ) -> None:
-        arrays: dict[str, npt.NDArray[Any]] = {"ids": ids, "counts": counts}
-        arrays |= _seen(source, ids)
+        arrays |= _seen(source, arrays["ids"])
         for name, histogram in histograms.items():
-            arrays[f"{name}_counts"] = histogram.counts
-            arrays[f"{name}_edges"] = histogram.edges
-        self._folder.mkdir(parents=True, exist_ok=True)
-        stream = io.BytesIO()
-        np.savez_compressed(stream, allow_pickle=False, **arrays)
-        write_atomically(self._folder / f"round-{number:04d}.npz", stream.getvalue())
+            arrays |= {f"{name}_counts": histogram.counts, f"{name}_edges": histogram.edges}
+        file = io.BytesIO()
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / f"round-{number:04d}.npz", file.getvalue())
 
 
 def _seen(source: Source, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:

@@ -1,212 +1,183 @@
-"""The steps of a round, and what must be known to go on with a round that was interrupted."""
+"""The steps of a round, the losses watched on the way, and who saves the run meanwhile."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from statistics import fmean
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from distcl.config import OptimizerConfig
-from distcl.data.ids import ids_tensor, tensor_ids
+from distcl.config import Config
 from distcl.distributed.memory import FlopCount
 from distcl.distributed.runtime import Runtime
 from distcl.errors import DivergenceError
-from distcl.parallel.partition import clip_grads_
-from distcl.sampling.round_loader import RoundLoader
-from distcl.tracking.tracker import Tracker
+from distcl.losses import count_positions
+from distcl.parallel.gradients import clip_grads_
 from distcl.training.optimizer import decay_factor, warmup_factor
-from distcl.types import Batch, Experience, Progress
+from distcl.training.parts import Parts
+from distcl.training.stage import Stage
+from distcl.types import Batch
 from distcl.updaters import Updater
-from distcl.updaters.base import StepResult
+from distcl.updaters.step import StepResult
 
 
-class Keeping(Protocol):
-    """Who saves the run at poll points; see :class:`distcl.checkpoint.saver.Keeper`."""
+class Keeping:
+    """Who saves the run at poll points: nobody, where a trainer has no run folder.
+
+    See :class:`distcl.checkpoint.saver.Keeper`.
+    """
 
     def flags(self) -> list[float]:
         """Return this rank's word for the next poll. Local."""
-        ...
-
-    def act(self, flags: Sequence[float]) -> None:
-        """Save, or stop the run, as the flags summed over ranks say. Collective."""
-        ...
-
-    def poll(self) -> None:
-        """Sum the flags and act on them, where no step does it. Collective."""
-        ...
-
-    def round_ended(self) -> None:
-        """Save at the end of a round, if asked. Collective."""
-        ...
-
-
-class KeepNothing:
-    """Saves nothing and never stops a run: a trainer without a run folder."""
-
-    def flags(self) -> list[float]:
-        """Return no flags."""
         return []
 
     def act(self, flags: Sequence[float]) -> None:
-        """Do nothing."""
+        """Save, or stop the run, as the flags summed over ranks say. Collective."""
 
     def poll(self) -> None:
-        """Do nothing."""
+        """Sum the flags and act on them, where no step does it. Collective."""
 
     def round_ended(self) -> None:
-        """Do nothing."""
-
-
-@dataclass
-class Stage:
-    """A round in progress; number 0 is pretraining. ``report`` is what is known of it so far."""
-
-    number: int
-    trigger: str
-    experience: Experience
-    steps: int
-    done: int = 0
-    loss: float = float("nan")
-    seconds: float = 0.0
-    report: dict[str, Any] = field(default_factory=dict)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything as tensors and plain values."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return plain | {"experience": pack_experience(self.experience)}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Stage:
-        """Return the stage that ``state_dict`` was called on."""
-        return cls(**{**state, "experience": unpack_experience(state["experience"])})
-
-
-def pack_experience(e: Experience) -> dict[str, Any]:
-    """Return an experience as tensors and plain values."""
-    train, test = ids_tensor(e.train), ids_tensor(e.test)
-    return {"index": e.index, "train": train, "test": test, "name": e.name}
-
-
-def unpack_experience(state: dict[str, Any]) -> Experience:
-    """Return the experience that was packed."""
-    train, test = tensor_ids(state["train"]), tensor_ids(state["test"])
-    return Experience(state["index"], train, test, state["name"])
+        """Save at the end of a round, if asked. Collective."""
 
 
 class StepLoop:
-    """Forward, backward, the updater's regularizer, the optimizer: the steps of one round."""
+    """The steps of one round after another. ``keeper`` saves the run, and may stop it."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        updater: Updater,
-        loader: RoundLoader,
-        tracker: Tracker,
-        progress: Progress,
-        config: OptimizerConfig,
-        clip_norm: float,
-        poll_steps: int,
-    ) -> None:
-        self._runtime = runtime
-        self._model = model
-        self._optimizer = optimizer
-        self._updater = updater
-        self._loader = loader
-        self._tracker = tracker
-        self._progress = progress
-        self._warmup_steps = config.warmup_steps
-        self._decay = config.decay
-        self._clip_norm = clip_norm
-        self._poll_steps = poll_steps
-        self.base_lrs = [float(group["lr"]) for group in optimizer.param_groups]
-        self.keeper: Keeping = KeepNothing()
+    def __init__(self, parts: Parts, config: Config, keeper: Keeping) -> None:
+        self._parts = parts
+        self._config = config.optimizer
+        self._clip_norm = config.training.clip_norm
+        self._poll_steps = config.run.poll_steps
+        self._by_token = config.training.normalize == "token"
+        self._loss = config.model.loss
+        self.keeper = keeper
+        self.base_lrs = [float(group["lr"]) for group in parts.optimizer.param_groups]
         self.steps = 0
         """Steps taken in the whole run."""
         self.samples = 0
         """Samples trained on in the whole run."""
 
-    def run(self, stage: Stage, title: str) -> None:
+    def run(self, stage: Stage) -> None:
         """Take the steps of a round that are left. Losses are looked at only at poll points.
 
         ``stage.loss`` becomes the global mean loss of the last step. Collective.
         """
-        weights = self._updater.partition.owned
-        watch = LossWatch(self._runtime, stage.number, weights, stage.done)
-        self._progress.round_begins(title, stage.steps)
-        self._model.train()
-        begun, before, samples = time.perf_counter(), stage.seconds, 0
+        parts, pretraining = self._parts, stage.number == 0
+        runtime, updater, optimizer = parts.runtime, parts.updater, parts.optimizer
+        fwd_bwd = partial(Updater.fwd_bwd, updater) if pretraining else updater.fwd_bwd
+        watch = LossWatch(runtime, stage, updater.partition.owned)
+        rate = _Rate(stage.seconds, self.samples)
+        parts.progress.round_begins(stage.title, stage.steps)
+        parts.model.train()
         for batch, hist_batch in self._batches(stage):
-            self._runtime.watchdog.beat()
             self._set_rate(stage.done, stage.steps)
-            if "flops" in stage.report:
-                result = self._gradients(stage, batch, hist_batch)
-            else:
-                result = self._counted(stage, batch, hist_batch)
-            self._optimizer.step()
-            self._updater.update_post_optimizer_call()
-            self._optimizer.zero_grad(set_to_none=True)
-            watch.add(result)
-            stage.done += 1
-            self._loader.look(stage.done, result.ids, result.losses)
-            self.steps += 1
-            samples += batch.total
+            with self._counting(stage):
+                updater.update_pre_fwd_bwd()
+                result = fwd_bwd(batch, hist_batch)
+                runtime.strategy.unscale(optimizer)
+                updater.update_post_fwd_bwd()  # the regularizer's gradient
+                clip_grads_(updater.partition, runtime, self._clip_norm)
+            optimizer.step()
+            updater.update_post_optimizer_call()
+            optimizer.zero_grad(set_to_none=True)
+            stage.done, self.steps = stage.done + 1, self.steps + 1
             self.samples += batch.total
+            watch.add(result)
+            parts.loader.round.look(stage.done, result.ids, result.losses)
             if stage.done % self._poll_steps == 0 or stage.done == stage.steps:
-                losses, flags = watch.poll(self.keeper.flags())
-                stage.loss = losses[-1]
-                elapsed = time.perf_counter() - begun
-                stage.seconds = before + elapsed
-                self._tell(stage, float(np.mean(losses)), samples / elapsed)
-                if stage.done < stage.steps:  # a save of the last step belongs to the round's end
-                    self.keeper.act(flags)
+                self._poll(stage, watch, rate)
 
-    def _gradients(self, stage: Stage, batch: Batch, hist_batch: Batch | None) -> StepResult:
-        """Forward, backward, the updater's regularizer, clipping. Collective."""
-        self._updater.update_pre_fwd_bwd()
-        if stage.number == 0:
-            result = Updater.fwd_bwd(self._updater, batch, None)
-        else:
-            result = self._updater.fwd_bwd(batch, hist_batch)
-        self._runtime.strategy.unscale(self._optimizer)
-        self._updater.update_post_fwd_bwd()
-        clip_grads_(self._updater.partition, self._runtime, self._clip_norm)
-        return result
+    def _poll(self, stage: Stage, watch: LossWatch, rate: _Rate) -> None:
+        """Look at the losses since the last poll, tell of them, and save if it is time."""
+        losses, flags = watch.poll(self.keeper.flags())
+        stage.loss = losses[-1]
+        stage.seconds, per_second = rate.now(self.samples)
+        values = {"round": stage.number, "loss": fmean(losses), "samples_per_second": per_second}
+        self._parts.tracker.log(values, self.steps)
+        self._parts.progress.step(stage.done, stage.loss, per_second)
+        if stage.done < stage.steps:  # a save of the last step belongs to the round's end
+            self.keeper.act(flags)
 
-    def _counted(self, stage: Stage, batch: Batch, hist_batch: Batch | None) -> StepResult:
-        """As :meth:`_gradients`; note all ranks' operations, None where they cannot be counted."""
-        if self._runtime.strategy.name != "ddp":  # other libraries gather weights on the way
+    @contextmanager
+    def _counting(self, stage: Stage) -> Iterator[None]:
+        """Note all ranks' operations of the round's first step; None: they cannot be counted."""
+        runtime = self._parts.runtime
+        if "flops" in stage.report:
+            yield
+        elif runtime.strategy.name != "ddp":  # other libraries gather weights on the way
             stage.report["flops"] = None
-            return self._gradients(stage, batch, hist_batch)
-        with FlopCount() as count:
-            result = self._gradients(stage, batch, hist_batch)
-        mine = torch.tensor(count.total, dtype=torch.int64, device=self._runtime.device)
-        stage.report["flops"] = int(self._runtime.all_reduce(mine))
-        return result
+            yield
+        else:
+            with FlopCount() as count:
+                yield
+            mine = torch.tensor(count.total, dtype=torch.int64, device=runtime.device)
+            stage.report["flops"] = int(runtime.all_reduce(mine))
 
     def _batches(self, stage: Stage) -> Iterator[tuple[Batch, Batch | None]]:
         try:
-            yield from self._loader.batches(stage.steps, stage.done)
+            for batch, history in self._parts.loader.batches(stage.steps, stage.done):
+                self._parts.runtime.watchdog.beat()
+                yield self._normalized(batch, history) if self._by_token else (batch, history)
         except DivergenceError as error:  # of a scoring pass
-            where = f"in round {stage.number}, step {stage.done + 1}"
-            raise DivergenceError(f"{where}: {error}") from error
+            step = stage.done + 1
+            raise DivergenceError(f"in round {stage.number}, step {step}: {error}") from error
 
-    def _tell(self, stage: Stage, loss: float, rate: float) -> None:
-        values = {"round": stage.number, "loss": loss, "samples_per_second": rate}
-        self._tracker.log(values, self.steps)
-        self._progress.step(stage.done, stage.loss, rate)
+    def _normalized(self, batch: Batch, history: Batch | None) -> tuple[Batch, Batch | None]:
+        """Return the batches with the loss weights of ``training.normalize = "token"``. Collective.
+
+        A sample counts as much as it has targets that count: the sum of weighted means over B
+        samples is then B / N times the sum over all N targets of the global batch, or of both.
+        """
+        batches = [batch] if history is None else [batch, history]
+        mine = [count_positions(self._loss, b.y) for b in batches]
+        every = self._parts.runtime.all_reduce(torch.stack([m.sum() for m in mine]).double())
+        sizes = every.new_tensor([b.total for b in batches])
+        if self._parts.updater.joins_batches:
+            every, sizes = every.sum().expand(2), sizes.sum().expand(2)
+        found = []
+        for b, counts, each in zip(batches, mine, sizes / every, strict=False):
+            weights = counts * each if b.weights is None else counts * each * b.weights
+            found.append(replace(b, weights=weights.to(self._parts.runtime.dtype)))
+        return found[0], found[1] if history is not None else None
 
     def _set_rate(self, step: int, steps: int) -> None:
-        factor = warmup_factor(step, self._warmup_steps) * decay_factor(self._decay, step, steps)
-        for group, lr in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
+        factor = warmup_factor(step, self._config.warmup_steps)
+        factor *= decay_factor(self._config.decay, step, steps)
+        for group, lr in zip(self._parts.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
+
+    def halve_rates(self, times: int) -> None:
+        """Halve the learning rates that rounds begin with. Local."""
+        self.base_lrs = [lr * 0.5**times for lr in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the learning rates and what was taken so far."""
+        return {"lrs": self.base_lrs, "steps": self.steps, "samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.base_lrs, self.steps, self.samples = state["lrs"], state["steps"], state["samples"]
+
+
+class _Rate:
+    """How long a round has taken, and how fast it is since it began here."""
+
+    def __init__(self, seconds: float, samples: int) -> None:
+        self._begun = time.perf_counter()
+        self._seconds = seconds
+        self._samples = samples
+
+    def now(self, samples: int) -> tuple[float, float]:
+        """Return the seconds of the round, and the samples per second."""
+        elapsed = time.perf_counter() - self._begun
+        return self._seconds + elapsed, (samples - self._samples) / elapsed
 
 
 # Losses of a round, kept on the device and looked at only at poll points.
@@ -222,17 +193,12 @@ class LossWatch:
     """
 
     def __init__(
-        self,
-        runtime: Runtime,
-        round_index: int,
-        weights: Callable[[], Mapping[str, torch.Tensor]],
-        steps: int = 0,
+        self, runtime: Runtime, stage: Stage, weights: Callable[[], Mapping[str, torch.Tensor]]
     ) -> None:
         self._runtime = runtime
-        self._round = round_index
+        self._stage = stage
         self._weights = weights
         self._window: list[StepResult] = []
-        self._steps = steps  # of the round, before the window
 
     def add(self, result: StepResult) -> None:
         """Take one step's losses. No host synchronization."""
@@ -257,8 +223,11 @@ class LossWatch:
             if not math.isfinite(mean):
                 self._diverged(k, mean)
         if values[len(sums)]:
-            self._gradient_diverged()
-        self._steps += len(self._window)
+            raise DivergenceError(
+                f"the gradient was not finite, or too large, {self._step(len(means) - 1)}, "
+                f"{self._largest(len(means) - 1)}: it left weights that are not finite; try a "
+                "smaller optimizer.lr"
+            )
         self._window.clear()
         return means, words_sum
 
@@ -273,17 +242,12 @@ class LossWatch:
             why = f"; every sample's did: the step before, {self._largest(k - 1)}, was too large, "
             why += "or its gradient was not finite"
         raise DivergenceError(
-            f"the loss became {mean} in round {self._round}, step {self._steps + k + 1}, "
-            f"{where}{why}; try a smaller optimizer.lr"
+            f"the loss became {mean} {self._step(k)}, {where}{why}; try a smaller optimizer.lr"
         )
 
-    def _gradient_diverged(self) -> None:
-        k = len(self._window) - 1
-        raise DivergenceError(
-            f"the gradient was not finite, or too large, in round {self._round}, step "
-            f"{self._steps + k + 1}, {self._largest(k)}: it left weights that are not finite; try "
-            "a smaller optimizer.lr"
-        )
+    def _step(self, k: int) -> str:
+        step = self._stage.done - len(self._window) + k + 1
+        return f"in round {self._stage.number}, step {step}"
 
     def _largest(self, k: int) -> str:
         """Return which samples had the largest losses of a step, in words. Collective."""

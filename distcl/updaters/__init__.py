@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from distcl import registry
-from distcl.updaters.base import Round, StepResult, Updater, UpdaterSetup
+from distcl.updaters.base import Round, Updater
+from distcl.updaters.step import PassSetup, StepResult, UpdaterSetup
 
-__all__ = ["Round", "StepResult", "Updater", "UpdaterSetup", "create_updater"]
+__all__ = ["PassSetup", "Round", "StepResult", "Updater", "UpdaterSetup", "create_updater"]
 
 
 def create_updater(name: str, setup: UpdaterSetup) -> Updater:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from distcl.types import Batch
-from distcl.updaters.base import StepResult, Updater
+from distcl.updaters.base import Updater
+from distcl.updaters.step import StepResult
 
 
 class AGEM(Updater):

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from distcl.types import Batch, Ids, Source
-from distcl.updaters.base import Round, StepResult, Updater, UpdaterSetup, cut, weighted
+from distcl.updaters.base import Round, Updater
 from distcl.updaters.logits import LastLogits, LogitTable, compute_logits, merged_notes, one_tensor
+from distcl.updaters.step import StepResult, UpdaterSetup, weighted
 
 
 class DarkExperienceReplay(Updater):
@@ -29,6 +30,7 @@ class DarkExperienceReplay(Updater):
     """
 
     uses_hist_batch = True
+    saved = ("stored", "last")
 
     def __init__(self, setup: UpdaterSetup) -> None:
         super().__init__(setup)
@@ -46,8 +48,7 @@ class DarkExperienceReplay(Updater):
 
     def passes(self, batch: int, history: int) -> list[int]:
         """See the base class: each part is of both batches."""
-        parts = self.setup.accumulate
-        return [n + past for n, past in zip(cut(batch, parts), cut(history, parts), strict=True)]
+        return self.joined_passes(batch, history)
 
     def _part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         both = batch if hist_batch is None else batch.joined(hist_batch)
@@ -82,10 +83,6 @@ class DarkExperienceReplay(Updater):
         """Forget the logits that the round has noted. Local."""
         self.last = LastLogits(self.last.ids[:0], self.runtime)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the stored logits, and those that this rank noted in the round."""
-        return {"stored": self.stored.state_dict(), "last": self.last.state_dict()}
-
     def merged(
         self,
         states: Sequence[dict[str, Any]],
@@ -94,8 +91,3 @@ class DarkExperienceReplay(Updater):
         """Return the state: what all ranks noted last goes to rank 0. See the base class."""
         noted = [state["last"] for state in states]
         return super().merged(states, cut) | {"last": merged_notes(noted, self.runtime.rank)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.stored.load_state_dict(state["stored"])
-        self.last.load_state_dict(state["last"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from distcl.types import Batch
-from distcl.updaters.base import StepResult, Updater
+from distcl.updaters.base import Updater
+from distcl.updaters.step import StepResult
 
 
 class ExperienceReplay(Updater):
@@ -14,6 +15,7 @@ class ExperienceReplay(Updater):
     drawn by priority if ``importance_weighting`` is on. Without history: plain training.
     """
 
+    joins_batches = True
     uses_hist_batch = True
 
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:

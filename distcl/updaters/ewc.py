@@ -7,16 +7,15 @@ kept. F is held as owned slices, 1/W per rank.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from distcl.errors import ConfigError
 from distcl.sampling.draws import generator
 from distcl.types import Ids, Source
-from distcl.updaters.base import Updater, UpdaterSetup
+from distcl.updaters.base import Updater
 from distcl.updaters.fisher import diagonal_fisher
 from distcl.updaters.quadratic_penalty import add_pull
+from distcl.updaters.step import UpdaterSetup
 
 
 class EWCOnline(Updater):
@@ -27,6 +26,7 @@ class EWCOnline(Updater):
     from training batches (their draws may be prioritized) and never from evaluation.
     """
 
+    saved = ("fisher", "commits")
     sliced = ("fisher",)
 
     def __init__(self, setup: UpdaterSetup) -> None:
@@ -40,9 +40,9 @@ class EWCOnline(Updater):
         self.commits = 0
 
     def update_post_fwd_bwd(self) -> None:
-        """Add λF(w - w*) to the gradient of my slices, damped by ``ewc_step``. Collective."""
+        """Add λF(w - w*) to the gradient of my slices, damped by ``penalty_step``. Collective."""
         if self.commits:
-            add_pull(self, self.fisher, self.config.ewc_lambda, self.config.ewc_step)
+            add_pull(self, self.fisher, self.config.ewc_lambda, self.config.penalty_step)
 
     def cl_postprocessing(self, source: Source, ids: Ids) -> None:
         """Fold the round's Fisher in. Collective."""
@@ -56,7 +56,7 @@ class EWCOnline(Updater):
             self.model,
             self.setup.optimizer,
             self.partition,
-            self.setup.criterion,
+            self.criterion,
             source,
             ids,
         )
@@ -66,12 +66,3 @@ class EWCOnline(Updater):
             old = self.fisher.get(name)
             self.fisher[name] = value if old is None else old_share * old + new_share * value
         self.commits += 1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return my slices of F and the number of commits."""
-        return {"fisher": self.fisher, "commits": self.commits}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.fisher = state["fisher"]
-        self.commits = state["commits"]

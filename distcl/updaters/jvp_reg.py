@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.errors import ConfigError
 from distcl.types import Batch, PyTree
-from distcl.updaters.base import StepResult, Updater, cut
+from distcl.updaters.base import Updater
+from distcl.updaters.step import StepResult, UpdaterSetup
 
 
 class JVPReg(Updater):
@@ -40,13 +41,17 @@ class JVPReg(Updater):
 
     uses_hist_batch = True
 
+    def __init__(self, setup: UpdaterSetup) -> None:
+        super().__init__(setup)
+        self._moved: list[tuple[Batch, torch.Tensor]] = []  # parts of both batches, their weights
+
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """See the class. The losses returned are those of both batches, at w. Collective.
 
         Raises ConfigError if ``jvp_rho_x`` > 0 and x has no floating-point tensor.
         """
         rho_theta, rho_x = self.config.jvp_rho_theta, self.config.jvp_rho_x
-        self._moved: list[tuple[Batch, torch.Tensor]] = []
+        self._moved = []
         result = self.accumulated(self._part, batch, hist_batch)
         if not (rho_theta or rho_x):
             return result
@@ -59,8 +64,7 @@ class JVPReg(Updater):
 
     def passes(self, batch: int, history: int) -> list[int]:
         """See the base class: each part is of both batches."""
-        parts = self.setup.accumulate
-        return [n + past for n, past in zip(cut(batch, parts), cut(history, parts), strict=True)]
+        return self.joined_passes(batch, history)
 
     def _part(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """First pass: the gradient at w; keep the inputs, moved, for the second one."""

@@ -11,17 +11,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
-from distcl.errors import ConfigError, DivergenceError, UsageError
+from distcl.errors import ConfigError, DivergenceError
 from distcl.types import Batch, Ids, Source
-from distcl.updaters.base import Updater, UpdaterSetup
-from distcl.updaters.kronecker import Curvature, FactorSums, Layer, deal_layers, find_layers
+from distcl.updaters.base import Updater
+from distcl.updaters.kronecker import (
+    Curvature,
+    FactorSums,
+    Layer,
+    PassRecorder,
+    deal_layers,
+    find_layers,
+)
+from distcl.updaters.step import UpdaterSetup
 
 log = logging.getLogger("distcl")
 
@@ -47,7 +52,7 @@ class KFACOnline(Updater):
                 "continual_learning.update_mode = 'kfac_online' does not work with "
                 "run.precision = 'fp16'; use 'bf16' or 'fp32'"
             )
-        self.layers, rest = find_layers(self.runtime.strategy.unwrap(setup.model), "kfac_online")
+        self.layers, rest = find_layers(self.runtime.strategy.unwrap(self.model), "kfac_online")
         self.owners = deal_layers(self.layers, self.runtime.world_size)
         if rest and self.runtime.is_main:
             log.info(f"[kfac_online] without a penalty: {', '.join(rest)}")
@@ -60,8 +65,7 @@ class KFACOnline(Updater):
         self.steps = 0
         self.samples = 0
         self._recording = False
-        self._seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._scale = torch.ones(())  # d(what is differentiated)/d(loss of each sample), [B]
+        self.recorder = PassRecorder(self.layers)
 
     def _is_mine(self, layer: Layer) -> bool:
         return self.owners[layer.name] == int(self.runtime.rank)
@@ -80,9 +84,9 @@ class KFACOnline(Updater):
         """
         if not (self._recording and len(batch)):
             return super().losses(batch)
-        with self._hooks(len(batch)):
+        with self.recorder.watching(len(batch)):
             losses = super().losses(batch)
-        losses.register_hook(self._see_scale)  # type: ignore[no-untyped-call]
+        self.recorder.watch_scale(losses)
         return losses
 
     def backward(self, losses: torch.Tensor, batch: Batch) -> None:
@@ -93,92 +97,11 @@ class KFACOnline(Updater):
         if self.first_part:
             self.samples += batch.total
         for layer in self.layers:
-            flat = torch.zeros(
-                layer.elements + 1, dtype=self.runtime.dtype, device=self.runtime.device
-            )
-            sums = FactorSums.view(layer, flat)
-            for a, g in self._seen.pop(layer.name, ()):
-                weighted = batch.weights is not None
-                layer.add_moments_(sums, a, self._unscaled(layer, g) if weighted else g)
-            if batch.weights is None and len(batch):
-                sums.g.div_(self._scale[0] ** 2)
+            flat = self.recorder.sums(layer, batch, self.runtime.dtype, self.runtime.device)
             self.runtime.reduce(flat, self.owners[layer.name])
             if self._is_mine(layer):
                 held = self.sums.get(layer.name)
                 self.sums[layer.name] = flat if held is None else held + flat
-
-    @contextmanager
-    def _hooks(self, part: int) -> Iterator[None]:
-        handles = [
-            layer.module.register_forward_hook(partial(self._see, layer, part), with_kwargs=True)
-            for layer in self.layers
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _see(
-        self,
-        layer: Layer,
-        part: int,
-        module: nn.Module,
-        args: tuple[torch.Tensor, ...],
-        kwargs: dict[str, torch.Tensor],
-        output: torch.Tensor,
-    ) -> torch.Tensor:
-        """Keep the input until the output's gradient comes: only their pair is counted.
-
-        Held until the end of this backward: inputs, most of which autograd keeps anyway, and
-        gradients, each as large as its output. In return A and G of one layer at a time exist
-        outside of their owner.
-        """
-        rows = output.numel() // layer.outputs
-        if rows % part:
-            raise ConfigError(
-                f"kfac_online: layer '{layer.name}' has {rows} rows of input for {part} samples; "
-                "each row must belong to one sample"
-            )
-        a = (args[0] if args else kwargs["input"]).detach()
-        version = a._version
-
-        def see_gradient(g: torch.Tensor) -> None:
-            if a._version != version:
-                raise UsageError(
-                    f"kfac_online: the model changes the input of layer '{layer.name}' in place"
-                )
-            self._seen.setdefault(layer.name, []).append((a, g))
-
-        if output.requires_grad:
-            output.register_hook(see_gradient)  # type: ignore[no-untyped-call]
-        return output.clone()  # a view that is changed in place, by a ReLU say, loses its hooks
-
-    def _see_scale(self, g: torch.Tensor) -> None:
-        """Learn d(what is differentiated)/d(loss of a sample): W / B_global · its loss weight."""
-        self._scale = g.detach()
-
-    def _unscaled(self, layer: Layer, g: torch.Tensor) -> torch.Tensor:
-        """Return the gradients of samples' own losses, from those of what was differentiated.
-
-        A sample lies along the first dimension that has as many entries as there are samples; or
-        where none has, as equally many neighbours in the first one. Local.
-        """
-        scale, g = self._scale.to(self.runtime.dtype), g.to(self.runtime.dtype)
-        inverse = torch.where(scale == 0, 0.0, 1 / scale)  # of no weight: no gradient
-        shape = g.shape[:-1] if isinstance(layer.module, nn.Linear) else g.shape[:-3]
-        if len(scale) in shape:
-            k = shape.index(len(scale))
-        elif shape and shape[0] % len(scale) == 0:
-            k, inverse = 0, inverse.repeat_interleave(shape[0] // len(scale))
-        elif len(scale) > 1:
-            raise ConfigError(
-                f"kfac_online: layer '{layer.name}' has outputs of shape {list(g.shape)} for "
-                f"{len(scale)} samples; priority.correction needs to know whose each row is"
-            )
-        else:
-            return g * inverse
-        return g * inverse.view(-1, *[1] * (g.ndim - 1 - k))
 
     # -- penalty -------------------------------------------------------------------------------
 
@@ -207,7 +130,9 @@ class KFACOnline(Updater):
             return
         strength = self.config.kfac_lambda
         lr = (
-            self.setup.optimizer.param_groups[0]["lr"] if self.config.kfac_step == "damped" else 0.0
+            self.setup.optimizer.param_groups[0]["lr"]
+            if self.config.penalty_step == "damped"
+            else 0.0
         )
         owners: dict[str, int] = {}
         grads: dict[str, torch.Tensor] = {}

@@ -16,13 +16,16 @@ exactly the Fisher information of that sample.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from distcl.errors import ConfigError
+from distcl.errors import ConfigError, UsageError
+from distcl.types import Batch
 
 PATCH_ELEMENTS = 1 << 22
 """Most elements of unfolded convolution inputs held at a time."""
@@ -140,6 +143,108 @@ class FactorSums(NamedTuple):
         n, m = layer.inputs, layer.outputs
         a, g, rows = torch.split(flat, [n * n, m * m, 1])
         return cls(a.view(n, n), g.view(m, m), rows)
+
+
+class PassRecorder:
+    """What layers see in a training pass: inputs and output gradients, in pairs.
+
+    Held until the end of its backward: inputs, most of which autograd keeps anyway, and gradients,
+    each as large as its output. In return A and G of one layer at a time exist outside their owner.
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self._layers = list(layers)
+        self._seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._scale = torch.ones(())  # d(what is differentiated)/d(loss of each sample), [B]
+
+    @contextmanager
+    def watching(self, samples: int) -> Iterator[None]:
+        """Watch a forward of so many samples; no other pass is counted."""
+        handles = [
+            layer.module.register_forward_hook(partial(self._see, layer, samples), with_kwargs=True)
+            for layer in self._layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def watch_scale(self, losses: torch.Tensor) -> None:
+        """Learn d(what is differentiated)/d(loss of a sample), W / B_global · its loss weight."""
+
+        def see(g: torch.Tensor) -> None:
+            self._scale = g.detach()
+
+        losses.register_hook(see)  # type: ignore[no-untyped-call]
+
+    def sums(
+        self, layer: Layer, batch: Batch, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Return a layer's :class:`FactorSums`, flat, of a pass that is through; it is forgotten.
+
+        Gradients are those of samples' own losses.
+        """
+        flat = torch.zeros(layer.elements + 1, dtype=dtype, device=device)
+        sums = FactorSums.view(layer, flat)
+        for a, g in self._seen.pop(layer.name, ()):
+            weighted = batch.weights is not None
+            layer.add_moments_(sums, a, self._unscaled(layer, g.to(dtype)) if weighted else g)
+        if batch.weights is None and len(batch):
+            sums.g.div_(self._scale[0] ** 2)
+        return flat
+
+    def _see(
+        self,
+        layer: Layer,
+        samples: int,
+        module: nn.Module,
+        args: tuple[torch.Tensor, ...],
+        kwargs: dict[str, torch.Tensor],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Keep the input until the output's gradient comes: only their pair is counted."""
+        rows = output.numel() // layer.outputs
+        if rows % samples:
+            raise ConfigError(
+                f"kfac_online: layer '{layer.name}' has {rows} rows of input for {samples} "
+                "samples; each row must belong to one sample"
+            )
+        a = (args[0] if args else kwargs["input"]).detach()
+        version = a._version
+
+        def see_gradient(g: torch.Tensor) -> None:
+            if a._version != version:
+                raise UsageError(
+                    f"kfac_online: the model changes the input of layer '{layer.name}' in place"
+                )
+            self._seen.setdefault(layer.name, []).append((a, g))
+
+        if output.requires_grad:
+            output.register_hook(see_gradient)  # type: ignore[no-untyped-call]
+        return output.clone()  # a view that is changed in place, by a ReLU say, loses its hooks
+
+    def _unscaled(self, layer: Layer, g: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of samples' own losses, from those of what was differentiated.
+
+        A sample lies along the first dimension that has as many entries as there are samples; or
+        where none has, as equally many neighbours in the first one. Local.
+        """
+        scale = self._scale.to(g.dtype)
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)  # of no weight: no gradient
+        shape = g.shape[:-1] if isinstance(layer.module, nn.Linear) else g.shape[:-3]
+        if len(scale) in shape:
+            k = shape.index(len(scale))
+        elif shape and shape[0] % len(scale) == 0:
+            k, inverse = 0, inverse.repeat_interleave(shape[0] // len(scale))
+        elif len(scale) > 1:
+            raise ConfigError(
+                f"kfac_online: layer '{layer.name}' has outputs of shape {list(g.shape)} for "
+                f"{len(scale)} samples; priority.correction needs to know whose each row is"
+            )
+        else:
+            return g * inverse
+        return g * inverse.view(-1, *[1] * (g.ndim - 1 - k))
 
 
 class Curvature(NamedTuple):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from distcl.errors import ConfigError
-from distcl.losses import bce, mse
-from distcl.types import Batch, Ids, Source
-from distcl.updaters.base import StepResult, Updater, UpdaterSetup
+from distcl.losses import bce, mse, one_by_one
+from distcl.types import Batch, Ids, PyTree, Source
+from distcl.updaters.base import Updater
 from distcl.updaters.logits import LogitTable, compute_logits, one_tensor
+from distcl.updaters.step import StepResult, UpdaterSetup
 
 
 class LwF(Updater):
@@ -30,10 +29,12 @@ class LwF(Updater):
     were given (``model.pretrained``).
     """
 
+    saved = ("teacher", "commits")
+
     def __init__(self, setup: UpdaterSetup) -> None:
         super().__init__(setup)
         for criterion in (mse, bce):
-            if setup.criterion is criterion:
+            if self.criterion is criterion:
                 raise ConfigError(
                     "continual_learning.update_mode = 'lwf' distils class probabilities, which "
                     f"model.loss = '{criterion.__name__}' has not"
@@ -65,7 +66,9 @@ class LwF(Updater):
         losses = self.losses_of(outputs, batch)
         if len(self.teacher.ids):
             t = self.teacher.of(batch.ids, outputs)
-            self.backward(losses + self.config.lwf_alpha * self._distillation(t, outputs), batch)
+            self.backward(
+                losses + self.config.lwf_alpha * self._distillation(t, outputs, batch.y), batch
+            )
         else:
             self.backward(losses, batch)
         return StepResult(losses.detach(), batch.ids, batch.total)
@@ -79,19 +82,14 @@ class LwF(Updater):
         """Forget the teacher's answers. Local."""
         self.teacher = LogitTable()
 
-    def _distillation(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    def _distillation(
+        self, teacher: torch.Tensor, student: torch.Tensor, y: PyTree
+    ) -> torch.Tensor:
         """Return T² KL(softmax(teacher/T) ‖ softmax(student/T)), [B]."""
         temperature = self.config.lwf_temperature
+        teacher, gather = one_by_one(teacher, y, self.criterion)
+        student, _ = one_by_one(student, y, self.criterion)
         target = (teacher / temperature).log_softmax(1)
         answer = (student / temperature).log_softmax(1)
         each = F.kl_div(answer, target, reduction="none", log_target=True).sum(1)
-        return temperature**2 * (each if each.ndim == 1 else each.flatten(1).mean(1))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the teacher's answers, while a round trains, and the number of commits."""
-        return {"teacher": self.teacher.state_dict(), "commits": self.commits}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.teacher.load_state_dict(state["teacher"])
-        self.commits = state["commits"]
+        return temperature**2 * gather(each)

@@ -6,13 +6,12 @@ Penalty  c · sum_i Ω_i (w_i - w*_i)²  around the weights w* at the start of t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from distcl.types import Ids, Source
-from distcl.updaters.base import Updater, UpdaterSetup
+from distcl.updaters.base import Updater
 from distcl.updaters.quadratic_penalty import add_pull
+from distcl.updaters.step import UpdaterSetup
 
 
 class SynapticIntelligence(Updater):
@@ -23,6 +22,7 @@ class SynapticIntelligence(Updater):
     Ω_i <- Ω_i + max(0, ω_i / ((w_i - w*_i)² + ξ)), and ω begins anew.
     """
 
+    saved = ("path", "importance", "commits")
     sliced = ("path", "importance")
 
     def __init__(self, setup: UpdaterSetup) -> None:
@@ -38,7 +38,7 @@ class SynapticIntelligence(Updater):
         w = self.partition.trainable()
         self._before = {n: (g.clone(), w[n].clone()) for n, g in self.partition.grads().items()}
         if self.commits:
-            add_pull(self, self.importance, 2 * self.config.si_c, self.config.si_step)
+            add_pull(self, self.importance, 2 * self.config.si_c, self.config.penalty_step)
 
     def update_post_optimizer_call(self) -> None:
         """ω <- ω - g Δw. Local."""
@@ -60,13 +60,3 @@ class SynapticIntelligence(Updater):
         """Begin ω anew. Local."""
         for path in self.path.values():
             path.zero_()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return my slices of ω and Ω and the number of commits."""
-        return {"path": self.path, "importance": self.importance, "commits": self.commits}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        self.path = state["path"]
-        self.importance = state["importance"]
-        self.commits = state["commits"]

@@ -16,7 +16,7 @@ from distcl.checkpoint.store import SCHEMA, sealed
 from distcl.errors import CheckpointError
 from tests.small import execute
 from tests.spawn import distcl
-from tests.unit.data.test_shards_sequential import folder_of
+from tests.files import shard_folder
 
 
 def test_a_run_and_its_checkpoints_are_evaluated_and_exported(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_run_and_its_checkpoints_are_evaluated_and_exported(tmp_path: Path) ->
 
 
 def test_eval_reads_the_data_as_the_run_did(tmp_path: Path) -> None:
-    folder_of(tmp_path / "sh", [60, 40, 40])
+    shard_folder(tmp_path / "sh", [60, 40, 40])
     keys = (
         "stream.source=shards",
         f"stream.path={tmp_path / 'sh'}",

@@ -17,6 +17,7 @@ from distcl.config import Config
 from distcl.config.load import load_config
 from distcl.job import execute
 from tests.config_files import CONFIGS, command_of, small_sets
+from tests.draws import outcome, recorded
 from tests.spawn import distcl
 
 
@@ -35,6 +36,9 @@ def test_every_method_stands_in_a_config() -> None:
     }
     for kind, names in shown.items():
         assert names == {part.name for part in registry.parts(kind)}, kind
+
+
+outcomes: dict[Path, dict[str, object]] = {}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -58,6 +62,7 @@ def test_a_shipped_config_runs_and_nothing_warns(
     config = load_config(path, sets)
     capfd.readouterr()
     summary = execute(command, config, tmp_path / "out")
+    outcomes[path] = outcome(tmp_path / "out")
     assert not capfd.readouterr().err
     assert not [str(w.message) for w in recwarn]
     assert summary["status"] == "done"
@@ -65,3 +70,10 @@ def test_a_shipped_config_runs_and_nothing_warns(
     if command == "train":
         first = bool(config.training.pretrain_epochs and not config.model.pretrained)
         assert len(summary["rounds"]) + first == config.stream.experiences
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_draws_and_learns_what_it_did(path: Path) -> None:
+    if path not in outcomes:
+        pytest.skip("it has not run on one rank, by the test above")
+    assert outcomes[path] == recorded(path, 1)

@@ -33,7 +33,7 @@ KEYS = (
 
 def _penalty(step: str, fisher: str, out: Path) -> dict[str, Any]:
     """Commit on two experiences, move the weights, and return the penalty's gradient."""
-    keys = (f"continual_learning.ewc_step={step}", f"continual_learning.ewc_fisher={fisher}")
+    keys = (f"continual_learning.penalty_step={step}", f"continual_learning.ewc_fisher={fisher}")
     config = small(*KEYS, *keys)
     runtime = Runtime(config.run, config.parallel)
     stream = create_stream(config.stream, config.run.seed)

@@ -59,12 +59,11 @@ def look_at_uneven_parts() -> tuple[float | None, list[tuple[float, float]]]:
     runtime = Runtime()
     rng, number = np.random.default_rng(runtime.rank), (70_000, 60_000)[runtime.rank]
     ids, weights = pack_ids(runtime.rank, np.arange(number)), rng.random(number)
-    fresh, pairs = Freshness(runtime), list[tuple[float, float]]()
-    fresh.begin(2)
+    fresh, pairs = Freshness(runtime, 2), list[tuple[float, float]]()
     for _ in range(2):
         at = rng.integers(0, number, 40 - runtime.rank)
         losses = weights[at] + rng.random(len(at))
-        groups = [Part(ids, frozen(weights), 1)]  # anew in each step, as plans have them
+        groups = [Part(ids, frozen(weights), draws=1)]  # anew in each step, as plans have them
         fresh.take(torch.from_numpy(ids[at]), torch.from_numpy(losses), groups)
         mean = weights.mean()
         pairs += zip((weights[at] / mean).tolist(), losses.tolist(), strict=True)
@@ -90,13 +89,12 @@ def look_at_lanes(lanes: int) -> tuple[float | None, float | None]:
     groups = []
     for ids, some in zip((current, history), weights, strict=True):
         mine = dealer.deal(ids)
-        groups.append(Part(mine.ids, mine.pick(ids, some), len(ids), mine))
-    whole = [Part(ids, w, len(ids)) for ids, w in zip((current, history), weights, strict=True)]
+        groups.append(Part(mine.ids, mine.pick(ids, some), mine, draws=len(ids)))
+    whole = [Part(ids, w, draws=len(ids)) for ids, w in zip((current, history), weights, strict=True)]
     loss = {i: w / m.mean() for p, m in zip(whole, weights, strict=True) for i, w in zip(p.ids, m)}
     found = []
     for parts in (whole, groups):
-        fresh = Freshness(runtime)
-        fresh.begin(8, parts)
+        fresh = Freshness(runtime, 8, parts)
         for part in parts:
             mine = part.ids if parts is groups else part.ids[runtime.rank :: runtime.world_size]
             losses = torch.tensor([loss[i] for i in mine])

@@ -35,7 +35,7 @@ CASES = {
     "der": ("der_alpha=0.7", "der_beta=0.4"),
     "lwf": ("lwf_alpha=1.5", "lwf_temperature=2.5"),
     "lwf mixed": ("lwf_alpha=0.5", "mix_historic_data=true"),
-    "si": ("si_c=0.8", "si_xi=0.02", "si_step=explicit"),
+    "si": ("si_c=0.8", "si_xi=0.02", "penalty_step=explicit"),
     "si damped": ("si_c=30.0", "si_xi=0.01"),
 }
 SIZES = [(7, 5), (2, 4), (1, 1), (6, 2), (3, 3)]  # of current and history batches, a step each

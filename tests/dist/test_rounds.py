@@ -188,7 +188,7 @@ def test_min_score_counts_for_an_updaters_priorities_too(min_score: float, tmp_p
     np.testing.assert_array_equal(ids, second.train)
     np.testing.assert_allclose(found, np.maximum(scores, min_score) ** 0.5, rtol=1e-15)
     weights = trainer.parts.loader.weigh(2, second.train, first.train[:0], False)
-    np.testing.assert_allclose(weights.current, found, rtol=1e-15)
+    np.testing.assert_allclose(weights.parts["cur"].held, found, rtol=1e-15)
 
 
 def test_base_updater_takes_no_history_batch_and_none_never_trains(tmp_path: Path) -> None:

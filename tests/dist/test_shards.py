@@ -29,7 +29,7 @@ from distcl.priority.scoring import Scorer
 from distcl.priority.signals import create_signal
 from distcl.priority.population import Dealer
 from tests.spawn import distcl, run_ranks
-from tests.unit.data.test_vision import write_cifar
+from tests.files import write_cifar
 
 ROOT = Path(__file__).parents[2]
 SHORT = [

@@ -194,10 +194,10 @@ def test_scores_follow_ids_through_mixing_shares_and_eviction(tmp_path: Path) ->
         history = trainer.history.ids()
         assert len(history) == 100
         trainer.run_round(experience, "scheduled")
-        plan = trainer.parts.loader._samplers[0]
-        assert plan.window
+        plan = trainer.parts.loader.round.samplers[0]
+        assert plan.options.window
         current, stored = plan.groups(len(plan) - 1)
-        assert current.weights is None
+        assert current.values is None
         assert stored.ids.tolist() == history.tolist()
         batches = np.stack([plan.global_batch(s) for s in range(len(plan) - 2, len(plan))])
         assert np.isin(batches, np.concatenate([history, experience.train])).all()
@@ -238,7 +238,7 @@ def test_history_is_uniform_while_a_round_replays_it_too_often(tmp_path: Path) -
         trainer.pretrain(first)
         # 8 steps of 20 replay 160 of 151 stored samples: 1.06 each
         weights = trainer.parts.loader.weigh(1, second.train, first.train, True)
-        assert (weights.history is None) == uniform
+        assert ("hist" not in weights.parts) == uniform
         lines = "\n".join(weights.lines())
         assert ("1.06 replays" in lines and "priority.max_replay = 0.9" in lines) == uniform
         assert ("[priority/hist] n=151" in lines) != uniform

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,12 @@ import pytest
 
 from distcl import job
 from distcl.config import DataConfig, StreamConfig
+from distcl.data.shards.decode import npy_bytes
 from distcl.data.shards.index import index_folder
-from distcl.data.shards.writer import Members
 from distcl.data.stream import create_stream
 from distcl.errors import DataError, DistclError
 from distcl.updaters.der import DarkExperienceReplay
+from tests.files import write_tar
 from tests.small import small
 from tests.spawn import exit_codes, run_ranks
 
@@ -32,17 +31,13 @@ def write(folder: Path, bad: Collection[int], tests: Collection[int] = ()) -> Pa
     shards = [("train", k, range(20 * k, 20 * k + 20), bad) for k in range(6)]
     shards += [("test", k, range(10 * k, 10 * k + 10), tests) for k in range(3)]
     for split, number, rows, damaged in shards:
-        with tarfile.open(folder / f"{split}-{number:03d}.tar", "w") as archive:
-            for row in rows:
-                out = io.BytesIO()
-                np.save(out, rng.normal(row % CLASSES, 0.5, 5).astype(np.float32))
-                members: Members = {"npy": out.getvalue(), "cls": b"%d" % (row % CLASSES)}
-                if row in damaged:
-                    members["npy"] = b"\x93NUMPY, and then nothing"
-                for ext, data in members.items():
-                    info = tarfile.TarInfo(f"{row:04d}.{ext}")
-                    info.size = len(data)
-                    archive.addfile(info, io.BytesIO(data))
+        members = []
+        for row in rows:
+            x = npy_bytes(rng.normal(row % CLASSES, 0.5, 5).astype(np.float32))
+            damaged_x = b"\x93NUMPY, and then nothing"
+            members.append((f"{row:04d}.npy", damaged_x if row in damaged else x))
+            members.append((f"{row:04d}.cls", b"%d" % (row % CLASSES)))
+        write_tar(folder / f"{split}-{number:03d}.tar", members)
     index_folder(folder)
     return folder
 

@@ -83,7 +83,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no manifest": (lambda p: (p / MANIFEST).unlink(), "No such file"),
     "schema": (
         lambda p: (p / MANIFEST).write_text(json.dumps({"schema": 0, "files": {}})),
-        "has schema 0; this version reads 2",
+        "has schema 0; this version reads 3",
     ),
     "escape": (
         lambda p: (p / MANIFEST).write_text(

@@ -181,26 +181,26 @@ def test_a_priority_that_is_not_finite_while_it_trains_names_the_step(tmp_path: 
 def test_a_rollback_goes_back_to_a_checkpoint_with_a_smaller_step(
     world: int, tmp_path: Path
 ) -> None:
-    keys = (_loss(NanTwice), "training.on_divergence=rollback", "checkpoint.every_steps=3")
+    keys = (_loss(NanTwice), "training.max_rollbacks=2", "checkpoint.every_steps=3")
     assert run_ranks(world, go, keys, tmp_path) == [""] * world
     assert (tmp_path / "log.txt").read_text().count("[rollback] the loss became nan") == 2
     newest = max((tmp_path / "checkpoints").glob("step-*"))
     shared = load(newest / "shared.pt")
-    assert shared["lrs"] == [0.2 / 4]
+    assert shared["loop"]["lrs"] == [0.2 / 4]
     assert shared["job"]["rollbacks"] == 2
     rounds = json.loads((tmp_path / "summary.json").read_text())["rounds"]
     assert all(np.isfinite(r["final_loss"]) for r in rounds)
 
 
 def test_rollbacks_are_bounded(tmp_path: Path) -> None:
-    keys = (_loss(NanTwice), "training.on_divergence=rollback", "training.max_rollbacks=1")
+    keys = (_loss(NanTwice), "training.max_rollbacks=1")
     [error] = run_ranks(1, go, keys, tmp_path)
     assert "the loss became nan" in error
     assert error.endswith("; 1 rollbacks did not help")
 
 
 def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(tmp_path: Path) -> None:
-    error = go(("optimizer.lr=1e30", "training.on_divergence=rollback"), tmp_path)
+    error = go(("optimizer.lr=1e30", "training.max_rollbacks=2"), tmp_path)
     assert error.endswith("there is no checkpoint to roll back to")
 
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from distcl.data.loader import BatchLoader
-from tests.unit.data.test_loader import SOURCE, Plan
+from tests.plans import SOURCE, Plan
 
 
 def read_and_die(pids: Connection) -> None:

@@ -74,9 +74,9 @@ def test_the_recipe_that_is_measured_is_in_force(tmp_path: Path) -> None:
     config = config_of(model=MODELS["perceptron"][0], training=ONCE, **RECOMMENDED)
     trainer = trainer_of(config, Runtime(), stream_of(config, 5_000), tmp_path)
     round_of(trainer, weighted=True)()
-    drawn = trainer.parts.loader.log.told(10_000, 1)[0]
-    weights = trainer.parts.loader.weights.history
-    assert weights is not None and len(weights) == 2_000
+    drawn = trainer.parts.loader.round.log.told(10_000, 1)[0]
+    weights = trainer.parts.loader.round.weights.parts["hist"].held
+    assert len(weights) == 2_000
     assert drawn["draws"] == 100 * 100
 
 

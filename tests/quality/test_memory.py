@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from distcl.data.shards.manifest import read_shards, write_manifest
-from tests.unit.data.test_shards_indexed import ROOT, folder_of
+from tests.files import shard_folder
+
+ROOT = Path(__file__).parents[2]
 
 _MEASURE = """
 import resource, sys
@@ -24,7 +26,7 @@ from pathlib import Path
 folder, copies = Path(sys.argv[1]), int(sys.argv[2])
 shards = read_shards(folder).split("train")[:copies]
 source = ShardSource(folder, shards, DataConfig())
-labels = source.labels
+labels = source.info.known_labels()
 rng = np.random.default_rng(0)
 for _ in range(300):
     source.read(rng.integers(0, len(source), 64))
@@ -33,14 +35,14 @@ print(len(source), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def test_memory_grows_by_at_most_48_bytes_a_sample(tmp_path: Path) -> None:
-    one = folder_of(tmp_path / "one", [10_000])
+    one = shard_folder(tmp_path / "one", [10_000])
     many = tmp_path / "many"
     many.mkdir()
     shard = read_shards(one).shards[0]
     listed = []
     for s in range(400):
         for end in (".tar", ".index.npy"):
-            os.link(one / f"s00{end}", many / f"s{s:03d}{end}")
+            os.link(one / f"s0{end}", many / f"s{s:03d}{end}")
         listed.append(replace(shard, name=f"s{s:03d}.tar", first_id=s * 10_000))
     write_manifest(many, replace(read_shards(one), shards=listed))
     found = [

@@ -13,7 +13,8 @@ import torch
 from distcl.data.stream import create_stream
 from distcl.losses import cross_entropy
 from distcl.models import create_model
-from distcl.parallel.partition import clip_grads_, create_partition
+from distcl.parallel.gradients import clip_grads_
+from distcl.parallel.partition import create_partition
 from distcl.training.build import assemble
 from distcl.training.trainer import ContinuousTrainer
 from tests.layouts import available, cut, each, fresh_runtime, gathered, layout_params, tensors

@@ -105,8 +105,10 @@ def test_everything_is_in_the_run_folder(out):
 
 
 def tracker(out, resume):
-    config = TrackingConfig(kind=["jsonl", "wandb"], mode="offline")
-    return create_tracker(config, out, 0, resume)
+    config = TrackingConfig(kind=["jsonl", "wandb"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        return create_tracker(config, out, 0, resume)
 
 
 def test_a_run_that_is_requeued_is_one_run_with_each_step_once(tmp_path):
@@ -139,9 +141,13 @@ def test_a_run_that_begins_anew_is_another_run(tmp_path):
 
 
 def test_a_server_that_cannot_be_reached_does_not_stop_the_run(tmp_path):
-    sets = [*SHORT, "tracking.kind=wandb", "tracking.mode=online", "run.report=false"]
+    sets = [*SHORT, "tracking.kind=wandb", "run.report=false"]
     arguments = [part for text in sets for part in ("--set", text)]
-    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    nowhere = {
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_MODE": "online",
+    }
     done = distcl(
         "train",
         "configs/digits.toml",
@@ -202,9 +208,10 @@ def test_a_run_interrupted_five_times_at_random_has_each_step_once_as_an_uninter
     tmp_path, monkeypatch
 ):
     monkeypatch.delenv("WANDB_SERVICE", raising=False)  # each process has its own
+    monkeypatch.setenv("WANDB_MODE", "offline")
     sets = ["run.report=false", "run.poll_steps=5", "training.steps_per_round=400"]
     sets += ["stream.experiences=3", "training.pretrain_epochs=3", "checkpoint.every_steps=50"]
-    sets += ["tracking.kind=wandb", "tracking.mode=offline"]
+    sets += ["tracking.kind=wandb"]
     arguments = [part for text in sets for part in ("--set", text)]
 
     def train(out, *more):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,32 +13,16 @@ from distcl.data.shards.tar import read_members
 from distcl.errors import ConfigError, DataError
 from distcl.types import Ids
 
+if TYPE_CHECKING:
+    from distcl.data.shards.indexed import ShardSource
+
 _KEY = "stream.options.experiences"
-
-
-class Grouped(Protocol):
-    """What can be grouped: :class:`distcl.data.shards.indexed.ShardSource`."""
-
-    name: str
-    groups: Groups | None
-
-    def __len__(self) -> int:
-        """Return the number of samples, N."""
-        ...
-
-    def shards_of(self, ids: Ids) -> tuple[Ids, int]:
-        """Return the number of each one's shard, int64 [B], and how many shards there are."""
-        ...
-
-    def extents(self, ids: Ids) -> Iterator[bytes]:
-        """Yield the bytes of samples."""
-        ...
 
 
 class ByShard:
     """The group of each sample, where each is a range of shards: N numbers, worked out as asked."""
 
-    def __init__(self, source: Grouped, concepts: int) -> None:
+    def __init__(self, source: ShardSource, concepts: int) -> None:
         self._source = source
         self._concepts = concepts
 
@@ -53,33 +37,44 @@ Groups = Ids | ByShard
 """The group of each sample by row, int64: indexed by slices and arrays of rows."""
 
 
-def assign_groups(sources: Sequence[Grouped], how: str, concepts: int) -> None:
+def assign_groups(sources: Sequence[ShardSource], how: str, concepts: int) -> None:
     """Set ``groups`` of the sources of all splits, train first. Local; may read every sample.
 
-    ``how``: shards, key:FIELD or time:FIELD, see :func:`data.shards.indexed.shards`. Samples that
+    ``how``: shards, key:FIELD or time:FIELD, see :func:`data.shards.open.shards`. Samples that
     cannot be read get group -1. Raises ConfigError if they do not make ``concepts`` groups,
     DataError naming the sample that has no such field.
     """
     kind, _, field = how.partition(":")
     if how == "shards":
         for source in sources:
-            count = source.shards_of(np.empty(0, dtype=np.int64))[1]
-            if count < concepts:
+            if len(source.shards) < concepts:
                 raise ConfigError(
-                    f"{_KEY} = 'shards': {source.name} has {count} shards, too few for {concepts} "
-                    "experiences"
+                    f"{_KEY} = 'shards': {source.name} has {len(source.shards)} shards, too few "
+                    f"for {concepts} experiences"
                 )
             source.groups = ByShard(source, concepts)
-    elif kind in ("key", "time") and field:
-        values = [_values(source, field, kind == "time") for source in sources]
-        edges = (_times if kind == "time" else _keys)(values[0], concepts, how)
-        for source, found in zip(sources, values, strict=True):
-            source.groups = _place(found, edges, kind, source.name)
-    else:
+        return
+    if kind not in ("key", "time") or not field:
         raise ConfigError(f"{_KEY} = '{how}' is none of shards, key:FIELD, time:FIELD")
+    values = [_values(source, field, kind == "time") for source in sources]
+    edges = (_times if kind == "time" else _keys)(values[0], concepts, how)
+    for source, found in zip(sources, values, strict=True):
+        known = np.array([v is not None for v in found])
+        given = [v for v in found if v is not None]
+        source.groups = np.full(len(found), -1)
+        if kind == "time":
+            source.groups[known] = np.searchsorted(edges, given, side="right")
+        else:
+            numbers = {value: k for k, value in enumerate(edges)}
+            foreign = [v for v in given if v not in numbers]
+            if foreign:
+                raise DataError(
+                    f"{source.name} has samples of {foreign[0]!r}, which training samples have not"
+                )
+            source.groups[known] = [numbers[v] for v in given]
 
 
-def _values(source: Grouped, field: str, time: bool) -> list[Any]:
+def _values(source: ShardSource, field: str, time: bool) -> list[Any]:
     """Return a field of every sample's JSON; None where the sample cannot be read."""
     found: list[Any] = []
     for id_ in range(len(source)):
@@ -126,19 +121,3 @@ def _times(values: list[Any], concepts: int, how: str) -> list[Any]:
     if len(np.unique(edges)) < len(edges) or (len(edges) and edges[0] == times[0]):
         raise ConfigError(f"{_KEY} = '{how}': too few different times for {concepts} experiences")
     return [float(edge) for edge in edges]
-
-
-def _place(values: list[Any], edges: list[Any], kind: str, name: str) -> Ids:
-    """Return each value's group, int64 [N]; -1 for None."""
-    known = np.array([v is not None for v in values])
-    groups = np.full(len(values), -1, dtype=np.int64)
-    given = [v for v in values if v is not None]
-    if kind == "time":
-        groups[known] = np.searchsorted(edges, given, side="right")
-        return groups
-    numbers = {value: k for k, value in enumerate(edges)}
-    foreign = [v for v in given if v not in numbers]
-    if foreign:
-        raise DataError(f"{name} has samples of {foreign[0]!r}, which training samples have not")
-    groups[known] = [numbers[v] for v in given]
-    return groups

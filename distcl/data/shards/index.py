@@ -13,8 +13,6 @@ Its own time is the archive's: where they differ, the archive was changed or cop
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import os
 import re
@@ -27,9 +25,9 @@ from typing import IO
 import numpy as np
 
 from distcl.config.files import file_digest, write_atomically
-from distcl.data.shards.decode import decode
+from distcl.data.shards.decode import decode, label_of, npy_bytes
 from distcl.data.shards.manifest import (
-    _HOW,
+    INDEX_ONLY,
     MANIFEST,
     Manifest,
     Shard,
@@ -38,21 +36,20 @@ from distcl.data.shards.manifest import (
     read_shards,
     write_manifest,
 )
-from distcl.data.shards.tar import BLOCK, key_of, open_archive, read_members, scan
+from distcl.data.shards.tar import BLOCK, key_of, open_archive, read_members, refused, scan
 from distcl.data.sources.arrays import MAX_CLASSES
 from distcl.data.sources.npy import Array, open_npy
 from distcl.data.transforms import arrays_of
 from distcl.errors import DataError
 from distcl.types import Ids
 
-CRC_MASK = (1 << 32) - 1
-CHANGED = "its bytes have changed since the index was made"
-_BLOCK = 1 << 16
 _CHECKED = 1 << 30
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|t(gz|bz2?|xz|zst|lz4?))", re.IGNORECASE)
-_NUMBER = re.compile(rb"\s*(\d+|-[1-9]\d*)\s*")
 
 log = logging.getLogger("distcl")
+
+Tell = Callable[[str, int], None]
+"""Called with a shard's name and its number of samples when it is done."""
 
 
 def is_archive(path: Path) -> bool:
@@ -68,25 +65,32 @@ def archives(folder: Path) -> tuple[list[Path], list[str]]:
     """
     try:
         found = sorted(folder.iterdir())
-        below = [sub for sub in found if sub.is_dir() and any(sub.glob("[!.]*.tar"))]
+        left = [f"{sub.name}/" for sub in found if sub.is_dir() and any(sub.glob("[!.]*.tar"))]
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"the folder of shards '{folder}' cannot be read: {reason}") from None
-    tars, wrong = list[Path](), list[str]()
-    left = [f"{sub.name}/" for sub in below]
-    for path in found:
-        if path.suffix.lower() == ".tar":
-            if path.name.startswith("."):
-                left.append(path.name)
-            else:
-                tars.append(path)
-        elif is_archive(path):
-            wrong.append(f"'{path}' is compressed; unpack it to a .tar, or put it elsewhere")
+    tars = [path for path in found if path.suffix.lower() == ".tar"]
+    wrong = [
+        f"'{path}' is compressed; unpack it to a .tar, or put it elsewhere"
+        for path in found
+        if is_archive(path) and path not in tars
+    ]
+    left += [path.name for path in tars if path.name.startswith(".")]
+    tars = [path for path in tars if not path.name.startswith(".")]
     if not tars:
         raise DataError(wrong[0] if wrong else f"there are no .tar files in '{folder}'")
     if left:
         log.warning("archives in '%s' that are not read: %s", folder, ", ".join(left))
     return tars, wrong
+
+
+def split_of(name: str) -> str:
+    """Return the split of a shard that someone else wrote: test if its name says so."""
+    words = re.split(r"[-._]", name.lower())
+    return "test" if {"test", "val", "valid", "validation", "eval"} & set(words) else "train"
+
+
+# -- the index of an archive ----------------------------------------------------------------------
 
 
 def index_path(tar: Path) -> Path:
@@ -119,15 +123,48 @@ class IndexBuilder:
     def write(self, tar: Path, stat: os.stat_result) -> None:
         """Write the index of an archive that had this size and time, whole or not at all."""
         rows = [[*self._begins, self._end], [*self._words, stat.st_size]]
-        out = io.BytesIO()
-        np.save(out, np.array(rows, dtype="<i8"), allow_pickle=False)
-        write_atomically(index_path(tar), out.getvalue(), sync=True)
+        write_atomically(index_path(tar), npy_bytes(np.array(rows, dtype="<i8")), sync=True)
         _stamp(tar, stat)
 
 
 def _stamp(tar: Path, stat: os.stat_result) -> None:
     with suppress(OSError):  # then the archive is looked at
         os.utime(index_path(tar), ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def open_index(tar: Path, samples: int, size: int) -> Array:
+    """Return the index of an archive of so many samples and bytes, memory-mapped. Local.
+
+    Raises DataError naming the shard if the archive or its index is absent, or if archive, index
+    and manifest do not agree.
+    """
+    where, again = f"shard '{tar.name}'", f"{INDEX_ONLY} {tar.parent}"
+    try:
+        found = tar.stat().st_size
+    except (OSError, ValueError) as error:
+        raise refused(tar, error) from None
+    if found != size:
+        raise DataError(f"{where} has {found} bytes but {MANIFEST} says {size}")
+    path = index_path(tar)
+    if not path.exists():
+        raise DataError(f"{where} has no index; {again}")
+    index = open_npy(path)
+    if index.dtype != np.dtype("<i8") or index.shape != (2, samples + 1):
+        raise DataError(f"{where}: its index is of another number of samples; {again}")
+    if samples == 0:
+        raise DataError(f"{where}: it is empty")
+    begins, words = index
+    if words[-1] != size:
+        raise DataError(f"{where}: its index is of another archive")
+    outside = begins[0] < 0 or begins[-1] > size or (begins[1:] <= begins[:-1]).any()
+    if outside or (words[:-1] >= MAX_CLASSES << 32).any():
+        raise DataError(f"{where}: its index is damaged; {again}")
+    return index
+
+
+def labels_in(index: Array) -> Ids:
+    """Return the labels [n] in an index; -1: none."""
+    return index[1, :-1] >> 32
 
 
 def changed_rows(tar: Path, index: Array, share: int = 1) -> list[int]:
@@ -150,110 +187,57 @@ def changed_rows(tar: Path, index: Array, share: int = 1) -> list[int]:
     with open_archive(tar) as file:
         file.seek(int(index[0, -1]))
         if file.read(BLOCK).strip(b"\0"):
-            raise DataError(f"shard '{tar.name}' has more than its index: {CHANGED}")
-        return [row for row in rows if not _same(file, index, row)[1]]
+            raise DataError(f"shard '{tar.name}' has more than its index: {_CHANGED}")
+        return [row for row in rows if _differs(_extent(file, index, row), int(index[1, row]))]
 
 
-def _same(file: IO[bytes], index: Array, row: int) -> tuple[bytes, bool]:
-    """Return a sample's extent, and whether it has the checksum of the index."""
-    begin, end = int(index[0, row]), int(index[0, row + 1])
+def _extent(file: IO[bytes], index: Array, row: int) -> bytes:
+    begin, end = index[0, row : row + 2].tolist()
     file.seek(begin)
-    extent = file.read(end - begin)
-    return extent, zlib.crc32(extent) == index[1, row] & CRC_MASK
+    return file.read(end - begin)
 
 
-def label_of(members: dict[str, bytes], label: str) -> int:
-    """Return the label of a sample. ``label``: the member that has it, cls or json:FIELD.
+_CHANGED = "its bytes have changed since the index was made"
 
-    Raises DataError if there is none, or if it is not an integer in [0, MAX_CLASSES).
+
+def _differs(extent: bytes, word: int) -> bool:
+    return zlib.crc32(extent) != word & 0xFFFF_FFFF
+
+
+def indexed_members(extent: bytes, word: int, verify: bool) -> tuple[str, dict[str, bytes]]:
+    """Return (key, ext → data) of a sample that the index has with this word. Local.
+
+    Raises DataError if it is not sound, marked as not to be used, or, with ``verify``, if its bytes
+    have changed since the index was made.
     """
-    ext, _, field = label.partition(":")
-    if ext not in members:
-        raise DataError(f"it has no label: there is no member '{ext}' beside {_list(members)}")
-    data = members[ext]
+    if verify and _differs(extent, word):
+        raise DataError(_CHANGED)
     try:
-        value = json.loads(data)[field] if field else _digits(data)
-    except (ValueError, TypeError, KeyError, RecursionError):
-        what = f"a field '{field}'" if field else f"digits, but {data[:20]!r}"
-        raise DataError(f"it has no label: member '{ext}' does not hold {what}") from None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MAX_CLASSES:
-        raise DataError(f"its label, {value!r}, is not a whole number from 0 to {MAX_CLASSES - 1}")
-    return value
+        found = read_members(extent)
+    except DataError as error:
+        raise DataError(f"it is marked as bad: {error}" if word < 0 else str(error)) from None
+    if word < 0:
+        raise DataError("it has no label, or is marked as bad")
+    return found
 
 
-def _digits(data: bytes) -> int:
-    if not _NUMBER.fullmatch(data):  # int() would take 1_0, +1 and more
-        raise ValueError("not digits")
-    return int(data)
+def place_of(shard: str, key: str, id_: int) -> str:
+    """Say where a sample is, for messages."""
+    return f"shard '{shard}', sample '{key}', id {id_}"
 
 
-def _list(members: dict[str, bytes]) -> str:
-    return ", ".join(f"'{ext}'" for ext in members)
-
-
-def open_index(tar: Path, samples: int, size: int) -> Array:
-    """Return the index of an archive of so many samples and bytes, memory-mapped. Local.
-
-    Raises DataError naming the shard if the archive or its index is absent, or if archive, index
-    and manifest do not agree.
-    """
-    where = f"shard '{tar.name}'"
-    try:
-        found = tar.stat().st_size
-    except FileNotFoundError:
-        raise DataError(f"{where} is missing from '{tar.parent}'") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{where} in '{tar.parent}' cannot be read: {reason}") from None
-    if found != size:
-        raise DataError(f"{where} has {found} bytes but {MANIFEST} says {size}")
-    path = index_path(tar)
-    if not path.exists():
-        raise DataError(f"{where} has no index; {_HOW} {tar.parent}")
-    index = open_npy(path)
-    if index.dtype != np.dtype("<i8") or index.shape != (2, samples + 1):
-        raise DataError(f"{where}: its index is of another number of samples; {_HOW} {tar.parent}")
-    if index[1, -1] != size or samples == 0:
-        raise DataError(
-            f"{where}: {'it is empty' if samples == 0 else 'its index is of another archive'}"
-        )
-    if index[0, 0] < 0 or index[0, -1] > size or not _sound(index):
-        raise DataError(f"{where}: its index is damaged; {_HOW} {tar.parent}")
-    return index
-
-
-def _sound(index: Array) -> bool:
-    """Tell whether samples follow one another and have labels; a block at a time: it is mapped."""
-    for start in range(0, index.shape[1], _BLOCK):
-        begins, words = index[:, start : start + _BLOCK + 1]
-        if (begins[1:] <= begins[:-1]).any() or (words[:-1] >= MAX_CLASSES << 32).any():
-            return False
-    return True
-
-
-def labels_in(index: Array) -> Ids:
-    """Return the labels [n] in an index; -1: none."""
-    return index[1, :-1] >> 32
-
-
-def split_of(name: str) -> str:
-    """Return the split of a shard that someone else wrote: test if its name says so."""
-    words = name.lower().replace(".", "-").replace("_", "-").split("-")
-    return "test" if {"test", "val", "valid", "validation", "eval"} & set(words) else "train"
+# -- a folder of archives -------------------------------------------------------------------------
 
 
 def index_folder(
-    folder: Path,
-    label: str = "cls",
-    skip: bool = False,
-    tell: Callable[[str, int], None] | None = None,
+    folder: Path, label: str = "cls", skip: bool = False, tell: Tell | None = None
 ) -> tuple[Manifest, list[str]]:
     """Write index and manifest for the archives of a folder, in order of their names. Local.
 
-    Raises DataError naming shard, member and id as :func:`data.shards.tar.scan` tells faults, for
-    samples without a label, and for archives that are compressed. With ``skip`` bad samples are
+    Raises DataError naming shard, member and id as :func:`data.shards.tar.grouped` tells faults,
+    for samples without a label, and for archives that are compressed. With ``skip`` bad samples are
     marked as not to be used (what follows a damaged place is not reached). The second result says
-    what was left out. ``tell(shard, samples)`` is called after each shard.
+    what was left out.
     """
     tars, problems = archives(folder)
     if problems and not skip:
@@ -261,21 +245,20 @@ def index_folder(
     following = {"train": 0, "test": 0}
     shards = []
     for tar in tars:
-        split, others = split_of(tar.name), list[str]()
+        split, builder = split_of(tar.name), IndexBuilder()
         with open_archive(tar) as file:
             stat = os.fstat(file.fileno())
-        builder, found = _index(tar, label, following[split], others)
+            found = _index(file, tar, label, following[split], builder)
         if found and not skip:
             raise DataError(found[0])
         problems += found
-        if others:
-            said = "shard '%s' has %d members that are no part of a sample, such as '%s'"
-            log.warning(said, tar.name, len(others), others[0])
         if len(builder):
             builder.write(tar, stat)
             following[split] += len(builder)
-            classes, digest = builder.classes, file_digest(tar)
-            shards.append(Shard(tar.name, split, len(builder), stat.st_size, digest, 0, classes))
+            digest = file_digest(tar)
+            shards.append(
+                Shard(tar.name, split, len(builder), stat.st_size, digest, 0, builder.classes)
+            )
         if tell is not None:
             tell(tar.name, len(builder))
     manifest = numbered(label, shards, known_names(folder))
@@ -284,51 +267,53 @@ def index_folder(
 
 
 def _index(
-    tar: Path, label: str, first_id: int, others: list[str]
-) -> tuple[IndexBuilder, list[str]]:
-    """Return the index of an archive, and what is wrong with it."""
-    builder, problems = IndexBuilder(), list[str]()
+    file: IO[bytes], tar: Path, label: str, first_id: int, builder: IndexBuilder
+) -> list[str]:
+    """Add the samples of an archive to its index; return what is wrong with it."""
+    problems, others = list[str](), list[str]()
     try:
-        with open_archive(tar) as file:
-            for extent in scan(tar, others=others):
-                fault, value = extent.fault, -1
-                try:
-                    value = value if fault else label_of(extent.members, label)
-                except DataError as error:
-                    fault = str(error)
-                if fault:
-                    where = f"shard '{tar.name}', sample '{extent.key}'"
-                    problems.append(f"{where}, id {first_id + len(builder)}: {fault}")
-                file.seek(extent.begin)
-                builder.add(extent.begin, file.read(extent.end - extent.begin), value)
+        for extent in scan(tar, others=others):
+            fault, value = extent.fault, -1
+            try:
+                value = value if fault else label_of(extent.members, label)
+            except DataError as error:
+                fault = str(error)
+            if fault:
+                where = place_of(tar.name, extent.key, first_id + len(builder))
+                problems.append(f"{where}: {fault}")
+            file.seek(extent.begin)
+            builder.add(extent.begin, file.read(extent.end - extent.begin), value)
     except DataError as error:
         problems.append(str(error))
-    return builder, problems
+    if others:
+        said = "shard '%s' has %d members that are no part of a sample, such as '%s'"
+        log.warning(said, tar.name, len(others), others[0])
+    return problems
 
 
-def verify_folder(
-    folder: Path, tell: Callable[[str, int], None] | None = None
-) -> tuple[Manifest, list[str]]:
+def verify_folder(folder: Path, tell: Tell | None = None) -> tuple[Manifest, list[str]]:
     """Read and decode everything; return manifest and faults, naming shard, sample and id. Local.
 
     Archives must have the bytes and SHA-256 of the manifest and be such as indexing takes, samples
     the place and checksum of the index, and every member must decode; all archives of the folder
     must be listed. An archive that is sound is believed from then on, whatever its time.
-    ``tell(shard, samples)`` is called after each shard.
     """
     manifest = read_shards(folder)
     tars, problems = archives(folder)
     listed = {shard.name for shard in manifest.shards}
-    problems += [f"'{t.name}' is not in {MANIFEST}; {_HOW}" for t in tars if t.name not in listed]
+    problems += [
+        f"'{tar.name}' is not in {MANIFEST}; {INDEX_ONLY}" for tar in tars if tar.name not in listed
+    ]
     for shard in manifest.shards:
         tar = folder / shard.name
         try:
             index = open_index(tar, shard.samples, shard.bytes)
             stat = tar.stat()
-            found = _faults(tar, index, shard)
-            if 0 < shard.classes <= labels_in(index).max():
-                most = f"{labels_in(index).max()} but {MANIFEST} says {shard.classes - 1}"
-                found.append(f"shard '{tar.name}': its largest label is {most}")
+            found = _sample_faults(tar, index, shard) or _order_faults(tar, index, shard)
+            most = labels_in(index).max()
+            if 0 < shard.classes <= most:
+                told = f"{most} but {MANIFEST} says {shard.classes - 1}"
+                found.append(f"shard '{tar.name}': its largest label is {told}")
             if not found and file_digest(tar) != shard.sha256:
                 found = [f"shard '{tar.name}' has another SHA-256 than {MANIFEST} says"]
             problems += found
@@ -341,26 +326,26 @@ def verify_folder(
     return manifest, problems
 
 
-def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
-    """Return what is wrong with the samples of an archive."""
+def _sample_faults(tar: Path, index: Array, shard: Shard) -> list[str]:
+    """Return what is wrong with the samples that the index has."""
     problems = []
     with open_archive(tar) as file:
         for row in range(shard.samples):
-            extent, same = _same(file, index, row)
+            extent = _extent(file, index, row)
             try:
-                if not same:
-                    raise DataError(CHANGED)
-                if index[1, row] < 0:
-                    raise DataError(marked(extent))
-                members = read_members(extent)[1].items()
+                members = indexed_members(extent, int(index[1, row]), verify=True)[1].items()
                 arrays_of({ext: decode(ext, data) for ext, data in members} | {"cls": 0})
             except DataError as error:
-                problems.append(f"{sample_place(shard, extent, row)}: {error}")
-    if problems:
-        return problems
-    row = -1
+                where = place_of(shard.name, key_of(extent), shard.first_id + row)
+                problems.append(f"{where}: {error}")
+    return problems
+
+
+def _order_faults(tar: Path, index: Array, shard: Shard) -> list[str]:
+    """Return where the samples of an archive are not those of the index, one after another."""
+    problems, row = [], -1
     for row, found in enumerate(scan(tar, data=False)):
-        where = f"shard '{tar.name}', sample '{found.key}', id {shard.first_id + row}"
+        where = place_of(tar.name, found.key, shard.first_id + row)
         if found.fault:
             problems.append(f"{where}: {found.fault}")
         if row >= shard.samples or found.begin != index[0, row]:
@@ -368,17 +353,3 @@ def _faults(tar: Path, index: Array, shard: Shard) -> list[str]:
     if row + 1 != shard.samples:
         problems.append(f"shard '{tar.name}' has {row + 1} samples, the index {shard.samples}")
     return problems
-
-
-def marked(extent: bytes) -> str:
-    """Say why the index has a sample as not to be used."""
-    try:
-        read_members(extent)
-    except DataError as error:
-        return f"it is marked as bad: {error}"
-    return "it has no label, or is marked as bad"
-
-
-def sample_place(shard: Shard, extent: bytes, row: int) -> str:
-    """Say where a sample is, for messages."""
-    return f"shard '{shard.name}', sample '{key_of(extent)}', id {shard.first_id + row}"

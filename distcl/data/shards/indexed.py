@@ -6,44 +6,41 @@ import copy
 import logging
 import os
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
 from distcl.config import DataConfig
-from distcl.data.shards.decode import Decoder
-from distcl.data.shards.experiences import Groups
+from distcl.data.ids import checked_rows
+from distcl.data.shards.decode import decode_sample
 from distcl.data.shards.index import (
-    CHANGED,
-    CRC_MASK,
     changed_rows,
+    indexed_members,
     labels_in,
-    marked,
     open_index,
-    sample_place,
+    place_of,
 )
 from distcl.data.shards.manifest import MANIFEST, Shard, read_shards
-from distcl.data.shards.tar import read_members
+from distcl.data.shards.tar import key_of, refused
 from distcl.data.sources.arrays import stratified
 from distcl.data.sources.npy import Array
 from distcl.data.transforms import Sample, Stack, Transforms
 from distcl.errors import DataError
 from distcl.types import Batch, Ids, PyTree, SourceInfo
 
+if TYPE_CHECKING:
+    from distcl.data.shards.experiences import Groups
+
 _MOST_OPEN = 64
 _MOST_TOLD = 20
 
 log = logging.getLogger("distcl")
-
-
-_Place = tuple[int, int, int, int, int, int]
-"""(id, number of the shard, row in it, first byte, end, word of the index)."""
 
 
 class ShardSource:
@@ -60,9 +57,6 @@ class ShardSource:
     member and id.
     """
 
-    sequential = False
-    """Whether reading far from where one is costs much more than reading on."""
-
     def __init__(
         self, folder: Path, shards: Sequence[Shard], data: DataConfig, name: str = "shards"
     ) -> None:
@@ -74,117 +68,98 @@ class ShardSource:
         self.shards = list(shards)
         self.live_seconds = 0.0
         """How long to wait for more shards at the end; 0: there will be no more."""
-        self._folder = folder
-        self._data = data
-        self._decode = Decoder(Transforms(data.transforms))
-        self._stack = Stack(name)
-        self._files = _Files(folder)
-        self._firsts = np.array([s.first_id for s in shards] + [sum(s.samples for s in shards)])
-        self._rows: Ids | None = None  # row of the split for each id; None: the same
-        self._empty: tuple[PyTree, PyTree] | None = None
+        self.replaces = data.on_bad_sample == "skip"
+        """Whether ``read`` may put another sample in the place of a bad one."""
         self.problems: list[str] = []
         """What is known to be bad, in words; filled by opening, with ``on_bad_sample = "skip"``."""
-        self._share = len(shards)
-        self._indexes: list[Array | None] = [self._open(folder, shard) for shard in shards]
+        self._folder = folder
+        self._data = data
+        self._transforms = Transforms(data.transforms)
+        self._stack = Stack(name)
+        self._archives = _Archives(folder)
+        self._firsts = _firsts(shards)
+        self._rows: Ids | None = None  # row of the split for each id; None: the same
+        self._empty: tuple[PyTree, PyTree] | None = None
+        self._indexes: list[Array | None] = [self._open(shard) for shard in shards]
         if len(self.problems) >= len(shards) and not any(i is not None for i in self._indexes):
             raise DataError(f"{name}: there are no samples; {self.problems[0]}")
         if self.problems:
             log.info("[bad samples] left out: %s", "; ".join(self.problems[:_MOST_TOLD]))
 
-    def _open(self, folder: Path, shard: Shard) -> Array | None:
+    def _open(self, shard: Shard) -> Array | None:
         """Return a shard's index, None if the shard cannot be used."""
+        tar = self._folder / shard.name
         try:
-            index = open_index(folder / shard.name, shard.samples, shard.bytes)
-            changed = changed_rows(folder / shard.name, index, self._share)
+            index = open_index(tar, shard.samples, shard.bytes)
+            changed = changed_rows(tar, index, len(self.shards))
         except DataError as error:
             last = shard.first_id + max(shard.samples - 1, 0)
             fault = f"{error} (ids {shard.first_id}…{last})"
-            if self._data.on_bad_sample == "error":
+            if not self.replaces:
                 raise DataError(fault) from None
             self.problems.append(fault)
             return None
-        bad = np.flatnonzero(labels_in(index) < 0).tolist()
-        for row in sorted({*bad, *changed}):
-            extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
-            fault = CHANGED if row in changed else marked(extent)
-            fault = f"{sample_place(shard, extent, row)}: {fault}"
-            if self._data.on_bad_sample == "error":
-                raise DataError(fault)
-            self.problems.append(fault)
+        for row in sorted({*np.flatnonzero(labels_in(index) < 0).tolist(), *changed}):
+            extent, word = self._archives.read(shard.name, index, row)
+            try:
+                indexed_members(extent, word, verify=row in changed)
+            except DataError as error:
+                where = place_of(shard.name, key_of(extent), shard.first_id + row)
+                if not self.replaces:
+                    raise DataError(f"{where}: {error}") from None
+                self.problems.append(f"{where}: {error}")
         if changed:
             index = np.array(index)
             index[1, changed] |= -1 << 32
         return index
 
     def __len__(self) -> int:
-        return self._total if self._rows is None else len(self._rows)
-
-    @property
-    def labels(self) -> Ids:
-        """Labels, int64 [N]; 0 for samples that are not usable."""
-        column = self._column()
-        return np.maximum(column, 0, out=column)
-
-    @property
-    def classes(self) -> int:
-        """0: labels tell."""
-        return 0
+        return int(self._firsts[-1]) if self._rows is None else len(self._rows)
 
     @property
     def usable(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which samples can be used, bool [N]; None: all."""
         return self._column() >= 0 if self.problems else None
 
-    def shards_of(self, ids: Ids) -> tuple[Ids, int]:
-        """Return the number of each one's shard [B] within the split, and how many there are."""
-        rows = ids if self._rows is None else self._rows[ids]
-        return np.searchsorted(self._firsts, rows, side="right") - 1, len(self.shards)
-
-    @property
-    def replaces(self) -> bool:
-        """Whether ``read`` may put another sample in the place of a bad one."""
-        return self._data.on_bad_sample == "skip"
-
     @property
     def info(self) -> SourceInfo:
         """See :class:`distcl.types.SourceInfo`."""
         return SourceInfo(
             self.name,
-            lambda: self.labels,
-            self.classes,
-            self.class_names,
-            lambda: self.usable,
-            self.groups,
-            self.sequential,
-            self.live_seconds,
-            self.replaces,
+            labels=lambda: self._column().clip(0),
+            class_names=self.class_names,
+            usable=lambda: self.usable,
+            groups=self.groups,
+            live_seconds=self.live_seconds,
+            replaces=self.replaces,
             transformed=True,
         )
 
     def _column(self) -> Ids:
-        labels = np.full(self._total, -1)
+        """Return the labels [N], -1 for samples that are not usable."""
+        labels = np.full(int(self._firsts[-1]), -1)
         for begin, end, index in zip(self._firsts, self._firsts[1:], self._indexes, strict=False):
             if index is not None:
                 labels[begin:end] = labels_in(index)
         return labels if self._rows is None else labels[self._rows]
 
+    def shards_of(self, ids: Ids) -> tuple[Ids, int]:
+        """Return the number of each one's shard [B] within the split, and how many there are."""
+        rows = ids if self._rows is None else self._rows[ids]
+        return np.searchsorted(self._firsts, rows, side="right") - 1, len(self.shards)
+
     def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:
         """Split into (train, test), as :meth:`data.sources.arrays.ArraySource.holdout` does."""
-        train, test = stratified(self._column() + 1, fraction)  # bad ones are a class of their own
-        if len(test) == 0:
-            raise DataError(f"{self.name}: no class has two samples, so none can be held out")
-        return self._restrict(train), self._restrict(test)
-
-    def _restrict(self, ids: Ids) -> ShardSource:
-        part = copy.copy(self)
-        part._rows = ids if self._rows is None else self._rows[ids]
-        part.groups = None if self.groups is None else self.groups[ids]
-        return part
+        parts = copy.copy(self), copy.copy(self)
+        rows = stratified(self._column() + 1, fraction, self.name)  # bad ones: a class of their own
+        for part, ids in zip(parts, rows, strict=True):
+            part._rows = ids if self._rows is None else self._rows[ids]
+            part.groups = None if self.groups is None else self.groups[ids]
+        return parts
 
     def arrived(self) -> int:
         """Return how many samples ``shards.json`` has by now that this source has not. Local."""
-        split = self.shards[0].split
-        return sum(s.samples for s in read_shards(self._folder).split(split)) - self._total
+        return int(_firsts(_listed(self._folder, self.shards))[-1] - self._firsts[-1])
 
     def grow(self, more: int) -> int:
         """Take in whole shards that have arrived, ``more`` samples of them; return len before.
@@ -192,39 +167,31 @@ class ShardSource:
         Local. New ids follow the old ones. Raises DataError if ``shards.json`` does not go on from
         where it was, or (when it lies on another machine's disk) does not show them in a minute.
         """
-        before, total, known = len(self), self._total + more, len(self.shards)
-        found = read_shards(self._folder).split(self.shards[0].split)
+        before, known, total = len(self), len(self.shards), int(self._firsts[-1]) + more
         for _ in range(60):
-            if sum(s.samples for s in found) >= total:
+            found = _listed(self._folder, self.shards)
+            if _firsts(found)[-1] >= total:
                 break
             time.sleep(1)
-            found = read_shards(self._folder).split(self.shards[0].split)
-        while sum(s.samples for s in found) > total:  # what came after others looked
+        while _firsts(found)[-1] > total:  # what came after others looked
             found.pop()
-        if found[:known] != self.shards or sum(s.samples for s in found) != total:
+        if found[:known] != self.shards or _firsts(found)[-1] != total:
             raise DataError(f"{self.name}: {MANIFEST} does not go on from where it was")
         if self._rows is not None:
             self._rows = np.concatenate([self._rows, np.arange(total - more, total)])
-        self._indexes = [*self._indexes, *(self._open(self._folder, s) for s in found[known:])]
+        self._indexes = [*self._indexes, *map(self._open, found[known:])]
         self.shards = found
-        self._firsts = np.array([s.first_id for s in found] + [total])
+        self._firsts = _firsts(found)
         return before
-
-    @property
-    def _total(self) -> int:
-        return int(self._firsts[-1])
 
     def read(self, ids: Ids) -> Batch:
         """Read samples by id, in the order asked. Local. Raises DataError naming a bad sample."""
-        ids = np.array(ids, dtype=np.int64)
-        outside = (ids < 0) | (ids >= len(self))
-        if outside.any():
-            raise DataError(
-                f"{self.name}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
-            )
+        ids = checked_rows(ids, len(self), self.name)
         if len(ids) == 0:
             if self._empty is None:
-                one = self.read(self._first_usable())
+                usable = self.usable
+                first = np.zeros(1, np.int64) if usable is None else np.flatnonzero(usable)[:1]
+                one = self.read(first)
                 self._empty = tree_map(lambda t: t[:0], (one.x, one.y))
             return Batch(torch.from_numpy(ids), *self._empty)
         unique, back = np.unique(ids, return_inverse=True)
@@ -237,109 +204,86 @@ class ShardSource:
             got = got[back]
         return Batch(torch.from_numpy(got), x, y, len(ids))
 
-    def _first_usable(self) -> Ids:
-        usable = self.usable
-        return np.zeros(1, np.int64) if usable is None else np.flatnonzero(usable)[:1]
-
-    def _places(self, ids: Ids) -> list[_Place]:
-        """Return where the samples lie."""
+    def _places(self, ids: Ids) -> list[tuple[int, int, int]]:
+        """Return each one's (id, number of its shard, row in it)."""
         rows = ids if self._rows is None else self._rows[ids]
         numbers = np.searchsorted(self._firsts, rows, side="right") - 1
         rows = rows - self._firsts[numbers]
-        places: list[_Place] = []
-        for number in np.unique(numbers).tolist():
-            here = numbers == number
-            found, index = rows[here], self._indexes[number]
-            if index is None:
-                bounds = np.zeros((3, len(found)), dtype=np.int64)
-            else:
-                bounds = np.stack([index[0, found], index[0, found + 1], index[1, found]])
-            columns = (ids[here].tolist(), found.tolist(), *bounds.tolist())
-            places += [(i, number, *rest) for i, *rest in zip(*columns, strict=True)]
-        return places
+        return list(zip(ids.tolist(), numbers.tolist(), rows.tolist(), strict=True))
 
-    def _sample(self, id_: int, *place: int) -> tuple[int, Sample]:
+    def _sample(self, id_: int, number: int, row: int) -> tuple[int, Sample]:
         """Return (id, decoded sample): of another id where the one asked is bad and may be."""
         try:
-            return id_, self._decoded(id_, *place)
+            return id_, self._decoded(id_, number, row)
         except DataError:
-            if self._data.on_bad_sample == "error":
+            if not self.replaces:
                 raise
         for step in range(1, len(self)):
             other = (id_ + step) % len(self)
-            try:
+            with suppress(DataError):
                 return other, self._decoded(*self._places(np.array([other]))[0])
-            except DataError:
-                continue
         raise DataError(f"{self.name}: not one sample can be read")
 
-    def _decoded(self, id_: int, number: int, row: int, begin: int, end: int, word: int) -> Sample:
+    def _decoded(self, id_: int, number: int, row: int) -> Sample:
         """Return a sample's arrays by ext, and its label; DataError names shard, member and id."""
-        extent = self._extent(id_, number, begin, end)
+        shard = self.shards[number]
+        extent, word = self._archives.read(shard.name, self._indexes[number], row)
         try:
-            if self._data.verify and zlib.crc32(extent) != word & CRC_MASK:
-                raise DataError(CHANGED)
-            key, members = read_members(extent)
-            if word < 0:
-                raise DataError(marked(extent))
-            return self._decode(key, id_, word >> 32, members)
+            key, members = indexed_members(extent, word, self._data.verify)
+            return decode_sample(members, word >> 32, self._transforms, key, id_)
         except DataError as error:
-            raise DataError(f"{sample_place(self.shards[number], extent, row)}: {error}") from error
-
-    def _extent(self, id_: int, number: int, begin: int, end: int) -> bytes:
-        name = self.shards[number].name
-        if self._indexes[number] is None:
-            raise DataError(f"shard '{name}', id {id_}: the shard cannot be used")
-        return self._files.read(name, begin, end)
+            where = place_of(shard.name, key_of(extent), shard.first_id + row)
+            raise DataError(f"{where}: {error}") from error
 
     def extents(self, ids: Ids) -> Iterator[bytes]:
         """Yield the bytes of samples in their archives, in order of id. Local.
 
         Raises DataError naming a shard that cannot be read.
         """
-        for id_, number, _, begin, end, _ in self._places(np.unique(ids)):
-            yield self._extent(id_, number, begin, end)
+        for _, number, row in self._places(np.unique(ids)):
+            yield self._archives.read(self.shards[number].name, self._indexes[number], row)[0]
 
 
-class _Files:
+def _firsts(shards: Sequence[Shard]) -> Ids:
+    """Return the first id of each shard, and the number of all samples."""
+    return np.cumsum([0, *(shard.samples for shard in shards)])
+
+
+def _listed(folder: Path, known: Sequence[Shard]) -> list[Shard]:
+    """Return the shards that ``shards.json`` has by now of the split of those that are known."""
+    return read_shards(folder).split(known[0].split)
+
+
+class _Archives:
     """Open archives of a folder, the most recently used ones; good in forked processes too."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, name: str, begin: int, end: int) -> bytes:
-        """Return bytes begin … end of an archive. Raises DataError naming it if it is cut short."""
-        file = self._open.get(name)
-        if file is None:
-            file = self._add(name)
-        else:
-            self._open.move_to_end(name)
-        data = os.pread(file, end - begin, begin)
-        while len(data) < end - begin:
-            more = os.pread(file, end - begin - len(data), begin + len(data))
-            if not more:
-                raise DataError(f"shard '{name}' is truncated: it ends before byte {end}")
-            data += more
-        return data
-
-    def _add(self, name: str) -> int:
+    def read(self, name: str, index: Array | None, row: int) -> tuple[bytes, int]:
+        """Return a sample's bytes and its word of the index. DataError names the archive."""
+        if index is None:
+            raise DataError(f"shard '{name}' cannot be used")
+        (begin, end), (word, _) = index[:, row : row + 2].tolist()
         try:
-            file = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise DataError(f"shard '{name}' is missing from '{self._folder}'") from None
+            if name not in self._open:
+                self._open[name] = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+                if len(self._open) > _MOST_OPEN:
+                    os.close(self._open.popitem(last=False)[1])
+            self._open.move_to_end(name)
+            data = b""
+            while len(data) < end - begin:
+                more = os.pread(self._open[name], end - begin - len(data), begin + len(data))
+                if not more:
+                    raise DataError(f"shard '{name}' is truncated: it ends before byte {end}")
+                data += more
         except OSError as error:
-            raise DataError(f"shard '{name}' cannot be read: {error.strerror}") from error
-        self._open[name] = file
-        if len(self._open) > _MOST_OPEN:
-            os.close(self._open.popitem(last=False)[1])
-        return file
+            raise refused(self._folder / name, error) from error
+        return data, word
 
-    def __getstate__(self) -> Path:
-        return self._folder
-
-    def __setstate__(self, folder: Path) -> None:
-        self.__init__(folder)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Archives, (self._folder,)
 
     def __del__(self) -> None:
         for file in self._open.values():

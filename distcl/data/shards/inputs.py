@@ -1,8 +1,11 @@
-"""What ``distcl shard`` reads: arrays, folders of images, archives, and any registered source."""
+"""What ``distcl shard`` reads: arrays, folders of images, archives, and any registered source.
+
+Arrays and images have readers of their own beside the sources ``arrays`` and ``hf``: they leave out
+a bad sample where a source refuses the whole, and image files stay as they are.
+"""
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,13 +18,12 @@ from distcl import registry
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.images import IMAGES
-from distcl.data.shards.decode import decode
-from distcl.data.shards.index import archives, is_archive, label_of, split_of
+from distcl.data.shards.decode import decode, label_of, npy_bytes
+from distcl.data.shards.index import archives, is_archive, split_of
 from distcl.data.shards.manifest import known_names
 from distcl.data.shards.tar import scan
 from distcl.data.shards.writer import Members, Samples
-from distcl.data.sources.arrays import ArraySource
-from distcl.data.sources.npy import Array, npz_keys, open_npz
+from distcl.data.sources.arrays import ArraySource, npz_splits
 from distcl.data.stream import create_sources
 from distcl.data.transforms import arrays_of
 from distcl.errors import DataError, UsageError
@@ -64,32 +66,21 @@ def open_samples(
     )
 
 
-class ArraySamples:
+class ArraySamples(Samples):
     """x and y (and x_test, y_test) of an .npz: members ``npy``, as saved, and ``cls``."""
 
-    label = "cls"
-
     def __init__(self, path: Path) -> None:
+        super().__init__({"npz": str(path.resolve())})
         self._path = path
-        keys = npz_keys(path)
-        names = ("x_train", "y_train") if "x_train" in keys and "x" not in keys else ("x", "y")
-        found = open_npz(path, names, ("x_test", "y_test"))
-        self._splits = {"train": (found[names[0]], found[names[1]])}
-        if "x_test" in found and "y_test" in found:
-            self._splits["test"] = found["x_test"], found["y_test"]
-        elif len(found) > 2:
-            raise DataError(f"'{path}' has only one of 'x_test' and 'y_test'")
-        for x, y in self._splits.values():
+        splits = npz_splits(path)
+        for x, y, _ in splits:
             if y.ndim != 1 or len(x) != len(y) or y.dtype.kind not in "iub":
                 raise DataError(
                     f"'{path}': y must be one integer per sample of x [{len(x)}, ...], not "
                     f"{y.dtype} of shape {y.shape}"
                 )
-        self.sizes = {split: len(y) for split, (_, y) in self._splits.items()}
-
-    def describe(self) -> dict[str, Any]:
-        """See :class:`distcl.data.shards.writer.Samples`."""
-        return {"npz": str(self._path.resolve())}
+        self._splits = dict(zip(("train", "test"), splits, strict=False))
+        self.sizes = {split: len(y) for split, (_, y, _) in self._splits.items()}
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
@@ -97,17 +88,17 @@ class ArraySamples:
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`data.shards.writer.Samples`. [H, W] becomes [1, H, W], as in ``arrays``."""
-        x, y = self._splits[split]
+        x, y, _ = self._splits[split]
         for row in range(begin, end):
             sample = x[row]
             arrays_of({"npy": sample, "cls": 0})
             yield {
                 "npy": npy_bytes(sample[None] if sample.ndim == 2 else sample),
-                "cls": str(int(y[row])).encode(),
+                "cls": b"%d" % int(y[row]),
             }
 
 
-class TarSamples:
+class TarSamples(Samples):
     """The samples of archives, in order of their names, their members as they are."""
 
     def __init__(
@@ -118,52 +109,36 @@ class TarSamples:
         skip: bool = False,
         problems: Sequence[str] = (),
     ) -> None:
-        self.label = label
-        self._source = source
-        self.problems = list(problems)
-        """What is wrong with archives, and passed over because of ``skip``."""
-        self._places: dict[str, list[tuple[Path, int]]] = {}
+        super().__init__({"label": label, "archives": str(source.resolve())}, label)
+        self.problems += problems
         self.class_names = known_names(tars[0].parent)
-        self.sizes: dict[str, int] = {}
+        self._places: dict[str, list[tuple[Path, int, int]]] = {"train": [], "test": []}
+        """Of each split the archives, with the numbers of their first samples and of the next."""
         for tar in tars:
-            number = self._count(tar, skip)
-            split = split_of(tar.name)
-            self._places.setdefault(split, []).append((tar, number))
-            self.sizes[split] = self.sizes.get(split, 0) + number
-        self.sizes = {s: self.sizes[s] for s in ("train", "test") if s in self.sizes}
-
-    def _count(self, tar: Path, skip: bool) -> int:
-        number = 0
-        try:
-            for _ in scan(tar, data=False):
-                number += 1
-        except DataError as error:
-            if not skip:
-                raise
-            self.problems.append(str(error))
-        return number
-
-    def describe(self) -> dict[str, Any]:
-        """See :class:`distcl.data.shards.writer.Samples`."""
-        return {"label": self.label, "archives": str(self._source.resolve())}
+            places = self._places[split_of(tar.name)]
+            first = end = places[-1][2] if places else 0
+            try:
+                for _ in scan(tar, data=False):
+                    end += 1
+            except DataError as error:
+                if not skip:
+                    raise
+                self.problems.append(str(error))
+            places.append((tar, first, end))
+        self.sizes = {split: places[-1][2] for split, places in self._places.items() if places}
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
         return [(_stamp(tar), first) for tar, first, _ in self._parts(split, begin, end)]
 
-    def _parts(self, split: str, begin: int, end: int) -> Iterator[tuple[Path, int, int]]:
-        """Yield (archive, its first sample, its number of samples) of those that have these."""
-        first = 0
-        for tar, number in self._places[split]:
-            if first < end and begin < first + number:
-                yield tar, first, number
-            first += number
+    def _parts(self, split: str, begin: int, end: int) -> list[tuple[Path, int, int]]:
+        return [p for p in self._places[split] if p[1] < end and begin < p[2]]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        for tar, first, number in self._parts(split, begin, end):
-            wanted = itertools.islice(scan(tar), max(begin - first, 0), min(end - first, number))
-            for extent in wanted:
+        for tar, first, following in self._parts(split, begin, end):
+            wanted = max(begin - first, 0), min(end, following) - first
+            for extent in itertools.islice(scan(tar), *wanted):
                 try:
                     if extent.fault:
                         raise DataError(extent.fault)
@@ -174,7 +149,7 @@ class TarSamples:
                 yield extent.members
 
 
-class ImageSamples:
+class ImageSamples(Samples):
     """A folder of class folders of images (or train and test folders of such): files as they are.
 
     Classes are numbered in order of their folders' names, those of train. What begins with a dot is
@@ -182,22 +157,17 @@ class ImageSamples:
     DataError naming a class without images.
     """
 
-    label = "cls"
-
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.skipped: list[str] = []
+        super().__init__({"folder": str(folder.resolve())})
         inside = {p.name: p for p in _visible(folder) if p.is_dir()}
-        splits = {"train": folder}
+        splits, skipped = {"train": folder}, list[Path]()
         if "train" in inside:
             tests = [inside[name] for name in _TEST_FOLDERS if name in inside]
             splits = {"train": inside["train"], **({"test": tests[0]} if tests else {})}
-            self.skipped += [p.name for p in _visible(folder) if p not in splits.values()]
+            skipped += [p for p in _visible(folder) if p not in splits.values()]
         self._files: dict[str, list[tuple[Path, int]]] = {}
-        self.class_names: list[str] = []
         for split, root in splits.items():
-            entries = _visible(root)
-            names = [p.name for p in entries if p.is_dir()]
+            names = [p.name for p in _visible(root) if p.is_dir()]
             self.class_names = self.class_names or names
             if unknown := set(names) - set(self.class_names):
                 raise DataError(f"class '{min(unknown)}' of '{root}' is not among those of train")
@@ -205,29 +175,19 @@ class ImageSamples:
                 raise DataError(
                     f"'{root}' has no class folders with images ({', '.join(IMAGES)}) in them"
                 )
-            self.skipped += [str(p.relative_to(folder)) for p in entries if not p.is_dir()]
-            self._files[split] = [
-                (file, self.class_names.index(name))
-                for name in names
-                for file in self._images(folder, root / name)
-            ]
+            skipped += [p for p in _visible(root) if not p.is_dir()]
+            files = self._files[split] = []
+            for name in names:
+                entries = _visible(root / name)
+                images = [p for p in entries if _ext_of(p) in IMAGES and p.is_file()]
+                if not images:
+                    raise DataError(
+                        f"class '{root / name}' has no images ({', '.join(IMAGES)}) in it"
+                    )
+                files += [(image, self.class_names.index(name)) for image in images]
+                skipped += sorted(set(entries) - set(images))
+        self.skipped += [str(path.relative_to(folder)) for path in skipped]
         self.sizes = {split: len(files) for split, files in self._files.items()}
-
-    def _images(self, folder: Path, of_class: Path) -> list[Path]:
-        entries = _visible(of_class)
-        images = [
-            file
-            for file in entries
-            if file.suffix.lower().removeprefix(".") in IMAGES and file.is_file()
-        ]
-        if not images:
-            raise DataError(f"class '{of_class}' has no images ({', '.join(IMAGES)}) in it")
-        self.skipped += [str(p.relative_to(folder)) for p in entries if p not in set(images)]
-        return images
-
-    def describe(self) -> dict[str, Any]:
-        """See :class:`distcl.data.shards.writer.Samples`."""
-        return {"folder": str(self._folder.resolve())}
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
@@ -236,13 +196,13 @@ class ImageSamples:
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`data.shards.writer.Samples`. Every image is decoded once, to be sure."""
         for file, label in self._files[split][begin:end]:
-            ext = file.suffix.lower().removeprefix(".").replace("jpeg", "jpg")
+            ext = _ext_of(file).replace("jpeg", "jpg")
             try:
                 data = file.read_bytes()
                 decode(ext, data)
             except (DataError, OSError) as error:
                 raise DataError(f"'{file}': {error}") from error
-            yield {ext: data, "cls": str(label).encode()}
+            yield {ext: data, "cls": b"%d" % label}
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -250,26 +210,24 @@ def _visible(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
 
 
-class SourceSamples:
+def _ext_of(file: Path) -> str:
+    return file.suffix.lower().removeprefix(".")
+
+
+class SourceSamples(Samples):
     """A registered or a user's source, by a StreamConfig: ``npy`` members of x, and ``cls``."""
 
-    label = "cls"
-
     def __init__(self, config: StreamConfig) -> None:
-        self._config = config
+        super().__init__(config.model_dump(mode="json"))
         parts = create_sources(config, DataConfig())
         self._parts = dict(zip(("train", "test"), parts, strict=True))
         self.class_names = list(info_of(parts[0]).class_names)
         self.sizes = {split: len(part) for split, part in self._parts.items()}
 
-    def describe(self) -> dict[str, Any]:
-        """See :class:`distcl.data.shards.writer.Samples`."""
-        return self._config.model_dump(mode="json")
-
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        named = [Path(text) for text in self._config.model_dump().values() if isinstance(text, str)]
-        return [[_stamp(path) for path in named if path.is_file()], self.sizes, begin, end]
+        paths = [Path(text) for text in self.origin.values() if isinstance(text, str)]
+        return [[_stamp(path) for path in paths if path.is_file()], self.sizes, begin, end]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`distcl.data.shards.writer.Samples`."""
@@ -278,23 +236,16 @@ class SourceSamples:
             ids = np.arange(start, min(start + _CHUNK, end))
             batch = part.read(ids)
             x = part.stored(ids) if isinstance(part, ArraySource) else batch.x
-            named = {_ext(path): np.asarray(leaf) for path, leaf in tree_flatten_with_path(x)[0]}
+            named = {_name(path): np.asarray(leaf) for path, leaf in tree_flatten_with_path(x)[0]}
             for k, label in enumerate(batch.y.tolist()):
                 members = {ext: npy_bytes(values[k]) for ext, values in named.items()}
                 yield members | {"cls": str(label).encode()}
 
 
-def _ext(path: tuple[Any, ...]) -> str:
+def _name(path: tuple[Any, ...]) -> str:
     """Return the ext of a leaf of x: npy, or NAME.npy where x has several."""
     names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
     return ".".join([*names, "npy"])
-
-
-def npy_bytes(array: Array) -> bytes:
-    """Return an array as the bytes of an .npy file."""
-    out = io.BytesIO()
-    np.save(out, np.ascontiguousarray(array), allow_pickle=False)
-    return out.getvalue()
 
 
 def _stamp(path: Path) -> dict[str, Any]:

@@ -5,32 +5,45 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from distcl.config.files import write_atomically
 from distcl.errors import DataError
 
 MANIFEST = "shards.json"
-_NAME = re.compile(r"(?!\.\.?$)[^/\0]+")  # a file in a folder, nothing beyond it
-_HOW = "make it with: distcl shard --index-only"
+INDEX_ONLY = "make it with: distcl shard --index-only"
 
 
-@dataclass(frozen=True, slots=True)
+def _in_folder(name: str) -> str:
+    if not re.fullmatch(r"(?!\.\.?$)[^/\0]+", name):
+        raise ValueError("it must be the name of a file in this folder")
+    return name
+
+
+_Text = Annotated[str, Field(strict=True)]
+_Name = Annotated[_Text, AfterValidator(_in_folder)]
+_Number = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
+
+
+@dataclass(frozen=True, slots=True, config={"extra": "forbid"})
 class Shard:
     """A line of the manifest. ``first_id`` counts from 0 within each split, train or test.
 
     ``classes``: one more than the largest label; 0: not known.
     """
 
-    name: str
-    split: str
-    samples: int
-    bytes: int
-    sha256: str
-    first_id: int
-    classes: int = 0
+    name: _Name
+    split: _Text
+    samples: _Number
+    bytes: _Number
+    sha256: _Text
+    first_id: _Number
+    classes: _Number = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +53,20 @@ class Manifest:
     ``class_names``: of the labels 0, 1, …; empty: not known.
     """
 
-    label: str
+    label: _Text
     shards: list[Shard]
-    class_names: list[str] = field(default_factory=list)
+    class_names: list[_Text] = Field(default_factory=list)
 
     def split(self, name: str) -> list[Shard]:
         """Return the shards of a split, in the order of their ids."""
         return [shard for shard in self.shards if shard.split == name]
 
 
-def numbered(label: str, shards: list[Shard], class_names: Sequence[str] = ()) -> Manifest:
+def numbered(label: str, shards: Sequence[Shard], class_names: Sequence[str] = ()) -> Manifest:
     """Return a manifest of these shards, their first ids set by their order."""
     placed, following = [], dict.fromkeys((s.split for s in shards), 0)
     for shard in shards:
-        placed.append(Shard(**(asdict(shard) | {"first_id": following[shard.split]})))
+        placed.append(replace(shard, first_id=following[shard.split]))
         following[shard.split] += shard.samples
     return Manifest(label, placed, list(class_names))
 
@@ -70,20 +83,21 @@ def read_shards(folder: Path) -> Manifest:
     """Return the manifest of a folder. Raises DataError naming the file, and what is wrong."""
     path = folder / MANIFEST
     try:
-        found = json.loads(path.read_bytes())
-        shards, names = [_shard(line) for line in found["shards"]], found.get("class_names", [])
-        if not isinstance(names, list) or not all(type(name) is str for name in names):
-            raise ValueError("class_names must be a list of texts")
-        manifest = Manifest(str(found["label"]), shards, names)
+        manifest = TypeAdapter(Manifest).validate_python(json.loads(path.read_bytes()))
+        if manifest != numbered(manifest.label, manifest.shards, manifest.class_names):
+            raise ValueError("first_id is not the sum of the samples before")
     except FileNotFoundError:
-        what = "does not exist" if not folder.exists() else f"has no {MANIFEST}; {_HOW} {folder}"
+        has_no = f"has no {MANIFEST}; {INDEX_ONLY} {folder}"
+        what = has_no if folder.exists() else "does not exist"
         raise DataError(f"the folder of shards '{folder}' {what}") from None
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"'{path}' is damaged ({type(error).__name__}: {error})") from error
-    if manifest != numbered(manifest.label, manifest.shards, manifest.class_names):
-        raise DataError(f"'{path}' is damaged: first_id is not the sum of the samples before")
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        raise DataError(f"'{path}' is damaged ({place}: {first['msg']})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"'{path}' is damaged ({error})") from error
     return manifest
 
 
@@ -93,14 +107,3 @@ def known_names(folder: Path) -> list[str]:
         return read_shards(folder).class_names
     except DataError:
         return []
-
-
-def _shard(line: dict[str, Any]) -> Shard:
-    shard = Shard(**line)
-    numbers = (shard.samples, shard.bytes, shard.first_id, shard.classes)
-    texts = (shard.name, shard.split, shard.sha256)
-    if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        raise ValueError(f"bad entry {line}")
-    if not all(type(t) is str for t in texts) or not _NAME.fullmatch(shard.name):
-        raise ValueError(f"bad entry {line}")
-    return shard

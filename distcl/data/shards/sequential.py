@@ -4,46 +4,25 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import itertools
 import lzma
 import os
 import shlex
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from distcl.config import DataConfig
-from distcl.data.shards.index import (
-    CHANGED,
-    changed_rows,
-    index_path,
-    label_of,
-    open_index,
-    sample_place,
-)
+from distcl.data.shards.decode import decode_sample, label_of
+from distcl.data.shards.index import index_path, place_of
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.manifest import MANIFEST, Shard
-from distcl.data.shards.tar import (
-    BLOCK,
-    NO_END,
-    Extent,
-    Member,
-    TarStream,
-    UnusualHeaderError,
-    check_end,
-    cut_short,
-    open_archive,
-    parse_header,
-    take,
-    walk,
-)
+from distcl.data.shards.tar import BLOCK, Extent, Forwards, Member, grouped, open_archive, walk
 from distcl.data.transforms import Sample
 from distcl.errors import ConfigError, DataError
-from distcl.types import Ids
+from distcl.types import Ids, SourceInfo
 
 _MOST_OPEN = 64
 _PACKED: dict[bytes, Callable[[Any], Any]] = {
@@ -63,8 +42,6 @@ class StreamedSource(ShardSource):
     ``url``: where a shard is, see :func:`open_url`; empty: a file of ``folder``.
     """
 
-    sequential = True
-
     def __init__(
         self,
         folder: Path,
@@ -80,33 +57,19 @@ class StreamedSource(ShardSource):
         self._cursors: list[_Cursor] = []  # the last one used is last
         self._process = os.getpid()  # whose they are
 
-    def _open(self, folder: Path, shard: Shard) -> None:
-        """Look at a local shard if it was indexed and has changed, where that ends the run."""
-        tar = folder / shard.name
-        if self._url or self._data.on_bad_sample == "skip" or not index_path(tar).exists():
-            return
-        if not tar.exists() or is_compressed(tar):
-            return
-        index = open_index(tar, shard.samples, shard.bytes)
-        for row in changed_rows(tar, index, self._share):
-            extent = self._files.read(shard.name, int(index[0, row]), int(index[0, row + 1]))
-            raise DataError(f"{sample_place(shard, extent, row)}: {CHANGED}")
+    def _open(self, shard: Shard) -> None:
+        """Look at a local shard if it was indexed, where what is wrong with it ends the run."""
+        tar = self._folder / shard.name
+        there = not self._url and index_path(tar).exists() and tar.exists()
+        if there and not self.replaces and not is_compressed(tar):
+            super()._open(shard)
 
     @property
-    def labels(self) -> Any:
-        """None: labels are known by reading only."""
-        return None
-
-    @property
-    def classes(self) -> int:
-        """One more than the largest label, if ``shards.json`` says so of every shard; else 0."""
+    def info(self) -> SourceInfo:
+        """Labels and faults are known by reading only; classes, if ``shards.json`` has them all."""
         known = [shard.classes for shard in self.shards]
-        return max(known) if all(known) else 0
-
-    @property
-    def usable(self) -> None:
-        """None: faults are known by reading only."""
-        return None
+        classes = max(known) if all(known) else 0
+        return replace(super().info, labels=None, usable=None, classes=classes, sequential=True)
 
     def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:
         """Refuse it: what to hold out cannot be chosen without an index."""
@@ -119,12 +82,7 @@ class StreamedSource(ShardSource):
         """Refuse it: experiences by key or time need an index."""
         raise ConfigError("stream.options.experiences by key or time needs indexed access")
 
-    def _places(self, ids: Ids) -> list[Any]:
-        numbers = np.searchsorted(self._firsts, ids, side="right") - 1
-        rows = ids - self._firsts[numbers]
-        return list(zip(ids.tolist(), numbers.tolist(), rows.tolist(), strict=True))
-
-    def _decoded(self, id_: int, number: int, row: int, *_: int) -> Sample:
+    def _decoded(self, id_: int, number: int, row: int) -> Sample:
         shard = self.shards[number]
         extent = self._cursor(number, row).get(row)
         try:
@@ -134,31 +92,28 @@ class StreamedSource(ShardSource):
             if 0 < shard.classes <= label:
                 most = shard.classes - 1
                 raise DataError(f"its label is {label}, but {MANIFEST} says at most {most}")
-            return self._decode(extent.key, id_, label, extent.members)
+            return decode_sample(extent.members, label, self._transforms, extent.key, id_)
         except DataError as error:
-            where = f"shard '{shard.name}', sample '{extent.key}', id {id_}"
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{place_of(shard.name, extent.key, id_)}: {error}") from error
 
     def _cursor(self, number: int, row: int) -> _Cursor:
-        """Return a cursor of a shard that is at a row or before it; the nearest there is."""
+        """Return the cursor of a shard that reaches a row soonest; it becomes the last one used."""
         if self._process != os.getpid():  # a fork shares the places in files with its parent
             self._cursors, self._process = [], os.getpid()
-        best: _Cursor | None = None
-        for cursor in reversed(self._cursors):  # the last one used comes first
-            if cursor.number == number and cursor.holds(row):
-                best = cursor
-                break
-            behind = cursor.number == number and cursor.following <= row
-            if behind and (best is None or cursor.following > best.following):
-                best = cursor
+        best = min(
+            (c for c in reversed(self._cursors) if c.number == number and c.reaches(row)),
+            key=lambda cursor: max(row - cursor.following, -1),
+            default=None,
+        )
         if best is None:
             best = _Cursor(number, self.shards[number], self._opened, self._data.shuffle_buffer)
             if len(self._cursors) >= _MOST_OPEN:
                 self._cursors.pop(0).close()
-        elif best is not self._cursors[-1]:
+        elif best is self._cursors[-1]:
+            return best
+        else:
             self._cursors.remove(best)
-        if not self._cursors or best is not self._cursors[-1]:
-            self._cursors.append(best)
+        self._cursors.append(best)
         return best
 
     def _opened(self, name: str) -> IO[bytes]:
@@ -187,9 +142,9 @@ class _Cursor:
         """Close the stream."""
         self._samples.close()
 
-    def holds(self, row: int) -> bool:
-        """Return whether a row's sample is kept, or known to be out of reach."""
-        return row in self._kept or (bool(self._fault) and row >= self.following)
+    def reaches(self, row: int) -> bool:
+        """Return whether a row's sample is kept, or ahead."""
+        return row in self._kept or row >= self.following
 
     def get(self, row: int) -> Extent:
         """Return the sample of a row that is kept or ahead. DataError names shard and id."""
@@ -253,57 +208,21 @@ def stream_samples(open_: Callable[[], IO[bytes]], name: str) -> Generator[Exten
     It may be compressed by gzip, bzip2 or xz. Raises DataError naming the shard if it is truncated,
     fails midway or goes on after its end mark.
     """
-    yield from TarStream(f"shard '{name}'")(_members(open_))
+    yield from grouped(_members(open_), f"shard '{name}'")
 
 
 def _members(open_: Callable[[], IO[bytes]]) -> Iterator[Member]:
-    """Yield the members: as fast as can be, and from where that ends by the standard library."""
+    file, ended = open_(), False
     try:
-        with _opened(open_) as file:
-            yield from _plain_members(file)
-            return
-    except UnusualHeaderError as error:
-        done, start = error.number, b"" if error.number else error.header
-    packed = next((opener for magic, opener in _PACKED.items() if start.startswith(magic)), None)
-    with _opened(open_) as file:
-        archive = packed(file) if packed else file
-        yield from itertools.islice(walk(archive, skips=False), done, None)
-
-
-@contextmanager
-def _opened(open_: Callable[[], IO[bytes]]) -> Iterator[IO[bytes]]:
-    """Close the stream at the end; how its command ended matters only if all of it was read."""
-    file = open_()
-    try:
-        yield file
-    except BaseException:
-        with suppress(OSError):
-            file.close()
+        head, archive = file.read(BLOCK), file
+        for magic, opener in _PACKED.items():
+            if head.startswith(magic):
+                archive, head = opener(Forwards(file, head)), b""
+        yield from walk(archive, head=head)
+        ended = True
+    except Exception:
+        ended = not file.read(1)
         raise
-    file.close()
-
-
-def _plain_members(file: IO[bytes]) -> Iterator[Member]:
-    """Yield members with the usual headers; UnusualHeaderError at another one."""
-    at = 0
-    for number in itertools.count():
-        header = file.read(BLOCK)
-        if at == 0 and header[257:262] != b"ustar":
-            raise UnusualHeaderError(header)  # an old tar, or a compressed one
-        if len(header) < BLOCK:
-            raise DataError(NO_END)
-        if not header.strip(b"\0"):
-            check_end(file, at + BLOCK)
-            yield "", at, b"", ""
-            return
-        try:
-            name, size = parse_header(header)
-        except UnusualHeaderError as error:
-            error.number = number
-            raise
-        padded = -(-size // BLOCK) * BLOCK
-        data = take(file, padded)
-        if len(data) < size:
-            raise DataError(cut_short(name, len(data), size))
-        yield name, at, data[:size], ""
-        at += BLOCK + padded
+    finally:  # if all of it was read, how its command ended is why
+        with suppress(*() if ended else (OSError,)):
+            file.close()

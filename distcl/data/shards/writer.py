@@ -9,20 +9,20 @@ repaired meanwhile, with those that lie in changed files too.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from distcl.config.files import file_digest, write_atomically
-from distcl.data.shards.index import IndexBuilder, label_of, labels_in, open_index
+from distcl.data.shards.decode import label_of
+from distcl.data.shards.index import IndexBuilder, Tell, labels_in, open_index
 from distcl.data.shards.manifest import (
     MANIFEST,
     Manifest,
@@ -32,6 +32,7 @@ from distcl.data.shards.manifest import (
     write_manifest,
 )
 from distcl.data.shards.tar import END, member_bytes
+from distcl.data.sources.npy import open_npy
 from distcl.errors import DataError, UsageError
 
 Members = dict[str, bytes]
@@ -39,33 +40,35 @@ Members = dict[str, bytes]
 _PLAN = "shards.plan.json"
 
 
-class Samples(Protocol):
-    """What can be written as shards: splits of numbered samples, each some members by ext."""
+class Samples(ABC):
+    """What can be written as shards: splits of numbered samples, each some members by ext.
 
-    label: str
-    """The member that holds labels: cls or json:FIELD."""
-    sizes: dict[str, int]
-    """The number of samples of each split, train before test.
-
-    It may have ``class_names``, the names of the labels 0, 1, …, and ``skipped``, a list of what it
-    has that is no sample.
+    ``origin``: what tells this from another input, as JSON; ``label``: the member that holds
+    labels, cls or json:FIELD.
     """
 
+    def __init__(self, origin: dict[str, Any], label: str = "cls") -> None:
+        self.origin = origin
+        self.label = label
+        self.sizes: dict[str, int] = {}
+        """The number of samples of each split, train before test."""
+        self.class_names: list[str] = []
+        """Names of the labels 0, 1, …; empty: not known."""
+        self.problems: list[str] = []
+        """What of the input is damaged, and passed over."""
+        self.skipped: list[str] = []
+        """What the input has that is no sample."""
+
+    @abstractmethod
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """Yield the members of samples ``begin`` … ``end``. In any process; DataError if bad."""
-        ...
 
-    def describe(self) -> dict[str, Any]:
-        """Return what tells this from another input, as JSON."""
-        ...
-
+    @abstractmethod
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """Return what tells whether the files of samples ``begin`` … ``end`` change, as JSON."""
-        ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
+class _Range(NamedTuple):
     split: str
     number: int
     begin: int
@@ -83,57 +86,50 @@ def write_shards(
     per_shard: int = 10_000,
     max_bytes: int = 0,
     workers: int = 0,
-    tell: Callable[[str, int], None] | None = None,
+    tell: Tell | None = None,
     problems: list[str] | None = None,
 ) -> Manifest:
     """Write shards, indexes and ``shards.json``, and return the manifest.
 
     ``per_shard``: samples of a shard; ``max_bytes``: a shard is closed before it grows beyond (a
-    single larger sample aside), 0 for no limit; ``workers``: processes, 0 for this one;
-    ``tell(shard, samples)`` is called after each range; ``problems``: if given, bad samples are
-    left out, and named there. Files appear whole, the manifest last.
+    single larger sample aside), 0 for no limit; ``workers``: processes, 0 for this one; ``tell`` is
+    called after each range; ``problems``: if given, bad samples are left out, and named there.
+    Files appear whole, the manifest last.
 
     If the folder has the unfinished work of the same job, it goes on there; UsageError if it has
     anything else. Raises DataError naming a bad sample, or if no sample is sound.
     """
-    ranges = [
+    parts = [
         _Range(split, number, begin, min(begin + per_shard, size))
         for split, size in samples.sizes.items()
         for number, begin in enumerate(range(0, size, per_shard))
     ]
     plan = {
-        "samples": samples.describe(),
+        "samples": samples.origin,
         "per_shard": per_shard,
         "max_bytes": max_bytes,
-        "ranges": {part.stem: _digest(samples, part) for part in ranges},
+        "ranges": {part.stem: _digest(samples, part) for part in parts},
     }
     _claim(folder, plan)
-    done: dict[int, list[Shard]] = {}
-
-    def finish(k: int, shards: list[Shard]) -> None:
-        done[k] = shards
-        if tell is not None:
-            tell(ranges[k].stem, ranges[k].end - ranges[k].begin)
-
-    for k, part in enumerate(ranges):
-        if found := _finished(folder, part):
-            finish(k, found)
-    todo = [k for k in range(len(ranges)) if k not in done]
-    job = _Job(samples, folder, ranges, max_bytes, problems is not None)
-    for k, shards, found_bad in job.in_processes(todo, workers):
-        finish(k, shards)
+    done = {part: found for part in parts if (found := _finished(folder, part))}
+    todo = [part for part in parts if part not in done]
+    job = _Job(samples, folder, max_bytes, problems is not None)
+    before = [(part, found, list[str]()) for part, found in done.items()]
+    for part, found, bad in itertools.chain(before, job.in_processes(todo, workers)):
+        done[part] = found
         if problems is not None:
-            problems += found_bad
-    whole = [shard for k in range(len(ranges)) for shard in done[k]]
-    names = getattr(samples, "class_names", ())
-    manifest = _manifest(samples.label, whole, names, problems)
+            problems += bad
+        if tell is not None:
+            tell(part.stem, part.end - part.begin)
+    whole = [shard for part in parts for shard in done[part]]
+    manifest = _manifest(samples.label, whole, samples.class_names, problems)
     write_manifest(folder, manifest)
     (folder / _PLAN).unlink()
     return manifest
 
 
 def _manifest(
-    label: str, shards: list[Shard], names: Sequence[str], problems: list[str] | None
+    label: str, shards: list[Shard], names: list[str], problems: list[str] | None
 ) -> Manifest:
     if not shards and problems:
         raise DataError(f"not one sample is sound; {problems[0]}")
@@ -145,7 +141,7 @@ def append_shards(
     folder: Path,
     per_shard: int = 10_000,
     max_bytes: int = 0,
-    tell: Callable[[str, int], None] | None = None,
+    tell: Tell | None = None,
     problems: list[str] | None = None,
 ) -> Manifest:
     """Add shards to a folder of shards; those who watch it see each one when it is whole.
@@ -156,19 +152,20 @@ def append_shards(
     manifest = read_shards(folder)
     if manifest.label != samples.label:
         raise DataError(f"'{folder}' has labels in '{manifest.label}', not '{samples.label}'")
-    old, new = manifest.class_names, list(getattr(samples, "class_names", ()))
+    old, new = manifest.class_names, samples.class_names
     if old and new and old != new:
         raise DataError(
             f"'{folder}' has the classes {', '.join(old)}, but what is to be added has "
             f"{', '.join(new)}: labels would mean other classes"
         )
+    job = _Job(samples, folder, max_bytes, problems is not None)
     for split, size in samples.sizes.items():
         for begin in range(0, size, per_shard):
             number = len(manifest.split(split))
             while any(s.name.startswith(f"{split}-{number:06d}") for s in manifest.shards):
                 number += 1
             part = _Range(split, number, begin, min(begin + per_shard, size))
-            found, bad = _Job(samples, folder, [part], max_bytes, problems is not None).write(0)
+            found, bad = job.write(part)
             if problems is not None:
                 problems += bad
             manifest = _manifest(manifest.label, [*manifest.shards, *found], old, problems)
@@ -184,16 +181,15 @@ class _Job:
 
     samples: Samples
     folder: Path
-    ranges: list[_Range]
     max_bytes: int
     skip: bool
 
     def in_processes(
-        self, todo: list[int], workers: int
-    ) -> Iterator[tuple[int, list[Shard], list[str]]]:
-        """Write the ranges ``todo``; yield (number, its shards, its bad samples) of each."""
+        self, todo: list[_Range], workers: int
+    ) -> Iterator[tuple[_Range, list[Shard], list[str]]]:
+        """Write the ranges ``todo``; yield each with its shards and its bad samples."""
         if workers == 0 or len(todo) < 2:
-            yield from ((k, *self.write(k)) for k in todo)
+            yield from ((part, *self.write(part)) for part in todo)
             return
         pool = ProcessPoolExecutor(
             min(workers, len(todo)),
@@ -202,7 +198,7 @@ class _Job:
             (self,),
         )
         try:
-            futures = {pool.submit(_write_number, k): k for k in todo}
+            futures = {pool.submit(_write, part): part for part in todo}
             for future in as_completed(futures):
                 yield (futures[future], *future.result())
         except BrokenProcessPool:
@@ -212,40 +208,30 @@ class _Job:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def write(self, k: int) -> tuple[list[Shard], list[str]]:
+    def write(self, part: _Range) -> tuple[list[Shard], list[str]]:
         """Write a range as one shard, or as many as ``max_bytes`` asks for; and what was bad."""
-        part, shards, problems = self.ranges[k], list[Shard](), list[str]()
-        writer: _ShardWriter | None = None
+        shards, problems, number, size = list[Shard](), list[str](), 0, len(END)
+
+        def number_of(sample: tuple[bytes, int]) -> int:
+            nonlocal number, size
+            size += len(sample[0])
+            if self.max_bytes and size > self.max_bytes and size > len(sample[0]) + len(END):
+                number, size = number + 1, len(sample[0]) + len(END)
+            return number
+
         try:
-            for found in self._extents(part):
-                if isinstance(found, DataError):
-                    if not self.skip:
-                        raise found
-                    problems.append(str(found))
-                    continue
-                extent, label = found
-                full = writer is not None and writer.size + len(extent) + len(END) > self.max_bytes
-                if writer is not None and full and self.max_bytes:
-                    shards.append(writer.close())
-                    writer = None
-                if writer is None:
-                    more = f"-{len(shards):03d}" if self.max_bytes else ""
-                    writer = _ShardWriter(self.folder / f"{part.stem}{more}.tar", part.split)
-                writer.add(extent, label)
-            if writer is not None:
-                shards.append(writer.close())
-                writer = None
+            for k, found in itertools.groupby(self._extents(part, problems), number_of):
+                more = f"-{k:03d}" if self.max_bytes else ""
+                tar = self.folder / f"{part.stem}{more}.tar"
+                shards.append(_write_shard(tar, part.split, found))
         except OSError as error:
             raise DataError(
                 f"'{error.filename or self.folder}': {error.strerror or error}"
             ) from error
-        finally:
-            if writer is not None:
-                writer.discard()
         return shards, problems
 
-    def _extents(self, part: _Range) -> Iterator[tuple[bytes, int] | DataError]:
-        """Yield of each row its bytes in the archive and its label, or what is wrong.
+    def _extents(self, part: _Range, problems: list[str]) -> Iterator[tuple[bytes, int]]:
+        """Yield of each row its bytes in the archive and its label.
 
         Who reads in batches fails before the bad sample: it is found by reading one at a time.
         """
@@ -254,28 +240,21 @@ class _Job:
             end = row + 1 if single else part.end
             try:
                 for found in self.samples.read(part.split, row, end):
-                    try:
-                        yield _extent(f"{row:09d}", found, self.samples.label)
-                    except DataError as error:
-                        yield _located(part, row, error)
+                    members = (
+                        member_bytes(f"{row:09d}.{ext}", found[ext]) for ext in sorted(found)
+                    )
+                    yield b"".join(members), label_of(found, self.samples.label)
                     row += 1
                 if row < end:
                     raise DataError("the input ended before it")
             except DataError as error:
-                if single or not self.skip:
-                    yield _located(part, row, error)
-                    row, single = row + 1, False
-                else:
-                    single = True
-
-
-def _located(part: _Range, row: int, error: DataError) -> DataError:
-    return DataError(f"sample {row} of {part.split}: {error}")
-
-
-def _digest(samples: Samples, part: _Range) -> str:
-    stamp = json.dumps(samples.stamp(part.split, part.begin, part.end))
-    return hashlib.sha256(stamp.encode()).hexdigest()
+                fault = f"sample {row} of {part.split}: {error}"
+                if not self.skip:
+                    raise DataError(fault) from error
+                if single:
+                    problems.append(fault)
+                    row += 1
+                single = not single
 
 
 _job: _Job | None = None  # of this worker process
@@ -286,9 +265,36 @@ def _set_job(job: _Job) -> None:
     _job = job
 
 
-def _write_number(k: int) -> tuple[list[Shard], list[str]]:
+def _write(part: _Range) -> tuple[list[Shard], list[str]]:
     assert _job is not None
-    return _job.write(k)
+    return _job.write(part)
+
+
+def _write_shard(tar: Path, split: str, samples: Iterable[tuple[bytes, int]]) -> Shard:
+    """Write a shard, which has its name only when it is complete, and its index after it."""
+    index, digest, size = IndexBuilder(), hashlib.sha256(), 0
+
+    def write(path: Path) -> None:
+        nonlocal size
+        with path.open("wb") as file:
+            for extent, label in samples:
+                index.add(size, extent, label)
+                size += file.write(extent)
+                digest.update(extent)
+            size += file.write(END)
+            digest.update(END)
+
+    write_atomically(tar, write, sync=True)
+    index.write(tar, tar.stat())
+    return Shard(tar.name, split, len(index), size, digest.hexdigest(), 0, index.classes)
+
+
+# -- what was written before ----------------------------------------------------------------------
+
+
+def _digest(samples: Samples, part: _Range) -> str:
+    stamp = json.dumps(samples.stamp(part.split, part.begin, part.end))
+    return hashlib.sha256(stamp.encode()).hexdigest()
 
 
 def _claim(folder: Path, plan: dict[str, Any]) -> None:
@@ -330,56 +336,10 @@ def _finished(folder: Path, part: _Range) -> list[Shard]:
     for path in sorted(folder.glob(f"{part.stem}*.index.npy")):
         tar = path.with_name(path.name.removesuffix(".index.npy") + ".tar")
         try:
-            samples = int(np.load(path, allow_pickle=False).shape[1]) - 1
-            size = tar.stat().st_size
+            samples, size = open_npy(path).shape[-1] - 1, tar.stat().st_size
             classes = 1 + int(labels_in(open_index(tar, samples, size)).max())
-        except (DataError, OSError, ValueError):
+        except (DataError, OSError):
             return []
         digest = file_digest(tar)
         shards.append(Shard(tar.name, part.split, samples, size, digest, 0, classes))
     return shards if sum(s.samples for s in shards) == part.end - part.begin else []
-
-
-def _extent(key: str, members: Members, label: str) -> tuple[bytes, int]:
-    """Return a sample's bytes in its archive, and its label."""
-    extent = b"".join(member_bytes(f"{key}.{ext}", members[ext]) for ext in sorted(members))
-    return extent, label_of(members, label)
-
-
-class _ShardWriter:
-    """One shard in the making; it has its name only when it is complete."""
-
-    def __init__(self, tar: Path, split: str) -> None:
-        self._tar = tar
-        self._split = split
-        self._part = tar.with_name(f".{tar.name}.{os.getpid()}")
-        self._file = self._part.open("wb")
-        self._digest = hashlib.sha256()
-        self._index = IndexBuilder()
-        self.size = 0
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.size += len(data)
-
-    def add(self, extent: bytes, label: int) -> None:
-        """Append a sample."""
-        self._index.add(self.size, extent, label)
-        self._write(extent)
-
-    def close(self) -> Shard:
-        """Finish the archive, give it its name, and write its index after it."""
-        self._write(END)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._part.replace(self._tar)
-        self._index.write(self._tar, self._tar.stat())
-        name, digest, index = self._tar.name, self._digest.hexdigest(), self._index
-        return Shard(name, self._split, len(index), self.size, digest, 0, index.classes)
-
-    def discard(self) -> None:
-        """Remove what is not complete."""
-        self._file.close()
-        self._part.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
+from distcl.data.ids import checked_rows
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
 from distcl.data.transforms import to_tensor
 from distcl.errors import ConfigError, DataError
@@ -27,9 +29,10 @@ class ArraySource:
     """A source over arrays, in memory or memory-mapped; ids are rows.
 
     ``x``: an array [N, ...] of numbers, or a pytree of them; ``y``: integer labels [N], several a
-    sample [N, ...] (-100 counts for nothing), or for regression floating-point targets [N, ...]. On reading, uint8 becomes float32 in [0, 1], float64
-    stays, every other type becomes float32; inside a pytree, and beside several labels a sample,
-    signed integers and booleans (token ids, masks) keep their type. ``labels``: int64 [N], or None where ``y`` are targets, or several a sample.
+    sample [N, ...] (-100 counts for nothing), or for regression floating-point targets [N, ...].
+    On reading, uint8 becomes float32 in [0, 1], float64 stays, every other type becomes float32;
+    inside a pytree, and beside several labels a sample, signed integers and booleans (token ids,
+    masks) keep their type. ``labels``: int64 [N]; None if there is not one a sample.
     ``groups``: the concept that each sample belongs to, int64 [N]; None: to all.
 
     Raises DataError naming ``name``, and the row where one is at fault, on unequal lengths, no
@@ -64,10 +67,7 @@ class ArraySource:
 
         Raises DataError naming an id out of range.
         """
-        ids = np.array(ids, dtype=np.int64)
-        if len(ids) and ids.view(np.uint64).max() >= len(self):  # negative ids are huge, unsigned
-            bad = ids[(ids < 0) | (ids >= len(self))][0]
-            raise DataError(f"{self.name}: there is no sample {bad} (0…{len(self) - 1})")
+        ids = checked_rows(ids, len(self), self.name)
         rows = ids if self._rows is None else self._rows[ids]
         # not .take: of a member of an .npz, whose data is unaligned, it first copies all of it
         if self._in_tree:
@@ -90,11 +90,7 @@ class ArraySource:
         Raises DataError if that leaves test empty.
         """
         labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels
-        train, test = stratified(labels, fraction)
-        if len(test) == 0:
-            raise DataError(
-                f"{self.name}: no class has two samples, so none can be held out for testing"
-            )
+        train, test = stratified(labels, fraction, self.name)
         return self._restrict(train), self._restrict(test)
 
     def _restrict(self, ids: Ids) -> ArraySource:
@@ -118,11 +114,11 @@ def digits(config: StreamConfig) -> tuple[ArraySource, ArraySource]:
 
 
 def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, ArraySource]:
-    """Return (train, test) of ``stream.path`` (.npz) or of ``stream.x``, ``stream.y``, … (.npy).
+    """Return (train, test) of ``stream.path``, an .npz or a folder of .npy files.
 
-    An .npz holds x and y, optionally x_test and y_test; or x_train and y_train, as Keras names
-    them. x is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer;
-    y is integer labels [N], or several a sample [N, ...] with -100 where there is none, or
+    It holds x and y, optionally x_test and y_test; or x_train and y_train, as Keras names them. x
+    is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer; y is
+    integer labels [N], or several a sample [N, ...] with -100 where there is none, or
     floating-point targets [N, ...] for regression. Files without a test
     split hold out ``test_fraction`` (of each class, if any). ``experiences``: which samples make an
     experience. Empty: all; ``order``: equal stretches of each split, in the order of its rows.
@@ -134,7 +130,12 @@ def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, Ar
         raise ConfigError(
             f"stream.options.experiences = '{experiences}', but source 'arrays' knows 'order' only"
         )
-    found = _from_npz(config) if config.path else _from_npy(config)
+    if not config.path:
+        raise ConfigError(
+            "stream.source = 'arrays' needs stream.path: an .npz, or a folder of x.npy and y.npy"
+        )
+    path = reachable(config.path)
+    found = _from_folder(path) if path.is_dir() else npz_splits(path)
     splits = [ArraySource(_as_samples(x, name), y, name) for x, y, name in found]
     if experiences:
         concepts = min(config.recurring or config.experiences, config.experiences)
@@ -146,36 +147,33 @@ def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, Ar
 
 
 _Split = tuple[Array, Array, str]  # x, y, and how messages name them
+_TEST = ("x_test", "y_test")
 
 
-def _from_npz(config: StreamConfig) -> list[_Split]:
-    if config.x or config.y or config.x_test or config.y_test:
-        raise ConfigError("stream.path excludes stream.x, stream.y, stream.x_test, stream.y_test")
-    path = reachable(config.path)
-    keys = npz_keys(path)
-    x, y = ("x_train", "y_train") if "x_train" in keys and "x" not in keys else ("x", "y")
-    found = open_npz(path, (x, y), ("x_test", "y_test"))
+def npz_splits(path: Path) -> list[_Split]:
+    """Return x, y and a name for messages, of train and perhaps test. Raises DataError."""
+    x, y = _names(npz_keys(path))
+    return _splits(path, open_npz(path, (x, y), _TEST), x, y)
+
+
+def _from_folder(path: Path) -> list[_Split]:
+    names = [file.stem for file in path.glob("*.npy")]
+    x, y = _names(names)
+    wanted = [x, y, *(name for name in _TEST if name in names)]
+    return _splits(path, {name: open_npy(path / f"{name}.npy") for name in wanted}, x, y)
+
+
+def _names(there: Collection[str]) -> tuple[str, str]:
+    return ("x_train", "y_train") if "x_train" in there and "x" not in there else ("x", "y")
+
+
+def _splits(path: Path, found: Mapping[str, Array], x: str, y: str) -> list[_Split]:
     splits = [(found[x], found[y], f"'{path}'")]
     if len(found) == 3:
-        has, lacks = ("x_test", "y_test") if "x_test" in found else ("y_test", "x_test")
+        has, lacks = _TEST if "x_test" in found else _TEST[::-1]
         raise DataError(f"'{path}' has '{has}' but no '{lacks}'")
     if len(found) == 4:
         splits.append((found["x_test"], found["y_test"], f"'{path}' (x_test, y_test)"))
-    return splits
-
-
-def _from_npy(config: StreamConfig) -> list[_Split]:
-    if not (config.x and config.y):
-        raise ConfigError(
-            "stream.source = 'arrays' needs stream.path (an .npz), or stream.x and stream.y (.npy)"
-        )
-    if bool(config.x_test) != bool(config.y_test):
-        raise ConfigError("stream.x_test and stream.y_test are given together or not at all")
-    splits = []
-    for x, y in ((config.x, config.y), (config.x_test, config.y_test)):
-        if x:
-            paths = reachable(x), reachable(y)
-            splits.append((open_npy(paths[0]), open_npy(paths[1]), f"'{x}' with '{y}'"))
     return splits
 
 
@@ -241,12 +239,17 @@ def _check_finite(values: Array, which: str, name: str) -> None:
             raise DataError(f"{name}: {which} has a value that is NaN or infinite at row {row}")
 
 
-def stratified(labels: Ids, fraction: float) -> tuple[Ids, Ids]:
-    """Return the rows (train, test), each ascending, with ``fraction`` of every class in test."""
+def stratified(labels: Ids, fraction: float, name: str = "arrays") -> tuple[Ids, Ids]:
+    """Return the rows (train, test), each ascending, with ``fraction`` of every class in test.
+
+    Raises DataError, naming the source ``name``, if that leaves test empty.
+    """
     order = np.lexsort((np.random.default_rng(0).random(len(labels)), labels))
     counts = np.bincount(labels)
     share = np.array([round(exact(fraction) * n) for n in counts.tolist()])
     held = np.minimum(np.maximum(share, 1), np.maximum(counts - 1, 0))
     place = np.arange(len(labels)) - (counts.cumsum() - counts)[labels[order]]  # within its class
     test = place < held[labels[order]]
+    if not test.any():
+        raise DataError(f"{name}: no class has two samples, so none can be held out for testing")
     return np.sort(order[~test]), np.sort(order[test])

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
+from distcl.data.ids import checked_rows
 from distcl.data.images import decode_image, pixels
 from distcl.data.sources.arrays import stratified
 from distcl.data.transforms import Sample, Stack, Transforms, arrays_of, to_tensor
@@ -128,12 +129,7 @@ class HFSource:
         Raises DataError naming an id out of range, one whose x is of another shape than others', or
         is NaN or infinite.
         """
-        ids = np.array(ids, dtype=np.int64)
-        outside = (ids < 0) | (ids >= len(self))
-        if outside.any():
-            raise DataError(
-                f"{self._where}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
-            )
+        ids = checked_rows(ids, len(self), self._where)
         wanted = ids if len(ids) else np.zeros(1, dtype=np.int64)
         columns = self._read_rows(wanted)
         pairs = zip(wanted.tolist(), columns[self._image], columns[self._label], strict=True)
@@ -177,15 +173,9 @@ class HFSource:
     def holdout(self, fraction: float) -> tuple[HFSource, HFSource]:
         """Split into sources (train, test), ``fraction`` of each class in test."""
         labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels
-        parts = stratified(labels, fraction)
-        if len(parts[1]) == 0:
-            raise DataError(f"{self._where}: no class has two samples, so none can be held out")
-        train, test = (
-            HFSource(
-                self._rows.select(part), self._image, self._label, self._where, self._transforms
-            )
-            for part in parts
-        )
+        given = self._image, self._label, self._where, self._transforms
+        parts = stratified(labels, fraction, self._where)
+        train, test = (HFSource(self._rows.select(part), *given) for part in parts)
         return train, test
 
 

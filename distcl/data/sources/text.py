@@ -18,8 +18,7 @@ from distcl.config import StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import stratified
 from distcl.errors import ConfigError, DataError
-from distcl.losses import IGNORED
-from distcl.types import Batch, Ids, SourceInfo
+from distcl.types import IGNORED, Batch, Ids, SourceInfo
 
 Tokens = npt.NDArray[np.integer[Any]]
 Document = tuple[str, bytes]
@@ -215,6 +214,7 @@ def text(
         classes=known.size,
         groups=np.concatenate(groups),
         group_names=tuple(found),
+        varies=not pack,
     )
     tokens = np.concatenate(parts)
     pieces = np.concatenate(starts), np.concatenate(lengths)
@@ -263,7 +263,7 @@ def jsonl(
     if not parts:
         raise DataError(f"'{path}' has no samples")
     sizes = np.array([len(part) for part in parts])
-    info = SourceInfo(f"'{path}'", classes=known.size)
+    info = SourceInfo(f"'{path}'", classes=known.size, varies=True)
     if label:
         classes, numbers = _numbered(labels, f"'{path}', field '{label}'", ordered=True)
         info = replace(info, classes=0, labels=numbers, class_names=classes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distcl.cli.launch import Submission, scripts_folder, submit
+from distcl.cli.launch import Submission, scripts_folder, submission, submit
 from distcl.errors import UsageError
 
 ROOT = Path(__file__).parents[3]
@@ -17,7 +17,7 @@ MARKS = ("# == the same in every script of this folder: begin ==", "end ==\n")
 
 
 def job(**more) -> Submission:
-    return Submission(arguments=["train", "a.toml"], out=Path("runs/a"), **more)
+    return submission(["train", "a.toml"], Path("runs/a"), **more)
 
 
 def test_there_are_four_scripts():
@@ -55,17 +55,18 @@ def test_scripts_pass_shellcheck():
 def test_one_node_is_torchruns_and_more_are_sruns_unless_told():
     assert job().script.stem == "single_node"
     assert job(via="torchrun").script.stem == "single_node"
-    assert job(nodes=2).script.stem == "multi_node"
+    assert job(asked={"nodes": 2}).script.stem == "multi_node"
     assert job(via="srun").script.stem == "multi_node"
-    assert job(nodes=2, via="torchrun").script.stem == "multi_node_torchrun"
+    assert job(asked={"nodes": 2}, via="torchrun").script.stem == "multi_node_torchrun"
     assert job(via="accelerate").script.stem == "multi_node_accelerate"
 
 
 def test_options_become_those_of_sbatch():
-    made = job(nodes=2, gpus=4, cpus=8, time="1:00:00", partition="gpu", options=["--qos=debug"])
+    asked = {"nodes": 2, "gpus-per-node": 4, "time": "1:00:00", "partition": "gpu", "account": ""}
+    made = job(asked=asked, cpus=8, options=["--qos=debug"])
     assert made.command == [
-        *("sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"),
-        *("--cpus-per-task=8", "--time=1:00:00", "--partition=gpu", "--job-name=a"),
+        *("sbatch", "--parsable", "--nodes=2", "--gpus-per-node=4", "--job-name=a"),
+        *("--time=1:00:00", "--partition=gpu", "--ntasks-per-node=4", "--cpus-per-task=8"),
         *("--output=runs/a/slurm-%j.out", "--qos=debug"),
         *(str(ROOT / "launch/slurm/multi_node.sbatch"), "train", "a.toml", "--out", "runs/a"),
     ]
@@ -85,7 +86,7 @@ def test_a_launcher_per_node_has_the_cores_of_all_its_processes():
 
 def test_without_slurm_it_says_where_to_submit(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    made = Submission(arguments=["train", "a.toml"], out=tmp_path / "run")
+    made = submission(["train", "a.toml"], tmp_path / "run")
     with pytest.raises(UsageError, match="sbatch is not on the PATH"):
         submit(made)
 
@@ -94,7 +95,7 @@ def test_a_refusal_of_slurm_is_passed_on(tmp_path, monkeypatch):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'invalid account' >&2; exit 1\n")
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    made = Submission(arguments=["train", "a.toml"], out=tmp_path / "run")
+    made = submission(["train", "a.toml"], tmp_path / "run")
     with pytest.raises(UsageError, match="SLURM refused the job: invalid account"):
         submit(made)
 

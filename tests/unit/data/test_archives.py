@@ -4,7 +4,6 @@ Whoever reads: indexing, --verify, indexed and streamed access, and cutting anew
 """
 
 import gzip
-import io
 import itertools
 import os
 import re
@@ -19,6 +18,7 @@ from PIL import Image
 from distcl.cli.app import app
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.files import file_digest
+from distcl.data.shards.decode import npy_bytes
 from distcl.data.shards.index import (
     IndexBuilder,
     index_folder,
@@ -30,36 +30,11 @@ from distcl.data.shards.inputs import open_samples
 from distcl.data.shards.manifest import Shard, numbered, read_shards, write_manifest
 from distcl.data.shards.open import shards
 from distcl.data.shards.sequential import StreamedSource
-from distcl.data.shards.tar import END, member_bytes
+from distcl.data.shards.tar import END
 from distcl.data.shards.writer import write_shards
 from distcl.data.sources.arrays import ArraySource
 from distcl.errors import DataError, UsageError
-
-
-def npy(value: float, n: int = 3) -> bytes:
-    out = io.BytesIO()
-    np.save(out, np.full(n, value, np.float32))
-    return out.getvalue()
-
-
-def sample(row: int, key: str = "") -> bytes:
-    key = key or f"{row:04d}"
-    return member_bytes(f"{key}.cls", b"%d" % (row % 2)) + member_bytes(f"{key}.npy", npy(row))
-
-
-def archive(tar: Path, rows: int, *more: bytes) -> Path:
-    tar.parent.mkdir(exist_ok=True)
-    tar.write_bytes(b"".join([*map(sample, range(rows)), *more]) + END)
-    return tar
-
-
-def member(name: str, data: bytes = b"", **fields: object) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    form = tarfile.PAX_FORMAT if fields.get("pax_headers") else tarfile.GNU_FORMAT
-    return info.tobuf(form) + data + bytes(-len(data) % 512)
+from tests.files import archive, member, row_value, sample, write_tar
 
 
 def forge(folder: Path) -> None:
@@ -153,8 +128,8 @@ def test_sparse_members_are_refused_by_name_by_all(tmp_path, form, holes):
         (member("0002.npy", type=tarfile.SYMTYPE, linkname="x/y"), "symbolic link to 'x/y'"),
         (member("0002.npy", type=tarfile.CHRTYPE), "it is no file, but of type '3'"),
         (member("0002.npy", type=tarfile.FIFOTYPE), "it is no file, but of type '6'"),
-        (member("0002.npy", npy(2), type=b"M"), "it is no file, but of type 'M'"),
-        (member("0002.npy", npy(2)) * 2, "it occurs twice"),
+        (member("0002.npy", npy_bytes(row_value(2)), type=b"M"), "it is no file, but of type 'M'"),
+        (member("0002.npy", npy_bytes(row_value(2))) * 2, "it occurs twice"),
         (member("0002.pkl", b"\x80\x04."), "is a pickle"),
     ],
 )
@@ -225,11 +200,8 @@ def test_keys_in_messages_are_the_real_ones(tmp_path, key, form):
     if form == tarfile.USTAR_FORMAT and len(key.encode()) > 150:
         return
     (tmp_path / "s").mkdir()
-    with tarfile.open(tmp_path / "s/a.tar", "w", format=form) as found:
-        for ext, data in (("npy", b"\x93NUMPY no array"), ("cls", b"1")):
-            info = tarfile.TarInfo(f"{key}.{ext}")
-            info.size = len(data)
-            found.addfile(info, io.BytesIO(data))
+    members = [(f"{key}.npy", b"\x93NUMPY no array"), (f"{key}.cls", b"1")]
+    write_tar(tmp_path / "s/a.tar", members, format=form)
     index_folder(tmp_path / "s")
     where = f"shard 'a.tar', sample '{key}', id 0: member 'npy'"
     assert verify_folder(tmp_path / "s")[1][0].startswith(where)
@@ -386,7 +358,7 @@ def test_a_damaged_archive_is_left_out_or_repaired(tmp_path):
         archive(tmp_path / "s" / name, rows)
     bad = tmp_path / "s/b.tar"
     right = bad.read_bytes()
-    wrong = member("0006.cls", b"two") + member("0006.npy", npy(6))
+    wrong = member("0006.cls", b"two") + member("0006.npy", npy_bytes(row_value(6)))
     bad.write_bytes(right[: -len(END)] + wrong + sample(7) + END)
     with pytest.raises(DataError, match=r"'b\.tar', sample '0006': it has no label"):
         write_shards(open_samples(str(tmp_path / "s")), tmp_path / "out", 5)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from distcl.config import DataConfig, StreamConfig
-from distcl.data.shards.index import index_folder, label_of
+from distcl.data.shards.decode import label_of
+from distcl.data.shards.index import index_folder
 from distcl.data.shards.inputs import open_samples
 from distcl.data.shards.manifest import read_shards
 from distcl.data.shards.open import shards

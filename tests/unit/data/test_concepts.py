@@ -47,7 +47,7 @@ def test_concepts_recur_under_ids_of_their_own():
 
 def test_a_gradual_return_fades_from_the_concept_before():
     keys = {"drift": "permute", "experiences": 4, "recurring": 2}
-    made = stream(transition="gradual", transition_fraction=0.5, **keys)
+    made = stream(transition_fraction=0.5, **keys)
     for e in range(1, 4):
         ids = made.experiences[e].train
         x, base = made.read(ids).x, torch.from_numpy(X[unpack_ids(ids)[1]])
@@ -59,7 +59,7 @@ def test_a_gradual_return_fades_from_the_concept_before():
 
 @pytest.mark.parametrize("recurring", [1, 7])
 def test_one_concept_never_changes_and_more_than_there_are_experiences_never_recur(recurring):
-    keys = {"drift": "permute", "experiences": 3, "transition": "gradual"}
+    keys = {"drift": "permute", "experiences": 3, "transition_fraction": 0.25}
     made, plain = stream(recurring=recurring, **keys), stream(**keys)
     ids = made.experiences[2].train[:40]
     base = torch.from_numpy(X[unpack_ids(ids)[1]])
@@ -145,7 +145,6 @@ def test_gradual_label_shift_moves_from_one_prior_to_the_next():
     made = stream(
         drift="label_shift",
         experiences=3,
-        transition="gradual",
         transition_fraction=1.0,
         samples_per_experience=400,
         drift_options={"label_shift": {"priors": priors}},
@@ -198,7 +197,7 @@ def test_drift_options_come_from_toml_and_must_belong_to_a_drift(tmp_path):
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_floating_point_y_makes_a_stream_for_regression(shape, dtype):
     y = RNG.random((N + N_TEST, *shape)).astype(dtype)
-    made = stream(y=y, drift=["permute", "noise"], experiences=2, transition="gradual")
+    made = stream(y=y, drift=["permute", "noise"], experiences=2, transition_fraction=0.25)
     assert made.spec == DataSpec((1, 3, 3), 0, shape)
     ids = np.concatenate([made.experiences[1].train[:30], made.experiences[0].test[:5]])
     _, rows, test = unpack_ids(ids)

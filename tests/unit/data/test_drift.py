@@ -113,7 +113,7 @@ def test_rotation_equals_a_dense_reference(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_affine_maps_accumulate(shape):
     drift = Affine(1.0, 3, spec(shape), 5)
-    maps = drift._warp._maps
+    maps = drift._maps
     x, ids = samples(2, shape, torch.float64)
     small = [np.eye(3)] + [np.linalg.inv(maps[e - 1]) @ maps[e] for e in range(1, 5)]
     total = np.eye(3)

@@ -17,7 +17,7 @@ from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import DataError
 from distcl.types import Batch, Ids, pack_ids
-from tests.unit.data.test_shards_sequential import folder_of
+from tests.files import shard_folder
 
 RNG = np.random.default_rng(0)
 X = RNG.random((600, 1, 6, 6), dtype=np.float32)
@@ -113,7 +113,7 @@ def _shards(folder: Path, access: str, live: float = 0) -> DriftStream:
 
 def _remade(folder: Path, sizes: list[int], bad: tuple[int, ...] = ()) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
-    folder_of(folder, sizes, bad)
+    shard_folder(folder, sizes, bad)
     shutil.copyfile(folder / "s0.tar", folder / "test-0.tar")
     index_folder(folder)
     return folder

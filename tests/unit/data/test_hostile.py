@@ -13,7 +13,6 @@ import os
 import pickle
 import resource
 import struct
-import tarfile
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +38,7 @@ from distcl.data.sources.npy import open_npy, parse_npy
 from distcl.data.sources.vision import open_idx
 from distcl.data.stream import create_stream
 from distcl.errors import DataError, DistclError
-from tests.unit.data.test_vision import idx_bytes
+from tests.files import idx_bytes, write_tar
 
 fuzz = settings(
     max_examples=120,
@@ -329,12 +328,8 @@ def test_a_member_that_climbs_out_is_a_name_and_nothing_else(tmp_path: Path) -> 
     folder.mkdir()
     out = io.BytesIO()
     np.save(out, np.zeros(3, np.float32))
-    with tarfile.open(folder / "a.tar", "w") as archive:
-        for key in ("../../climbed", "/abs/climbed"):
-            for ext, data in (("npy", out.getvalue()), ("cls", b"0")):
-                info = tarfile.TarInfo(f"{key}.{ext}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
+    keys, data = ("../../climbed", "/abs/climbed"), {"npy": out.getvalue(), "cls": b"0"}
+    write_tar(folder / "a.tar", [(f"{key}.{ext}", data[ext]) for key in keys for ext in data])
     before = sorted(p for p in tmp_path.rglob("*"))
     index_folder(folder)
     assert verify_folder(folder)[1] == []
@@ -416,12 +411,9 @@ def test_no_reader_unpickles(tmp_path: Path) -> None:
     np.save(out, np.array([Bomb(mark)], dtype=object), allow_pickle=True)
     folder = tmp_path / "shards"
     folder.mkdir()
-    with tarfile.open(folder / "a.tar", "w") as archive:
-        for k, (ext, data) in enumerate((("pkl", bomb), ("npy", out.getvalue()), ("pt", bomb))):
-            for name, content in ((f"{k}.{ext}", data), (f"{k}.cls", b"0")):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
+    kinds = enumerate((("pkl", bomb), ("npy", out.getvalue()), ("pt", bomb)))
+    members = [((f"{k}.{ext}", data), (f"{k}.cls", b"0")) for k, (ext, data) in kinds]
+    write_tar(folder / "a.tar", [one for pair in members for one in pair])
     np.savez(tmp_path / "a.npz", x=np.array([Bomb(mark)], dtype=object), y=np.zeros(1, np.int64))
     checkpoint = _checkpoint(tmp_path / "step-00000004")
     torch.save({"a": Bomb(mark)}, checkpoint / "shared.pt")

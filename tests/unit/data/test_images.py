@@ -157,7 +157,7 @@ def test_shards_of_a_folder_and_hf_read_the_same(tmp_path, monkeypatch):
     )
     as_bytes = HFSource(raw, "image", "label", "raw", Transforms(["to_rgb"])).read(np.arange(8))
     assert (as_bytes.x == theirs.read(np.arange(8)).x).all()
-    assert ours.class_names == theirs.class_names == ["cat", "dog"]
+    assert ours.info.class_names == theirs.info.class_names == ["cat", "dog"]
     a, b = (source.read(np.arange(8)) for source in (ours, theirs))
     assert a.x.shape == (8, 3, 9, 6)
     order = np.argsort(theirs.labels, kind="stable")  # hf sorts files its own way

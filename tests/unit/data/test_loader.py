@@ -12,37 +12,14 @@ from distcl.data.stream import DriftStream
 from distcl.errors import DataError, DistclError
 from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.types import Source
-
-X = np.random.default_rng(0).random((50, 1, 4, 4), dtype=np.float32)
-Y = np.arange(50) % 5
-SOURCE = ArraySource(X, Y)
-
-
-class Plan:
-    """Global batches of given ids, cut among ranks."""
-
-    first_step = 0
-
-    def __init__(self, batches, rank=0, world=1):
-        self.batches = [np.asarray(b, dtype=np.int64) for b in batches]
-        self.rank, self.world = rank, world
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        for batch in self.batches:
-            yield batch[self.rank :: self.world].tolist()
-
-    def total(self, step):
-        return len(self.batches[step])
+from tests.plans import SOURCE, Plan, X, Y
 
 
 def drifting():
     return DriftStream(
         SOURCE,
         SOURCE,
-        StreamConfig(drift=["rotate", "noise"], experiences=3, transition="gradual"),
+        StreamConfig(drift=["rotate", "noise"], experiences=3, transition_fraction=0.25),
         seed=0,
     )
 
@@ -187,7 +164,7 @@ def test_any_map_style_dataset_is_a_source():
 
 def test_a_dataset_drifts_and_loads_like_any_source():
     data = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
-    config = StreamConfig(drift=["rotate", "noise"], experiences=3, transition="gradual")
+    config = StreamConfig(drift=["rotate", "noise"], experiences=3, transition_fraction=0.25)
     made = DriftStream(as_source(data), as_source(data), config, seed=0)
     ids = np.concatenate([e.train for e in made.experiences])
     assert torch.equal(made.read(ids).x, drifting().read(ids).x)

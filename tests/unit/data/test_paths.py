@@ -19,8 +19,7 @@ from distcl.data.shards.sequential import open_url
 from distcl.data.stream import create_stream
 from distcl.errors import CheckpointError, ConfigError, DataError, DistclError
 from distcl.models import create_model
-from tests.unit.data.test_archives import archive
-from tests.unit.data.test_vision import idx_bytes
+from tests.files import archive, idx_bytes
 
 NAMES = [
     "pipe:touch {ran}; true",
@@ -50,7 +49,7 @@ def make(kind: str, at: Path) -> dict[str, str]:
     if kind == "npy":
         np.save(at / "x.npy", x)
         np.save(at / "y.npy", y)
-        return {"source": "arrays", "x": str(at / "x.npy"), "y": str(at / "y.npy")}
+        return {"source": "arrays", "path": str(at)}
     if kind == "mnist":
         for stem in ("train", "t10k"):
             images = idx_bytes((x[:, 0] * 255).astype(np.uint8))
@@ -134,8 +133,7 @@ def test_a_url_of_what_lies_here_is_that_file_and_a_command_must_be_asked_for(
 def test_home_is_found_in_every_key_that_is_a_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     keys = [
-        *(f"stream.{key}" for key in ("path", "x", "y", "x_test", "y_test")),
-        *("run.out", "model.pretrained"),
+        *("stream.path", "run.out", "model.pretrained"),
     ]
     config = load_config(None, [f"{key}=~/a b" for key in keys], environ={})
     for key in keys:

@@ -222,3 +222,35 @@ def test_in_the_place_of_a_bad_sample_that_is_held_comes_another_one_that_is(hel
     batch = buffer.read(np.array([3, 7, 9, 7]))
     assert batch.ids.tolist() == batch.y.tolist() == [3, instead, 9, instead]
     assert buffer.info.replaced == {7}
+
+
+class Wrapping:
+    """Experiences of ten samples, of which rows 1 and 6 are sound: they come for those before."""
+
+    spec, experiences, info = DataSpec((1,), 2), [], SourceInfo(replaces=True)
+
+    def __len__(self):
+        return 30
+
+    def read(self, ids):
+        e, rows, _ = unpack_ids(ids)
+        rows = np.select([rows < 2, rows < 7], [1, 6], 1)
+        x = torch.from_numpy((e << 40) | rows)
+        return Batch(x, x.float()[:, None], x, len(ids))
+
+
+@pytest.mark.parametrize(
+    ("held", "instead"),
+    [
+        ([(1, 7), (1, 8), (2, 6)], (2, 6)),
+        ([(1, 7), (1, 8), (1, 9), (2, 3), (2, 4), (2, 6), (0, 1)], (2, 6)),
+        ([(1, 7), (1, 8), (2, 3), (2, 9), (0, 1), (0, 2)], (0, 1)),
+        ([(1, 7), (1, 2), (1, 6), (2, 9)], (1, 6)),
+        ([(1, 7), (1, 8), (0, 0), (2, 3)], (1, 1)),
+    ],
+)
+def test_a_stand_in_is_looked_for_in_all_that_is_held(held, instead):
+    buffer = ReplayBuffer(Wrapping())
+    buffer.add(np.concatenate([pack_ids(e, [row]) for e, row in held]))
+    read = buffer.read(pack_ids(1, [7])).ids.numpy()
+    assert (int(read[0] >> 40), int(read[0] & 0xFF)) == instead

@@ -1,10 +1,8 @@
 """Shards as a source: random reads, decoding, transforms, experiences, and every kind of fault."""
 
 import io
-import json
 import os
 import re
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,44 +12,20 @@ from PIL import Image
 
 from distcl.config import DataConfig, StreamConfig
 from distcl.data.loader import BatchLoader
-from distcl.data.shards.decode import decode
+from distcl.data.shards.decode import decode, npy_bytes
 from distcl.data.shards.index import index_folder, verify_folder
 from distcl.data.shards.indexed import ShardSource
-from distcl.data.shards.inputs import npy_bytes
 from distcl.data.shards.manifest import read_shards, write_manifest
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.sampling.sampler import DistributedWeightedSampler
-
-ROOT = Path(__file__).parents[3]
-
-
-def value(row: int) -> np.ndarray:
-    return np.array([row, -row, 0.5], dtype=np.float32)
+from tests.files import row_value as value
+from tests.files import shard_folder, write_tar
 
 
-def write(tar: Path, samples: list[dict[str, bytes]], first: int = 0) -> None:
-    with tarfile.open(tar, "w") as archive:
-        for i, members in enumerate(samples, first):
-            for ext, data in members.items():
-                info = tarfile.TarInfo(f"{i:04d}.{ext}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-
-
-def folder_of(path: Path, shard_sizes: list[int]) -> Path:
-    """Shards whose sample of row r has x = value(r), label r % 3 and time r."""
-    path.mkdir(exist_ok=True)
-    row = 0
-    for s, size in enumerate(shard_sizes):
-        samples = []
-        for r in range(row, row + size):
-            info = json.dumps({"site": r % 2, "time": f"2024-01-{r % 28 + 1:02d}"}).encode()
-            samples.append({"npy": npy_bytes(value(r)), "cls": b"%d" % (r % 3), "json": info})
-        write(path / f"s{s:02d}.tar", samples, row)
-        row += size
-    index_folder(path)
-    return path
+def write(tar: Path, samples: list[dict[str, bytes]]) -> None:
+    rows = enumerate(samples)
+    write_tar(tar, [(f"{i:04d}.{ext}", data) for i, row in rows for ext, data in row.items()])
 
 
 def source(folder: Path, **data: object) -> ShardSource:
@@ -60,12 +34,12 @@ def source(folder: Path, **data: object) -> ShardSource:
 
 
 def test_samples_are_read_by_id_in_the_order_asked(tmp_path):
-    train = source(folder_of(tmp_path, [3, 1, 5]))
+    train = source(shard_folder(tmp_path, [3, 1, 5]))
     ids = np.array([8, 0, 8, 3, 2, 4, 0])
     batch = train.read(ids)
     np.testing.assert_array_equal(batch.x, np.stack([value(r) for r in ids]))
     assert batch.y.tolist() == [r % 3 for r in ids] and batch.ids.tolist() == ids.tolist()
-    np.testing.assert_array_equal(train.labels, np.arange(9) % 3)
+    np.testing.assert_array_equal(train.info.known_labels(), np.arange(9) % 3)
     assert train.read(ids[:0]).x.shape == (0, 3) and len(train.read(ids[:0]).y) == 0
     for wrong in (9, -1):
         with pytest.raises(DataError, match=f"no sample {wrong} "):
@@ -73,7 +47,7 @@ def test_samples_are_read_by_id_in_the_order_asked(tmp_path):
 
 
 def test_more_shards_than_files_may_be_open(tmp_path):
-    train = source(folder_of(tmp_path, [1] * 80))
+    train = source(shard_folder(tmp_path, [1] * 80))
     ids = np.random.default_rng(0).integers(0, 80, 300)
     open_before = len(os.listdir("/proc/self/fd"))
     np.testing.assert_array_equal(train.read(ids).x[:, 0], ids)
@@ -81,7 +55,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
 
 
 def test_worker_processes_read_what_the_main_process_reads(tmp_path):
-    train = source(folder_of(tmp_path, [20, 30, 14]))
+    train = source(shard_folder(tmp_path, [20, 30, 14]))
     train.read(np.arange(5))  # files are open as the workers start
     sampler = DistributedWeightedSampler(16, seed=3)
     sampler.set_weights(64, np.arange(64) + 1.0)
@@ -166,7 +140,7 @@ def test_transforms_of_ones_own_see_the_decoded_sample(tmp_path):
     ],
 )
 def test_a_wrong_transform_is_named(tmp_path, transforms, message):
-    folder_of(tmp_path, [2])
+    shard_folder(tmp_path, [2])
     with pytest.raises((ConfigError, ValueError), match=re.escape(message)):
         source(tmp_path, transforms=transforms)
 
@@ -193,7 +167,7 @@ def rows(made: DriftStream, e: int) -> set[int]:
 
 
 def test_experiences_by_ranges_of_shards_by_key_and_by_time(tmp_path):
-    folder = folder_of(tmp_path, [6] * 4)
+    folder = shard_folder(tmp_path, [6] * 4, facts=True)
     by_shards = stream(folder, "shards", 2)
     assert [rows(by_shards, e) for e in range(2)] == [set(range(12)), set(range(12, 24))]
     by_key = stream(folder, "key:site", 2)
@@ -216,7 +190,7 @@ def test_experiences_by_ranges_of_shards_by_key_and_by_time(tmp_path):
 )
 def test_experiences_that_the_data_do_not_have_are_refused(tmp_path, how, n, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        stream(folder_of(tmp_path, [6] * 4), how, n)
+        stream(shard_folder(tmp_path, [6] * 4, facts=True), how, n)
 
 
 # ---------------------------------------------------------------- faults
@@ -239,35 +213,35 @@ def other_samples(folder: Path, samples: int) -> None:
     write_manifest(folder, replace(manifest, shards=shards_))
 
 
-PLACE = 3 * 512 * 2  # bytes of one sample of folder_of
+PLACE = 2 * 512 * 2  # bytes of one sample of shard_folder
 
 
 @pytest.mark.parametrize(
     ("damage", "verify", "message"),
     [
         (
-            lambda f: cut(f / "s01.tar", 4000),
+            lambda f: cut(f / "s1.tar", 4000),
             False,
-            "'s01.tar' has 4000 bytes but shards.json says",
+            "'s1.tar' has 4000 bytes but shards.json says",
         ),
-        (lambda f: (f / "s01.tar").unlink(), False, "shard 's01.tar' is missing"),
-        (lambda f: (f / "s01.index.npy").unlink(), False, "'s01.tar' has no index; make it with"),
+        (lambda f: (f / "s1.tar").unlink(), False, "shard 's1.tar' is missing"),
+        (lambda f: (f / "s1.index.npy").unlink(), False, "'s1.tar' has no index; make it with"),
         (lambda f: (f / "shards.json").unlink(), False, "has no shards.json; make it with"),
         (lambda f: edit(f / "shards.json", 30, b"]"), False, "shards.json' is damaged"),
-        (lambda f: other_samples(f, 3), False, "'s00.tar': its index is of another number"),
+        (lambda f: other_samples(f, 3), False, "'s0.tar': its index is of another number"),
         (lambda f: other_samples(f, 0), False, "there are no samples|empty|another number"),
         (
-            lambda f: edit(f / "s00.tar", 3 * PLACE + 700, b"?"),
+            lambda f: edit(f / "s0.tar", 3 * PLACE + 700, b"?"),
             True,
             "sample '0003', id 3: its bytes",
         ),
-        (lambda f: edit(f / "s01.tar", 512, b"?"), False, "sample '0004', id 4: its bytes"),
-        (lambda f: edit(f / "s01.tar", 124, b"9"), False, "sample '0004', id 4: its bytes"),
-        (lambda f: edit(f / "s01.tar", 0, b"9"), False, "sample '9004', id 4: its bytes"),
+        (lambda f: edit(f / "s1.tar", 512, b"?"), False, "sample '0004', id 4: its bytes"),
+        (lambda f: edit(f / "s1.tar", 124, b"9"), False, "sample '0004', id 4: its bytes"),
+        (lambda f: edit(f / "s1.tar", 0, b"9"), False, "sample '9004', id 4: its bytes"),
     ],
 )
 def test_damage_after_indexing_names_shard_and_id(tmp_path, damage, verify, message):
-    folder = folder_of(tmp_path, [4, 4])
+    folder = shard_folder(tmp_path, [4, 4])
     damage(folder)
     with pytest.raises(DataError, match=message):
         source(folder, verify=verify).read(np.arange(8))
@@ -308,12 +282,9 @@ def test_bad_samples_are_found_by_indexing_and_can_be_skipped(tmp_path, bad, mes
 
 
 def twice(folder: Path) -> None:
-    with tarfile.open(folder / "a.tar", "w") as archive:
-        for name in ("0.npy", "0.cls", "1.npy", "1.cls", "0.npy", "0.cls"):
-            data = npy_bytes(value(0)) if name.endswith("npy") else b"1"
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
+    names = ("0.npy", "0.cls", "1.npy", "1.cls", "0.npy", "0.cls")
+    data = {"npy": npy_bytes(value(0)), "cls": b"1"}
+    write_tar(folder / "a.tar", [(name, data[name[2:]]) for name in names])
 
 
 @pytest.mark.parametrize(
@@ -383,8 +354,8 @@ def test_an_undecodable_sample_is_replaced_and_remembered_also_by_workers(tmp_pa
 
 
 def test_a_missing_shard_is_left_out_when_bad_samples_are_skipped(tmp_path):
-    folder = folder_of(tmp_path, [3, 4, 2])
-    (folder / "s01.tar").unlink()
+    folder = shard_folder(tmp_path, [3, 4, 2])
+    (folder / "s1.tar").unlink()
     train = source(folder, on_bad_sample="skip")
     assert np.flatnonzero(~train.usable).tolist() == [3, 4, 5, 6]
     assert train.read(np.array([8, 2])).x[:, 0].tolist() == [8, 2]

@@ -1,7 +1,6 @@
 """Shards read from front to back, through the webdataset library."""
 
 import gzip
-import io
 import json
 import logging
 import re
@@ -20,7 +19,6 @@ from distcl.data.loader import BatchLoader
 from distcl.data.replay_buffer import ReplayBuffer
 from distcl.data.shards.index import index_folder, verify_folder
 from distcl.data.shards.indexed import ShardSource
-from distcl.data.shards.inputs import npy_bytes
 from distcl.data.shards.manifest import numbered, read_shards, write_manifest
 from distcl.data.shards.open import shards
 from distcl.data.shards.sequential import StreamedSource
@@ -29,23 +27,7 @@ from distcl.errors import ConfigError, DataError
 from distcl.priority.population import Dealer
 from distcl.sampling.groups import Part
 from distcl.sampling.sequential import LaneSampler
-
-
-def folder_of(path: Path, sizes: list[int], bad: tuple[int, ...] = (), **tar: int) -> Path:
-    """Shards whose sample of row r has x = r and label r % 3; ``bad`` ones cannot be decoded."""
-    path.mkdir(exist_ok=True)
-    row = 0
-    for s, size in enumerate(sizes):
-        with tarfile.open(path / f"s{s}.tar", "w", **tar) as archive:
-            for r in range(row, row + size):
-                data = b"?" if r in bad else npy_bytes(np.full(2, r, np.float32))
-                for ext, content in (("npy", data), ("cls", b"%d" % (r % 3))):
-                    info = tarfile.TarInfo(f"{'x' * tar.get('format', 0) * 60}{r:04d}.{ext}")
-                    info.size = len(content)
-                    archive.addfile(info, io.BytesIO(content))
-        row += size
-    index_folder(path)
-    return path
+from tests.files import shard_folder
 
 
 def streamed(folder: Path, url: str = "", **data: object) -> StreamedSource:
@@ -56,7 +38,7 @@ def streamed(folder: Path, url: str = "", **data: object) -> StreamedSource:
 
 @pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
 def test_streamed_samples_are_those_of_the_index(tmp_path, format_):
-    folder = folder_of(tmp_path, [7, 1, 12], format=format_)
+    folder = shard_folder(tmp_path, [7, 1, 12], format=format_)
     ours = streamed(folder, shuffle_buffer=3)
     theirs = ShardSource(folder, read_shards(folder).split("train"), DataConfig())
     rng = np.random.default_rng(0)
@@ -67,7 +49,7 @@ def test_streamed_samples_are_those_of_the_index(tmp_path, format_):
 
 def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tmp_path):
     undrawn = tuple(range(0, 60, 7))
-    folder = folder_of(tmp_path / "s", [11, 14, 5, 30], bad=undrawn)
+    folder = shard_folder(tmp_path / "s", [11, 14, 5, 30], bad=undrawn)
     log = tmp_path / "opened"
     config = StreamConfig(
         source="shards",
@@ -86,7 +68,7 @@ def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tm
         weights = np.random.default_rng(0).random(60)
         weights[list(undrawn)] = 0
         slices = Dealer(3, stream.lanes_of).deal(np.arange(60))
-        plan.set_groups([Part(slices.ids, weights, 90, slices)])
+        plan.set_groups([Part(slices.ids, weights, slices, draws=90)])
         log.write_text("")
         fresh = create_stream(config, 0, data)
         fresh.info.replaced.clear()
@@ -106,7 +88,7 @@ def test_a_weighted_pass_opens_each_shard_once_and_decodes_only_what_is_drawn(tm
 def test_a_stream_is_not_read_before_it_is_used_unless_experiences_go_by_class(
     tmp_path, drift, read_at_start
 ):
-    folder = folder_of(tmp_path / "s", [6, 6, 6, 6])
+    folder = shard_folder(tmp_path / "s", [6, 6, 6, 6])
     (folder / "test-0.tar").write_bytes((folder / "s2.tar").read_bytes())
     index_folder(folder)
     log = tmp_path / "opened"
@@ -129,7 +111,7 @@ def test_a_stream_is_not_read_before_it_is_used_unless_experiences_go_by_class(
 
 
 def test_a_manifest_that_denies_a_label_is_found_out(tmp_path):
-    folder = folder_of(tmp_path, [6])
+    folder = shard_folder(tmp_path, [6])
     manifest = read_shards(folder)
     most = manifest.shards[0].classes - 1
     assert most == max(streamed(folder).read(np.arange(6)).y)
@@ -147,7 +129,7 @@ def test_a_manifest_that_denies_a_label_is_found_out(tmp_path):
 @pytest.mark.parametrize("world", [1, 4, 16])
 def test_a_rank_keeps_48_bytes_a_sample_divided_by_the_ranks(tmp_path, world):
     """Ids, weights and draws of four million samples, of which one is read."""
-    folder = folder_of(tmp_path, [10])
+    folder = shard_folder(tmp_path, [10])
     (shard,) = read_shards(folder).shards
     (folder / "s0.index.npy").unlink()
     each, n = 62_500, 4_000_000
@@ -164,7 +146,7 @@ def test_a_rank_keeps_48_bytes_a_sample_divided_by_the_ranks(tmp_path, world):
         dealer = Dealer(16, stream.lanes_of, rank=1 % world, world_size=world)
         slices = [dealer.deal(ids) for ids in (stream.experiences[1].train, history.ids())]
         plan = LaneSampler(64, window=1024)
-        plan.set_groups([Part(s.ids, np.ones(len(s.ids)), len(s.ids), s) for s in slices])
+        plan.set_groups([Part(s.ids, np.ones(len(s.ids)), s, draws=len(s.ids)) for s in slices])
         plan.parts(0)
         assert [len(s.ids) for s in slices] == [n // world, 2 * n // world]
         _, peak = tracemalloc.get_traced_memory()
@@ -174,7 +156,7 @@ def test_a_rank_keeps_48_bytes_a_sample_divided_by_the_ranks(tmp_path, world):
 
 
 def test_a_class_that_comes_later_is_refused(tmp_path):
-    folder = folder_of(tmp_path, [2, 2])  # labels 0, 1, and 2, 0
+    folder = shard_folder(tmp_path, [2, 2])  # labels 0, 1, and 2, 0
     later = folder / "s1.tar"
     content = later.read_bytes()
     later.unlink()
@@ -197,19 +179,19 @@ def test_a_class_that_comes_later_is_refused(tmp_path):
 
 
 def test_worker_processes_do_not_move_what_is_open_here(tmp_path):
-    folder = folder_of(tmp_path, [400])
+    folder = shard_folder(tmp_path, [400])
     source = streamed(folder, f"pipe:cat {folder}/{{name}}", shuffle_buffer=2)
     assert source.read(np.array([0, 1])).x[:, 0].tolist() == [0, 1]
     plan = LaneSampler(50, window=4)
     slices = Dealer(1, lambda ids, lanes: ids * 0).deal(np.arange(400))
-    plan.set_groups([Part(slices.ids, None, 400, slices)])
+    plan.set_groups([Part(slices.ids, None, slices, draws=400)])
     seen = [batch.ids for batch in BatchLoader(source, plan, workers=1)]
     assert sorted(np.concatenate(seen).tolist()) == list(range(400))
     assert source.read(np.arange(2, 400)).x[:, 0].tolist() == list(range(2, 400))
 
 
 def test_a_compressed_archive_can_be_streamed(tmp_path):
-    folder = folder_of(tmp_path, [5])
+    folder = shard_folder(tmp_path, [5])
     (tmp_path / "s0.tar").write_bytes(gzip.compress((tmp_path / "s0.tar").read_bytes()))
     assert streamed(folder).read(np.array([3, 1])).x[:, 0].tolist() == [3, 1]
 
@@ -224,7 +206,7 @@ def test_a_compressed_archive_can_be_streamed(tmp_path):
         (
             # Seen as soon as the command has ended, which may be before its bytes are read.
             "pipe:head -c 8192 {folder}/{{name}}; exit 3",
-            "s0.tar' cannot be read.*exit 3",
+            "s0.tar'(, in or after sample '000[0-4]')? cannot be read.*exit 3",
         ),
         ("{folder}/no-{{name}}", "shard 'no-s0.tar' is missing"),
         ("pipe:cat {folder}/s1.tar", "shard 's0.tar' has 2 samples but shards.json says 6 .id 2"),
@@ -232,7 +214,7 @@ def test_a_compressed_archive_can_be_streamed(tmp_path):
     ],
 )
 def test_a_stream_that_fails_names_shard_and_id_or_is_skipped(tmp_path, url, message):
-    folder = folder_of(tmp_path, [6, 2])
+    folder = shard_folder(tmp_path, [6, 2])
     where = url.format(folder=folder)
     with pytest.raises(DataError, match=message):
         streamed(folder, where).read(np.arange(6))
@@ -242,7 +224,7 @@ def test_a_stream_that_fails_names_shard_and_id_or_is_skipped(tmp_path, url, mes
 
 
 def test_a_bad_sample_in_a_stream_is_named_or_replaced(tmp_path):
-    folder = folder_of(tmp_path, [4, 4], bad=(2,))
+    folder = shard_folder(tmp_path, [4, 4], bad=(2,))
     with pytest.raises(DataError, match=r"shard 's0\.tar', sample '0002', id 2: member"):
         streamed(folder).read(np.array([1, 2]))
     batch = streamed(folder, on_bad_sample="skip").read(np.array([2, 5]))
@@ -254,7 +236,7 @@ def config_of(folder: Path, **options: str) -> StreamConfig:
 
 
 def test_access_is_chosen_and_the_log_says_why(tmp_path, caplog):
-    folder = folder_of(tmp_path, [6, 6])
+    folder = shard_folder(tmp_path, [6, 6])
     (tmp_path / "s1.tar").rename(tmp_path / "test.tar")
     (tmp_path / "s1.index.npy").unlink()
     index_folder(folder)
@@ -279,13 +261,13 @@ def test_access_is_chosen_and_the_log_says_why(tmp_path, caplog):
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(tmp_path, data, options, error, message):
-    folder = folder_of(tmp_path, [6, 6])
+    folder = shard_folder(tmp_path, [6, 6])
     with pytest.raises(error, match=re.escape(message)):
         shards(config_of(folder), DataConfig(access="stream", **data), **options)
 
 
 def test_a_stream_has_experiences_by_ranges_of_its_shards(tmp_path):
-    folder = folder_of(tmp_path, [6, 2, 4, 3])
+    folder = shard_folder(tmp_path, [6, 2, 4, 3])
     for name in ("test-0.tar", "test-1.tar"):
         (tmp_path / name).write_bytes((tmp_path / "s0.tar").read_bytes())
     index_folder(folder)
@@ -297,7 +279,7 @@ def test_a_stream_has_experiences_by_ranges_of_its_shards(tmp_path):
 
 
 def test_indexed_access_and_a_url_do_not_go_together(tmp_path):
-    folder = folder_of(tmp_path, [6])
+    folder = shard_folder(tmp_path, [6])
     assert json.loads((folder / "shards.json").read_text())["label"] == "cls"
     with pytest.raises(ConfigError, match=r"stream\.options\.url needs"):
         shards(config_of(folder), DataConfig(access="indexed"), url="x/{name}")

@@ -62,7 +62,7 @@ def test_shards_read_the_same_bits_as_the_arrays_they_are_made_of(tmp_path, dtyp
         assert len(ours) == len(theirs)
         assert a.x.dtype == b.x.dtype and torch.equal(a.x, b.x)
         assert torch.equal(a.y, b.y) and torch.equal(a.ids, b.ids)
-        np.testing.assert_array_equal(ours.labels, theirs.labels)
+        np.testing.assert_array_equal(ours.info.known_labels(), theirs.info.known_labels())
         assert ours.read(ids[:0]).x.shape == theirs.read(ids[:0]).x.shape
 
 
@@ -99,9 +99,13 @@ def test_what_training_takes_or_refuses_of_an_npz_so_does_writing(tmp_path):
     x = np.zeros((3, 2), np.float32)
     np.savez(tmp_path / "d.npz", x=x, y=np.array([True, False, True]))
     write_shards(ArraySamples(tmp_path / "d.npz"), tmp_path / "s")
-    assert create_sources(
-        StreamConfig(source="shards", path=str(tmp_path / "s"), test_fraction=0.3), DataConfig()
-    )[0].labels.sum()
+    assert (
+        create_sources(
+            StreamConfig(source="shards", path=str(tmp_path / "s"), test_fraction=0.3), DataConfig()
+        )[0]
+        .info.known_labels()
+        .sum()
+    )
     x[1] = np.nan
     np.savez(tmp_path / "d.npz", x=x, y=np.arange(3))
     with pytest.raises(DataError, match="sample 1 of train: member 'npy' has a value that is NaN"):

@@ -44,7 +44,7 @@ def test_an_abrupt_stream_shuffles_all_rows_in_every_experience():
     assert len(set(orders)) == 3
 
 
-@pytest.mark.parametrize("keys", [{}, {"transition": "gradual"}, {"samples_per_experience": 7}])
+@pytest.mark.parametrize("keys", [{}, {"transition_fraction": 0.25}, {"samples_per_experience": 7}])
 def test_the_seed_alone_decides(keys):
     def everything(seed):
         made = stream(seed, drift=["split", "affine"], **keys)
@@ -75,11 +75,11 @@ def test_reading_is_the_base_row_under_the_drift_of_its_experience():
 
 
 WHOLE = {
-    name: stream(drift=drift, transition=transition, severity=0.7)
-    for name, drift, transition in (
-        ("abrupt", ["rotate", "noise", "blur"], "abrupt"),
-        ("gradual", ["permute", "noise", "affine"], "gradual"),
-        ("split", ["split", "noise"], "gradual"),
+    name: stream(drift=drift, transition_fraction=gradual, severity=0.7)
+    for name, drift, gradual in (
+        ("abrupt", ["rotate", "noise", "blur"], 0.0),
+        ("gradual", ["permute", "noise", "affine"], 0.25),
+        ("split", ["split", "noise"], 0.25),
     )
 }
 
@@ -133,8 +133,7 @@ def test_a_subset_of_each_experience():
 
 def test_gradual_drift_fades_from_the_concept_before():
     train = ArraySource(np.random.default_rng(0).random((4000, 1, 3, 3)), np.arange(4000) % 2)
-    keys = {"experiences": 2, "drift": "rotate", "transition": "gradual"}
-    config = StreamConfig(transition_fraction=0.5, **keys)
+    config = StreamConfig(experiences=2, drift="rotate", transition_fraction=0.5)
     made = DriftStream(train, train, config, 0)
     ids = made.experiences[1].train
     assert len(np.unique(ids)) == 4000
@@ -150,7 +149,7 @@ def test_gradual_drift_fades_from_the_concept_before():
 
 
 def test_gradual_split_begins_with_the_classes_before():
-    made = stream(drift="split", transition="gradual", transition_fraction=0.5)
+    made = stream(drift="split", transition_fraction=0.5)
     plain = stream(drift="split")
     for e in (1, 2):
         ids = made.experiences[e].train
@@ -168,9 +167,7 @@ def test_gradual_split_begins_with_the_classes_before():
 def test_gradual_split_that_needs_more_rows_than_there_are_is_refused():
     y = np.repeat([0, 1], [5, 195])
     source = ArraySource(np.arange(200.0)[:, None], y)
-    config = StreamConfig(
-        drift="split", experiences=2, transition="gradual", transition_fraction=1.0
-    )
+    config = StreamConfig(drift="split", experiences=2, transition_fraction=1.0)
     refused = []
     for seed in range(12):  # which class comes first depends on the seed
         try:
@@ -190,9 +187,9 @@ def test_gradual_split_that_needs_more_rows_than_there_are_is_refused():
         (-5, "sample -5 is not in the stream"),
     ],
 )
-@pytest.mark.parametrize("transition", ["abrupt", "gradual"])
-def test_an_id_that_is_not_in_the_stream_is_named(bad, message, transition):
-    made = stream(drift="rotate", transition=transition)
+@pytest.mark.parametrize("gradual", [0.0, 0.25])
+def test_an_id_that_is_not_in_the_stream_is_named(bad, message, gradual):
+    made = stream(drift="rotate", transition_fraction=gradual)
     ids = np.concatenate([made.experiences[0].train[:3], [bad]])
     with pytest.raises(DataError, match=message) as caught:
         made.read(ids)
@@ -324,6 +321,25 @@ def test_labels_that_are_not_classes_are_refused():
     source.info = SourceInfo(labels=LABELS - 2)
     with pytest.raises(DataError, match=r"label -2 of the train source, row \d+, is negative"):
         DriftStream(source, source, StreamConfig(), 0)
+
+
+def test_what_a_source_says_of_itself_chooses_its_samples():
+    n = len(LABELS)
+    usable, groups = np.arange(n) % 3 > 0, np.arange(n) * 2 // n
+    source, config = Plain(IMAGES, LABELS), StreamConfig(drift="none", experiences=2)
+    names = tuple(f"class {k}" for k in range(LABELS.max() + 1))
+    source.info = SourceInfo(
+        labels=lambda: LABELS, class_names=names, usable=lambda: usable, groups=groups
+    )
+    made = DriftStream(source, Plain(IMAGES, LABELS), config, 0)
+    assert made.spec.class_names == names and made.info.unusable == (~usable).sum()
+    for e, experience in enumerate(made.experiences):
+        rows = np.sort(unpack_ids(experience.train)[1])
+        assert rows.tolist() == np.flatnonzero(usable & (groups == e)).tolist()
+        assert len(experience.test) == n
+    source.info = {"labels": LABELS}
+    with pytest.raises(ConfigError, match=r"Plain\.info is no distcl\.types\.SourceInfo"):
+        DriftStream(source, source, config, 0)
 
 
 def test_digits_with_every_default():

@@ -19,7 +19,7 @@ from distcl.errors import ConfigError, DataError
 from distcl.sampling.groups import Part
 from distcl.sampling.sampler import DistributedWeightedSampler
 from distcl.types import Batch
-from tests.unit.data.test_vision import CIFAR10, write_cifar, write_mnist
+from tests.files import CIFAR10, write_cifar, write_mnist
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 3, 6, 6)).astype(np.uint8)
@@ -104,7 +104,7 @@ def opened(places, source, transforms, **keys):
         name, options = "shards", {"path": str(places / "shards")}
         data = data.model_copy(update={"access": source})
     if source == "npy":
-        name, options = "arrays", {"x": str(places / "x.npy"), "y": str(places / "y.npy")}
+        name, options = "arrays", {"path": str(places)}
     if source == "hf":
         datasets = pytest.importorskip("datasets", reason="the extra 'data' is not installed")
         if not (places / "hf").exists():
@@ -203,7 +203,7 @@ def test_a_plan_in_windows_counts_its_passes():
     plan = DistributedWeightedSampler(
         8, window=5, num_samples=88, seed=1, draw="systematic", round_index=4
     )
-    plan.set_groups([Part(np.arange(30), None, 30), Part(np.arange(10), None, 10)])
+    plan.set_groups([Part(np.arange(n), None, draws=n) for n in (30, 10)])
     assert [plan.view(step) for step in (0, 4, 5, 9, 10)] == [(1, 4, k) for k in (0, 0, 1, 1, 2)]
 
 

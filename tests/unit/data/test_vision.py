@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import pickle
 import re
-import struct
 
 import numpy as np
 import pytest
@@ -15,30 +14,7 @@ from distcl.config.load import load_config
 from distcl.data.sources.vision import cifar10, cifar100, mnist, open_idx
 from distcl.data.stream import create_stream
 from distcl.errors import ConfigError, DataError
-
-RNG = np.random.default_rng(0)
-IMAGES = RNG.integers(0, 256, (60, 7, 5), dtype=np.uint8)
-LABELS = (np.arange(60) % 10).astype(np.uint8)
-
-
-def idx_bytes(array):
-    codes = {"u1": 8, "i1": 9, "i2": 11, "i4": 12, "f4": 13, "f8": 14}
-    head = bytes([0, 0, codes[array.dtype.str[1:]], array.ndim])
-    big = array.astype(array.dtype.newbyteorder(">"))
-    return head + struct.pack(f">{array.ndim}I", *array.shape) + big.tobytes()
-
-
-def write_mnist(folder, images=IMAGES, labels=LABELS, dash="-", pack=False, at=40):
-    for split, part in (("train", slice(0, at)), ("t10k", slice(at, None))):
-        for kind, array in (("images", images), ("labels", labels)):
-            name = f"{split}-{kind}{dash}idx{array.ndim}-ubyte"
-            content = idx_bytes(array[part])
-            if pack:
-                (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-            else:
-                (folder / name).write_bytes(content)
-    return StreamConfig(source="mnist", path=str(folder))
-
+from tests.files import CIFAR10, CIFAR100, IMAGES, LABELS, RNG, idx_bytes, write_cifar, write_mnist
 
 # -- IDX ---------------------------------------------------------------------------------------
 
@@ -143,24 +119,6 @@ def test_an_npz_may_name_its_arrays_as_keras_does(tmp_path, names, source):
 
 
 # -- CIFAR -------------------------------------------------------------------------------------
-
-
-def write_cifar(folder, classes, sizes):
-    """Write a file of records for each name; return {name: (labels, images)}."""
-    folder.mkdir(exist_ok=True)
-    content = {}
-    for name, n in sizes.items():
-        labels = RNG.permutation(np.arange(n) % classes).astype(np.uint8)
-        images = RNG.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-        coarse = labels[:, None] // 5 if classes == 100 else np.empty((n, 0), np.uint8)
-        records = np.hstack([coarse, labels[:, None], images.reshape(n, -1)])
-        records.tofile(folder / name)
-        content[name] = labels, images
-    return content
-
-
-CIFAR10 = {"data_batch_1.bin": 20, "data_batch_2.bin": 30, "test_batch.bin": 10}
-CIFAR100 = {"train.bin": 200, "test.bin": 100}
 
 
 @pytest.mark.parametrize("inner", ["", "cifar-10-batches-bin"])

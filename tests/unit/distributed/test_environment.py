@@ -2,7 +2,7 @@
 
 import pytest
 
-from distcl.distributed.environment import Launch, adopt, detect, first_node, rank_of, tasks_on_node
+from distcl.distributed.environment import Launch, adopt, first_node, rank_of, tasks_on_node
 from distcl.errors import UsageError
 
 TORCHRUN = {
@@ -31,6 +31,10 @@ MPIRUN = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+
+
+def detect(environ: dict[str, str]) -> Launch:
+    return adopt(dict(environ))
 
 
 def test_a_plain_process_is_alone():

@@ -12,9 +12,9 @@ import torch
 from scipy.stats import spearmanr
 
 from distcl.distributed.runtime import Runtime
-from distcl.priority import weighting
 from distcl.priority.guard import LOW_ESS, aim, doubts
-from distcl.sampling.sampler import Part
+from distcl.priority.weighting import Slices, WeightVector
+from distcl.sampling.groups import Part
 from distcl.sampling.staleness import Freshness, rank_correlation
 from distcl.types import pack_ids
 from tests.small import execute
@@ -27,12 +27,10 @@ def test_top_share_is_that_of_the_largest_hundredth(number: int) -> None:
     weights = np.random.default_rng(number).pareto(1.5, number).round(2) + 0.01
     most = max(1, round(0.01 * number))
     share = np.sort(weights)[::-1][:most].sum() / weights.sum()
-    assert weighting.top_share(weights) == pytest.approx(share)
-
-    class Slices(type(weighting.WHOLE)):  # type: ignore[misc]
-        """Not WHOLE itself, so that the way over slices is taken."""
-
-    assert weighting.top_share(weights, over=Slices()) == pytest.approx(share)
+    ids, sizes = np.arange(number), np.array([number // 3, number - number // 3])
+    slices = Slices(ids, sizes, sizes, np.arange(2), lambda values, _: values)
+    for held in (None, slices):
+        assert WeightVector(ids, weights, held).top_share() == pytest.approx(share)
 
 
 def test_rank_correlation_is_spearmans() -> None:
@@ -50,9 +48,8 @@ def test_freshness_pairs_losses_with_the_weights_that_drew_them() -> None:
     rng = np.random.default_rng(1)
     uniform, weighted = pack_ids(1, np.arange(50)), pack_ids(0, rng.permutation(300))
     weights = rng.random(300)
-    groups = [Part(uniform, None, 1), Part(weighted, weights, 1)]
-    fresh = Freshness(Runtime())
-    fresh.begin(80)
+    groups = [Part(uniform, None, draws=1), Part(weighted, weights, draws=1)]
+    fresh = Freshness(Runtime(), 80)
     assert [step for step in range(1, 81) if fresh.wants(step)] == list(range(10, 81, 10))
     pairs = []
     for _ in range(3):
@@ -66,18 +63,17 @@ def test_freshness_pairs_losses_with_the_weights_that_drew_them() -> None:
     again = Freshness(Runtime())
     again.load_state_dict(fresh.state_dict())
     assert again.correlation == fresh.correlation and again.wants(10)
-    fresh.begin(0)
+    fresh = Freshness(Runtime())
     assert fresh.correlation is None and not any(fresh.wants(step) for step in range(99))
 
 
 @pytest.mark.parametrize("number", [300, 70_000], ids=["later", "at once"])
 def test_freshness_knows_the_weights_of_each_look(number: int) -> None:
     rng = np.random.default_rng(3)
-    ids, fresh, pairs = pack_ids(0, rng.permutation(number)), Freshness(Runtime()), []
-    fresh.begin(8)
+    ids, fresh, pairs = pack_ids(0, rng.permutation(number)), Freshness(Runtime(), 8), []
     for _ in range(4):
         weights, at, losses = rng.random(number), rng.integers(0, number, 40), rng.random(40)
-        groups = [Part(ids, weights, 1)]
+        groups = [Part(ids, weights, draws=1)]
         fresh.take(torch.from_numpy(ids[at]), torch.from_numpy(losses), groups)
         pairs += [(w, loss) for w, loss in zip(weights[at] / weights.mean(), losses, strict=True)]
     assert fresh.correlation == pytest.approx(spearmanr(*np.array(pairs).T).statistic, abs=1e-12)
@@ -89,10 +85,9 @@ def test_a_sample_drawn_twice_is_a_tie_whatever_its_last_bits() -> None:
     ids, weights = pack_ids(0, np.arange(40)), np.tile(rng.random(20), 2)
     losses, looked = np.tile(rng.random(40), 2), []
     for noise in (0.0, 1e-15):
-        fresh = Freshness(Runtime())
-        fresh.begin(8)
+        fresh = Freshness(Runtime(), 8)
         found = torch.from_numpy(losses + noise * rng.random(80))
-        groups = [Part(ids, weights + noise * rng.random(40), 1)]
+        groups = [Part(ids, weights + noise * rng.random(40), draws=1)]
         fresh.take(torch.from_numpy(np.tile(ids, 2)), found, groups)
         looked.append(fresh.correlation)
     assert looked[0] == looked[1]
@@ -105,10 +100,11 @@ def test_aim_is_the_error_where_draws_go() -> None:
     errors = np.array([0.3, 0.1, 0.2])
     held_out = [(ids[experience == e], errors[e]) for e in range(3)]
     drawn = (weights * errors[experience]).sum() / weights.sum()
-    assert aim(ids, weights, held_out) == pytest.approx(drawn / errors[experience].mean() - 1)
-    assert aim(ids, np.ones(60), held_out) == pytest.approx(0)
-    assert aim(ids, weights, [*held_out[:1], (ids[10:30], None)]) is None  # one is known
-    assert aim(ids, weights, [(members, 0.0) for members, _ in held_out]) is None
+    vector = WeightVector(ids, weights)
+    assert aim(vector, held_out) == pytest.approx(drawn / errors[experience].mean() - 1)
+    assert aim(WeightVector(ids, np.ones(60)), held_out) == pytest.approx(0)
+    assert aim(vector, [*held_out[:1], (ids[10:30], None)]) is None  # one is known
+    assert aim(vector, [(members, 0.0) for members, _ in held_out]) is None
 
 
 def test_doubts_are_told_in_words() -> None:

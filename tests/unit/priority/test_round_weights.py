@@ -10,10 +10,11 @@ import torch
 
 from distcl.config import PriorityConfig
 from distcl.errors import ConfigError
-from distcl.priority.round_weights import Shape, weigh
+from distcl.priority.round_weights import RoundWeights, Shape, weigh
 from distcl.priority.signals import create_signal
+from distcl.priority.weighting import WeightVector
+from distcl.sampling.groups import Part
 from distcl.sampling.round_loader import Correction
-from distcl.sampling.sampler import Part
 from distcl.training.build import check_priority
 from distcl.types import Batch
 from tests.small import small
@@ -21,30 +22,32 @@ from tests.small import small
 CURRENT, HISTORY = np.arange(100, 140), np.arange(60)
 
 
-def _scores(ids: np.ndarray) -> np.ndarray:
-    return 1.0 + ids % 7
+def _scored(ids: np.ndarray) -> WeightVector:
+    return WeightVector(ids, 1.0 + ids % 7)
 
 
 def test_union_shares_one_normalization_and_others_do_not() -> None:
     shape = Shape(PriorityConfig(target="union", cap=1.5), 2.0)
-    both = weigh(shape, _scores, CURRENT, HISTORY)
-    dense = shape.weights(_scores(np.r_[CURRENT, HISTORY]), np.r_[CURRENT, HISTORY])
-    assert both.current is not None and both.history is not None
-    assert np.concatenate([both.current, both.history]).tolist() == dense.tolist()
-    alone = weigh(Shape(PriorityConfig(target="history", cap=1.5), 2.0), _scores, None, HISTORY)
-    assert alone.current is None
-    assert alone.history is not None and not np.allclose(alone.history, both.history)
+    both = weigh(shape, [_scored(CURRENT), _scored(HISTORY)])
+    dense = shape.weights(_scored(np.r_[CURRENT, HISTORY])).held
+    assert [*both.parts] == ["cur", "hist"]
+    assert np.concatenate([part.held for part in both.parts.values()]).tolist() == dense.tolist()
+    shape = Shape(PriorityConfig(target="history", cap=1.5), 2.0)
+    alone = weigh(shape, [None, _scored(HISTORY)])
+    assert [*alone.parts] == ["hist"]
+    assert not np.allclose(alone.parts["hist"].held, both.parts["hist"].held)
     assert both.report["cur"]["n"] == 40
-    assert both.report["hist"]["mean"] == pytest.approx((_scores(HISTORY) ** 2).mean())
+    assert both.report["hist"]["mean"] == pytest.approx((_scored(HISTORY).held ** 2).mean())
     assert [line.split()[0] for line in both.lines()] == ["[priority/cur]", "[priority/hist]"]
 
 
 def test_a_pool_is_weighed_in_the_historys_place() -> None:
     pool = HISTORY[::4]
-    result = weigh(Shape(PriorityConfig(), 1.0), _scores, None, HISTORY, pool)
-    assert result.pool is pool
-    assert result.history is not None
-    assert result.history.tolist() == _scores(pool).tolist()
+    result = weigh(Shape(PriorityConfig(), 1.0), [None, _scored(pool)])
+    assert result.parts["hist"].ids is pool
+    assert result.parts["hist"].held.tolist() == _scored(pool).held.tolist()
+    again = RoundWeights.from_state(result.state_dict(HISTORY), CURRENT, HISTORY)
+    assert again.parts["hist"].ids.tolist() == pool.tolist()
 
 
 def test_the_recommended_tempering_is_the_largest_power_up_to_two_that_keeps_half_the_ess() -> None:
@@ -54,7 +57,7 @@ def test_the_recommended_tempering_is_the_largest_power_up_to_two_that_keeps_hal
     ids = np.arange(2000)
     for spread in (0.3, 2.0, 6.0):
         h = np.exp(spread * rng.standard_normal(2000) - spread)
-        found = Shape(config, 2.0).weights(h, ids)
+        found = Shape(config, 2.0).weights(WeightVector(ids, h)).held
         logs = np.log(np.maximum(h, 1e-4))
         a = np.polyfit(logs, np.log(found), 1)[0]  # found = c · max(h, 1e-4)^a
 
@@ -70,8 +73,8 @@ def test_the_recommended_tempering_is_the_largest_power_up_to_two_that_keeps_hal
 
 def test_correction_is_n_p_to_the_minus_beta_with_mean_one_over_draws() -> None:
     weights = np.array([1.0, 2.0, 5.0, 0.0])
-    group = Part(np.array([30, 10, 20, 40]), weights, 4)
-    plain = Part(np.array([7, 8]), None, 2)
+    group = Part(np.array([30, 10, 20, 40]), weights, draws=4)
+    plain = Part(np.array([7, 8]), None, draws=2)
     share = weights[:3] / 8
     for beta in (0.4, 1.0):
         raw = (4 * share) ** -beta

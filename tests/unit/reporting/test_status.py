@@ -161,9 +161,9 @@ def test_whoever_waits_for_samples_says_so_and_what_came():
         is_main = True
         broadcast = staticmethod(lambda value: value)
 
-    end = LiveEnd(Stream(), Alone(), said.append, lambda: looks.append(1))
-    assert end.wait().tolist() == list(range(7)) and end.open and len(looks) == 2
-    assert len(end.wait()) == 0 and not end.open
+    end = LiveEnd(Stream(), Alone(), said.append)
+    assert end.wait(looks.append).tolist() == list(range(7)) and end.open and looks == [1, 2]
+    assert len(end.wait(looks.append)) == 0 and not end.open
     waiting = "[live] waiting 0.4 s at most for more samples"
     ended = "[live] none came in 0.4 s: the stream has ended"
     assert said == [waiting, "[live] 7 more samples have come", waiting, ended]

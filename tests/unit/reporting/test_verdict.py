@@ -4,6 +4,7 @@ import pytest
 
 from distcl.errors import UsageError
 from distcl.reporting.comparison import Arm, Outcome, Plan, Variant, outcome_of, parse_variant
+from distcl.reporting.figures import FIGURES
 from distcl.reporting.page import write_comparison
 from distcl.reporting.verdict import as_json, conclude, table
 from tests.folders import summary
@@ -19,13 +20,13 @@ def arm(name, accuracy, diverged=(), metric="accuracy", units=300):
             f"runs/{seed}",
             diverged=seed in diverged,
             metric=metric,
-            average_accuracy=accuracy + 0.01 * seed + (NOISE[seed] if name else 0.0),
-            average_forgetting=0.1,
-            average_anytime_accuracy=accuracy,
-            units=units,
-            steps=10,
-            trained=100,
-            seconds=1.0,
+            figures=dict.fromkeys(f.key for f in FIGURES)
+            | {
+                "average_accuracy": accuracy + 0.01 * seed + (NOISE[seed] if name else 0.0),
+                "average_forgetting": 0.1,
+                "average_anytime_accuracy": accuracy,
+            },
+            cost={"units": units, "steps": 10, "trained": 100, "seconds": 1.0},
             curve=(0.5, accuracy),
         )
         for seed in range(4)
@@ -121,8 +122,9 @@ def test_what_a_run_came_to_is_read_from_its_summary():
     found["compute"] = {"scored": 4, "trained": 12, "units": 40}
     outcome = outcome_of(Path("runs/a"), found)
     assert outcome.curve == pytest.approx((0.9, 0.7))  # not of what was never trained on
-    assert (outcome.seed, outcome.steps, outcome.units) == (3, 35, 40)
-    assert outcome.worst_experience_accuracy == 0.2 and outcome.forward_transfer == 0.25
+    assert (outcome.seed, outcome.cost["steps"], outcome.cost["units"]) == (3, 35, 40)
+    assert outcome.figures["worst_experience_accuracy"] == 0.2
+    assert outcome.figures["forward_transfer"] == 0.25
     header, ((name, runs, *cells),) = table({"a": [outcome]})
     assert header[2] == "average accuracy, %" and header[-3:] == ["steps", "compute", "seconds"]
     assert (name, runs, cells[-3:]) == ("a", "1", ["35", "40", "10.0"])

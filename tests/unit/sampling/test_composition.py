@@ -10,7 +10,7 @@ import pytest
 from distcl.config import ContinualLearningConfig, StreamConfig, TrainingConfig
 from distcl.data.sources.arrays import stratified
 from distcl.data.stream import create_stream
-from distcl.priority.weighting import top_share
+from distcl.priority.weighting import WeightVector
 from distcl.sampling.composition import Mix
 from distcl.types import exact
 
@@ -39,7 +39,7 @@ def test_other_shares_are_exact_too() -> None:
     rows, test = stratified(np.zeros(150, dtype=np.int64), 0.57)
     assert (len(rows), len(test)) == (64, 86)
     ones = np.ones(150)
-    assert top_share(ones, 0.57) == pytest.approx(86 / 150)
+    assert WeightVector(np.arange(len(ones)), ones).top_share(0.57) == pytest.approx(86 / 150)
 
 
 class Zeros:
@@ -53,7 +53,7 @@ class Zeros:
 
 
 def test_a_transition_ends_where_it_says() -> None:
-    keys = {"experiences": 2, "transition": "gradual", "transition_fraction": 0.14}
+    keys = {"experiences": 2, "transition_fraction": 0.14}
     stream = create_stream(StreamConfig(**keys), 0)
     rows, other = np.arange(100), np.arange(len(stream._older[1])) >= 100
     stream._older[:] = False

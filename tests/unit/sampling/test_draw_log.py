@@ -3,8 +3,9 @@ import torch
 
 from distcl.config import ParallelConfig, RunConfig
 from distcl.distributed.runtime import Runtime
+from distcl.priority.weighting import WeightVector
 from distcl.sampling import draw_log as module
-from distcl.sampling.draw_log import BINS, EDGES, DrawLog, DrawTally, weight_histogram
+from distcl.sampling.draw_log import BINS, EDGES, DrawLog, weight_histogram
 from distcl.training.round_report import thumbnails
 from tests.spawn import run_ranks
 
@@ -14,16 +15,16 @@ WEIGHTS = np.random.default_rng(5).lognormal(0, 2, 1001)
 def test_counts_are_those_of_all_draws_however_often_they_are_merged(monkeypatch):
     monkeypatch.setattr(module, "_PENDING", 100)
     ids = np.random.default_rng(0).integers(0, 50, 1000)
-    tally = DrawTally()
+    log = DrawLog(Runtime(RunConfig(), ParallelConfig()))
     for batch in np.split(ids, 40):
-        tally.add(batch)
-    found, counts = tally.counts()
+        log.add([(0, batch)])
+    found, counts = log.counts()
     expected, number = np.unique(ids, return_counts=True)
     assert np.array_equal(found, expected) and np.array_equal(counts, number)
-    top, most = tally.top(5)
+    told, top, most = log.told(100, 5)
     assert most.tolist() == sorted(number.tolist(), reverse=True)[:5]
     assert all(number[expected == i] == n for i, n in zip(top, most, strict=True))
-    assert tally.statistics(100) == {
+    assert told == {
         "draws": 1000,
         "distinct": len(expected),
         "coverage": len(expected) / 100,
@@ -45,7 +46,9 @@ def test_a_log_goes_on_from_its_state():
 
 
 def histogram():
-    return weight_histogram(WEIGHTS, Runtime(RunConfig(), ParallelConfig()))
+    return weight_histogram(
+        WeightVector(np.arange(len(WEIGHTS)), WEIGHTS), Runtime(RunConfig(), ParallelConfig())
+    )
 
 
 def test_the_histogram_is_the_same_at_any_number_of_ranks_and_equals_numpys():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from distcl.priority import weighting
+from distcl.priority.weighting import WeightVector
 from distcl.sampling import draws
 
 SIGNIFICANT = 0.001  # about 1 % in all, over the dozen p-values below; seeds are fixed
@@ -22,6 +23,11 @@ WEIGHTS = st.lists(
 
 def skewed(number: int, seed: int = 7) -> np.ndarray:
     return draws.generator(seed).standard_exponential(number) ** 2
+
+
+def vector(values: object, ids: object = None) -> WeightVector:
+    array = np.asarray(values, dtype=np.float64)
+    return WeightVector(np.arange(len(array)) if ids is None else np.asarray(ids), array)
 
 
 def chi_square_p(drawn: np.ndarray, weights: np.ndarray, cells: int = 1000) -> float:
@@ -107,9 +113,9 @@ def test_all_zero_and_empty_weights_are_refused() -> None:
 
 def test_ess_fraction_by_its_formula() -> None:
     w = skewed(1000)
-    assert weighting.ess_fraction(w) == pytest.approx(w.sum() ** 2 / (1000 * (w**2).sum()))
-    assert weighting.ess_fraction(np.full(9, 1e300)) == pytest.approx(1)
-    assert weighting.ess_fraction([0, 0, 5, 0]) == pytest.approx(0.25)
+    assert vector(w).ess() == pytest.approx(w.sum() ** 2 / (1000 * (w**2).sum()))
+    assert vector(np.full(9, 1e300)).ess() == pytest.approx(1)
+    assert vector([0, 0, 5, 0]).ess() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("min_ess", [0.1, 0.5, 0.9, 0.999, 1.0])
@@ -118,17 +124,17 @@ def test_tempering_finds_the_largest_power(min_ess: float) -> None:
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        good = weighting.ess_fraction((w / w.max()) ** middle) >= min_ess
+        good = vector((w / w.max()) ** middle).ess() >= min_ess
         low, high = (middle, high) if good else (low, middle)
-    tempered = weighting.temper(w, min_ess)
-    assert weighting.ess_fraction(tempered) >= min_ess - 1e-12
+    tempered = vector(w).temper(min_ess).held
+    assert vector(tempered).ess() >= min_ess - 1e-12
     np.testing.assert_allclose(tempered / tempered.max(), (w / w.max()) ** low, rtol=1e-4)
 
 
 def test_tempering_leaves_what_is_flat_enough_and_keeps_zeros() -> None:
-    assert weighting.temper([3.0, 3.0], 1.0).tolist() == [3.0, 3.0]
-    assert weighting.temper([1.0, 2.0], 0.9).tolist() == [1.0, 2.0]
-    assert weighting.temper([0.0, 1.0, 2.0, 0.0], 0.8).tolist() == [0, 1, 1, 0]
+    assert vector([3.0, 3.0]).temper(1.0).held.tolist() == [3.0, 3.0]
+    assert vector([1.0, 2.0]).temper(0.9).held.tolist() == [1.0, 2.0]
+    assert vector([0.0, 1.0, 2.0, 0.0]).temper(0.8).held.tolist() == [0, 1, 1, 0]
 
 
 @given(weights=WEIGHTS, cap=st.floats(1, 20))
@@ -136,7 +142,7 @@ def test_cap_holds_in_means_of_the_result_and_takes_no_more_than_needed(
     weights: list[float], cap: float
 ) -> None:
     w = np.array(weights)
-    capped = weighting.cap_weights(w, cap)
+    capped = vector(w).cap(cap).held
     positive = w > 0
     assert ((capped > 0) == positive).all()
     if positive.sum() * cap < len(w) * (1 + 1e-9):
@@ -150,43 +156,43 @@ def test_cap_holds_in_means_of_the_result_and_takes_no_more_than_needed(
 
 
 def test_floor_mixes_in_a_uniform_share() -> None:
-    assert weighting.mix_floor([0.0, 1.0, 3.0, 0.0], 0.2) == pytest.approx([0.05, 0.25, 0.65, 0.05])
-    assert weighting.mix_floor([0.0, 7.0], 1.0) == pytest.approx([0.5, 0.5])
+    assert vector([0.0, 1.0, 3.0, 0.0]).floor(0.2).held == pytest.approx([0.05, 0.25, 0.65, 0.05])
+    assert vector([0.0, 7.0]).floor(1.0).held == pytest.approx([0.5, 0.5])
 
 
 def test_shaping_goes_alpha_cap_tempering_floor() -> None:
     scores = skewed(2000)
     scores[0] = 0
     w = np.maximum(scores, 1e-8) ** 1.5
-    assert weighting.shape_weights(scores, 1.5) == pytest.approx(w)
-    w = weighting.cap_weights(w, 3)
-    assert weighting.shape_weights(scores, 1.5, cap=3) == pytest.approx(w)
-    w = weighting.temper(w, 0.8)
-    assert weighting.shape_weights(scores, 1.5, cap=3, min_ess=0.8) == pytest.approx(w)
-    w = weighting.mix_floor(w, 0.1)
-    assert weighting.shape_weights(scores, 1.5, cap=3, min_ess=0.8, floor=0.1) == pytest.approx(w)
-    assert (weighting.shape_weights(scores, 0) == 1).all()
+    assert vector(scores).shaped(1.5).held == pytest.approx(w)
+    w = vector(w).cap(3).held
+    assert vector(scores).shaped(1.5, cap=3).held == pytest.approx(w)
+    w = vector(w).temper(0.8).held
+    assert vector(scores).shaped(1.5, cap=3, min_ess=0.8).held == pytest.approx(w)
+    w = vector(w).floor(0.1).held
+    assert vector(scores).shaped(1.5, cap=3, min_ess=0.8, floor=0.1).held == pytest.approx(w)
+    assert (vector(scores).shaped(0).held == 1).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_shaping_names_the_id_of_a_score_that_is_not_finite(bad: float, alpha: float) -> None:
     with pytest.raises(ValueError, match="id 11"):
-        weighting.shape_weights([1.0, bad, 2.0], alpha, ids=[10, 11, 12])
+        vector([1.0, bad, 2.0], [10, 11, 12]).shaped(alpha)
 
 
 def test_shaping_names_the_id_of_a_weight_that_overflows() -> None:
     with pytest.raises(ValueError, match=r"id 12 is inf"):
-        weighting.shape_weights([1.0, 2.0, 1e200], 2.0, ids=[10, 11, 12])
+        vector([1.0, 2.0, 1e200], [10, 11, 12]).shaped(2.0)
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: weighting.shape_weights([1.0], -1), "alpha"),
-        (lambda: weighting.cap_weights([1.0], 0.5), "cap"),
-        (lambda: weighting.temper([1.0], 1.5), "min_ess"),
-        (lambda: weighting.mix_floor([1.0], -0.1), "floor"),
+        (lambda: vector([1.0]).shaped(-1).held, "alpha"),
+        (lambda: vector([1.0]).cap(0.5).held, "cap"),
+        (lambda: vector([1.0]).temper(1.5).held, "min_ess"),
+        (lambda: vector([1.0]).floor(-0.1).held, "floor"),
         (lambda: draws.multinomial([1.0], -1, draws.generator(0)), "number of draws"),
         (lambda: draws.uniform(0, 1, draws.generator(0)), "nothing to draw"),
         (lambda: draws.systematic_counts_local(np.ones(3, np.int64), 0, 1 << 61, 3, 0.5), "total"),

@@ -103,7 +103,7 @@ def test_lanes_of_1024_ranks_share_out_the_same_global_batches():
     def run(dealer: Dealer) -> list[list[int]]:
         slices = dealer.deal(ids)
         made = LaneSampler(batch, window=16, seed=5)
-        made.set_groups([Part(slices.ids, slices.pick(ids, weights), n, slices)])
+        made.set_groups([Part(slices.ids, slices.pick(ids, weights), slices, draws=n)])
         steps = list(made)
         assert all(dealer.own(np.array(part, np.int64)).all() for part in steps)
         return steps

@@ -15,8 +15,8 @@ from scipy import stats
 
 from distcl.config import ParallelConfig, RunConfig
 from distcl.distributed.runtime import Runtime
-from distcl.priority import weighting
-from distcl.priority.population import Dealer, Slices
+from distcl.priority.population import Dealer
+from distcl.priority.weighting import Slices, WeightVector
 from distcl.sampling.draw_log import DrawLog, digest_of
 from distcl.sampling.groups import Part
 from distcl.sampling.sequential import LaneSampler
@@ -58,7 +58,7 @@ def group(
 ) -> Part:
     slices = dealer.deal(ids)
     mine = None if weights is None else slices.pick(ids, weights)
-    return Part(slices.ids, mine, len(ids) if draws_ is None else draws_, slices)
+    return Part(slices.ids, mine, slices, draws=len(ids) if draws_ is None else draws_)
 
 
 WEIGHTS = np.random.default_rng(0).exponential(size=N) ** 2
@@ -122,16 +122,16 @@ def test_ranks_share_out_the_same_global_batches_at_every_world_size(
 def test_weights_are_shaped_over_slices_as_they_are_over_all(world, alpha, cap, ess, floor):
     def run(dealer: Dealer) -> tuple[np.ndarray, np.ndarray, float]:
         slices = dealer.deal(ALL)
-        mine = slices.pick(ALL, WEIGHTS)
-        shaped = weighting.shape_weights(mine, alpha, cap, ess, floor, slices.ids, over=slices)
-        return slices.ids, shaped, weighting.ess_fraction(shaped, slices)
+        mine = WeightVector(slices.ids, slices.pick(ALL, WEIGHTS), slices)
+        shaped = mine.shaped(alpha, cap, ess, floor)
+        return slices.ids, shaped.held, shaped.ess()
 
     first, *_ = one = on_ranks(1, run)
     ranks = on_ranks(world, run)
     np.testing.assert_array_equal(np.concatenate([ids for ids, _, _ in ranks]), first[0])
     np.testing.assert_array_equal(np.concatenate([w for _, w, _ in ranks]), first[1])  # every bit
-    whole = weighting.shape_weights(WEIGHTS, alpha, cap, ess, floor)
-    np.testing.assert_allclose(first[1], whole, rtol=1e-5)
+    whole = WeightVector(ALL, WEIGHTS).shaped(alpha, cap, ess, floor)
+    np.testing.assert_allclose(first[1], whole.held, rtol=1e-5)
     assert {fraction for _, _, fraction in ranks} == {one[0][2]}
 
 
@@ -145,7 +145,7 @@ def test_each_rank_holds_its_lanes_only_and_every_sample_once():
         ranks = on_ranks(world, run)
         held = np.concatenate([part.ids for part in ranks])
         np.testing.assert_array_equal(np.sort(held), np.sort(ids))
-        assert {part.number() for part in ranks} == {len(ids)}
+        assert {part.number for part in ranks} == {len(ids)}
         if LANES % world == 0:
             assert {len(part.ids) for part in ranks} == {len(ids) // world}
         for part in ranks:
@@ -268,7 +268,7 @@ def test_a_rank_holds_at_most_48_bytes_a_sample_over_the_number_of_ranks(world):
         dealer = Dealer(12, cut, dealer.rank, dealer.world_size, dealer.reduce)
         slices = dealer.deal(ids)
         made = LaneSampler(64, window=1024)
-        made.set_groups([Part(slices.ids, weights[slices.ids], n, slices)])
+        made.set_groups([Part(slices.ids, weights[slices.ids], slices, draws=n)])
         return len(made.parts(0))
 
     tracemalloc.start(1)

@@ -80,7 +80,7 @@ def test_new_weights_hold_from_their_window_on_and_change_nothing_before() -> No
     unchanged = _drawn(same)
     assert (np.concatenate([before, after])[:15] == unchanged[:15]).all()
     assert (after[8:][np.isin(after[8:], OLD)] == 4).all()
-    assert (plan.groups(19)[1].weights == only).all()
+    assert (plan.groups(19)[1].values == only).all()
     # the current data goes on with its permutation
     assert (
         after[8:][np.isin(after[8:], IDS)] == unchanged[15:][np.isin(unchanged[15:], IDS)]

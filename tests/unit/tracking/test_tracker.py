@@ -104,6 +104,8 @@ def test_a_resumed_file_is_cut_to_what_the_checkpoint_knew(tmp_path):
 
 def test_a_tracker_that_fails_is_dropped_with_one_warning(tmp_path):
     class BrokenTracker(JsonlTracker):
+        kind = "broken"
+
         def log(self, values, step):
             raise ConnectionError("no route to host\nand more")
 

@@ -147,9 +147,9 @@ def test_a_look_leaves_no_trace():
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
     wanted = [torch.rand(3).tolist(), random.random(), np.random.rand()]
     torch.manual_seed(5), random.seed(5), np.random.seed(5)
-    dry = DryRun(settings, runtime, stream)
-    dry.before(model, torch.nn.CrossEntropyLoss(reduction="none"), None)
-    dry.after(model, torch.nn.CrossEntropyLoss(reduction="none"), None)
+    dry = DryRun(settings, runtime, stream, torch.nn.CrossEntropyLoss(reduction="none"), None)
+    dry.before(model)
+    dry.after(model)
     dry.conclude()
     assert [torch.rand(3).tolist(), random.random(), np.random.rand()] == wanted
     after = model.state_dict()
@@ -261,7 +261,7 @@ def test_the_sizes_of_training_forwards_are_foreseen(mode):
 
 def test_a_model_that_vmap_cannot_take_has_its_fisher_sample_by_sample(caplog):
     parts = built("Unmappable")
-    criterion = parts.updater.setup.criterion
+    criterion = parts.updater.criterion
     batch = parts.stream.read(parts.stream.experiences[0].train[:7])
     squares = Squares(parts.model, criterion, torch.float32)
     squares.layers = None
@@ -273,8 +273,6 @@ def test_a_model_that_vmap_cannot_take_has_its_fisher_sample_by_sample(caplog):
     for name, p in parts.model.named_parameters():
         wanted = torch.zeros_like(p)
         for k in range(7):
-            loss = parts.updater.setup.criterion(
-                parts.model(batch.x[k : k + 1]), batch.y[k : k + 1]
-            )
+            loss = parts.updater.criterion(parts.model(batch.x[k : k + 1]), batch.y[k : k + 1])
             wanted += torch.autograd.grad(loss.sum(), p)[0] ** 2
         torch.testing.assert_close(found[name], wanted)

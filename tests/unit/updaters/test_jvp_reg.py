@@ -38,12 +38,8 @@ def make(model: nn.Module, mode: str, **values: Any) -> Updater:
     forward = ShardedForward(runtime, model, partition, unreduced)
     setup = UpdaterSetup(
         config=ContinualLearningConfig(update_mode=mode, **values),
-        runtime=runtime,
         model=model,
         optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1),
-        partition=partition,
-        anchor=anchor,
-        criterion=unreduced,
         scorer=Scorer(forward, anchor, create_signal("loss_delta"), 8),
         seed=0,
     )

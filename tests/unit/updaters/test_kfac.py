@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from distcl.config import ContinualLearningConfig, RunConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, DivergenceError, UsageError
-from distcl.models import cnn
+from distcl.models.reference import CNN
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
 from distcl.parallel.partition import create_partition
@@ -50,12 +50,8 @@ def make(runtime: Runtime, model: nn.Module, **keys: Any) -> KFACOnline:
     return KFACOnline(
         UpdaterSetup(
             config=ContinualLearningConfig(kfac_lambda=STRENGTH, **keys),
-            runtime=runtime,
             model=model,
             optimizer=torch.optim.SGD(trainable, lr=LR),
-            partition=partition,
-            anchor=anchor,
-            criterion=criterion,
             scorer=Scorer(forward, anchor, LossDelta(), 8),
             seed=0,
         )
@@ -198,7 +194,7 @@ def test_penalty_equals_the_dense_fisher_matrix(case: str, mode: str, runtime: R
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
     if "weighted" in mode:  # by priority.correction; the Fisher matrix is that of the plain losses
         batch = replace(batch, weights=torch.linspace(0.2, 3.0, len(batch)).double())
-    updater = make(runtime, model, kfac_step=mode.partition(",")[0])
+    updater = make(runtime, model, penalty_step=mode.partition(",")[0])
     fishers = {name: dense_fisher(model, layer, batch) for name, layer in layers.items()}
     step(updater, batch)
     updater.cl_postprocessing(updater.setup, NO_IDS)
@@ -241,7 +237,7 @@ def test_factors_of_one_sample_are_its_exact_fisher_matrix(runtime: Runtime) -> 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     batch = data(4, n=1)
-    updater = make(runtime, model, kfac_step="explicit")
+    updater = make(runtime, model, penalty_step="explicit")
     grads = torch.autograd.grad(criterion(model(batch.x), batch.y).sum(), list(model.parameters()))
     step(updater, batch)
     updater.cl_postprocessing(updater.setup, NO_IDS)
@@ -319,7 +315,7 @@ def test_damped_step_is_stable_where_the_explicit_one_diverges(runtime: Runtime)
     for mode in ("damped", "explicit"):
         torch.manual_seed(0)
         model = nn.Linear(4, 3).double()
-        updater = make(runtime, model, kfac_step=mode)
+        updater = make(runtime, model, penalty_step=mode)
         step(updater, data(4))
         updater.cl_postprocessing(updater.setup, NO_IDS)
         updater.cl_preprocessing()
@@ -339,7 +335,7 @@ def test_other_parameters_and_frozen_ones_are_left_alone_and_named(
     runtime: Runtime, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="distcl"):
-        updater = make(runtime, cnn(DataSpec((1, 8, 8), 3), channels=(4, 4, 4)))
+        updater = make(runtime, CNN(DataSpec((1, 8, 8), 3), channels=(4, 4, 4)))
     assert "without a penalty: body.1.weight, body.1.bias" in caplog.text
     step(updater, data(1, 8, 8))
     updater.cl_postprocessing(updater.setup, NO_IDS)

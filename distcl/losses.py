@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from distcl import registry
 from distcl.errors import ConfigError
-from distcl.types import DataSpec, PyTree, UnreducedLoss
+from distcl.types import IGNORED, DataSpec, PyTree, UnreducedLoss
 
 Judgement = Literal["accuracy", "r2"]
 """What the accuracy matrix of a run holds: shares of right samples, or R²."""
@@ -26,10 +26,24 @@ Judgement = Literal["accuracy", "r2"]
 def cross_entropy(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Return -log softmax(outputs)[y], [B].
 
-    outputs [B, C, ...]; y int64 [B, ...], or probabilities in the shape of outputs. Mean over
-    positions, if a sample has several.
+    outputs [B, C], or of several positions [B, C, ...] as torch has it, or [B, ..., C] as language
+    models do; y int64 [B, ...], or probabilities in the shape of outputs. With several positions it
+    is the mean over a sample's own whose y is not -100; NaN if there is none. Raises ConfigError if
+    the shapes do not fit, or fit both ways.
     """
-    return _mean_positions(F.cross_entropy(outputs, y, reduction="none"))
+    if y.shape == outputs.shape or (outputs.ndim == 2 and y.ndim == 1):
+        return _mean_positions(F.cross_entropy(outputs, y, reduction="none"))
+    return _over_positions(_classes_last(outputs, y), y)
+
+
+def next_token(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return how badly each token is foretold by those before it, mean over a sample's, [B].
+
+    outputs [B, T, V] of a causal model; y int64 [B, T]: its *inputs*, -100 where there is nothing
+    to learn (padding). Outputs at t are held against y at t + 1 here, so neither the data nor the
+    model shifts anything. NaN if nothing is left of a sample. Raises ConfigError on other shapes.
+    """
+    return _over_positions(*_foretold(outputs, y))
 
 
 def mse(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -51,7 +65,7 @@ def bce(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return _mean_positions(losses)
 
 
-_BUILT_IN = (cross_entropy, mse, bce)
+_BUILT_IN = (cross_entropy, next_token, mse, bce)
 
 
 def create_loss(name: str) -> UnreducedLoss:
@@ -109,6 +123,12 @@ def judged_by(loss_name: str, spec: DataSpec) -> Judgement:
             f"model.loss = '{loss_name}' needs floating-point targets, but the stream has class "
             "labels (integers); save y as floating-point numbers"
         )
+    if loss is next_token and not (spec.classes and len(spec.y_shape) == 1):
+        raise ConfigError(
+            "model.loss = 'next_token' needs the tokens themselves as targets, integers [T] a "
+            f"sample; the stream has {'labels' if spec.classes else 'floating-point numbers'} of "
+            f"shape {list(spec.y_shape)}"
+        )
     if loss is cross_entropy and not spec.classes and (spec.y_shape or (1,))[0] < 2:
         raise ConfigError(
             "model.loss = 'cross_entropy' needs class labels, but the stream's targets are "
@@ -118,21 +138,37 @@ def judged_by(loss_name: str, spec: DataSpec) -> Judgement:
     return "accuracy" if spec.classes or loss in (cross_entropy, bce) else "r2"
 
 
+def count_positions(loss_name: str, y: PyTree) -> torch.Tensor:
+    """Return how many targets of each sample count, int64 [B]: those that are not -100.
+
+    One if a sample has one target; ``next_token`` foretells all tokens but the first.
+    """
+    if not isinstance(y, torch.Tensor) or y.ndim == 1 or y.is_floating_point():
+        leaf = tree_leaves(y)[0]
+        return torch.ones(len(leaf), dtype=torch.int64, device=leaf.device)
+    shifted = registry.resolve("loss", loss_name) is next_token
+    return _valid(y[:, 1:] if shifted else y)
+
+
 def per_sample_error(outputs: PyTree, y: PyTree, loss_name: str) -> torch.Tensor:
     """Return how wrong each sample is, floating point [B], without gradient.
 
     ``bce``: 1 where any label is on the wrong side of 0.5. With class labels, and for
-    ``cross_entropy``: 1 where the largest output is not the label (the share of wrong positions,
-    if there are several). In regression: the loss itself, in its units.
+    ``cross_entropy`` and ``next_token``: 1 where the largest output is not the label (the share of
+    wrong positions, if there are several). In regression: the loss itself, in its units.
     """
     loss = registry.resolve("loss", loss_name)
     with torch.no_grad():
         if loss is bce:
             wrong: torch.Tensor = (_as_targets("model.loss = 'bce'", outputs, y) > 0) != (y > 0.5)
             return (wrong if wrong.ndim == 1 else wrong.flatten(1).any(1)).to(outputs.dtype)
-        if loss is cross_entropy or _are_scores_of(outputs, y):
-            labels = y.argmax(1) if y.shape == outputs.shape else y
-            return _mean_positions((outputs.argmax(1) != labels).to(outputs.dtype))
+        if loss is next_token:
+            outputs, y = _foretold(outputs, y)
+        if loss in (cross_entropy, next_token) or _are_scores_of(outputs, y):
+            if y.shape == outputs.shape:
+                return _mean_positions((outputs.argmax(1) != y.argmax(1)).to(outputs.dtype))
+            wrong = (_classes_last(outputs, y).argmax(-1) != y).to(outputs.dtype)
+            return wrong if y.ndim == 1 else (wrong * (y != IGNORED)).flatten(1).sum(1) / _valid(y)
         return create_loss(loss_name)(outputs, y)
 
 
@@ -164,11 +200,70 @@ def r_squared(squares: torch.Tensor) -> float:
     return float(1 - error / total)
 
 
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""Values [N] of single positions -> their mean over each sample's that count, [B]."""
+
+
+def one_by_one(
+    outputs: torch.Tensor, y: PyTree, loss: str | UnreducedLoss
+) -> tuple[torch.Tensor, Gather]:
+    """Return outputs [N, C] of the positions of all samples, and what makes one value a sample.
+
+    For y int64 [B, ...] of several labels a sample; other outputs, [B, C, ...], stay as they are.
+    """
+    several = isinstance(y, torch.Tensor) and y.ndim > 1 and not y.is_floating_point()
+    if not several or outputs.ndim < 3:
+        return outputs, _mean_positions
+    if (registry.resolve("loss", loss) if isinstance(loss, str) else loss) is next_token:
+        outputs, y = _foretold(outputs, y)
+    there, number = y != IGNORED, _valid(y)
+    flat = _classes_last(outputs, y).flatten(0, -2)
+    return flat, lambda values: (values.view_as(y) * there).flatten(1).sum(1) / number
+
+
 def _are_scores_of(outputs: PyTree, y: PyTree) -> bool:
-    """Tell whether outputs [B, C, ...] are scores of classes for integer labels y [B, ...]."""
+    """Tell whether outputs are scores of classes for integer labels y [B, ...]."""
     if not (isinstance(outputs, torch.Tensor) and isinstance(y, torch.Tensor)):
         return False
-    return not y.is_floating_point() and y.shape == outputs.shape[:1] + outputs.shape[2:]
+    shapes = (outputs.shape[:1] + outputs.shape[2:], outputs.shape[:-1])
+    return not y.is_floating_point() and y.shape in shapes
+
+
+def _classes_last(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return outputs [B, C, ...] or [B, ..., C] as [B, ..., C], for labels y [B, ...]."""
+    first = y.shape == outputs.shape[:1] + outputs.shape[2:]
+    last = y.shape == outputs.shape[:-1]
+    shapes = f"outputs have shape {list(outputs.shape)} and targets {list(y.shape)}"
+    if not (first or last):
+        raise ConfigError(f"scores [B, C, ...] or [B, ..., C] for labels [B, ...] needed: {shapes}")
+    if first and last and outputs.ndim > 2:
+        raise ConfigError(
+            f"{shapes}: the classes could be the second dimension or the last; choose another "
+            "number of positions"
+        )
+    return outputs if last else outputs.movedim(1, -1)
+
+
+def _foretold(outputs: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return outputs [B, T - 1, V] and the tokens [B, T - 1] that they foretell."""
+    if outputs.ndim != 3 or y.is_floating_point() or y.shape != outputs.shape[:2]:
+        raise ConfigError(
+            "model.loss = 'next_token' needs outputs [B, T, V] for tokens [B, T], but outputs have "
+            f"shape {list(outputs.shape)} and targets {list(y.shape)}"
+        )
+    return outputs[:, :-1], y[:, 1:]
+
+
+def _valid(y: torch.Tensor) -> torch.Tensor:
+    return (y != IGNORED).flatten(1).sum(1)
+
+
+def _over_positions(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy over the positions of each sample that count, [B]."""
+    each = F.cross_entropy(
+        outputs.flatten(0, -2), y.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    return each.view_as(y).flatten(1).sum(1) / _valid(y)
 
 
 def _mean_positions(values: torch.Tensor) -> torch.Tensor:

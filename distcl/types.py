@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ Mask = npt.NDArray[np.bool_]
 
 PyTree = Any
 """A tensor, or a dict, list or tuple of them; every leaf has the batch as its first dimension."""
+
+IGNORED = -100
+"""A target of this value counts for nothing, in training and in scores."""
 
 ROW_BITS = 40
 _TEST_BIT = 62
@@ -111,15 +115,16 @@ class Batch:
         return Batch(ids, x, y, self.total, weights)
 
     def joined(self, other: Batch) -> Batch:
-        """Return both as one batch: these samples, then the other's; ``total`` is of both."""
+        """Return both as one batch: these samples, then the other's; ``total`` is of both.
+
+        Texts of unequal lengths are padded on the right: x with 0, y with ``IGNORED``.
+        """
         import torch
         from torch.utils._pytree import tree_map
 
-        ids, x, y = tree_map(
-            lambda a, b: torch.cat([a, b]),
-            (self.ids, self.x, self.y),
-            (other.ids, other.x, other.y),
-        )
+        ids = torch.cat([self.ids, other.ids])
+        x = tree_map(lambda *some: padded_cat(some, 0), self.x, other.x)
+        y = tree_map(lambda *some: padded_cat(some, IGNORED), self.y, other.y)
         weights = None
         like = other.weights if self.weights is None else self.weights
         if like is not None:
@@ -143,13 +148,27 @@ class Batch:
         return Batch(self.ids, moved(self.x), moved(self.y), self.total, self.weights)
 
 
+def padded_cat(some: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
+    """Join tensors [B, ...], or [B, T, ...] of unequal T, padded on the right, along the batch."""
+    import torch
+
+    width = max((t.shape[1] for t in some if t.ndim > 1), default=0)
+    if any(t.ndim > 1 and t.shape[1] < width for t in some):
+        some = [
+            torch.cat([t, t.new_full((len(t), width - t.shape[1], *t.shape[2:]), fill)], 1)
+            for t in some
+        ]
+    return torch.cat(list(some))
+
+
 @dataclass(frozen=True, slots=True)
 class DataSpec:
     """What a model must accept: shape of one sample and the number of classes.
 
-    ``classes`` is one more than the largest label, 0 for regression; then ``y_shape`` is the shape
-    of one target. ``occurring``: the classes that training samples have, ascending; empty if that
-    is every one, or not known. ``class_names``: by label, where the source has them.
+    ``classes`` is one more than the largest label, 0 for regression. ``y_shape`` is the shape of
+    one target: of several numbers, or of several labels (token ids), else (). ``occurring``: the
+    classes that training samples have, ascending; empty if that is every one, or not known.
+    ``class_names``: by label, where the source has them.
     """
 
     x_shape: tuple[int, ...]
@@ -157,6 +176,11 @@ class DataSpec:
     y_shape: tuple[int, ...] = ()
     occurring: tuple[int, ...] = field(default=(), compare=False)
     class_names: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a model returns: scores of the classes, or values of one target."""
+        return self.classes or math.prod(self.y_shape)
 
     @property
     def labels(self) -> Ids:
@@ -183,13 +207,16 @@ class SourceInfo:
     the labels. ``class_names``: by label.
 
     ``usable``: bool [N], leaves bad samples out of all experiences. ``groups``: int64 [N], or what
-    can be indexed as such an array: the concept that each sample belongs to; None: to all. Labels
+    can be indexed as such an array: the concept that each sample belongs to; None: to all.
+    ``group_names``: by concept. Labels
     and ``usable`` may also be functions that return them, so that they are not held in between.
 
     ``sequential``: it is best read from front to back, and that is the stream order;
     ``shards_of(ids)`` then returns the part [B] of each, and how many parts can be read side by
     side. ``live_seconds``: how long to wait for more samples at its end; ``arrived()`` then returns
     how many have come, and ``grow(n)`` takes in n of them and returns the length before.
+
+    ``varies``: the shape of a batch depends on its samples, as with texts of unequal lengths.
 
     ``replaces``: ``read`` may put its next sound sample in the place of a bad one, and tells so by
     the batch's ids. ``transformed``: it applies ``data.transforms`` itself.
@@ -201,9 +228,11 @@ class SourceInfo:
     class_names: Sequence[str] = ()
     usable: Mask | Callable[[], Mask | None] | None = None
     groups: Any = None
+    group_names: Sequence[str] = ()
     sequential: bool = False
     live_seconds: float = 0.0
     replaces: bool = False
+    varies: bool = False
     transformed: bool = False
     unusable: int = 0
     """Of a stream: how many samples are left out, known to be bad from the start."""

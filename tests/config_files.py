@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,17 +61,28 @@ def _hf(folder: Path) -> Path:
     return folder / "hf"
 
 
+def _jsonl(folder: Path) -> Path:
+    lines = [{"text": f"{k * k}" * (k % 5 + 1), "site": "ab"[k % 2]} for k in range(300)]
+    (folder / "notes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "notes.jsonl"
+
+
 FILES: dict[str, Callable[[Path], Path]] = {
     "mnist": _mnist,
     "cifar10": _cifar10,
     "shards": _shards,
     "arrays": _arrays,
     "hf": _hf,
+    "jsonl": _jsonl,
 }
 """Writes small files of the right format into a folder and returns stream.path."""
 
 SMALL_NET = ["model.options.width=4", "stream.samples_per_experience=40"]
-LESS = {"cifar10-binary": SMALL_NET, "cifar10": SMALL_NET}
+LESS = {
+    "cifar10-binary": SMALL_NET,
+    "cifar10": SMALL_NET,
+    "lm": ["stream.options.max_bytes=9000", "model.options.dim=16", "model.options.depth=1"],
+}
 """What else makes a config small."""
 
 

@@ -15,9 +15,9 @@ from distcl.config.load import load_config, to_toml
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
+from distcl.models.weights import WeightsFile
 from distcl.training.build import assemble
 from distcl.training.trainer import ContinuousTrainer
-from distcl.weights import WeightsFile
 
 log = logging.getLogger("distcl")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from distcl.checkpoint.store import SHARED, copied, load, rank_file
 from distcl.errors import CheckpointError
+from distcl.models.weights import Spec, WeightsFile, check_fit
 from distcl.parallel.partition import Partition
-from distcl.weights import Spec, WeightsFile, check_fit
 
 
 def load_weights(partition: Partition, path: Path) -> None:

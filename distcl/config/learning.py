@@ -201,6 +201,11 @@ class TrainingConfig(Section):
     accumulate: int = Field(
         1, ge=1, description="parts of a global batch, one after another; draws stay the same"
     )
+    normalize: Literal["sample", "token"] = Field(
+        "sample",
+        description="what the loss of a global batch is a mean of: its samples, or the targets of "
+        "all of them that count, where each has several, as texts have",
+    )
     clip_norm: float = Field(
         0.0, ge=0, description="largest L2 norm of the gradient, regularizers included; 0: any"
     )

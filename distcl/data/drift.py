@@ -309,11 +309,11 @@ def _turn(angle: float) -> npt.NDArray[np.float64]:
 
 
 def require_classes(name: str, spec: DataSpec) -> None:
-    """Raise ConfigError naming the schedule if the targets are no class labels."""
-    if spec.classes == 0:
+    """Raise ConfigError naming the schedule if the targets are no class labels, one a sample."""
+    if spec.classes == 0 or spec.y_shape:
+        have = "several labels a sample" if spec.classes else "floating-point numbers"
         raise ConfigError(
-            f"stream.drift = '{name}' needs class labels, but the targets of this stream are "
-            "floating-point numbers"
+            f"stream.drift = '{name}' needs class labels, but the targets of this stream are {have}"
         )
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from distcl.data.sources.arrays import MAX_CLASSES
 from distcl.errors import DataError
-from distcl.types import DataSpec, Ids, Mask, Source, info_of
+from distcl.types import IGNORED, DataSpec, Ids, Mask, Source, info_of
 
 _CHUNK = 1024
 
@@ -20,8 +20,9 @@ class SourceSplit:
     """A source of a stream, its ``name`` there (train or test), and what is known of its samples.
 
     ``labels``: int64 [N]; the number of classes until :meth:`learn`, where the source has no labels
-    but says that; None if y is floating point. ``usable``: which samples are not known to be bad,
-    bool [N], or None: all. Raises DataError on no samples, and on labels that are no classes.
+    but says that, or each sample has several; None if y is floating point. ``usable``: which
+    samples are not known to be bad, bool [N], or None: all. Raises DataError on no samples, and on
+    labels that are no classes.
     """
 
     def __init__(self, source: Source, name: str) -> None:
@@ -38,13 +39,17 @@ class SourceSplit:
         if (labels := self.info.known_labels()) is not None:
             self.labels = self._checked(np.asarray(labels))
         elif not (is_tensor and nothing.y.is_floating_point()):
-            self.labels = self.info.classes or self._read()
+            self.labels = self.info.classes or (
+                self._count_classes() if len(self.y_shape) else self._read()
+            )
 
     def learn(self) -> Ids | None:
         """Return the labels [N], -1 for bad samples; None if y is floating point.
 
         Where only the number of classes is known, every sample is read.
         """
+        if self.y_shape:  # labels by position are not kept
+            return None
         if isinstance(self.labels, int):
             self.labels = self._read()
         return self.labels
@@ -73,6 +78,27 @@ class SourceSplit:
             labels[bad] = -1
             self.usable = ~bad if self.usable is None else self.usable
         return labels
+
+    def _count_classes(self) -> int:
+        """Return one more than the largest label of samples that have several; reads every one."""
+        largest = 0
+        for start in range(0, len(self.source), _CHUNK):
+            ids = np.arange(start, min(start + _CHUNK, len(self.source)))
+            y = self.source.read(ids).y.flatten(1)
+            counts = (y != IGNORED).sum(1)
+            if int(counts.min()) == 0:
+                raise DataError(
+                    f"sample {start + int(counts.argmin())} of the {self.name} source has no label "
+                    f"but {IGNORED}, which counts for nothing"
+                )
+            if bool(((y < 0) & (y != IGNORED)).any()) or int(y.max()) >= MAX_CLASSES:
+                raise DataError(
+                    f"labels of the {self.name} source, {len(ids)} from sample {start} on, go from "
+                    f"{int(y.min())} to {int(y.max())}; 0 to {MAX_CLASSES - 1}, or {IGNORED} for "
+                    "none, are needed"
+                )
+            largest = max(largest, int(y.max()))
+        return largest + 1
 
     def _checked(self, labels: npt.NDArray[Any]) -> Ids:
         if labels.dtype.kind not in "iu" or labels.shape != (len(self.source),):
@@ -116,11 +142,11 @@ def data_spec(train: SourceSplit, test: SourceSplit) -> DataSpec:
     x_shape = shapes[0] if len(shapes) == 1 else ()
     if (train.labels is None) != (test.labels is None):
         raise DataError("one of training and test samples has class labels, the other targets")
-    if train.labels is not None:
-        classes, names = max(train.classes, test.classes), tuple(train.info.class_names)
-        return DataSpec(x_shape, classes, (), train.occurring(classes), names)
     if train.y_shape != test.y_shape:
         raise DataError(
             f"training targets have shape {train.y_shape} but test targets {test.y_shape}"
         )
+    if train.labels is not None:
+        classes, names = max(train.classes, test.classes), tuple(train.info.class_names)
+        return DataSpec(x_shape, classes, train.y_shape, train.occurring(classes), names)
     return DataSpec(x_shape, 0, train.y_shape)

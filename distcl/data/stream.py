@@ -120,6 +120,7 @@ class DriftStream:
             sequential=own.sequential,
             live_seconds=own.live_seconds,
             replaces=any(split.info.replaces for split in splits),
+            varies=any(split.info.varies for split in splits),
             unusable=sum(int((~s.usable).sum()) for s in splits if s.usable is not None),
         )
         self.experiences = [self._experience(e, *splits) for e in range(config.experiences)]
@@ -278,7 +279,8 @@ class DriftStream:
         if len(ids) == 0 or len(held_out) == 0:
             part = "training" if len(ids) == 0 else "test"
             raise DataError(f"experience {e + 1} has no {part} samples")
-        name = f"{'+'.join(self._config.drifts)} {e}"
+        names = train.info.group_names
+        name = names[e % self._concepts] if names else f"{'+'.join(self._config.drifts)} {e}"
         return Experience(e, ids, frozen(pack_ids(e, held_out, test=True)), name)
 
     def _shuffled(self, e: int, train: SourceSplit) -> Ids:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from distcl import registry
 from distcl.config import MonitorConfig
 from distcl.errors import ConfigError
-from distcl.losses import create_loss, judged_by, per_sample_error
+from distcl.losses import create_loss, judged_by, one_by_one, per_sample_error
 from distcl.registry import Count, checked
 from distcl.types import Batch, DataSpec, Ids, PyTree, Source
 
@@ -107,9 +107,9 @@ class EntropyMetric(StreamMetric):
 
     def measure(self, batch: Batch, logits: PyTree) -> torch.Tensor:
         """See :meth:`StreamMetric.measure`."""
+        logits, gather = one_by_one(logits, batch.y, self.loss)
         logs = F.log_softmax(logits, 1)
-        entropy = -(logs.exp() * logs).sum(1)
-        return entropy if entropy.ndim == 1 else entropy.flatten(1).mean(1)
+        return gather(-(logs.exp() * logs).sum(1))
 
 
 class InputDistance(StreamMetric):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from distcl.distributed.runtime import Runtime
+from distcl.models.weights import Spec, tensor_spec
 from distcl.parallel.flat_shards import (
     Whole,
     average_buffers,
@@ -19,7 +20,6 @@ from distcl.parallel.flat_shards import (
 )
 from distcl.parallel.gradients import OwnedGradients
 from distcl.parallel.sliced_state import Fetch, SteppedParameters
-from distcl.weights import Spec, tensor_spec
 
 
 class Partition(OwnedGradients, SteppedParameters):

@@ -16,7 +16,16 @@ from distcl.errors import ConfigError
 from distcl.priority.scoring import require_sound, score_of_each
 from distcl.priority.signal_table import _UNKNOWN, SignalTable
 from distcl.priority.weighting import Weights
-from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source
+from distcl.types import (
+    IGNORED,
+    Batch,
+    Ids,
+    Outputs,
+    PrioritySignal,
+    PyTree,
+    Source,
+    padded_cat,
+)
 
 _CHUNK = 1024
 _MOST_WAITING = 1 << 22  # elements of outputs
@@ -74,7 +83,9 @@ class Ledger:
         """Score what waits."""
         if not self._waiting:
             return
-        ids, x, y, logits, loss = (_cat(column) for column in zip(*self._waiting, strict=True))
+        columns = zip(*self._waiting, strict=True)
+        fills = (0, 0, IGNORED, 0, 0)
+        ids, x, y, logits, loss = map(_cat, columns, fills)
         self._waiting, self._elements = [], 0
         with torch.no_grad():
             scores = self._signal.score(Batch(ids, x, y, len(ids)), Outputs(loss, logits), None)
@@ -185,13 +196,13 @@ def _layout(sizes: tuple[tuple[int, int], ...], world: int) -> tuple[torch.Tenso
     return torch.from_numpy(own), torch.from_numpy(np.argsort(of_batch, kind="stable"))
 
 
-def _cat(some: tuple[PyTree, ...]) -> PyTree:
+def _cat(some: tuple[PyTree, ...], fill: int = 0) -> PyTree:
     """Join pytrees of the same form along the batch; None stays None, nothing becomes None."""
     if not some:
         return None
     if isinstance(some[0], torch.Tensor):
-        return some[0] if len(some) == 1 else torch.cat(some)
-    return None if some[0] is None else tree_map(lambda *t: torch.cat(t), *some)
+        return some[0] if len(some) == 1 else padded_cat(some, fill)
+    return None if some[0] is None else tree_map(lambda *t: padded_cat(t, fill), *some)
 
 
 def _is_label(y: PyTree) -> bool:

@@ -91,18 +91,18 @@ class Entropy:
     needs_inputs = False
 
     def __init__(self, loss: str = "cross_entropy", classes: int = 0) -> None:
-        self._labelwise = _labelwise("entropy", loss, classes)
+        self._labelwise, self._loss = _labelwise("entropy", loss, classes), loss
 
     def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
         """Return scores [B]."""
-        z = _logits("entropy", now, self._labelwise)
+        z, gather = _logits("entropy", now, self._labelwise, self._loss, batch)
         if self._labelwise:
-            return _entropy(z.sigmoid(), True)
+            return _entropy(z.sigmoid(), True, gather)
         # with d = z - max z:  ln Σ e^d - Σ d e^d / Σ e^d; a softmax over few classes is slower
         d = (z - z.amax(1, keepdim=True)).clamp_(min=-200)  # a logit may be -inf
         e = d.exp()
         total = e.sum(1)
-        return _mean(total.log() - e.mul_(d).sum(1) / total)
+        return gather(total.log() - e.mul_(d).sum(1) / total)
 
 
 class Fisher:
@@ -119,12 +119,12 @@ class Fisher:
     needs_inputs = False
 
     def __init__(self, loss: str = "cross_entropy", classes: int = 0) -> None:
-        self._labelwise = _labelwise("fisher", loss, classes)
+        self._labelwise, self._loss = _labelwise("fisher", loss, classes), loss
 
     def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
         """Return scores [B]."""
-        p = _probabilities("fisher", now, self._labelwise)
-        return _of_samples(p * (1 - p), self._labelwise)
+        p, gather = _probabilities("fisher", now, self._labelwise, self._loss, batch)
+        return _of_samples(p * (1 - p), self._labelwise, gather)
 
 
 class Disagreement:
@@ -144,20 +144,20 @@ class Disagreement:
         if anchors < 1:
             raise ConfigError(f"priority.options.anchors must be at least 1, not {anchors}")
         self.anchors = anchors
-        self._labelwise = _labelwise("disagreement", loss, classes)
+        self._labelwise, self._loss = _labelwise("disagreement", loss, classes), loss
 
     def score(self, batch: Batch, now: Outputs, anchor: Outputs | None) -> torch.Tensor:
         """Return scores [B]; ``anchor`` holds theta_star's outputs, and ``older`` ones."""
         if anchor is None:
             raise ValueError("disagreement needs the outputs of theta_star")
-        members = torch.stack(
-            [
-                _probabilities("disagreement", outputs, self._labelwise)
-                for outputs in (now, anchor, *anchor.older)
-            ]
-        )
-        within = [_entropy(p, self._labelwise) for p in members]
-        return (_entropy(members.mean(0), self._labelwise) - torch.stack(within).mean(0)).clamp(0)
+        every = [
+            _probabilities("disagreement", outputs, self._labelwise, self._loss, batch)
+            for outputs in (now, anchor, *anchor.older)
+        ]
+        members, gather = torch.stack([p for p, _ in every]), every[0][1]
+        within = [_entropy(p, self._labelwise, gather) for p in members]
+        together = _entropy(members.mean(0), self._labelwise, gather)
+        return (together - torch.stack(within).mean(0)).clamp(0)
 
 
 def _labelwise(signal: str, loss: str, classes: int) -> bool:
@@ -168,7 +168,7 @@ def _labelwise(signal: str, loss: str, classes: int) -> bool:
     found = registry.resolve("loss", loss)
     if found is losses.bce:
         return True
-    if found is losses.cross_entropy or (found is not losses.mse and classes):
+    if found in (losses.cross_entropy, losses.next_token) or (found is not losses.mse and classes):
         return False
     raise ConfigError(
         f"priority.signal = '{signal}' needs outputs that are probabilities; with model.loss = "
@@ -176,8 +176,13 @@ def _labelwise(signal: str, loss: str, classes: int) -> bool:
     )
 
 
-def _logits(signal: str, outputs: Outputs, labelwise: bool) -> torch.Tensor:
-    """Return the logits; ConfigError if there can be no probabilities."""
+def _logits(
+    signal: str, outputs: Outputs, labelwise: bool, loss: str, batch: Batch
+) -> tuple[torch.Tensor, losses.Gather]:
+    """Return the logits, and what makes one value a sample, as :func:`losses.one_by_one` does.
+
+    Raises ConfigError if there can be no probabilities.
+    """
     logits: PyTree = outputs.logits
     if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
         kind = str(logits.dtype) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -185,33 +190,32 @@ def _logits(signal: str, outputs: Outputs, labelwise: bool) -> torch.Tensor:
             f"priority.signal = '{signal}' needs a model that returns one tensor of logits, "
             f"not {kind}"
         )
+    logits, gather = losses.one_by_one(logits, batch.y, loss)
     if not labelwise and (logits.ndim < 2 or logits.shape[1] < 2):
         raise ConfigError(
             f"priority.signal = '{signal}' needs logits of two classes or more in dimension 1, "
             f"not outputs of shape {list(logits.shape)}"
         )
-    return _full(logits)
+    return _full(logits), gather
 
 
-def _probabilities(signal: str, outputs: Outputs, labelwise: bool) -> torch.Tensor:
-    z = _logits(signal, outputs, labelwise)
-    return z.sigmoid() if labelwise else z.softmax(1)
+def _probabilities(
+    signal: str, outputs: Outputs, labelwise: bool, loss: str, batch: Batch
+) -> tuple[torch.Tensor, losses.Gather]:
+    z, gather = _logits(signal, outputs, labelwise, loss, batch)
+    return (z.sigmoid() if labelwise else z.softmax(1)), gather
 
 
-def _entropy(p: torch.Tensor, labelwise: bool) -> torch.Tensor:
+def _entropy(p: torch.Tensor, labelwise: bool, gather: losses.Gather) -> torch.Tensor:
     terms = torch.special.entr(p)  # -p ln p, 0 at 0
-    return _of_samples(terms + torch.special.entr(1 - p) if labelwise else terms, labelwise)
+    return _of_samples(terms + torch.special.entr(1 - p) if labelwise else terms, labelwise, gather)
 
 
-def _of_samples(terms: torch.Tensor, labelwise: bool) -> torch.Tensor:
+def _of_samples(terms: torch.Tensor, labelwise: bool, gather: losses.Gather) -> torch.Tensor:
     """Sum over classes, mean over positions; or sum over all labels: [B]."""
     if labelwise:
         return terms if terms.ndim == 1 else terms.flatten(1).sum(1)
-    return _mean(terms.sum(1))
-
-
-def _mean(values: torch.Tensor) -> torch.Tensor:
-    return values if values.ndim == 1 else values.flatten(1).mean(1)
+    return gather(terms.sum(1))
 
 
 def _full(z: torch.Tensor) -> torch.Tensor:

@@ -68,6 +68,12 @@ def assemble(
             "each epoch; continual_learning.history_store = 'copy' keeps what was read once. "
             "Use history_store = 'ids', or transforms that are not random"
         )
+    kept = ("history_store", "copy") if copies else ("update_mode", continual.update_mode)
+    if info_of(stream).varies and (copies or continual.update_mode in ("lwf", "der")):
+        raise ConfigError(
+            f"continual_learning.{kept[0]} = '{kept[1]}' keeps what belongs to samples side by "
+            "side, so they must be equally long: cut texts to one length (source 'text' with pack)"
+        )
     history = ReplayBuffer(stream, continual.buffer_size, seed, copies)
     criterion, signal = create_judges(config, stream.spec)
     importance = config.continual_learning.importance_weighting
@@ -106,6 +112,11 @@ def assemble(
     if importance:
         check_priority(config, signal, updater.uses_hist_batch, sequential)
     judged_by(config.model.loss, stream.spec)
+    if config.training.normalize == "token" and not (stream.spec.classes and stream.spec.y_shape):
+        raise ConfigError(
+            "training.normalize = 'token' needs several labels a sample, as texts have, but a "
+            f"target of this stream has shape {list(stream.spec.y_shape)}; leave it at 'sample'"
+        )
     dry.conclude()
     dealer = None
     if sequential:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ from distcl.config import Config
 from distcl.distributed.memory import FlopCount
 from distcl.distributed.runtime import Runtime
 from distcl.errors import DivergenceError
+from distcl.losses import count_positions
 from distcl.parallel.gradients import clip_grads_
 from distcl.training.optimizer import decay_factor, warmup_factor
 from distcl.training.parts import Parts
@@ -53,6 +55,8 @@ class StepLoop:
         self._config = config.optimizer
         self._clip_norm = config.training.clip_norm
         self._poll_steps = config.run.poll_steps
+        self._by_token = config.training.normalize == "token"
+        self._loss = config.model.loss
         self.keeper = keeper
         self.base_lrs = [float(group["lr"]) for group in parts.optimizer.param_groups]
         self.steps = 0
@@ -118,12 +122,30 @@ class StepLoop:
 
     def _batches(self, stage: Stage) -> Iterator[tuple[Batch, Batch | None]]:
         try:
-            for batches in self._parts.loader.batches(stage.steps, stage.done):
+            for batch, history in self._parts.loader.batches(stage.steps, stage.done):
                 self._parts.runtime.watchdog.beat()
-                yield batches
+                yield self._normalized(batch, history) if self._by_token else (batch, history)
         except DivergenceError as error:  # of a scoring pass
             step = stage.done + 1
             raise DivergenceError(f"in round {stage.number}, step {step}: {error}") from error
+
+    def _normalized(self, batch: Batch, history: Batch | None) -> tuple[Batch, Batch | None]:
+        """Return the batches with the loss weights of ``training.normalize = "token"``. Collective.
+
+        A sample counts as much as it has targets that count: the sum of weighted means over B
+        samples is then B / N times the sum over all N targets of the global batch, or of both.
+        """
+        batches = [batch] if history is None else [batch, history]
+        mine = [count_positions(self._loss, b.y) for b in batches]
+        every = self._parts.runtime.all_reduce(torch.stack([m.sum() for m in mine]).double())
+        sizes = every.new_tensor([b.total for b in batches])
+        if self._parts.updater.joins_batches:
+            every, sizes = every.sum().expand(2), sizes.sum().expand(2)
+        found = []
+        for b, counts, each in zip(batches, mine, sizes / every, strict=False):
+            weights = counts * each if b.weights is None else counts * each * b.weights
+            found.append(replace(b, weights=weights.to(self._parts.runtime.dtype)))
+        return found[0], found[1] if history is not None else None
 
     def _set_rate(self, step: int, steps: int) -> None:
         factor = warmup_factor(step, self._config.warmup_steps)

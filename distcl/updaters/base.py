@@ -41,6 +41,8 @@ class Round:
 class Updater(Passes):
     """Plain training (``base``), and the base class of every method: its hooks and its state."""
 
+    joins_batches = False
+    """Whether a step's loss is one mean over both batches, not one of each."""
     uses_hist_batch = False
     """Whether ``fwd_bwd`` wants a batch of history too."""
     trains = True

@@ -15,6 +15,7 @@ class ExperienceReplay(Updater):
     drawn by priority if ``importance_weighting`` is on. Without history: plain training.
     """
 
+    joins_batches = True
     uses_hist_batch = True
 
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from distcl.errors import ConfigError
-from distcl.losses import bce, mse
-from distcl.types import Batch, Ids, Source
+from distcl.losses import bce, mse, one_by_one
+from distcl.types import Batch, Ids, PyTree, Source
 from distcl.updaters.base import Updater
 from distcl.updaters.logits import LogitTable, compute_logits, one_tensor
 from distcl.updaters.step import StepResult, UpdaterSetup
@@ -66,7 +66,9 @@ class LwF(Updater):
         losses = self.losses_of(outputs, batch)
         if len(self.teacher.ids):
             t = self.teacher.of(batch.ids, outputs)
-            self.backward(losses + self.config.lwf_alpha * self._distillation(t, outputs), batch)
+            self.backward(
+                losses + self.config.lwf_alpha * self._distillation(t, outputs, batch.y), batch
+            )
         else:
             self.backward(losses, batch)
         return StepResult(losses.detach(), batch.ids, batch.total)
@@ -80,10 +82,14 @@ class LwF(Updater):
         """Forget the teacher's answers. Local."""
         self.teacher = LogitTable()
 
-    def _distillation(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    def _distillation(
+        self, teacher: torch.Tensor, student: torch.Tensor, y: PyTree
+    ) -> torch.Tensor:
         """Return T² KL(softmax(teacher/T) ‖ softmax(student/T)), [B]."""
         temperature = self.config.lwf_temperature
+        teacher, gather = one_by_one(teacher, y, self.criterion)
+        student, _ = one_by_one(student, y, self.criterion)
         target = (teacher / temperature).log_softmax(1)
         answer = (student / temperature).log_softmax(1)
         each = F.kl_div(answer, target, reduction="none", log_target=True).sum(1)
-        return temperature**2 * (each if each.ndim == 1 else each.flatten(1).mean(1))
+        return temperature**2 * gather(each)

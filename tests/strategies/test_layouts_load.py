@@ -14,9 +14,9 @@ from torch import nn
 from distcl.checkpoint import reader
 from distcl.checkpoint.reader import load_weights
 from distcl.errors import CheckpointError
+from distcl.models.weights import WeightsFile
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.partition import create_partition
-from distcl.weights import WeightsFile
 from tests.layouts import available, each, fresh_runtime, gathered, layout_params
 from tests.spawn import run_ranks
 

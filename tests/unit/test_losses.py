@@ -3,10 +3,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import r2_score
 
+from distcl import losses
 from distcl.config import ModelConfig
 from distcl.errors import ConfigError
 from distcl.losses import create_loss, judged_by, per_sample_error, per_sample_squares, r_squared
-from distcl.types import DataSpec
+from distcl.priority.signals import create_signal
+from distcl.types import Batch, DataSpec, Outputs
 
 THEIR_LOSSES = """
 import torch
@@ -214,3 +216,60 @@ def test_r2_of_constant_targets_and_of_outputs_that_do_not_fit():
         per_sample_squares(torch.zeros(4, 2), y)
     with pytest.raises(ConfigError, match="R² needs outputs and targets that are one tensor"):
         per_sample_squares({"a": y}, y)
+
+
+TOKENS = torch.tensor([[3, 1, 2, 0], [2, 2, -100, -100]])
+
+
+def reference(logits: torch.Tensor, y: torch.Tensor, shift: int) -> torch.Tensor:
+    """Mean over a sample's own positions, one by one; outputs [B, T, V]."""
+    found = []
+    for z, t in zip(logits, y, strict=True):
+        pairs = [(z[k], t[k + shift]) for k in range(len(t) - shift) if t[k + shift] != -100]
+        found.append(torch.stack([-(a.log_softmax(0)[b]) for a, b in pairs]).mean())
+    return torch.stack(found)
+
+
+def test_losses_of_several_positions_are_the_mean_over_those_that_count():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(losses.next_token(logits, TOKENS), reference(logits, TOKENS, 1))
+    expected = reference(logits, TOKENS, 0)
+    torch.testing.assert_close(losses.cross_entropy(logits, TOKENS), expected)
+    torch.testing.assert_close(losses.cross_entropy(logits.movedim(-1, 1), TOKENS), expected)
+    assert losses.count_positions("next_token", TOKENS).tolist() == [3, 1]
+    assert losses.count_positions("cross_entropy", TOKENS).tolist() == [4, 2]
+    assert losses.count_positions("cross_entropy", torch.tensor([1, 2])).tolist() == [1, 1]
+
+
+def test_padding_changes_neither_loss_nor_error_nor_entropy():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 5, dtype=torch.float64)
+    for loss in ("next_token", "cross_entropy"):
+        both = losses.per_sample_error(logits, TOKENS, loss)
+        alone = losses.per_sample_error(logits[1:, :2], TOKENS[1:, :2], loss)
+        torch.testing.assert_close(both[1:], alone)
+        for name in ("entropy", "fisher"):
+            signal = create_signal(name, loss=loss, classes=5)
+            batch = Batch(torch.arange(2), TOKENS, TOKENS, 2)
+            scores = signal.score(batch, Outputs(torch.zeros(2), logits), None)
+            short = Batch(torch.arange(1), TOKENS[1:, :2], TOKENS[1:, :2], 1)
+            one = signal.score(short, Outputs(torch.zeros(1), logits[1:, :2]), None)
+            torch.testing.assert_close(scores[1:], one)
+            p = logits[0, : 4 - (loss == "next_token")].softmax(-1)
+            each = -(p * p.log()).sum(-1) if name == "entropy" else (p * (1 - p)).sum(-1)
+            torch.testing.assert_close(scores[0], each.mean())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "y", "loss", "message"),
+    [
+        ((2, 5), (2, 4), "cross_entropy", r"outputs have shape \[2, 5\] and targets \[2, 4\]"),
+        ((2, 4, 4), (2, 4), "cross_entropy", "could be the second dimension or the last"),
+        ((2, 3, 5), (2, 4), "next_token", r"needs outputs \[B, T, V\] for tokens \[B, T\]"),
+        ((2, 5), (2,), "next_token", r"needs outputs \[B, T, V\]"),
+    ],
+)
+def test_labels_that_do_not_fit_the_outputs_are_refused(outputs, y, loss, message):
+    with pytest.raises(ConfigError, match=message):
+        losses.create_loss(loss)(torch.zeros(outputs), torch.zeros(y, dtype=torch.int64))

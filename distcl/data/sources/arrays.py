@@ -28,10 +28,11 @@ _CHUNK_BYTES = 1 << 24
 class ArraySource:
     """A source over arrays, in memory or memory-mapped; ids are rows.
 
-    ``x``: an array [N, ...] of numbers, or a pytree of them; ``y``: integer labels [N], or for
-    regression floating-point targets [N, ...]. On reading, uint8 becomes float32 in [0, 1], float64
-    stays, every other type becomes float32; inside a pytree, signed integers and booleans (token
-    ids, masks) keep their type. ``labels``: int64 [N], or None where ``y`` are targets.
+    ``x``: an array [N, ...] of numbers, or a pytree of them; ``y``: integer labels [N], several a
+    sample [N, ...] (-100 counts for nothing), or for regression floating-point targets [N, ...].
+    On reading, uint8 becomes float32 in [0, 1], float64 stays, every other type becomes float32;
+    inside a pytree, and beside several labels a sample, signed integers and booleans (token ids,
+    masks) keep their type. ``labels``: int64 [N]; None if there is not one a sample.
     ``groups``: the concept that each sample belongs to, int64 [N]; None: to all.
 
     Raises DataError naming ``name``, and the row where one is at fault, on unequal lengths, no
@@ -42,7 +43,9 @@ class ArraySource:
     def __init__(self, x: PyTree, y: npt.ArrayLike, name: str = "arrays") -> None:
         self.name = name
         y = np.asarray(y)
-        self.labels: Ids | None = None if y.dtype.kind == "f" else _checked_labels(y, name)
+        self._several = y.dtype.kind in "iu" and y[:1].size > 1
+        one = y.dtype.kind != "f" and not self._several
+        self.labels: Ids | None = _checked_labels(y, name) if one else None
         self._y: Array = _checked_targets(y, name) if self.labels is None else self.labels
         self._x = tree_map(np.asarray, x)
         self._in_tree = not isinstance(self._x, np.ndarray)
@@ -70,7 +73,7 @@ class ArraySource:
         if self._in_tree:
             x = tree_map(lambda leaf: to_tensor(leaf[rows], keep_integers=True), self._x)
         else:
-            x = to_tensor(self._x[rows])
+            x = to_tensor(self._x[rows], keep_integers=self._several)
         y = to_tensor(self._y[ids], keep_integers=True)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
 
@@ -114,8 +117,9 @@ def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, Ar
     """Return (train, test) of ``stream.path``, an .npz or a folder of .npy files.
 
     It holds x and y, optionally x_test and y_test; or x_train and y_train, as Keras names them. x
-    is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer;
-    y is integer labels [N], or floating-point targets [N, ...] for regression. Files without a test
+    is [N, D], [N, H, W] (read as one-channel images, [N, 1, H, W]), [N, C, H, W] or longer; y is
+    integer labels [N], or several a sample [N, ...] with -100 where there is none, or
+    floating-point targets [N, ...] for regression. Files without a test
     split hold out ``test_fraction`` (of each class, if any). ``experiences``: which samples make an
     experience. Empty: all; ``order``: equal stretches of each split, in the order of its rows.
 
@@ -205,12 +209,14 @@ def _checked_labels(y: Array, name: str) -> Ids:
 
 
 def _checked_targets(y: Array, name: str) -> Array:
+    """Check floating-point targets, or several labels a sample."""
     if y.ndim == 0 or len(y) == 0:
         raise DataError(f"{name}: there are no samples")
     if y.size == 0:
         raise DataError(f"{name}: targets of shape {y.shape[1:]} are empty")
-    _check_finite(y, "y", name)
-    return y
+    if y.dtype.kind == "f":
+        _check_finite(y, "y", name)
+    return y if y.dtype.kind == "f" else y.astype(np.int64, copy=False)
 
 
 def _check_x(x: Array, n: int, name: str) -> None:

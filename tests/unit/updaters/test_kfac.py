@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from distcl.config import ContinualLearningConfig, RunConfig
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, DivergenceError, UsageError
-from distcl.models import CNN
+from distcl.models.reference import CNN
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
 from distcl.parallel.partition import create_partition

@@ -8,170 +8,21 @@ with ``norm = "batch"`` both hold in eval mode only. Nothing here communicates.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from distcl import registry
-from distcl.config import ModelConfig
-from distcl.errors import CheckpointError, ConfigError
-from distcl.registry import Count, checked, nearest
-from distcl.types import DataSpec, PyTree
-from distcl.weights import WeightsFile, check_fit, tensor_spec
-
-log = logging.getLogger("distcl")
+from distcl.errors import ConfigError
+from distcl.registry import Count, checked
+from distcl.types import DataSpec
 
 Norm = Literal["group", "batch"]
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
-
-
-def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = None) -> nn.Module:
-    """Build the configured model on the CPU, in float32. Local; equal on every rank.
-
-    A factory is called as ``factory(spec, **options)``; ``timm:NAME`` is a model of the package
-    timm. Weights depend on ``seed`` alone and the global random numbers are left as they were. Then
-    ``model.pretrained``, if given, is loaded. ``x``: inputs [B, ...] on the CPU, equal on every
-    rank, of which lazy modules learn their shapes; without, they stay lazy.
-
-    Where the model returns something with ``logits`` (a ModelOutput, a named tuple, a dict), its
-    outputs are those logits.
-
-    Raises ConfigError if the factory does not take an option or returns no module, if there is no
-    such file, or no timm, if a lazy module is not used; CheckpointError if the file does not hold
-    finite weights for this model.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        if config.name.startswith("timm:"):
-            model = _timm(config.name.removeprefix("timm:"), spec, config.options)
-        else:
-            model = registry.create("model", config.name, spec, options=config.options)
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"model '{config.name}' must return a torch.nn.Module, not {type(model).__name__}"
-            )
-        if x is not None:
-            _make_real(model, config.name, x)
-    if type(model) not in (MLP, CNN, ResNet18, ViT):
-        model.register_forward_hook(_logits_alone)
-    if config.pretrained:
-        load_pretrained(model, Path(config.pretrained), config.pretrained_skip)
-    return model
-
-
-def _logits_alone(module: nn.Module, args: Any, outputs: Any) -> Any:
-    """Return the logits of what a model returned; what has none is left as it is."""
-    if isinstance(outputs, torch.Tensor):
-        return outputs
-    held = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    logits = getattr(outputs, "logits", None) if held is None else held
-    return outputs if logits is None else logits
-
-
-def _make_real(model: nn.Module, name: str, x: PyTree) -> None:
-    """Give lazy modules (nn.LazyLinear and its like) their weights, by a forward in eval mode."""
-
-    def lazy() -> list[str]:
-        both = (*model.named_parameters(), *model.named_buffers())
-        return [n for n, tensor in both if is_lazy(tensor)]
-
-    if not lazy():
-        return
-    modes = [(module, module.training) for module in model.modules()]
-    with torch.no_grad():
-        model.eval()(x)
-    for module, mode in modes:
-        module.training = mode
-    if left := lazy():
-        raise ConfigError(
-            f"model '{name}': a forward does not use the lazy module that has '{left[0]}', so its "
-            "shape is not known; give it one, or leave it out"
-        )
-
-
-def _timm(name: str, spec: DataSpec, options: dict[str, Any]) -> Any:
-    """Return timm's model for the stream's images and outputs; ``options`` go to its factory."""
-    if len(spec.x_shape) != 3:
-        raise ConfigError(
-            f"model 'timm:{name}' takes images [C, H, W], but a sample of this stream has shape "
-            f"{list(spec.x_shape)}"
-        )
-    try:
-        import timm
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
-        raise ConfigError(
-            f"model 'timm:{name}' needs the package 'timm', which cannot be imported ({error}); "
-            "type: pip install timm"
-        ) from error
-    if not timm.is_model(name):
-        raise ConfigError(f"timm has no model '{name}'{nearest(name, timm.list_models())}")
-    keys = {"num_classes": _outputs(spec), "in_chans": spec.x_shape[0], **options}
-    try:
-        return timm.create_model(name, **keys)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"model 'timm:{name}' with {options}: {error}") from error
-
-
-def load_pretrained(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> None:
-    """Fill parameters and buffers from a safetensors file, all of them or none. Local.
-
-    Tied weights may be there under one of their names. Tensors whose name matches a pattern of
-    ``skip`` (as of files: ``head.*``) are left as they are, and named in the log. Raises
-    ConfigError if there is no such file, if it is of another kind (pickled files are never read),
-    or a pattern matches nothing; CheckpointError naming file and key if it is damaged, lacks or
-    adds a tensor, or one has another shape, kind or is not finite.
-    """
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"model.pretrained must be a .safetensors file, not '{path}'")
-    try:
-        file = WeightsFile(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"model.pretrained: there is no file '{path}'") from error
-    except OSError as error:
-        raise ConfigError(f"model.pretrained: cannot read '{path}': {error.strerror}") from error
-    own = model.state_dict()
-    names = own.keys() | file.specs.keys()
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"model.pretrained_skip: '{pattern}' matches nothing in the model or '{path}'"
-            )
-    left = {name for name in names if any(fnmatchcase(name, pattern) for pattern in skip)}
-    saved = {name: spec for name, spec in file.specs.items() if name not in left}
-    wanted = {name: tensor for name, tensor in own.items() if name not in left}
-    if not saved:
-        raise ConfigError(f"model.pretrained_skip leaves nothing of '{path}' to load")
-    present = {own[name].data_ptr() for name in own.keys() & saved.keys()}
-    specs = {name: tensor_spec(tensor) for name, tensor in wanted.items()}
-    check_fit(path, saved, specs, lambda name: wanted[name].data_ptr() not in present)
-    loaded = {name: file.read(name).view(spec.shape) for name, spec in saved.items()}
-    first: dict[int, str] = {}
-    for name, tensor in loaded.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"'{path}': '{name}' holds NaN or infinite weights")
-        tied = first.setdefault(own[name].data_ptr(), name)
-        if own[tied].shape == tensor.shape and not torch.equal(tensor, loaded[tied]):
-            raise CheckpointError(
-                f"'{path}': '{tied}' and '{name}' differ, but the model ties them"
-            )
-    model.load_state_dict(loaded, strict=False)  # names were checked above
-    if left:
-        log.info(
-            "[model] of '%s', model.pretrained_skip leaves out %s", path, ", ".join(sorted(left))
-        )
-
-
-def _outputs(spec: DataSpec) -> int:
-    return spec.classes or math.prod(spec.y_shape)
 
 
 class MLP(nn.Module):
@@ -191,7 +42,7 @@ class MLP(nn.Module):
         for n_in, n_out in itertools.pairwise(sizes):
             layers += [nn.Linear(n_in, n_out), _ACTIVATIONS[activation]()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(sizes[-1], _outputs(spec))
+        self.head = nn.Linear(sizes[-1], spec.outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, *x_shape] → [B, outputs]."""
@@ -252,7 +103,7 @@ class CNN(_Images):
         cells = math.prod(-(-s // w) for s, w in zip(size, window, strict=True))
         layers += [nn.AvgPool2d((window[0], window[1]), ceil_mode=True), nn.Flatten()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(n_in * cells, _outputs(spec))
+        self.head = nn.Linear(n_in * cells, spec.outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, *x_shape] → [B, outputs]."""
@@ -298,7 +149,7 @@ class ResNet18(_Images):
             stages += [BasicBlock(n_in, n_out, stride, norm), BasicBlock(n_out, n_out, 1, norm)]
             n_in = n_out
         self.body = nn.Sequential(*stages)
-        self.head = nn.Linear(n_in, _outputs(spec))
+        self.head = nn.Linear(n_in, spec.outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, *x_shape] → [B, outputs]."""
@@ -309,9 +160,9 @@ class ResNet18(_Images):
 class Block(nn.Module):
     """A transformer block: attention and a perceptron, each behind a LayerNorm."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1 = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -324,7 +175,11 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         # Written out: the fused kernel knows neither forward-mode nor second derivatives.
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)).softmax(-1)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)
+        if self.causal:
+            later = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        weights = scores.softmax(-1)
         x = x + self.proj((weights @ v).transpose(1, 2).reshape(b, t, dim))
         out: torch.Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -352,20 +207,65 @@ class ViT(_Images):
                 f"model.options.patch: must divide the image, {self.height}×{self.width} pixels, "
                 f"but is {patch}"
             )
-        if dim % heads:
-            raise ConfigError(
-                f"model.options.dim: must be a multiple of heads ({heads}), but is {dim}"
-            )
+        _require_multiple(dim, heads)
         patches = (self.height // patch) * (self.width // patch)
         self.embed = nn.Conv2d(self.channels, dim, patch, stride=patch)
         self.position = nn.Parameter(torch.empty(1, patches, dim))
         nn.init.trunc_normal_(self.position, std=0.02)
         self.body = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, _outputs(spec))
+        self.head = nn.Linear(dim, spec.outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, *x_shape] → [B, outputs]."""
         tokens = self.embed(self.images(x)).flatten(2).transpose(1, 2) + self.position
         out: torch.Tensor = self.head(self.norm(self.body(tokens)).mean(1))
         return out
+
+
+class Decoder(nn.Module):
+    """Causal transformer over token ids, [B, T] → scores of the token after each, [B, T, V].
+
+    As Radford et al., "Language models are unsupervised multitask learners", 2019, have it. dim:
+    width, must be a multiple of ``heads``; depth: blocks; length: the longest sample, in tokens.
+    Inputs are token ids [B, T], or a dict that has them as ``input_ids``; V is the number of tokens
+    that the stream has. Padding comes last, so nothing before it sees it.
+    """
+
+    @checked("model")
+    def __init__(
+        self,
+        spec: DataSpec,
+        dim: Count = 64,
+        depth: Count = 2,
+        heads: Count = 4,
+        length: Count = 128,
+    ) -> None:
+        super().__init__()
+        _require_multiple(dim, heads)
+        if not (spec.classes and len(spec.y_shape) == 1):
+            raise ConfigError("model 'decoder' needs a stream of token ids, as source 'text' is")
+        self.tokens = nn.Embedding(spec.classes, dim)
+        self.position = nn.Parameter(torch.empty(length, dim))
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.position, std=0.02)
+        self.body = nn.Sequential(*(Block(dim, heads, causal=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, spec.classes, bias=False)
+
+    def forward(self, x: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """[B, T] → [B, T, V]."""
+        ids = x["input_ids"] if isinstance(x, Mapping) else x
+        if ids.shape[1] > len(self.position):
+            raise ConfigError(
+                f"model.options.length = {len(self.position)}, but a sample has {ids.shape[1]} "
+                "tokens"
+            )
+        hidden = self.tokens(ids) + self.position[: ids.shape[1]]
+        out: torch.Tensor = self.head(self.norm(self.body(hidden)))
+        return out
+
+
+def _require_multiple(dim: int, heads: int) -> None:
+    if dim % heads:
+        raise ConfigError(f"model.options.dim: must be a multiple of heads ({heads}), but is {dim}")

@@ -1,0 +1,415 @@
+"""Text as a source of token ids: files, one domain each, or lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distcl.config import StreamConfig
+from distcl.config.paths import reachable
+from distcl.data.sources.arrays import stratified
+from distcl.errors import ConfigError, DataError
+from distcl.types import IGNORED, Batch, Ids, SourceInfo
+
+Tokens = npt.NDArray[np.integer[Any]]
+Document = tuple[str, bytes]
+"""Where it comes from, and its text in UTF-8."""
+
+
+class Tokenizer(Protocol):
+    """Turns a document into token ids; ``end`` stands after every document."""
+
+    size: int
+    """Ids are below this."""
+    end: int
+
+    def encode(self, text: bytes) -> Tokens:
+        """Return the ids [T] of a text in UTF-8. Raises UnicodeDecodeError if it is none."""
+        ...
+
+
+class Bytes:
+    """The bytes of a text are its tokens, 0 to 255; 256 ends a document."""
+
+    size, end = 257, 256
+
+    def encode(self, text: bytes) -> Tokens:
+        """Return the ids, uint8 [T]."""
+        return np.frombuffer(text, dtype=np.uint8)
+
+
+class TokenizerFile:
+    """A tokenizer of the package ``tokenizers``: its JSON file, or a folder that holds one.
+
+    ``end``: the token that ends a document; "": the first of ``USUAL`` that there is. Raises
+    ConfigError naming the file that is none, or has no such token.
+    """
+
+    USUAL = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
+
+    def __init__(self, path: Path, end: str = "") -> None:
+        try:
+            from tokenizers import Tokenizer as Found
+        except ImportError as error:
+            raise ConfigError(
+                "a file as stream.options.tokenizer needs the package 'tokenizers'; type: "
+                f"pip install 'distcl[text]' ({error})"
+            ) from error
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ConfigError(
+                f"stream.options.tokenizer: there is no file '{file}'; it is 'bytes', or a "
+                "tokenizer.json or its folder"
+            )
+        try:
+            self._found = Found.from_file(str(file))
+        except Exception as error:  # the package raises nothing narrower
+            raise ConfigError(f"'{file}' is no file of the package tokenizers: {error}") from None
+        self.size = int(self._found.get_vocab_size())
+        names = (end,) if end else self.USUAL
+        ids = [i for i in map(self._found.token_to_id, names) if i is not None]
+        if not ids:
+            raise ConfigError(
+                f"'{file}' has no token {' or '.join(map(repr, names))} that could end a document; "
+                "name one (stream.options.end)"
+            )
+        self.end = int(ids[0])
+
+    def encode(self, text: bytes) -> Tokens:
+        """Return the ids, int32 [T], without special tokens."""
+        found = self._found.encode(text.decode(), add_special_tokens=False)
+        return np.array(found.ids, dtype=np.int32)
+
+
+class TokenSource:
+    """Samples are stretches of one array of tokens; ids are rows.
+
+    tokens: integers [M]; starts and lengths: int64 [N]. ``packed``: all are equally long, and x is
+    int64 [B, T]. Otherwise x is a dict of ``input_ids`` and ``attention_mask``, int64 [B, T], with
+    T the longest of the batch, padded on the right with ``end``. y is the label of each sample,
+    int64 [B], if ``info`` has labels, else the tokens themselves, int64 [B, T], -100 where there is
+    padding. Raises DataError if there is no sample.
+    """
+
+    def __init__(
+        self, tokens: Tokens, starts: Ids, lengths: Ids, end: int, packed: bool, info: SourceInfo
+    ) -> None:
+        if not len(starts):
+            raise DataError(f"{info.name}: there are no samples")
+        self._tokens, self._starts, self._lengths = tokens, starts, lengths
+        self._end, self._packed, self.info = end, packed, info
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def read(self, ids: Ids) -> Batch:
+        """Read rows, see the class. Local. Raises DataError naming an id out of range."""
+        ids = np.array(ids, dtype=np.int64)
+        outside = (ids < 0) | (ids >= len(self))
+        if outside.any():
+            raise DataError(
+                f"{self.info.name}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
+            )
+        lengths = self._lengths[ids]
+        width = int(self._lengths[0] if self._packed else lengths.max(initial=0))
+        places = np.arange(width)
+        there = places < lengths[:, None]
+        rows = np.where(there, self._starts[ids][:, None] + places, 0)
+        tokens = np.where(there, self._tokens[rows], self._end).astype(np.int64)
+        x = torch.from_numpy(tokens)
+        labels = self.info.known_labels()
+        if labels is not None:
+            y = torch.from_numpy(labels[ids])
+        else:
+            y = torch.from_numpy(np.where(there, tokens, IGNORED))
+        mask = torch.from_numpy(there.astype(np.int64))
+        whole = x if self._packed else {"input_ids": x, "attention_mask": mask}
+        return Batch(torch.from_numpy(ids), whole, y, len(ids))
+
+    def part(self, rows: Ids) -> TokenSource:
+        """Return a source of some of the samples, over the same tokens."""
+        labels, groups = self.info.known_labels(), self.info.groups
+        info = replace(
+            self.info,
+            labels=None if labels is None else labels[rows],
+            groups=None if groups is None else groups[rows],
+        )
+        return TokenSource(
+            self._tokens, self._starts[rows], self._lengths[rows], self._end, self._packed, info
+        )
+
+    def holdout(self, fraction: float) -> tuple[TokenSource, TokenSource]:
+        """Split into (train, test), ``fraction`` of each domain and class in test."""
+        groups, labels = self.info.groups, self.info.known_labels()
+        strata = np.zeros(len(self), dtype=np.int64) if groups is None else groups
+        if labels is not None:
+            strata = strata * (labels.max() + 1) + labels
+        train, test = stratified(np.unique(strata, return_inverse=True)[1], fraction)
+        if not len(test):
+            raise DataError(f"{self.info.name}: no domain has two samples, so none can be held out")
+        return self.part(train), self.part(test)
+
+
+def text(
+    config: StreamConfig,
+    length: int = 128,
+    tokenizer: str = "bytes",
+    end: str = "",
+    domains: Sequence[str] = (),
+    pack: bool = True,
+    max_bytes: int = 0,
+) -> tuple[TokenSource, TokenSource]:
+    """Return (train, test) of text files for language modelling; each domain is an experience.
+
+    ``domains``: files, folders (all files below) or globs, relative to ``stream.path``, one domain
+    each; without them, the folders in ``stream.path``, or its files, or the file itself. Texts that
+    every Python has: ``python:topics`` (its documentation), ``python:library`` (its source code),
+    ``python:names`` (the names of characters). ``max_bytes``: how much of a domain is read; 0: all.
+
+    ``tokenizer``: "bytes", or a ``tokenizer.json`` or its folder; ``end``: its token that ends a
+    document. ``pack``: documents one after the other are cut into samples of ``length`` tokens, and
+    what is left of a domain is dropped, with a word; otherwise each document is cut by itself, and
+    its last sample is shorter. Of each domain ``stream.test_fraction`` of the samples is held out.
+
+    Raises ConfigError if domains and experiences do not fit, DataError naming a file without text.
+    """
+    _check_length(length)
+    found = _domains(config, list(domains))
+    concepts = min(config.recurring or config.experiences, config.experiences)
+    if len(found) != concepts:
+        raise ConfigError(
+            f"source 'text' has {len(found)} domains ({', '.join(found)}), but the stream has "
+            f"{concepts} experiences (stream.experiences, stream.options.domains)"
+        )
+    known = _tokenizer(tokenizer, end)
+    parts: list[Tokens] = []
+    starts: list[Ids] = []
+    lengths: list[Ids] = []
+    groups: list[Ids] = []
+    at = 0
+    for k, (name, documents) in enumerate(found.items()):
+        encoded = [
+            _encoded(known, where, content) for where, content in _up_to(documents, max_bytes)
+        ]
+        sizes = [sum(map(len, encoded))] if pack else [len(document) for document in encoded]
+        begin, size = _cut(np.array(sizes, dtype=np.int64), length, pack)
+        if not len(begin):
+            raise DataError(f"domain '{name}' has {sum(sizes)} tokens, too few for {length}")
+        parts += encoded
+        starts.append(begin + at)
+        lengths.append(size)
+        groups.append(np.full(len(begin), k, dtype=np.int64))
+        at += sum(sizes)
+    info = SourceInfo(
+        f"'{config.path}'" if config.path else "text",
+        classes=known.size,
+        groups=np.concatenate(groups),
+        group_names=tuple(found),
+        varies=not pack,
+    )
+    tokens = np.concatenate(parts)
+    pieces = np.concatenate(starts), np.concatenate(lengths)
+    return TokenSource(tokens, *pieces, known.end, pack, info).holdout(config.test_fraction)
+
+
+def jsonl(
+    config: StreamConfig,
+    text: str = "text",
+    label: str = "",
+    domain: str = "",
+    length: int = 128,
+    tokenizer: str = "bytes",
+    end: str = "",
+) -> tuple[TokenSource, TokenSource]:
+    """Return (train, test) of ``stream.path``, a file of one JSON object a line, a sample each.
+
+    ``text``, ``label``, ``domain``: names of fields. With ``label`` (integers, or strings, numbered
+    by name) it is classification, else language modelling. ``domain``: its values, in the order of
+    their first lines, are the experiences; "": every experience has all. A text is cut after
+    ``length`` tokens. ``tokenizer`` and ``end``: as for source ``text``.
+
+    Raises ConfigError if domains and experiences do not fit, DataError naming file and line.
+    """
+    _check_length(length)
+    if not config.path:
+        raise ConfigError("stream.source = 'jsonl' needs stream.path, a file")
+    known, path = _tokenizer(tokenizer, end), reachable(config.path)
+    parts: list[Tokens] = []
+    labels: list[Any] = []
+    groups: list[Any] = []
+    for number, line in enumerate(_bytes_of(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"'{path}', line {number}"
+        try:
+            fields = json.loads(line)
+            content = fields[text]
+            labels += [fields[label]] if label else []
+            groups += [fields[domain]] if domain else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{where}: {type(error).__name__}: {error}") from None
+        if not isinstance(content, str) or not content:
+            raise DataError(f"{where}: '{text}' is no text")
+        parts.append(_encoded(known, where, content.encode())[:length])
+    if not parts:
+        raise DataError(f"'{path}' has no samples")
+    sizes = np.array([len(part) for part in parts])
+    info = SourceInfo(f"'{path}'", classes=known.size, varies=True)
+    if label:
+        classes, numbers = _numbered(labels, f"'{path}', field '{label}'", ordered=True)
+        info = replace(info, classes=0, labels=numbers, class_names=classes)
+    if domain:
+        names, numbers = _numbered(groups, f"'{path}', field '{domain}'", ordered=False)
+        concepts = min(config.recurring or config.experiences, config.experiences)
+        if len(names) != concepts:
+            raise ConfigError(
+                f"'{path}' has {len(names)} values of '{domain}' ({', '.join(names[:8])}), but the "
+                f"stream has {concepts} experiences (stream.experiences)"
+            )
+        info = replace(info, groups=numbers, group_names=names)
+    starts = sizes.cumsum() - sizes
+    source = TokenSource(np.concatenate(parts), starts, sizes, known.end, False, info)
+    return source.holdout(config.test_fraction)
+
+
+def _check_length(length: int) -> None:
+    if length < 2:
+        raise ConfigError(f"stream.options.length = {length}: a sample needs two tokens or more")
+
+
+def _tokenizer(name: str, end: str) -> Tokenizer:
+    if name == "bytes":
+        if end:
+            raise ConfigError("stream.options.end is for a tokenizer from a file, not for 'bytes'")
+        return Bytes()
+    return TokenizerFile(reachable(name), end)
+
+
+def _encoded(tokenizer: Tokenizer, where: str, content: bytes) -> Tokens:
+    """Return the tokens of a document and its end, in the least unsigned type that holds all."""
+    try:
+        found = tokenizer.encode(content)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is no UTF-8 text: {error}") from None
+    kind = np.min_scalar_type(tokenizer.size)
+    return np.append(found.astype(kind), np.array([tokenizer.end], dtype=kind))
+
+
+def _cut(sizes: Ids, length: int, pack: bool) -> tuple[Ids, Ids]:
+    """Return starts and lengths of the samples of stretches of ``sizes`` tokens.
+
+    Without ``pack`` a stretch may end in a shorter sample, of two tokens or more.
+    """
+    begin, counts = sizes.cumsum() - sizes, sizes // length if pack else -(-sizes // length)
+    within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    lengths = np.minimum(np.repeat(sizes, counts) - within * length, length)
+    starts = np.repeat(begin, counts) + within * length
+    return starts[lengths > 1], lengths[lengths > 1]
+
+
+def _up_to(documents: Iterator[Document], most: int) -> Iterator[Document]:
+    left = most
+    for where, content in documents:
+        yield where, content[:left] if most else content
+        left -= len(content)
+        if most and left <= 0:
+            return
+
+
+def _domains(config: StreamConfig, wanted: list[str]) -> dict[str, Iterator[Document]]:
+    """Return the documents of each domain by its name."""
+    base = reachable(config.path or ".")
+    if wanted:
+        return {
+            name: _BUILT_IN[name]() if name in _BUILT_IN else _files(_matching(base, name))
+            for name in wanted
+        }
+    if not config.path:
+        raise ConfigError("source 'text' needs stream.path or stream.options.domains")
+    if not base.exists():
+        raise DataError(f"stream.path: there is no '{base}'")
+    if base.is_file():
+        return {base.name: _files([base])}
+    within = sorted(path for path in base.iterdir() if not path.name.startswith("."))
+    found = [path for path in within if path.is_dir()] or within
+    if not found:
+        raise DataError(f"'{base}' holds no files")
+    return {path.name: _files(_below(path)) for path in found}
+
+
+def _matching(base: Path, pattern: str) -> list[Path]:
+    path = base / reachable(pattern)
+    found = _below(path) if path.exists() else sorted(p for p in base.glob(pattern) if p.is_file())
+    if not found:
+        raise DataError(f"stream.options.domains: '{pattern}' matches no file in '{base}'")
+    return found
+
+
+def _below(path: Path) -> list[Path]:
+    """Return a file, or all files below a folder, by name; those that begin with a dot are not."""
+    if path.is_file():
+        return [path]
+    every = sorted(p for p in path.rglob("*") if p.is_file())
+    return [p for p in every if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror}") from None
+
+
+def _files(paths: list[Path]) -> Iterator[Document]:
+    for path in paths:
+        content = _bytes_of(path)
+        if b"\0" in content[:4096]:
+            raise DataError(f"'{path}' is no text: it has bytes of value 0")
+        yield f"'{path}'", content
+
+
+def _topics() -> Iterator[Document]:
+    from pydoc_data.topics import topics
+
+    for name, content in sorted(topics.items()):
+        yield f"topic '{name}'", content.encode()
+
+
+def _library() -> Iterator[Document]:
+    folder = Path(sysconfig.get_path("stdlib"))
+    return _files(sorted(folder.glob("*.py")))
+
+
+def _names() -> Iterator[Document]:
+    """The names of characters, 256 characters a document."""
+    for start in range(0, 0x1_0000, 256):
+        lines = (f"{chr(c)} {unicodedata.name(chr(c), '')}" for c in range(start, start + 256))
+        named = "\n".join(line for line in lines if len(line) > 2)
+        if named:
+            yield f"characters from {start}", named.encode(errors="replace")
+
+
+_BUILT_IN = {"python:topics": _topics, "python:library": _library, "python:names": _names}
+
+
+def _numbered(values: list[Any], what: str, ordered: bool) -> tuple[tuple[str, ...], Ids]:
+    """Return the names of the different values, and the number [N] of each."""
+    kinds = {type(value) for value in values}
+    if kinds == {int} and ordered:
+        if min(values) < 0:
+            raise DataError(f"{what}: label {min(values)} is negative")
+        return (), np.array(values, dtype=np.int64)
+    if kinds - {str, int} or len(kinds) > 1:
+        raise DataError(f"{what}: values are {', '.join(sorted(k.__name__ for k in kinds))}")
+    names = sorted(set(values)) if ordered else list(dict.fromkeys(values))
+    numbers = {name: k for k, name in enumerate(names)}
+    return tuple(map(str, names)), np.array([numbers[value] for value in values], dtype=np.int64)

@@ -8,86 +8,20 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import stratified
+from distcl.data.sources.tokens import Tokenizer, Tokens, create_tokenizer
 from distcl.errors import ConfigError, DataError
 from distcl.types import IGNORED, Batch, Ids, SourceInfo
 
-Tokens = npt.NDArray[np.integer[Any]]
 Document = tuple[str, bytes]
 """Where it comes from, and its text in UTF-8."""
-
-
-class Tokenizer(Protocol):
-    """Turns a document into token ids; ``end`` stands after every document."""
-
-    size: int
-    """Ids are below this."""
-    end: int
-
-    def encode(self, text: bytes) -> Tokens:
-        """Return the ids [T] of a text in UTF-8. Raises UnicodeDecodeError if it is none."""
-        ...
-
-
-class Bytes:
-    """The bytes of a text are its tokens, 0 to 255; 256 ends a document."""
-
-    size, end = 257, 256
-
-    def encode(self, text: bytes) -> Tokens:
-        """Return the ids, uint8 [T]."""
-        return np.frombuffer(text, dtype=np.uint8)
-
-
-class TokenizerFile:
-    """A tokenizer of the package ``tokenizers``: its JSON file, or a folder that holds one.
-
-    ``end``: the token that ends a document; "": the first of ``USUAL`` that there is. Raises
-    ConfigError naming the file that is none, or has no such token.
-    """
-
-    USUAL = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
-
-    def __init__(self, path: Path, end: str = "") -> None:
-        try:
-            from tokenizers import Tokenizer as Found
-        except ImportError as error:
-            raise ConfigError(
-                "a file as stream.options.tokenizer needs the package 'tokenizers'; type: "
-                f"pip install 'distcl[text]' ({error})"
-            ) from error
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise ConfigError(
-                f"stream.options.tokenizer: there is no file '{file}'; it is 'bytes', or a "
-                "tokenizer.json or its folder"
-            )
-        try:
-            self._found = Found.from_file(str(file))
-        except Exception as error:  # the package raises nothing narrower
-            raise ConfigError(f"'{file}' is no file of the package tokenizers: {error}") from None
-        self.size = int(self._found.get_vocab_size())
-        names = (end,) if end else self.USUAL
-        ids = [i for i in map(self._found.token_to_id, names) if i is not None]
-        if not ids:
-            raise ConfigError(
-                f"'{file}' has no token {' or '.join(map(repr, names))} that could end a document; "
-                "name one (stream.options.end)"
-            )
-        self.end = int(ids[0])
-
-    def encode(self, text: bytes) -> Tokens:
-        """Return the ids, int32 [T], without special tokens."""
-        found = self._found.encode(text.decode(), add_special_tokens=False)
-        return np.array(found.ids, dtype=np.int32)
 
 
 class TokenSource:
@@ -190,7 +124,7 @@ def text(
             f"source 'text' has {len(found)} domains ({', '.join(found)}), but the stream has "
             f"{concepts} experiences (stream.experiences, stream.options.domains)"
         )
-    known = _tokenizer(tokenizer, end)
+    known = create_tokenizer(tokenizer, end)
     parts: list[Tokens] = []
     starts: list[Ids] = []
     lengths: list[Ids] = []
@@ -242,7 +176,7 @@ def jsonl(
     _check_length(length)
     if not config.path:
         raise ConfigError("stream.source = 'jsonl' needs stream.path, a file")
-    known, path = _tokenizer(tokenizer, end), reachable(config.path)
+    known, path = create_tokenizer(tokenizer, end), reachable(config.path)
     parts: list[Tokens] = []
     labels: list[Any] = []
     groups: list[Any] = []
@@ -284,14 +218,6 @@ def jsonl(
 def _check_length(length: int) -> None:
     if length < 2:
         raise ConfigError(f"stream.options.length = {length}: a sample needs two tokens or more")
-
-
-def _tokenizer(name: str, end: str) -> Tokenizer:
-    if name == "bytes":
-        if end:
-            raise ConfigError("stream.options.end is for a tokenizer from a file, not for 'bytes'")
-        return Bytes()
-    return TokenizerFile(reachable(name), end)
 
 
 def _encoded(tokenizer: Tokenizer, where: str, content: bytes) -> Tokens:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from distcl.errors import ConfigError
-from distcl.training.scores import NotScored, Score
+from distcl.training.scores import NotScored, Score, one_class_a_target
 from distcl.types import DataSpec, Outputs, PyTree
 
 
@@ -21,6 +21,7 @@ class TopKScore(Score):
         if type(k) is not int or k < 1:
             raise ConfigError(f"model.score_options.top_k.k: must be at least 1, not {k!r}")
         _refuse_positions("top_k", spec)
+        one_class_a_target("top_k", loss)
         self._check(k, spec.classes or k)
         self.k = k
 

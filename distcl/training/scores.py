@@ -160,6 +160,10 @@ class BitsPerByteScore(LossScore):
 class TokenAccuracyScore(AccuracyScore):
     """Share of right targets among all that count, whichever sample they are of."""
 
+    def __init__(self, spec: DataSpec, loss: str) -> None:
+        super().__init__(spec, loss)
+        one_class_a_target("token_accuracy", loss)
+
     def rows(self, outputs: Outputs, y: PyTree) -> torch.Tensor:
         """See :meth:`Score.rows`."""
         return _counted(super().rows(outputs, y)[:, 0], self.loss, y)
@@ -274,6 +278,15 @@ def _mean_counted(rows: torch.Tensor) -> float:
     if not count:
         raise NotScored("no target of its held-out samples counts: all of them are -100")
     return float(total / count)
+
+
+def one_class_a_target(name: str, loss: str) -> None:
+    """Raise ConfigError if a score that needs it is to work on labels of 0 and 1."""
+    if loss == "bce":
+        raise ConfigError(
+            f"model.score = '{name}' needs one class a sample, or a token; model.loss = 'bce' has "
+            "labels of 0 and 1: choose 'accuracy', 'f1_macro' or 'auroc'"
+        )
 
 
 def _exp(value: float) -> float:

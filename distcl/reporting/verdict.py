@@ -210,7 +210,7 @@ def _verdict(
         widest = max(open_, key=gain)
         text = (
             f"no difference is shown here: {names[widest.variant]} minus {names['']} is "
-            f"{_size(widest, told, signed=True)}{told.hint}; take what is simpler, or more --seeds"
+            f"{_size(widest, told, signed=True)}; take what is simpler, or more --seeds"
         )
     return text[0].upper() + text[1:] + "." + note
 
@@ -228,7 +228,8 @@ def _size(d: Difference, told: Words, signed: bool = False) -> str:
     p = f"p = {d.p_holm:.2g}" if d.p_holm >= 1e-4 else "p < 0.0001"
     shown, *ends = told.number(mean, "+" if signed else ""), told.number(low), told.number(high)
     interval = f"95 % interval {' to '.join(ends)}, {p}, n = {d.accuracy.n}"
-    return f"{shown} {told.gain} ({interval})"
+    less = ", less is better" if signed and not told.higher else ""
+    return f"{shown} {told.gain}{less} ({interval})"
 
 
 def _words(others: Sequence[Arm]) -> tuple[dict[str, str], dict[str, str]]:

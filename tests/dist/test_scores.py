@@ -195,15 +195,17 @@ def test_a_stream_that_is_watched_ends_with_the_score_of_its_end(tmp_path: Path)
     assert f"perplexity at end {value:.3f}"[:20] in str(read_status(tmp_path))
 
 
+@pytest.mark.timeout(400)
 def test_a_comparison_gives_its_verdict_in_the_score(tmp_path: Path) -> None:
     """A larger learning rate learns more here: fewer bits, so it is the better one."""
     config = tmp_path / "a.toml"
     config.write_text("")
     keys = ('model.score=["bits_per_byte", "accuracy"]', "stream.drift=none", "optimizer.lr=0.001")
     keys = (*(k for k in SMALL if not k.startswith("optimizer.lr")), *keys)
+    keys = (*keys, "continual_learning.importance_weighting=false", "stream.experiences=2")
     words = [word for key in keys for word in ("--set", key)]
     command = ("compare", str(config), "--vs", "optimizer.lr=0.05", "--seeds", "3", "--quiet")
-    done = distcl(*command, *words, "--out", str(tmp_path / "out"))
+    done = distcl(*command, *words, "--out", str(tmp_path / "out"), timeout=390)
     assert done.returncode == 0, done.stderr
     said = r"'optimizer.lr=0.05' is better here by 0\.\d+ bits per byte \(95 %"
     assert re.match(said, done.stdout), done.stdout

@@ -267,12 +267,12 @@ def train(
 ) -> None:
     """Run one round per experience, the first by pretraining if asked. Collective.
 
-    ``state.baseline`` becomes the untrained model's accuracy on every experience.
+    ``state.baseline`` becomes the untrained model's leading score on every experience.
     """
     state, keeper = state or JobState("train"), keeper or Keeping()
     experiences = trainer.parts.stream.experiences
     if not state.baseline:
-        state.baseline = [trainer.accuracy(e) for e in experiences]
+        state.baseline = [trainer.measure(e)[0] for e in experiences]
     rest = experiences
     if trainer.training.pretrain_epochs and not trainer.pretrained:
         rest = experiences[1:]

@@ -76,8 +76,9 @@ def find(path: Path, warn: Callable[[str], None], runtime: Runtime | None = None
 def evaluate(path: Path, warn: Callable[[str], None] = log.warning) -> dict[str, Any]:
     """Return how good a run's weights are on every experience of its stream. Collective.
 
-    The result has ``weights``, ``metric``, ``accuracy`` (a list, one value an experience) and
-    ``average_accuracy``. ``warn``: see :func:`find`; called on every rank.
+    The result has ``weights``, ``metric``, ``accuracy`` (a list, one value an experience),
+    ``average_accuracy``, and ``scores``: a list of each further one. ``warn``: see
+    :func:`find`; called on every rank.
     """
     config = configuration(path)
     runtime = Runtime(config.run, config.parallel, config.training)
@@ -93,12 +94,15 @@ def evaluate(path: Path, warn: Callable[[str], None] = log.warning) -> dict[str,
         parts = assemble(quiet, runtime, stream, path)
         load_weights(parts.forward.partition, weights)
         trainer = ContinuousTrainer(parts, quiet)
-        row = [trainer.accuracy(e) for e in stream.experiences]
+        found = [trainer.measure(e) for e in stream.experiences]
+        row, *others = (list(values) for values in zip(*found, strict=True))
+        further = dict(zip(list(parts.scores)[1:], others, strict=True))
     return {
         "weights": str(weights),
         "metric": trainer.metric,
         "accuracy": row,
         "average_accuracy": sum(row) / len(row),
+        "scores": further,
     }
 
 
@@ -118,7 +122,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         "rounds": manifest["round"],
         "where": within,
         "world_size": manifest["world_size"],
-        "average_accuracy": manifest["score"],
+        f"average_{manifest.get('metric', 'accuracy')}": manifest["score"],
         "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
     }
 

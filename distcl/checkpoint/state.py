@@ -123,7 +123,7 @@ def registered(job: JobState, trainer: ContinuousTrainer, monitor: Monitor | Non
         "lanes": _Lanes(trainer, parts.loader),
         "table": trainer.undo,
         "forward": parts.forward,
-        "matrix": trainer.matrix,
+        "matrix": trainer.matrices,
         "history": trainer.history,
         "bad": trainer.bad,
         "loop": trainer.loop,
@@ -146,7 +146,9 @@ def collect(
         (mine if isinstance(part, SlicedStateful) else shared)[name] = part.state_dict()
     meta = {
         "round": len(trainer.rounds),
+        "metric": trainer.metric,
         "score": trainer.matrix.average_accuracy(),
+        "higher_is_better": trainer.leading.higher_is_better,
         "config": config.model_dump(mode="json"),
         "data": data,
     }

@@ -55,7 +55,7 @@ class _Writing:
 class CheckpointStore:
     """The checkpoints of a run. Methods are collective unless they say otherwise.
 
-    ``keep``: how many of the newest stay; the one with the best ``score`` stays too. ``warn`` takes
+    ``keep``: how many of the newest stay; the one of the best ``score`` stays too. ``warn`` takes
     one line on rank 0. ``published`` is called there with the path of each that is finished.
     """
 
@@ -87,7 +87,8 @@ class CheckpointStore:
         """Begin to write a checkpoint; returns when everything is copied to CPU memory.
 
         ``mine``: this rank's state; ``shared`` and ``model``: rank 0's are written. ``meta`` goes
-        into the manifest; ``meta["score"]`` (a number or None) tells the best one. Call
+        into the manifest; ``meta["score"]`` (a number or None) tells the best one: the largest,
+        or the smallest where ``meta["higher_is_better"]`` is there and false. Call
         :meth:`poll` until it is finished. One that is still being written is finished first.
         """
         self.finish()
@@ -372,8 +373,10 @@ def _rename(path: Path, to: Path) -> None:
 
 
 def _score(path: Path) -> float | None:
+    """Return how good a checkpoint is: larger is better; None if that is not known."""
     try:
-        score = read_manifest(path).get("score")
+        manifest = read_manifest(path)
     except CheckpointError:
         return None
-    return float(score) if isinstance(score, int | float) else None
+    score, sign = manifest.get("score"), 1 if manifest.get("higher_is_better", True) else -1
+    return sign * float(score) if isinstance(score, int | float) else None

@@ -18,11 +18,12 @@ from rich.table import Table
 from distcl.reporting.figures import (
     clock,
     figures_of,
+    further_scores,
     row_names,
     stream_end,
     time_spent,
     untrained,
-    words_of,
+    words_in,
 )
 
 PLAIN_SECONDS = 5.0
@@ -174,7 +175,7 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
     accuracy: Sequence[Sequence[float | None]] = summary.get("accuracy") or []
     console.print()
     if accuracy and accuracy[0]:
-        words = words_of(summary.get("metric", "accuracy"))
+        words = words_in(summary)
         console.print(f"{words.label.replace(',', ' in')}; columns: experiences", highlight=False)
         fit = max((console.width - _NAMES) // _CELL, 1)
         first = max(0, len(accuracy[0]) - fit)  # the newest experiences, if not all fit
@@ -196,6 +197,10 @@ def show_summary(console: Console, summary: Mapping[str, Any]) -> None:
         figures.add_row(name, " ".join(filter(None, end)))
     for name, value, unit, _ in figures_of(summary):
         figures.add_row(name, f"{value} {unit}".rstrip())
+    for one in further_scores(summary):
+        for name, value, unit, _ in figures_of(one)[:2]:  # its average, and what was forgotten
+            of = "" if words_in(one).name in name else f" of {words_in(one).name}"
+            figures.add_row(f"{name}{of}", f"{value} {unit}".rstrip())
     if drifts := summary.get("drifts"):
         figures.add_row("drifts at", ", ".join(map(str, drifts)))
     if spent := time_spent(summary):

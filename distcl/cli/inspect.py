@@ -26,10 +26,11 @@ def evaluate_run(
     if as_json:
         say(json.dumps(result, indent=2))
         return
-    say(f"{words_of(result['metric']).name} of {result['weights']}")
-    for k, value in enumerate(result["accuracy"]):
-        say(f"  experience {k + 1}  {value:.4f}")
-    say(f"  average       {result['average_accuracy']:.4f}")
+    for metric, row in {result["metric"]: result["accuracy"], **result["scores"]}.items():
+        say(f"{words_of(metric).name} of {result['weights']}")
+        for k, value in enumerate(row):
+            say(f"  experience {k + 1}  {value:.4f}")
+        say(f"  average       {sum(row) / len(row):.4f}")
 
 
 checkpoint = typer.Typer(help="Look at, verify and export checkpoints.")

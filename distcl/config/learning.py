@@ -122,6 +122,15 @@ class ModelConfig(Section):
     loss: str = Field(
         "cross_entropy", description="cross_entropy, mse, bce, or package.module:attribute"
     )
+    score: str | list[str] = Field(
+        "",
+        description="what the accuracy matrix holds: accuracy, r2, loss, perplexity, "
+        "bits_per_byte, token_accuracy, top_k, f1_macro, auroc, or package.module:function; of "
+        "several the first leads; empty: accuracy, or r2 in regression",
+    )
+    score_options: dict[str, dict[str, Any]] = Field(
+        {}, description="keyword arguments of a score, by its name: `top_k = { k = 3 }`"
+    )
     pretrained: PathText = Field("", description="a .safetensors file to start from")
     pretrained_skip: list[str] = Field(
         [], description="names in it, or of the model, to leave as they are: `head.*`"
@@ -137,11 +146,28 @@ class ModelConfig(Section):
     def _loss(cls, value: str) -> str:
         return known("loss", value)
 
+    @field_validator("score")
+    @classmethod
+    def _score(cls, value: str | list[str]) -> str | list[str]:
+        for name in [value] if isinstance(value, str) and value else value:
+            known("score", name)
+        return value
+
     @model_validator(mode="after")
     def _skip(self) -> ModelConfig:
         if self.pretrained_skip and not self.pretrained:
             raise ValueError("model.pretrained_skip needs model.pretrained")
+        for name in self.score_options:
+            if name not in self.scores:
+                raise ValueError(
+                    f"model.score_options.{name}: '{name}' is not in model.score = {self.score!r}"
+                )
         return self
+
+    @property
+    def scores(self) -> list[str]:
+        """The scores as a list, the leading one first; [] for what loss and targets suggest."""
+        return [self.score] * bool(self.score) if isinstance(self.score, str) else list(self.score)
 
 
 class OptimizerConfig(Section):

@@ -105,7 +105,7 @@ class CheckpointConfig(Section):
         0, ge=0, description="save the whole state within a round this often; 0: never"
     )
     keep: int = Field(
-        2, ge=1, description="newest checkpoints that stay, besides the most accurate one"
+        2, ge=1, description="newest checkpoints that stay, besides the one of the best score"
     )
 
 

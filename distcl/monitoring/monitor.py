@@ -184,7 +184,7 @@ class Monitor:
             trainer.evaluate(self.untrained, seen=0)
         else:
             for one in self.untrained:
-                trainer.matrix.fill_last(trainer.accuracy(one))
+                trainer.matrices.fill_last(trainer.measure(one))
         begin = max(self._last_round, self.watched - self.config.window)
         newest = self._order[begin : self.watched]
         if len(newest) == 0 and self.experiences:
@@ -192,9 +192,12 @@ class Monitor:
         newest = trainer.bad.without(newest)
         if len(newest) == 0:
             return
-        value = trainer.accuracy(Experience(known, newest[:0], newest))
+        values = trainer.measure(Experience(known, newest[:0], newest))
+        value = values[0]
         self.stream_end = {"samples": len(newest), trainer.metric: value}
-        what = f"R² {value:.3f}" if trainer.metric == "r2" else f"error {1 - value:.1%}"
+        what = f"{'R²' if trainer.metric == 'r2' else trainer.metric} {value:.3f}"
+        if trainer.metric == "accuracy":
+            what = f"error {1 - value:.1%}"
         self._say(f"[stream] {what} on its last {len(newest)} samples")
         if self.untrained:
             self._say(f"[stream] {len(self.untrained)} of its experiences never trained on")
@@ -206,7 +209,7 @@ class Monitor:
             begin = max(self._last_round, labelled - self.config.window)
             if self.trainer.stage is None:
                 experience = self._form(self._order[begin:labelled])
-                self.trainer.matrix.fill_last(self.trainer.accuracy(experience))
+                self.trainer.matrices.fill_last(self.trainer.measure(experience))
             self.trainer.run_round(
                 self.experiences[-1], f"drift at {self.drifts[-1]}", held_out=self.experiences
             )

@@ -25,8 +25,8 @@ STALE = 0.1
 over the 400 samples or more that most rounds look at it strays by 0.05 (one standard deviation)."""
 
 HeldOut = Sequence[tuple[Ids, float | None]]
-"""Of each experience learned so far: ids of its training samples, and 1 - accuracy (or R²) on its
-held-out ones, None where it was not measured."""
+"""Of each experience learned so far: ids of its training samples, and how wrong the model is on its
+held-out ones (1 - accuracy, or R²; the loss; …), None where it was not measured."""
 
 
 def aim(weights: WeightVector, held_out: HeldOut) -> float | None:

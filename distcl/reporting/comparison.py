@@ -22,7 +22,7 @@ from typing import Any, Literal
 from distcl.config import Config
 from distcl.config.load import load_config, to_toml
 from distcl.errors import DistclError, DivergenceError, UsageError
-from distcl.reporting.figures import FIGURES, stages, untrained, words_of
+from distcl.reporting.figures import FIGURES, Words, stages, untrained, words_of
 from distcl.reporting.run_folder import holds_run, make_numbered, numbered_folders
 from distcl.reporting.status import read_json
 
@@ -70,6 +70,7 @@ class Outcome:
     folder: str
     diverged: bool = False
     metric: str = "accuracy"
+    higher_is_better: bool = True
     figures: Mapping[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(figure.key for figure in FIGURES)
     )
@@ -77,6 +78,11 @@ class Outcome:
         default_factory=lambda: dict.fromkeys(("units", "steps", "trained", "seconds"), 0)
     )
     curve: tuple[float, ...] = ()
+
+    @property
+    def words(self) -> Words:
+        """How its score is told."""
+        return words_of(self.metric, higher=self.higher_is_better)
 
 
 @dataclass
@@ -232,7 +238,7 @@ class _Runner:
             outcome = future.result()
             todo[future].outcomes[outcome.seed] = outcome
             accuracy = outcome.figures["average_accuracy"]
-            what = words_of(outcome.metric).name + ("" if accuracy is None else f" {accuracy:.4f}")
+            what = outcome.words.name + ("" if accuracy is None else f" {accuracy:.4f}")
             which = "calibration" if calibrating else f"{done + number}/{len(wanted)}"
             self._tell(
                 f"[{which}] {todo[future].variant.name}, seed {outcome.seed}: "
@@ -354,6 +360,7 @@ def outcome_of(folder: Path, summary: dict[str, Any]) -> Outcome:
         seed=summary["seed"],
         folder=str(folder),
         metric=summary["metric"],
+        higher_is_better=summary.get("higher_is_better", True),
         figures={figure.key: summary.get(figure.key) for figure in FIGURES},
         cost={
             "units": cost.get("units", 0),

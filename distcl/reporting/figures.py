@@ -1,4 +1,7 @@
-"""The figures of ``summary.json`` in words: one place for percent, points and R². Without torch."""
+"""The figures of ``summary.json`` in words: one place for names, units and which way is good.
+
+Without torch.
+"""
 
 from __future__ import annotations
 
@@ -30,52 +33,104 @@ FIGURES = (
 
 
 class Words(NamedTuple):
-    """How a metric is told: its name, the factor and digits of a number, units of it and a gain."""
+    """How a score is told: its name, the factor and digits of a number, units of it and a gain.
+
+    ``higher``: whether higher is better.
+    """
 
     name: str
     scale: float
     digits: int
     unit: str
     gain: str
+    higher: bool = True
+
+    @property
+    def hint(self) -> str:
+        """Which way is good, where that is not up: " (less is better)", or ""."""
+        return "" if self.higher else " (less is better)"
 
     @property
     def label(self) -> str:
-        """Name and unit, for an axis."""
-        return f"{self.name}, {self.unit}" if self.unit else self.name
+        """Name, unit and which way is good, for an axis."""
+        return (f"{self.name}, {self.unit}" if self.unit else self.name) + self.hint
 
-    def number(self, value: float | None, sign: str = "", unknown: str = "–") -> str:
-        """Return a share, or R², as a number; ``sign``: "+" to show it always."""
+    def number(self, value: float | None, sign: str = "", unknown: str = "–", most: int = 9) -> str:
+        """Return a value as a number; ``sign``: "+" to show it always; ``most``: digits after it.
+
+        Without a unit there are fewer of them from 10 on, and powers of ten from a million on.
+        """
         if value is None:
             return unknown
-        shown = self.scale * value
-        digits = self.digits if self.unit or abs(shown) < 10 else 0
+        shown, digits = self.scale * value, min(self.digits, most)
+        if not self.unit and abs(shown) >= 1e6:
+            return f"{shown:{sign}.1e}"
+        if not self.unit and abs(shown) >= 10:
+            digits = max(0, digits - len(str(int(abs(shown)))) + 1)
         return f"{shown:{sign}.{digits}f}"
 
     def named(self, figure: Figure) -> tuple[str, str]:
-        """Return name and unit of a figure; R² has none."""
+        """Return name and unit of a figure; a score without unit has none."""
         unit = self.gain if figure.gain else self.unit
         return figure.name.replace("accuracy", self.name), unit if self.unit else ""
 
+    def better(self, a: float, b: float) -> float:
+        """Return by how much a is better than b."""
+        return a - b if self.higher else b - a
 
-_ACCURACY = Words("accuracy", 100.0, 1, "%", "points")
-_R2 = Words("R²", 1.0, 3, "", "R²")
+
+_SHARE = (100.0, 1, "%", "points")
+_WORDS = {
+    "accuracy": Words("accuracy", *_SHARE),
+    "r2": Words("R²", 1.0, 3, "", "R²"),
+    "loss": Words("loss", 1.0, 4, "", "loss", higher=False),
+    "perplexity": Words("perplexity", 1.0, 3, "", "perplexity", higher=False),
+    "bits_per_byte": Words("bits per byte", 1.0, 3, "", "bits per byte", higher=False),
+    "token_accuracy": Words("token accuracy", *_SHARE),
+    "top_k": Words("top-k accuracy", *_SHARE),
+    "f1_macro": Words("macro F1", 1.0, 3, "", "F1"),
+    "auroc": Words("AUROC", 1.0, 3, "", "AUROC"),
+}
+_MIXED = Words("score", 1.0, 3, "", "score")
 
 
-def words_of(*metrics: str) -> Words:
-    """Return the words of ``metric`` in ``summary.json``, accuracy or r2; of several, for all."""
-    return _ACCURACY if all(metric == "accuracy" for metric in metrics) else _R2
+def words_of(*metrics: str, higher: bool = True) -> Words:
+    """Return the words of ``metric`` in ``summary.json``; of several, for all.
+
+    ``higher``: whether higher is better, of a score that is none of distcl's.
+    """
+    names = set(metrics) or {"accuracy"}
+    if len(names) > 1:
+        return _MIXED
+    (name,) = names
+    told = name.replace("_", " ")
+    return _WORDS.get(name) or Words(told, 1.0, 4, "", told, higher)
+
+
+def words_in(summary: Summary) -> Words:
+    """Return the words of the score of a summary."""
+    metric = str(summary.get("metric", "accuracy"))
+    return words_of(metric, higher=bool(summary.get("higher_is_better", True)))
 
 
 def figures_of(summary: Summary) -> list[tuple[str, str, str, str]]:
     """Return (name, number, unit, note) of each figure that the run has."""
-    words = words_of(summary.get("metric", "accuracy"))
+    words = words_in(summary)
     known = [(figure, summary.get(figure.key)) for figure in FIGURES]
+    less = "" if words.higher else "; less is better"
     return [
-        (name, words.number(value), unit, figure.note)
+        (name, words.number(value), unit, figure.note + less * (not figure.gain))
         for figure, value in known
         if value is not None
         for name, unit in [words.named(figure)]
     ]
+
+
+def further_scores(summary: Summary) -> list[Summary]:
+    """Return what the summary has of each score but the leading one, each as a summary itself."""
+    rest = {key: summary.get(key) for key in ("rounds", "pretrain", "experiences")}
+    found = (summary.get("scores") or {}).items()
+    return [{**rest, **one, "metric": name} for name, one in found]
 
 
 def stream_end(summary: Summary) -> list[tuple[str, str, str, str]]:
@@ -83,8 +138,10 @@ def stream_end(summary: Summary) -> list[tuple[str, str, str, str]]:
     end = summary.get("stream_end")
     if not end:
         return []
-    words = words_of("r2" if "r2" in end else "accuracy")
-    name, value = ("R²", end["r2"]) if "r2" in end else ("error", 1 - end["accuracy"])
+    metric = next(key for key in end if key != "samples")
+    higher = bool(summary.get("higher_is_better", True))
+    words, value = words_of(metric, higher=higher), end[metric]
+    name, value = ("error", 1 - value) if metric == "accuracy" else (words.name, value)
     note = f"of the stream's last {end['samples']:,} samples"
     return [(f"{name} at the end", words.number(value), words.unit, note)]
 

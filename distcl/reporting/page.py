@@ -152,6 +152,7 @@ def _paired(result: Result) -> list[Plot]:
         return []
     title = f"average {words.name} minus that of '{first.variant.name}'"
     note = "A dot is a pair of runs of equal seed; the bar is the 95 % interval of the mean."
+    note += "" if words.higher else " Below 0 is better."
     return [Plot("compare-differences", title, note, plots.differences(found, words.gain))]
 
 

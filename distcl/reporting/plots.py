@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from distcl.reporting.figures import words_of
+from distcl.reporting.figures import Words
 
 Entry = float | None
 Matrix = Sequence[Sequence[Entry]]
@@ -95,26 +95,24 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 @_styled
-def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int] = ()) -> Figure:
-    """Heat map of the accuracy matrix: a row per evaluation, a column per experience.
+def matrix(rows: Matrix, names: Sequence[str], words: Words, marked: Sequence[int] = ()) -> Figure:
+    """Heat map of the accuracy matrix: a row per evaluation, a column per experience; dark is good.
 
+    Of a score of which less is better, colours follow its logarithm where it spans much.
     ``marked``: columns, from 0, whose numbers get an asterisk.
     """
     rows, names = rows[-_MOST_ROWS * 2 :], names[-_MOST_ROWS * 2 :]
     values = np.array(rows, dtype=float)
     high, width = values.shape
-    words = words_of(metric)
     figure, axes = _figure(0.9 + 0.31 * high)
-    known = values[np.isfinite(values)]
-    low = float(min(known.min(initial=1.0), 0.99))
-    scale = (values - low) / (max(float(known.max(initial=1.0)), low + 1e-9) - low)
+    scale = _goodness(values, words.higher)
     for i, j in np.ndindex(high, width):
         if np.isfinite(values[i, j]):
             color = _HEAT(0.05 + 0.95 * scale[i, j])
             axes.add_patch(Rectangle((j - 0.48, i - 0.46), 0.96, 0.92, color=color, lw=0))
             if width <= 10:
                 text = "white" if scale[i, j] > 0.45 else "black"
-                shown = f"{words.scale * values[i, j]:.{min(words.digits, 2)}f}"
+                shown = words.number(float(values[i, j]), most=2)
                 axes.text(j, i, shown, ha="center", va="center", color=text, fontsize=8)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(high - 0.5, -0.5), xlabel="experience")
     _whole_ticks(axes, width, marked=marked)
@@ -123,11 +121,9 @@ def matrix(rows: Matrix, names: Sequence[str], metric: str, marked: Sequence[int
 
 
 @_styled
-def forgetting(values: Sequence[Entry], metric: str = "accuracy") -> Figure:
-    """Bars: points, or R², lost of each experience since it was known best."""
+def forgetting(values: Sequence[Entry], words: Words) -> Figure:
+    """Bars: points, or what the score is in, lost of each experience since it was known best."""
     figure, axes = _figure(2.1)
-    words = words_of(metric)
-    digits = min(words.digits, 2)
     points = words.scale * np.array(values, dtype=float)
     colors = [LINES[1] if v > 0 else LINES[2] for v in points]
     axes.bar(range(len(points)), points, color=colors, width=0.62)
@@ -137,7 +133,7 @@ def forgetting(values: Sequence[Entry], metric: str = "accuracy") -> Figure:
             offset = (0, 3 if v >= 0 else -3)
             place: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
             place["va"] = "bottom" if v >= 0 else "top"
-            axes.annotate(f"{v:+.{digits}f}", (k, v), offset, **place)
+            axes.annotate(words.number(v / words.scale, "+", most=2), (k, v), offset, **place)
     axes.margins(y=0.22)
     axes.set(xlabel="experience", ylabel=f"{words.gain} forgotten")
     _whole_ticks(axes, len(points))
@@ -300,6 +296,20 @@ def differences(groups: Mapping[str, tuple[Sequence[float], float, float]], xlab
         axes.plot([float(np.mean(values))], [k], "|", ms=14, mew=2, color=color)
         axes.plot([low, high], [k, k], color=color, lw=2)
     return figure
+
+
+def _goodness(values: npt.NDArray[np.float64], higher: bool) -> npt.NDArray[np.float64]:
+    """Return where each value lies between bad, 0, and good, 1."""
+    known = values[np.isfinite(values)]
+    if higher:
+        low = float(min(known.min(initial=1.0), 0.99))
+        found = (values - low) / (max(float(known.max(initial=1.0)), low + 1e-9) - low)
+    else:
+        if len(known) and 0 < 20 * known.min() < known.max():
+            values, known = np.log(values), np.log(known)
+        worst = float(known.max(initial=-np.inf))
+        found = (worst - values) / max(worst - float(known.min(initial=np.inf)), 1e-9)
+    return found
 
 
 def _rows(names: Sequence[str], xlabel: str, height: float = 0.0) -> tuple[Figure, Axes]:

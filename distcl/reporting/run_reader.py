@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distcl.errors import UsageError
-from distcl.reporting.figures import row_names, untrained
+from distcl.reporting.figures import Words, row_names, untrained, words_of
 from distcl.reporting.status import read_json, read_metrics
 from distcl.tracking.tracker import flat_values
 from distcl.training.accuracy_matrix import AccuracyMatrix
@@ -47,10 +47,20 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """What the accuracy matrix holds: accuracy or r2."""
+        """What the accuracy matrix holds: accuracy, r2, or another score."""
         if self.summary:
             return str(self.summary.get("metric", "accuracy"))
-        return "r2" if any(k.startswith("r2/") for line in self.lines for k in line) else "accuracy"
+        given = self.config.get("model", {}).get("score") or ""
+        leading = str(given if isinstance(given, str) else given[0]).rpartition(":")[2]
+        r2 = any(k.startswith("r2/") for line in self.lines for k in line)
+        return leading or ("r2" if r2 else "accuracy")
+
+    @property
+    def words(self) -> Words:
+        """How its score is told."""
+        lower = any("higher_is_better" in line for line in self.lines)  # said only if it is not
+        higher = self.summary.get("higher_is_better", not lower)
+        return words_of(self.metric, higher=bool(higher))
 
     @property
     def accuracy(self) -> list[list[float | None]]:
@@ -87,7 +97,7 @@ class Run:
 
     def matrix(self) -> AccuracyMatrix:
         """Return the accuracy matrix with its metrics: row i has seen experiences 0 to i."""
-        matrix = AccuracyMatrix()
+        matrix = AccuracyMatrix(self.words.higher)
         for i, row in enumerate(self.accuracy):
             matrix.append(row, min(i + 1, len(row) - len(untrained(self.summary))))
         return matrix

@@ -13,13 +13,16 @@ from matplotlib.figure import Figure
 from distcl.reporting import plots
 from distcl.reporting.figures import (
     SPENT,
+    Summary,
     clock,
     figures_of,
+    further_scores,
+    row_names,
     stages,
     stream_end,
     time_spent,
     untrained,
-    words_of,
+    words_in,
 )
 from distcl.reporting.run_reader import Run
 from distcl.types import unpack_ids
@@ -52,6 +55,7 @@ class RunSection:
     plots: list[Plot]
     rounds: list[list[str]]
     guard: list[str]
+    scores: list[tuple[str, list[str], list[list[str]]]]
     top: list[tuple[str, list[list[str]]]]
 
 
@@ -82,6 +86,7 @@ def run_section(run: Run, index: int) -> RunSection:
             for report in run.rounds
             if report.get("guard", {}).get("words")
         ],
+        scores=[_further(one) for one in further_scores(run.summary)],
         top=_top(run),
     )
 
@@ -119,8 +124,10 @@ def _matrix(run: Run) -> Plot | None:
     marked = untrained(run.summary)
     if marked:
         note += " *: never trained on, and not in the averages."
-    figure = plots.matrix(rows, run.row_names, run.metric, marked)
-    words = words_of(run.metric)
+    words = run.words
+    if not words.higher:
+        note += " Less is better: the darker, the better."
+    figure = plots.matrix(rows, run.row_names, words, marked)
     title = f"{words.name} matrix" + (f", in {words.unit}" if words.unit else "")
     return Plot("accuracy", title, note, figure)
 
@@ -129,9 +136,11 @@ def _forgetting(run: Run) -> Plot | None:
     values = run.matrix().forgetting()
     if not any(value is not None for value in values):
         return None
-    name = words_of(run.metric).name
+    name = run.words.name
     note = f"Best {name} before the last round minus {name} after it; below zero: improved."
-    figure = plots.forgetting(values, run.metric)
+    if not run.words.higher:
+        note = f"{name} after the last round minus the best before it; below zero: improved."
+    figure = plots.forgetting(values, run.words)
     return Plot("forgetting", "forgetting of each experience", note, figure)
 
 
@@ -223,6 +232,20 @@ def _round_row(report: dict[str, Any]) -> list[str]:
         _number(draws.get("most"), "{}"),
         f"{seconds:.1f}",
     ]
+
+
+def _further(one: Summary) -> tuple[str, list[str], list[list[str]]]:
+    """Return a line on a further score, and its matrix: header and rows."""
+    words, rows = words_in(one), one["accuracy"]
+    told = "; ".join(f"{name} {value} {unit}".rstrip() for name, value, unit, _ in figures_of(one))
+    marked = untrained(one)
+    width = len(rows[0]) if rows else 0
+    header = ["", *(f"{k + 1}{'*' if k in marked else ''}" for k in range(width))]
+    cells = [
+        [name, *(words.number(value) for value in row)]
+        for name, row in zip(row_names(one), rows, strict=True)
+    ]
+    return f"{words.label}: {told}", header, cells
 
 
 def _top(run: Run) -> list[tuple[str, list[list[str]]]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distcl.errors import UsageError
-from distcl.reporting.figures import clock, words_of
+from distcl.reporting.figures import clock, words_in, words_of
 
 FILE = "progress.json"
 
@@ -22,8 +22,8 @@ class RunStatus:
     """What a run folder tells. Times in seconds; None where nothing is known.
 
     ``state``: running, done, failed, preempted, or ``gone``: it says running, but its process is
-    not there any more. ``left``: estimated from the pace so far. ``results``: shares, or R² where
-    that is the ``metric``.
+    not there any more. ``left``: estimated from the pace so far. ``results``: in the units of
+    ``metric``; shares, if that is accuracy.
     """
 
     state: str
@@ -85,9 +85,13 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
     if summary:
         metric = str(summary.get("metric", metric))
         keys = {}
+        words = words_in(summary)
         if end := summary.get("stream_end"):
-            keys = {"R² at end": end["r2"]} if "r2" in end else {"error %": 1 - end["accuracy"]}
-        keys[words_of(metric).label.replace(",", "")] = summary.get("average_accuracy")
+            at_end = end[metric]
+            keys = {f"{words.name} at end": at_end}
+            if metric == "accuracy":
+                keys = {"error %": 1 - at_end}
+        keys[words._replace(higher=True).label.replace(",", "")] = summary.get("average_accuracy")
         keys["forgetting"] = summary.get("average_forgetting")
         seconds, rate = summary.get("seconds"), summary.get("samples_per_second")
         last = len(summary.get("rounds") or [])
@@ -154,7 +158,7 @@ def _last_round(folder: Path) -> int | None:
     done = [
         line.get("round")
         for line in read_metrics(folder)
-        if any(k.startswith(("accuracy/", "r2/")) for k in line)
+        if any(k.endswith("/1") and k.count("/") == 1 for k in line)  # of the first experience
     ]
     return max((r for r in done if isinstance(r, int)), default=None)
 

@@ -15,22 +15,12 @@ from distcl.config.files import write_atomically
 from distcl.distributed.memory import peak_memory
 from distcl.errors import CheckpointError
 from distcl.monitoring.monitor import Monitor
+from distcl.reporting.figures import words_in
 from distcl.reporting.status import finite
 from distcl.training.accuracy_matrix import AccuracyMatrix
 from distcl.training.parts import Parts
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Experience
-
-
-def chance(trainer: ContinuousTrainer) -> float | None:
-    """Return what a model that knows nothing would score, or None where that is unknown.
-
-    Of classes, only those that occur are guessed at.
-    """
-    spec = trainer.parts.stream.spec
-    if spec.classes:
-        return 1.0 / len(spec.labels)
-    return 0.0 if trainer.metric == "r2" else None
 
 
 def summarize(
@@ -50,8 +40,8 @@ def summarize(
         experiences, untrained = trainer.parts.stream.experiences, list[Experience]()
     else:
         experiences, untrained = monitor.experiences, monitor.untrained
-        baseline = [chance(trainer)] * len(experiences)
-    matrix: AccuracyMatrix = trainer.matrix
+        baseline = [trainer.leading.chance()] * len(experiences)
+    _, *further = trainer.matrices.of.items()
     runtime = trainer.parts.runtime
     stages = [*([trainer.pretraining] if trainer.pretraining else []), *trainer.rounds]
     trained = sum(float(stage["train_seconds"]) for stage in stages)
@@ -66,13 +56,9 @@ def summarize(
         "samples_per_second": trainer.loop.samples / trained if trained else None,
         "seed": config.run.seed,
         "metric": trainer.metric,
-        "accuracy": matrix.rows(),
-        "average_accuracy": matrix.average_accuracy(),
-        "average_forgetting": matrix.average_forgetting(),
-        "backward_transfer": matrix.backward_transfer(),
-        "forward_transfer": matrix.forward_transfer(baseline),
-        "average_anytime_accuracy": matrix.average_anytime_accuracy(),
-        "worst_experience_accuracy": matrix.worst_experience_accuracy(),
+        **_told(trainer.matrix),
+        "forward_transfer": trainer.matrix.forward_transfer(baseline),
+        "scores": {name: _told(matrix) for name, matrix in further},
         "drifts": [] if monitor is None else monitor.drifts,
         "bad_samples": trainer.bad.count,
         "class_names": list(trainer.parts.stream.spec.class_names),
@@ -96,13 +82,26 @@ def summarize(
     return cleaned
 
 
+def _told(matrix: AccuracyMatrix) -> dict[str, Any]:
+    """Return what the summary has of one score's matrix."""
+    return {
+        "higher_is_better": matrix.higher_is_better,
+        "accuracy": matrix.rows(),
+        "average_accuracy": matrix.average_accuracy(),
+        "average_forgetting": matrix.average_forgetting(),
+        "backward_transfer": matrix.backward_transfer(),
+        "average_anytime_accuracy": matrix.average_anytime_accuracy(),
+        "worst_experience_accuracy": matrix.worst_experience_accuracy(),
+    }
+
+
 def draw_matrix(summary: dict[str, Any], path: Path) -> None:
     """Write a picture of the accuracy matrix. Local."""
     from distcl.reporting import plots
 
-    matrix, metric = summary["accuracy"], str(summary.get("metric", "accuracy"))
+    matrix = summary["accuracy"]
     names = [str(i + 1) for i in range(len(matrix))]
-    plots.save_png(plots.matrix(matrix, names, metric), path)
+    plots.save_png(plots.matrix(matrix, names, words_in(summary)), path)
 
 
 def save_final(parts: Parts, path: Path) -> None:

@@ -78,9 +78,9 @@ _IMPORTANCE = "continual_learning.importance_weighting="
 class Difference:
     """A variant minus the first one, over the seeds that neither diverged on.
 
-    Accuracies and forgetting are shares, not points; R² in regression. ``p_holm``: ``accuracy.p``
-    corrected for the number of variants. ``cost``: mean of what was to be equal, relative to the
-    first variant's.
+    Accuracies and forgetting are shares, not points; other scores are what they are.
+    ``p_holm``: ``accuracy.p`` corrected for the number of variants. ``cost``: mean of what was to
+    be equal, relative to the first variant's.
     """
 
     variant: str
@@ -134,7 +134,7 @@ def conclude(plan: Plan, arms: list[Arm]) -> Result:
         )
         for k, arm in enumerate(others)
     ]
-    words = words_of(*(o.metric for arm in arms for o in arm.outcomes.values()))
+    words = words_for({arm.variant.name: list(arm.outcomes.values()) for arm in arms})
     verdict = _verdict(first, others, differences, words)
     uneven = [d.variant for d in differences if abs(d.cost - 1) > TOLERANCE]
     if uneven:
@@ -177,10 +177,17 @@ def _verdict(
     note = f" Diverged, so left out: {', '.join(lost)}." if lost else ""
     if all(d.accuracy.n < 2 for d in differences):
         return "There are fewer than two pairs of runs: no verdict; give more --seeds." + note
+    every = [outcome for arm in (first, *others) for outcome in arm.outcomes.values()]
+    if len(metrics := sorted({o.metric for o in every if not o.diverged})) > 1:
+        return f"The variants are judged by different scores, {', '.join(metrics)}: no verdict."
+
+    def gain(d: Difference) -> float:
+        return told.better(d.accuracy.mean, 0.0)
+
     found = [d for d in differences if d.significant]
-    found.sort(key=lambda d: d.accuracy.mean, reverse=True)
-    better = [d for d in found if d.accuracy.mean > 0]
-    worse = [d for d in found if d.accuracy.mean < 0]
+    found.sort(key=gain, reverse=True)
+    better = [d for d in found if gain(d) > 0]
+    worse = [d for d in found if gain(d) < 0]
     open_ = [d for d in differences if not d.significant and d.accuracy.n > 1]
     names, advice = _words(others)
     said = {d.variant: f"{names[d.variant]} by {_size(d, told)}" for d in found}
@@ -200,7 +207,7 @@ def _verdict(
         text = f"{names['']} is better here{than} {', '.join(parts)}{_unshown(open_, names)}; "
         text += advice[""]
     else:
-        widest = max(open_, key=lambda d: d.accuracy.mean)
+        widest = max(open_, key=gain)
         text = (
             f"no difference is shown here: {names[widest.variant]} minus {names['']} is "
             f"{_size(widest, told, signed=True)}; take what is simpler, or more --seeds"
@@ -221,7 +228,8 @@ def _size(d: Difference, told: Words, signed: bool = False) -> str:
     p = f"p = {d.p_holm:.2g}" if d.p_holm >= 1e-4 else "p < 0.0001"
     shown, *ends = told.number(mean, "+" if signed else ""), told.number(low), told.number(high)
     interval = f"95 % interval {' to '.join(ends)}, {p}, n = {d.accuracy.n}"
-    return f"{shown} {told.gain} ({interval})"
+    less = ", less is better" if signed and not told.higher else ""
+    return f"{shown} {told.gain}{less} ({interval})"
 
 
 def _words(others: Sequence[Arm]) -> tuple[dict[str, str], dict[str, str]]:
@@ -251,7 +259,9 @@ Table = tuple[list[str], list[list[str]]]
 
 def words_for(groups: Groups) -> Words:
     """Return the words in which the figures of all these runs are told."""
-    return words_of(*(o.metric for group in groups.values() for o in group))
+    every = [o for group in groups.values() for o in group if not o.diverged]
+    higher = all(o.higher_is_better for o in every)
+    return words_of(*(o.metric for o in every), higher=higher)
 
 
 def values_of(group: Sequence[Outcome], key: str) -> list[float]:
@@ -304,7 +314,13 @@ def difference_table(result: Result) -> Table:
         ]
         for d in result.differences
     ]
-    return ["minus first", words.name, "forgetting", f"anytime {words.name}", "p (Holm)"], rows
+    return [
+        "minus first",
+        words.name + words.hint,
+        "forgetting",
+        f"anytime {words.name}",
+        "p (Holm)",
+    ], rows
 
 
 # -- files --------------------------------------------------------------------------------------
@@ -312,7 +328,7 @@ def difference_table(result: Result) -> Table:
 
 def as_json(result: Result) -> dict[str, Any]:
     """Return everything as plain values; what is not known is None."""
-    plan = result.plan
+    plan, every = result.plan, [o for group in result.groups.values() for o in group]
     found = {
         "schema": SCHEMA,
         "config": str(plan.config),
@@ -320,7 +336,8 @@ def as_json(result: Result) -> dict[str, Any]:
         "command": plan.command,
         "equal": plan.equal,
         "seeds": list(plan.seeds),
-        "metric": "accuracy" if words_for(result.groups).unit else "r2",
+        "metric": ", ".join(sorted({o.metric for o in every if not o.diverged})) or "accuracy",
+        "higher_is_better": words_for(result.groups).higher,
         "arms": [
             {
                 "name": arm.variant.name,

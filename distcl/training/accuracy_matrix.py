@@ -3,12 +3,16 @@
 In every formula R[i][j] is the accuracy on experience j after round i, both from 0; T is the last
 row; first(j) is the first row in which experience j counts as seen. Sums run over entries that
 were evaluated; a metric of which nothing can be said is None, never NaN. Local: plain numbers.
+
+Of a score of which less is better, R is that score: averages are its own, and what is said of
+differences is said of -R, so that forgetting is above zero where it got worse, and transfer where
+it got better.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -21,8 +25,8 @@ def _mean(values: Iterable[float]) -> Entry:
     return fmean(known) if known else None
 
 
-def _gain(pairs: Iterable[tuple[Entry, Entry]]) -> Entry:
-    return _mean(a - b for a, b in pairs if a is not None and b is not None)
+def _gain(pairs: Iterable[tuple[Entry, Entry]], sign: int) -> Entry:
+    return _mean(sign * (a - b) for a, b in pairs if a is not None and b is not None)
 
 
 class AccuracyMatrix:
@@ -32,7 +36,9 @@ class AccuracyMatrix:
     counts as not evaluated.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, higher_is_better: bool = True) -> None:
+        self.higher_is_better = higher_is_better
+        self._sign = 1 if higher_is_better else -1
         self._rows: list[list[Entry]] = []
         self._seen: list[int] = []
 
@@ -66,8 +72,9 @@ class AccuracyMatrix:
         return _mean(self._of_seen(-1)) if self._rows else None
 
     def worst_experience_accuracy(self) -> Entry:
-        """Smallest R[T][j] over the seen j."""
-        return min(self._of_seen(-1), default=None) if self._rows else None
+        """Smallest R[T][j] over the seen j; largest, where less is better."""
+        worst = min if self.higher_is_better else max
+        return worst(self._of_seen(-1), default=None) if self._rows else None
 
     def average_anytime_accuracy(self) -> Entry:
         """Mean over i of the mean over j, seen by row i, of R[i][j] (Caccia et al., ICLR 2022)."""
@@ -89,7 +96,8 @@ class AccuracyMatrix:
         lost: list[Entry] = []
         for column in [*zip(*self.rows(), strict=True)][: self._seen[-2]]:
             earlier, last = [r for r in column[:-1] if r is not None], column[-1]
-            lost.append(max(earlier) - last if earlier and last is not None else None)
+            best = (max if self.higher_is_better else min)(earlier, default=None)
+            lost.append(None if best is None or last is None else self._sign * (best - last))
         return lost
 
     def backward_transfer(self) -> Entry:
@@ -98,7 +106,8 @@ class AccuracyMatrix:
         BWT of Lopez-Paz and Ranzato, "Gradient episodic memory", NeurIPS 2017, where first(j) = j.
         """
         rows, first = self.rows(), enumerate(self._first())
-        return _gain((rows[-1][j], rows[i][j]) for j, i in first if i < len(rows) - 1)
+        pairs = [(rows[-1][j], rows[i][j]) for j, i in first if i < len(rows) - 1]
+        return _gain(pairs, self._sign)
 
     def forward_transfer(self, baseline: Sequence[Entry]) -> Entry:
         """Mean over j with first(j) > 0 of R[first(j) - 1][j] - baseline[j].
@@ -111,7 +120,8 @@ class AccuracyMatrix:
         if len(baseline) < len(first):
             raise ValueError(f"{len(baseline)} baselines for {len(first)} experiences")
         rows = self.rows()
-        return _gain((rows[i - 1][j], baseline[j]) for j, i in enumerate(first) if i > 0)
+        pairs = [(rows[i - 1][j], baseline[j]) for j, i in enumerate(first) if i > 0]
+        return _gain(pairs, self._sign)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the matrix as JSON-serializable values."""
@@ -130,6 +140,35 @@ class AccuracyMatrix:
         """Return first(j) of every experience seen by the end."""
         count = self._seen[-1] if self._seen else 0
         return [next(i for i, seen in enumerate(self._seen) if seen > j) for j in range(count)]
+
+
+class Matrices:
+    """The matrix of each score of a run by its name, the leading one first.
+
+    ``scores``: whether higher is better, by name.
+    """
+
+    def __init__(self, scores: Mapping[str, bool]) -> None:
+        self.of = {name: AccuracyMatrix(higher) for name, higher in scores.items()}
+
+    def append(self, rows: Mapping[str, Sequence[Entry]], seen: int) -> None:
+        """Add a row to each; see :meth:`AccuracyMatrix.append`."""
+        for name, matrix in self.of.items():
+            matrix.append(rows[name], seen)
+
+    def fill_last(self, values: Sequence[Entry]) -> None:
+        """Add a column to the last row of each, in their order."""
+        for matrix, value in zip(self.of.values(), values, strict=True):
+            matrix.fill_last(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the matrices as JSON-serializable values."""
+        return {name: matrix.state_dict() for name, matrix in self.of.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        for name, matrix in self.of.items():
+            matrix.load_state_dict(state[name])
 
 
 def _finite(value: Entry) -> Entry:

@@ -13,7 +13,7 @@ from distcl.data.replay_buffer import ReplayBuffer
 from distcl.data.transforms import Transforms
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
-from distcl.losses import create_loss, judged_by
+from distcl.losses import create_loss
 from distcl.models import create_model
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
@@ -31,6 +31,7 @@ from distcl.training.dry_run import DryRun
 from distcl.training.optimizer import create_optimizer
 from distcl.training.parts import Parts
 from distcl.training.round_report import RoundRecorder
+from distcl.training.scores import create_scores
 from distcl.types import DataSpec, PrioritySignal, Progress, Stream, UnreducedLoss, info_of
 from distcl.updaters import PassSetup, UpdaterSetup, create_updater
 
@@ -79,7 +80,8 @@ def assemble(
     importance = config.continual_learning.importance_weighting
     sequential = info_of(stream).sequential
     tried, scored = create_judges(config, stream.spec)
-    dry = DryRun(config, runtime, stream, tried, scored if importance else None)
+    scores = create_scores(config.model, stream.spec)
+    dry = DryRun(config, runtime, stream, tried, scored if importance else None, scores)
     raw = create_model(config.model, stream.spec, seed, dry.x)
     dry.before(raw)
     model, optimizer = runtime.prepare_training(
@@ -111,7 +113,6 @@ def assemble(
     )
     if importance:
         check_priority(config, signal, updater.uses_hist_batch, sequential)
-    judged_by(config.model.loss, stream.spec)
     if config.training.normalize == "token" and not (stream.spec.classes and stream.spec.y_shape):
         raise ConfigError(
             "training.normalize = 'token' needs several labels a sample, as texts have, but a "
@@ -149,6 +150,7 @@ def assemble(
         tracker=tracker,
         recorder=RoundRecorder(runtime, out / "draws", tracker, loader, forward, updater),
         progress=shown,
+        scores=scores,
     )
 
 

@@ -28,6 +28,7 @@ from distcl.errors import ConfigError, DistclError, line_of_theirs, named
 from distcl.losses import unreduced
 from distcl.parallel.inference import evaluating
 from distcl.priority.scoring import score_of_each
+from distcl.training.scores import Score
 from distcl.types import (
     Batch,
     Outputs,
@@ -60,11 +61,13 @@ class DryRun:
         stream: Stream,
         criterion: UnreducedLoss,
         signal: PrioritySignal | None,
+        scores: Mapping[str, Score] | None = None,
     ) -> None:
         self._config = config
         self._runtime = runtime
         self._criterion = criterion
         self._signal = signal
+        self._scores = scores or {}
         self._sharded = runtime.strategy.name in _SHARDED
         self._name = config.model.name
         self._batch = _two(stream)
@@ -153,6 +156,7 @@ class DryRun:
                 with torch.no_grad() if self._sharded else torch.inference_mode():
                     outputs, losses = self._forward(model, batch)
                     self._score(batch, Outputs(losses, outputs))
+                    self._measure(batch, Outputs(losses, outputs))
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[PyTree, torch.Tensor]:
         """Return outputs and losses of a batch, once both are what they must be."""
@@ -194,6 +198,17 @@ class DryRun:
             batch = Batch(batch.ids, None, batch.y, batch.total)
         with _naming(f"priority.signal = '{self._config.priority.signal}' fails"):
             score_of_each(signal, signal.score(batch, now, anchor), len(batch))
+
+    def _measure(self, batch: Batch, outputs: Outputs) -> None:
+        """Try the rows of all scores."""
+        for name, score in self._scores.items():
+            with _naming(f"model.score = '{name}' fails on outputs {_form(outputs.logits)}"):
+                rows = score.rows(outputs, batch.y)
+            if rows.ndim != 2 or len(rows) != len(batch) or rows.is_complex():
+                raise ConfigError(
+                    f"model.score = '{name}' made rows {_form(rows)} of {len(batch)} samples; they "
+                    "must be real numbers [B, K]"
+                )
 
     def _gradients(self, module: nn.Module, outputs: PyTree, losses: torch.Tensor) -> None:
         """Note which parameters, and which outputs, get no gradient."""

@@ -3,40 +3,81 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Mapping
+from typing import NoReturn
 
-from distcl.errors import DivergenceError
-from distcl.losses import per_sample_error, per_sample_squares, r_squared
+import torch
+from torch.utils._pytree import tree_leaves
+
+from distcl.errors import ConfigError, DivergenceError
 from distcl.parallel.inference import ShardedForward
-from distcl.types import Experience, Source
+from distcl.training.scores import NotScored, Score
+from distcl.types import Experience, Outputs, PyTree, Source
 
 
 class Evaluator:
-    """Scores held-out data by ``metric``: accuracy, or R² in regression."""
+    """Scores held-out data by all scores of a run at once, in one pass."""
 
     def __init__(
-        self, forward: ShardedForward, source: Source, metric: str, loss_name: str, size: int
+        self, forward: ShardedForward, source: Source, scores: Mapping[str, Score], size: int
     ) -> None:
         self._forward = forward
         self._source = source
-        self._metric = metric
-        self._loss_name = loss_name
+        self._scores = scores
         self._size = size
 
-    def score(self, experience: Experience, when: str) -> float:
-        """Return 1 - mean error of the held-out samples, or R². Collective.
+    def score(self, experience: Experience, when: str) -> list[float]:
+        """Return every score of the held-out samples, in their order. Collective.
 
-        Raises DivergenceError, saying ``when``, if it is not finite.
+        Raises DivergenceError, saying ``when``, if one is not finite; ConfigError, naming it, if
+        it is not defined on these samples, or is not finite though the model's outputs are.
         """
-        error = partial(per_sample_error, loss_name=self._loss_name)
-        measure = per_sample_squares if self._metric == "r2" else error
-        found = self._forward.per_sample(
-            self._source, experience.test, self._size, lambda out, y: measure(out.logits, y)
-        )
-        value = r_squared(found) if self._metric == "r2" else 1.0 - float(found.double().mean())
-        if not math.isfinite(value):
-            raise DivergenceError(
-                f"{self._metric} on experience {experience.index + 1} is {value} {when}: the "
-                "model's outputs are NaN or infinite"
-            )
-        return value
+        widths: list[int] = []
+
+        def measure(outputs: Outputs, y: PyTree) -> torch.Tensor:
+            rows = [score.rows(outputs, y).double() for score in self._scores.values()]
+            widths[:] = [part.shape[1] for part in rows]
+            return torch.cat(rows, 1)
+
+        found = self._forward.per_sample(self._source, experience.test, self._size, measure)
+        if not widths:  # no samples
+            found, widths = found.double().reshape(0, 0), [0] * len(self._scores)
+        values = []
+        parts = torch.split(found, widths, 1)
+        for (name, score), rows in zip(self._scores.items(), parts, strict=True):
+            try:
+                value = score.value(rows.contiguous()) if len(rows) else math.nan
+            except NotScored as error:
+                raise ConfigError(
+                    f"model.score = '{name}' on experience {experience.index + 1}: {error}"
+                ) from None
+            if not math.isfinite(value):
+                self._refuse(name, value, rows, experience, when)
+            values.append(value)
+        return values
+
+    def _refuse(
+        self, name: str, value: float, rows: torch.Tensor, experience: Experience, when: str
+    ) -> NoReturn:
+        """Say whose fault a score is that is not finite: the model's, or its own. Collective."""
+        where = f"on experience {experience.index + 1}"
+        bad = int((~rows.isfinite()).any(1).sum())
+        if bad:
+            fine = self._forward.per_sample(self._source, experience.test, self._size, _finite)
+            if fine.all():
+                raise ConfigError(
+                    f"model.score = '{name}' is {value} {where} {when}, by {bad} of {len(rows)} "
+                    "samples, though the model's outputs are finite"
+                )
+        why = "the model's outputs are NaN or infinite"
+        if len(rows) and not bad:
+            why = "its loss on held-out data is far too large"
+        raise DivergenceError(f"{name} {where} is {value} {when}: {why}")
+
+
+def _finite(outputs: Outputs, y: PyTree) -> torch.Tensor:
+    """Return whether all outputs of each sample are finite, 1 or 0, float64 [B]."""
+    leaves = [leaf for leaf in tree_leaves(outputs.logits) if leaf.is_floating_point()]
+    fine = [leaf.reshape(len(leaf), -1).isfinite().all(1) for leaf in leaves]
+    every = torch.stack(fine).all(0) if fine else torch.ones_like(outputs.loss, dtype=torch.bool)
+    return every.double()

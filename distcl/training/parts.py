@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from distcl.priority.scoring import Scorer
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking.tracker import Tracker
 from distcl.training.round_report import RoundRecorder
+from distcl.training.scores import Score
 from distcl.types import Progress, Stream
 from distcl.updaters import Updater
 
@@ -36,3 +38,5 @@ class Parts:
     tracker: Tracker
     recorder: RoundRecorder
     progress: Progress
+    scores: Mapping[str, Score]
+    """By the names that they are told by; the first leads."""

@@ -10,6 +10,7 @@ from distcl.priority.guard import HeldOut, Judgement, judge
 from distcl.priority.round_weights import RoundWeights
 from distcl.training.accuracy_matrix import AccuracyMatrix
 from distcl.training.parts import Parts
+from distcl.training.scores import Score
 from distcl.training.stage import Stage
 from distcl.types import Experience, Ids
 
@@ -40,11 +41,16 @@ def compute_priorities(
     return weights, judged
 
 
-def held_out_errors(matrix: AccuracyMatrix, experiences: Sequence[Experience]) -> HeldOut:
-    """Return each one's training ids, and 1 - its accuracy (or R²) as last measured, or None."""
+def held_out_errors(
+    matrix: AccuracyMatrix, experiences: Sequence[Experience], score: Score
+) -> HeldOut:
+    """Return each one's training ids, and how wrong the model was when last measured, or None.
+
+    Nobody's is known if one is below zero: then the score has no perfect value to count from.
+    """
     row = (matrix.rows() or [[]])[-1]
     known = [row[e.index] if e.index < len(row) else None for e in experiences]
-    return [
-        (e.train, None if value is None else 1.0 - value)
-        for e, value in zip(experiences, known, strict=True)
-    ]
+    errors = [None if value is None else score.error(value) for value in known]
+    if any(error is not None and error < 0 for error in errors):
+        errors = [None] * len(errors)
+    return [(e.train, error) for e, error in zip(experiences, errors, strict=True)]

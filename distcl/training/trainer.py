@@ -11,11 +11,10 @@ from typing import Any
 from distcl.config import Config
 from distcl.data.bad_samples import BadSamples
 from distcl.distributed.memory import give_back
-from distcl.losses import judged_by
 from distcl.priority.guard import Judgement
 from distcl.priority.round_weights import RoundWeights
 from distcl.sampling.round_loader import EMPTY
-from distcl.training.accuracy_matrix import AccuracyMatrix
+from distcl.training.accuracy_matrix import Matrices
 from distcl.training.evaluation import Evaluator
 from distcl.training.foresight import foresee_stage
 from distcl.training.optimizer import OptimizerSlices, reset
@@ -43,11 +42,12 @@ class ContinuousTrainer:
         self.training = config.training
         self.continual = config.continual_learning
         self.loss_name = config.model.loss
-        self.metric = judged_by(config.model.loss, parts.stream.spec)
+        self.metric, self.leading = next(iter(parts.scores.items()))
         self.pretrained = bool(config.model.pretrained)
         self.history = parts.history
         self.bad = BadSamples(parts.stream, parts.runtime)
-        self.matrix = AccuracyMatrix()
+        self.matrices = Matrices({n: s.higher_is_better for n, s in parts.scores.items()})
+        self.matrix = self.matrices.of[self.metric]
         self.optimizer = OptimizerSlices(parts.forward.partition, parts.optimizer)
         self.undo = Undo(self.optimizer, parts.anchor, parts.updater, parts.loader)
         self.loop = StepLoop(parts, config, keeper or Keeping())
@@ -58,7 +58,7 @@ class ContinuousTrainer:
         self._between_rounds = config.optimizer.between_rounds
         self._guarded = config.priority.guard == "auto"
         self._evaluator = Evaluator(
-            parts.forward, parts.stream, self.metric, self.loss_name, self.training.eval_batch_size
+            parts.forward, parts.stream, parts.scores, self.training.eval_batch_size
         )
 
     def run_round(
@@ -97,7 +97,7 @@ class ContinuousTrainer:
 
         self.announce(experience)
         if self.training.accept == "improves":
-            stage.report["held_out"] = self._mean_accuracy(held_out)
+            stage.report["held_out"] = self._mean_score(held_out)
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
         if not stage.report["weighted"]:  # the updater may have found bad samples
             stage.experience = self.bad.clear(self.history, experience)
@@ -114,7 +114,7 @@ class ContinuousTrainer:
         """Return the weights that a round begins with; tell of them in its report."""
         clock, weights, judged = time.perf_counter(), RoundWeights(), Judgement()
         if self.parts.updater.trains and self.continual.importance_weighting:
-            errors = held_out_errors(self.matrix, held_out)
+            errors = held_out_errors(self.matrix, held_out, self.leading)
             history = self.history.ids()
             weights, judged = compute_priorities(
                 self.parts, stage, history, self.bad, errors, self._guarded
@@ -134,18 +134,20 @@ class ContinuousTrainer:
         before = stage.report.get("held_out")
         if before is None:
             return True
-        after = self._mean_accuracy(held_out)
+        after = self._mean_score(held_out)
         model = self.parts.runtime.strategy.unwrap(self.parts.model)
-        self.undo.settle(after >= before, model.buffers())
-        if after < before:
+        higher = self.leading.higher_is_better
+        accepted = bool(after >= before if higher else after <= before)
+        self.undo.settle(accepted, model.buffers())
+        if not accepted:
             self._say(
                 f"[accept] round {stage.number} is taken back: mean {self.metric} on held-out data "
-                f"fell from {before:.4f} to {after:.4f}"
+                f"{'fell' if higher else 'rose'} from {before:.4f} to {after:.4f}"
             )
-        return bool(after >= before)
+        return accepted
 
-    def _mean_accuracy(self, experiences: Sequence[Experience]) -> float:
-        return sum(self.accuracy(e) for e in experiences) / max(1, len(experiences))
+    def _mean_score(self, experiences: Sequence[Experience]) -> float:
+        return sum(self.measure(e)[0] for e in experiences) / max(1, len(experiences))
 
     def _commit(self, experience: Experience) -> None:
         if self.parts.updater.trains:
@@ -181,26 +183,34 @@ class ContinuousTrainer:
         self.stage = None
 
     def evaluate(self, experiences: list[Experience], seen: int) -> list[float]:
-        """Append a row to the accuracy matrix: accuracy, or R², on each one's held-out data.
+        """Append a row to the matrix of each score; return the leading one's.
 
         6. evaluate. ``seen``: how many of the columns have been trained on.
         """
         clock = time.perf_counter()
-        row = [self.accuracy(e) for e in experiences]
-        self.matrix.append(row, seen)
+        found = [self.measure(e) for e in experiences]
+        rows = {name: [one[k] for one in found] for k, name in enumerate(self.parts.scores)}
+        self.matrices.append(rows, seen)
         seconds = time.perf_counter() - clock
         self.evaluate_seconds += seconds
         if self.rounds:
             self.rounds[-1]["evaluate_seconds"] = seconds
-        values = {f"{self.metric}/{e.index + 1}": a for e, a in zip(experiences, row, strict=True)}
+        values: dict[str, Any] = {
+            f"{name}/{e.index + 1}": value
+            for name, row in rows.items()
+            for e, value in zip(experiences, row, strict=True)
+        }
+        if not self.leading.higher_is_better:
+            values["higher_is_better"] = False  # so that a run that is not over can be read
         self.parts.tracker.log({"round": len(self.rounds), **values}, self.loop.steps)
-        shown = " ".join(f"{a:.3f}" for a in row)
-        what = "R²" if self.metric == "r2" else self.metric
-        self._say(f"[{what}] after round {len(self.rounds)}: {shown}")
-        return row
+        for name, row in rows.items():
+            shown = " ".join(f"{value:.3f}" for value in row)
+            what = "R²" if name == "r2" else name
+            self._say(f"[{what}] after round {len(self.rounds)}: {shown}")
+        return rows[self.metric]
 
-    def accuracy(self, experience: Experience) -> float:
-        """Return the share of held-out samples that the model gets right; in regression, R²."""
+    def measure(self, experience: Experience) -> list[float]:
+        """Return every score of the model on held-out samples, the leading one first."""
         kept = replace(experience, test=self.bad.without(experience.test))
         return self._evaluator.score(kept, f"after round {len(self.rounds)}")
 

@@ -122,6 +122,23 @@ def test_the_error_at_the_end_of_the_stream_stands_before_the_accuracy(tmp_path)
     ]
 
 
+def test_other_scores_are_told_by_name(tmp_path):
+    write_status(tmp_path, "done")
+    summary = {"metric": "perplexity", "higher_is_better": False, "average_accuracy": 1234.5}
+    summary |= {"average_forgetting": 12.3456, "rounds": [], "seconds": 1.0}
+    summary |= {"stream_end": {"samples": 9, "perplexity": 3.25}}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "metrics.jsonl").write_text('{"round": 4, "perplexity/1": 3.0}\n')
+    assert read_status(tmp_path).metric == "perplexity"
+    assert str(read_status(tmp_path)).splitlines()[-3:] == [
+        "perplexity at end 3.250",
+        "perplexity  1234",
+        "forgetting  12.35",
+    ]
+    write_status(tmp_path, "running")
+    assert read_status(tmp_path).last_round == 4
+
+
 def test_of_a_stream_that_may_grow_nobody_says_how_much_is_left(tmp_path):
     write_status(tmp_path, "running")
     clock, shown = Clock(), []

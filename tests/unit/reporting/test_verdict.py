@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,47 @@ def test_a_cost_that_is_not_equal_is_told():
 def test_in_regression_differences_are_no_points():
     found = result(arm("", 0.7, metric="r2"), arm(OFF, 0.72, metric="r2"))
     assert "better here by 0.020 R² (" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "begins", "ends"),
+    [
+        (3.5, 3.25, "Uniform is better here by 0.250 bits per byte (95 % interval 0.2", "off."),
+        (3.5, 4.0, "Prioritized sampling is better here by 0.500 bits per byte (95 % int", "on."),
+        (3.5, 3.5, "No difference is shown here: uniform minus prioritized sampling is", "seeds."),
+    ],
+)
+def test_where_less_is_better_the_lower_one_is(ours, theirs, begins, ends):
+    arms = (arm("", ours, metric="bits_per_byte"), arm(OFF, theirs, metric="bits_per_byte"))
+    verdict = result(*arms).verdict
+    assert verdict.startswith(begins) and verdict.endswith(ends), verdict
+    assert (", less is better (" in verdict) == (ours == theirs)
+
+
+def test_of_several_the_best_is_the_lowest_and_a_score_of_ones_own_says_which_way():
+    arms = [arm(name, mean, metric="mine") for name, mean in (("", 3.0), ("a", 2.5), ("b", 2.0))]
+    assert "'b' is better here by" not in (found := result(*arms)).verdict
+    assert as_json(found)["higher_is_better"]
+    for one in arms:
+        one.outcomes = {k: replace(o, higher_is_better=False) for k, o in one.outcomes.items()}
+    verdict = (found := result(*arms)).verdict
+    assert verdict.startswith("'b' is better here by ") and "so is 'a' by 0.5" in verdict
+    assert verdict.endswith("the best is 'b': set it.")
+    plain = as_json(found)
+    assert (plain["metric"], plain["higher_is_better"]) == ("mine", False)
+
+
+def test_different_scores_are_not_compared():
+    found = result(arm("", 0.7), arm("a.b=1", 0.7, metric="r2"))
+    assert found.verdict == "The variants are judged by different scores, accuracy, r2: no verdict."
+
+
+def test_the_page_says_which_way_is_good(tmp_path):
+    found = result(arm("", 3.5, metric="loss"), arm("a.b=1", 3.2, metric="loss"))
+    write_comparison(found, tmp_path / "r.html", tmp_path)
+    page = (tmp_path / "r.html").read_text()
+    for shown in ("average loss (less is better)", "Below 0 is better.", "loss forgotten"):
+        assert shown in page, shown
 
 
 def test_the_page_has_the_verdict_and_the_plots(tmp_path):

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from distcl.training.accuracy_matrix import AccuracyMatrix
+from distcl.training.accuracy_matrix import AccuracyMatrix, Matrices
 
 METRICS = (
     "average_accuracy",
@@ -29,6 +29,30 @@ def test_values_computed_by_hand():
     assert m.forward_transfer([0.1, 0.1, 0.1]) == pytest.approx(((0.2 - 0.1) + (0.3 - 0.1)) / 2)
     assert m.average_anytime_accuracy() == pytest.approx((0.9 + 0.75 + 0.8) / 3)
     assert m.worst_experience_accuracy() == 0.6
+
+
+def test_where_less_is_better_a_rise_is_forgotten_and_what_fell_was_gained():
+    rows = [[0.9, 0.2, 0.1], [0.7, 0.8, 0.3], [0.6, 0.85, 0.95]]
+    m, contrary = matrix(rows, [1, 2, 3]), AccuracyMatrix(higher_is_better=False)
+    for row, seen in zip(rows, [1, 2, 3], strict=True):
+        contrary.append([1 - value for value in row], seen)
+    for name in METRICS:
+        ours, theirs = getattr(m, name)(), getattr(contrary, name)()
+        gain = name in ("average_forgetting", "backward_transfer")
+        assert theirs == pytest.approx(ours if gain else 1 - ours), name
+    assert contrary.forward_transfer([0.9] * 3) == pytest.approx(m.forward_transfer([0.1] * 3))
+
+
+def test_the_matrices_of_several_scores_are_one_part_of_a_checkpoint():
+    several = Matrices({"accuracy": True, "loss": False})
+    several.append({"accuracy": [0.5, None], "loss": [2.0, 3.0]}, 1)
+    several.fill_last([0.1, 4.0])
+    assert several.of["loss"].rows() == [[2.0, 3.0, 4.0]]
+    other = Matrices({"accuracy": True, "loss": False})
+    other.load_state_dict(json.loads(json.dumps(several.state_dict())))
+    assert other.state_dict() == several.state_dict()
+    with pytest.raises(KeyError, match="auroc"):  # told by the checkpoint that is restored
+        Matrices({"auroc": True}).load_state_dict(several.state_dict())
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 7])

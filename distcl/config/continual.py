@@ -45,6 +45,15 @@ class ContinualLearningConfig(Section):
         description="ewc_online, kfac_online, si: damped: stable at any strength; explicit: as "
         "published",
     )
+    mer_every: int = Field(
+        10, ge=1, description="steps from one interpolation of the weights to the next (mer)"
+    )
+    mer_rate: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of an interval's way that the weights keep (mer); 1: as er",
+    )
     der_alpha: float = Field(0.5, ge=0, description="weight of the stored logits (der)")
     der_beta: float = Field(0.5, ge=0, description="weight of the history batch's loss (der)")
     lwf_alpha: float = Field(1.0, ge=0, description="weight of the distillation (lwf)")

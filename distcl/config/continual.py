@@ -58,6 +58,12 @@ class ContinualLearningConfig(Section):
     der_beta: float = Field(0.5, ge=0, description="weight of the history batch's loss (der)")
     lwf_alpha: float = Field(1.0, ge=0, description="weight of the distillation (lwf)")
     lwf_temperature: float = Field(2.0, gt=0, description="temperature of both softmaxes (lwf)")
+    lwf_top_k: int = Field(
+        0,
+        ge=0,
+        description="classes that the teacher keeps of each position, with the mass of the others "
+        "(lwf); 0: all",
+    )
     si_c: float = Field(0.1, ge=0, description="strength of the penalty (si)")
     si_xi: float = Field(0.1, gt=0, description="keeps the importance finite, in weights² (si)")
     ewc_lambda: float = Field(100.0, ge=0, description="strength of the EWC penalty")

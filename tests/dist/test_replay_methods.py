@@ -36,6 +36,7 @@ CASES = {
     "mer of rate 1": ("mer_every=2", "mer_rate=1.0"),
     "der": ("der_alpha=0.7", "der_beta=0.4"),
     "lwf": ("lwf_alpha=1.5", "lwf_temperature=2.5"),
+    "lwf top": ("lwf_alpha=1.5", "lwf_temperature=2.5", "lwf_top_k=3"),
     "lwf mixed": ("lwf_alpha=0.5", "mix_historic_data=true"),
     "si": ("si_c=0.8", "si_xi=0.02", "penalty_step=explicit"),
     "si damped": ("si_c=30.0", "si_xi=0.01"),
@@ -217,8 +218,12 @@ def _lwf(case: str) -> dict[str, Any]:
             loss = dense.loss(current)
             if number > 0:
                 p = (teacher(dense.stream.read(current).x.double()) / t).softmax(1).detach()
-                q = (dense.logits(current) / t).log_softmax(1)
-                loss = loss + alpha * t**2 * (p * (p.log() - q)).sum(1).mean()
+                q = (dense.logits(current) / t).softmax(1)
+                if "top" in case:
+                    best = p.argsort(1, descending=True)[:, :3]
+                    p, q = (v.gather(1, best) for v in (p, q))
+                    p, q = (torch.cat([v, 1 - v.sum(1, keepdim=True)], 1) for v in (p, q))
+                loss = loss + alpha * t**2 * (p * (p.log() - q.log())).sum(1).mean()
             dense.step(loss)
     return dense.weights()
 

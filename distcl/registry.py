@@ -42,6 +42,7 @@ _TABLE = (
     ("updater", "si", "updaters.si:SynapticIntelligence", "synaptic intelligence"),
     ("updater", "lwf", "updaters.lwf:LwF", "learning without forgetting: distillation"),
     ("updater", "er", "updaters.er:ExperienceReplay", "replay of a history batch"),
+    ("updater", "mer", "updaters.mer:MetaExperienceReplay", "replay and Reptile's interpolation"),
     ("updater", "der", "updaters.der:DarkExperienceReplay", "DER++: replay of logits"),
     ("updater", "jvp_reg", "updaters.jvp_reg:JVPReg", "steps robust to weights and inputs"),
     ("updater", "agem", "updaters.agem:AGEM", "averaged gradient episodic memory (A-GEM)"),

@@ -45,10 +45,25 @@ class ContinualLearningConfig(Section):
         description="ewc_online, kfac_online, si: damped: stable at any strength; explicit: as "
         "published",
     )
+    mer_every: int = Field(
+        10, ge=1, description="steps from one interpolation of the weights to the next (mer)"
+    )
+    mer_rate: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of an interval's way that the weights keep (mer); 1: as er",
+    )
     der_alpha: float = Field(0.5, ge=0, description="weight of the stored logits (der)")
     der_beta: float = Field(0.5, ge=0, description="weight of the history batch's loss (der)")
     lwf_alpha: float = Field(1.0, ge=0, description="weight of the distillation (lwf)")
     lwf_temperature: float = Field(2.0, gt=0, description="temperature of both softmaxes (lwf)")
+    lwf_top_k: int = Field(
+        0,
+        ge=0,
+        description="classes that the teacher keeps of each position, with the mass of the others "
+        "(lwf); 0: all",
+    )
     si_c: float = Field(0.1, ge=0, description="strength of the penalty (si)")
     si_xi: float = Field(0.1, gt=0, description="keeps the importance finite, in weights² (si)")
     ewc_lambda: float = Field(100.0, ge=0, description="strength of the EWC penalty")

@@ -18,7 +18,7 @@ from distcl.parallel.flat_shards import (
     persistent_buffers,
     restoring,
 )
-from distcl.parallel.gradients import OwnedGradients
+from distcl.parallel.gradients import OwnedGradients, Slices
 from distcl.parallel.sliced_state import Fetch, SteppedParameters
 
 
@@ -107,6 +107,14 @@ class Partition(OwnedGradients, SteppedParameters):
         self._rest.put(slices)
         with restoring(self._runtime, restore):
             yield
+
+    def put(self, slices: Slices) -> None:
+        """Replace weights for good, each rank its slices; absent names stay. Collective."""
+        mine = self._slices()
+        with torch.no_grad():
+            for name, values in slices.items():
+                mine[name].copy_(values)
+        self._exchange(mine, back=False)
 
     def gather(self, name: str) -> torch.Tensor:
         """Return one full parameter or buffer, in its own shape (a copy). Collective."""

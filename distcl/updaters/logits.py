@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,15 @@ def one_tensor(outputs: PyTree, method: str) -> torch.Tensor:
 
 
 def compute_logits(
-    scorer: Scorer, source: Source, ids: Ids, method: str
+    scorer: Scorer,
+    source: Source,
+    ids: Ids,
+    method: str,
+    keep: Callable[[torch.Tensor, PyTree], torch.Tensor] = lambda logits, _: logits,
 ) -> tuple[Ids, torch.Tensor]:
     """Return logits [N, ...] of ``ids`` (at least one), eval mode, in host memory. Collective.
+
+    ``keep(logits [B, ...], y)`` -> what of them is returned instead, [B, ...].
 
     With them come the ids int64 [N] of what was read: others than asked, in the place of bad ones.
     Each rank computes the logits of its chunks, cut as for scoring; all ranks get all.
@@ -39,7 +45,7 @@ def compute_logits(
 
     def measure(batch: Batch) -> torch.Tensor:
         mine.append(batch.ids)
-        return one_tensor(forward.outputs(batch).logits, method)
+        return keep(one_tensor(forward.outputs(batch).logits, method).to(dtype), batch.y)
 
     for block in blocks(ids):
         logits.append(forward.per_batch(source, block, size, measure).to("cpu", dtype))

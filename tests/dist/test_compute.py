@@ -10,6 +10,7 @@ HISTORY = (2 * N, 2 * N + 50)  # drawn in round 1, from 301: two passes; in 2, f
 TRAINED = {  # mode -> how often current and history samples go forward and backward
     "base": (1, 0),
     "er": (1, 1),
+    "mer": (1, 1),
     "agem": (1, 1),
     "jvp_reg": (2, 2),
     "lwf": (1, 0),

@@ -1,4 +1,4 @@
-"""er, der, lwf and si on real ranks against dense references, in float64."""
+"""er, mer, der, lwf and si on real ranks against dense references, in float64."""
 
 from __future__ import annotations
 
@@ -32,8 +32,11 @@ from tests.spawn import run_ranks
 
 CASES = {
     "er": (),
+    "mer": ("mer_every=3", "mer_rate=0.4"),
+    "mer of rate 1": ("mer_every=2", "mer_rate=1.0"),
     "der": ("der_alpha=0.7", "der_beta=0.4"),
     "lwf": ("lwf_alpha=1.5", "lwf_temperature=2.5"),
+    "lwf top": ("lwf_alpha=1.5", "lwf_temperature=2.5", "lwf_top_k=3"),
     "lwf mixed": ("lwf_alpha=0.5", "mix_historic_data=true"),
     "si": ("si_c=0.8", "si_xi=0.02", "penalty_step=explicit"),
     "si damped": ("si_c=30.0", "si_xi=0.01"),
@@ -94,6 +97,8 @@ def _distributed(case: str, restart: bool) -> dict[str, Any]:
                 updater = create_updater(case.split()[0], updater.setup)
                 updater.begin_round(Round(stream, plan.ids, plan.history, plan.after))
                 updater.load_state_dict(torch.load(file, weights_only=True))
+            if case == "mer":
+                held = updater.start
             updater.update_pre_fwd_bwd()
             updater.fwd_bwd(read(current), read(past) if len(past) else None)
             updater.update_post_fwd_bwd()
@@ -106,6 +111,8 @@ def _distributed(case: str, restart: bool) -> dict[str, Any]:
         result |= {"ids": updater.stored.ids, "logits": updater.stored.logits.numpy()}
     if "si" in case:
         result["held"] = sum(v.numel() for v in updater.importance.values())
+    if case == "mer":
+        result["held"] = sum(v.numel() for v in held.values())
     return result
 
 
@@ -168,6 +175,22 @@ def _er(case: str) -> dict[str, Any]:
     return dense.weights()
 
 
+def _mer(case: str) -> dict[str, Any]:
+    every, rate = (2, 1.0) if "rate" in case else (3, 0.4)
+    dense = Dense(case)
+    weights = list(dense.model.parameters())
+    for _, steps in dense.plan:
+        for k, (current, past) in enumerate(steps):
+            if k % every == 0:
+                start = [w.detach().clone() for w in weights]
+            dense.step(dense.loss(np.concatenate([current, past])))
+            if k % every == every - 1:
+                with torch.no_grad():
+                    for w, s in zip(weights, start, strict=True):
+                        w.copy_(s + rate * (w - s))
+    return dense.weights()
+
+
 def _der(case: str) -> dict[str, Any]:
     dense, stored = Dense(case), {}
     for plan, steps in dense.plan:
@@ -195,8 +218,12 @@ def _lwf(case: str) -> dict[str, Any]:
             loss = dense.loss(current)
             if number > 0:
                 p = (teacher(dense.stream.read(current).x.double()) / t).softmax(1).detach()
-                q = (dense.logits(current) / t).log_softmax(1)
-                loss = loss + alpha * t**2 * (p * (p.log() - q)).sum(1).mean()
+                q = (dense.logits(current) / t).softmax(1)
+                if "top" in case:
+                    best = p.argsort(1, descending=True)[:, :3]
+                    p, q = (v.gather(1, best) for v in (p, q))
+                    p, q = (torch.cat([v, 1 - v.sum(1, keepdim=True)], 1) for v in (p, q))
+                loss = loss + alpha * t**2 * (p * (p.log() - q.log())).sum(1).mean()
             dense.step(loss)
     return dense.weights()
 
@@ -227,6 +254,7 @@ def _si(case: str) -> dict[str, Any]:
 
 REFERENCE: dict[str, Callable[[str], dict[str, Any]]] = {
     "er": _er,
+    "mer": _mer,
     "der": _der,
     "lwf": _lwf,
     "si": _si,
@@ -260,11 +288,19 @@ def test_a_method_does_something(case: str) -> None:
     assert max(np.abs(_reference(case)[n] - v).max() for n, v in plain.items()) > 1e-3
 
 
-def test_synaptic_intelligence_is_cut_over_ranks() -> None:
-    total = sum(v.size for v in _reference("si").values())
-    held = [result["si"]["held"] for result in _results(3)]
+@pytest.mark.parametrize("case", ["si", "mer"])
+def test_what_a_method_holds_is_cut_over_ranks(case: str) -> None:
+    total = sum(v.size for v in _reference(case).values())
+    held = [result[case]["held"] for result in _results(3)]
     assert sum(held) == total
     assert max(held) <= -(-total // 3)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_meta_experience_replay_of_rate_1_is_experience_replay_bit_for_bit(world: int) -> None:
+    for result in _results(world):
+        for name, value in result["er"].items():
+            np.testing.assert_array_equal(result["mer of rate 1"][name], value)
 
 
 # -- whole jobs --------------------------------------------------------------------------------
@@ -277,6 +313,7 @@ JOBS = {
     ),
     "er copies": ("continual_learning.history_store=copy",),
     "er ids": (),
+    "mer": ("continual_learning.mer_every=4", "training.batch_size=40"),
     "der": ("continual_learning.importance_weighting=false",),
     "lwf": ("continual_learning.mix_historic_data=true",),
     "si": ("optimizer.momentum=0.5", "continual_learning.si_c=2.0"),

@@ -107,6 +107,12 @@ MODES = {
     "der": ("continual_learning.update_mode=der", "continual_learning.buffer_size=90"),
     "lwf": ("continual_learning.update_mode=lwf",),
     "jvp": ("continual_learning.update_mode=jvp_reg",),
+    "mer": (
+        "continual_learning.update_mode=mer",
+        "continual_learning.mer_every=7",
+        "optimizer.momentum=0.9",
+        "optimizer.lr=0.05",
+    ),
     "agem": ("continual_learning.update_mode=agem",),
     "copy": ("continual_learning.update_mode=er", "continual_learning.history_store=copy"),
     "online": (
@@ -140,10 +146,12 @@ def test_a_resumed_run_equals_one_never_interrupted(mode: str, tmp_path: Path) -
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("mode", ["ewc", "der", "online", "guard"])
-def test_two_ranks_resume_bit_for_bit(mode: str, tmp_path: Path) -> None:
-    run_ranks(2, go, "train", MODES[mode], tmp_path / "whole", 0, "never")
-    interrupted("train", MODES[mode], tmp_path / "parts", 2, (7,))
+@pytest.mark.parametrize(
+    ("mode", "world"), [("ewc", 2), ("der", 2), ("online", 2), ("guard", 2), ("mer", 3)]
+)
+def test_several_ranks_resume_bit_for_bit(mode: str, world: int, tmp_path: Path) -> None:
+    run_ranks(world, go, "train", MODES[mode], tmp_path / "whole", 0, "never")
+    interrupted("train", MODES[mode], tmp_path / "parts", world, (7,))
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 

@@ -89,12 +89,17 @@ def _session(
             anchor.refresh()
             train(5)
             train(6)
+            mine = {n: w.clone() for n, w in partition.trainable().items()}
         if moment == "back":
             anchor.put_back(module.buffers())
         with partition.inference():
             outputs = module.eval()(x[0].to(runtime.device)).float().cpu().numpy()
         moments.append({**gathered(partition, names), "outputs": outputs})
-    return result | {"anchor kept": kept, "moments": moments}
+    partition.put(mine)
+    with partition.inference():
+        outputs = module(x[0].to(runtime.device)).float().cpu().numpy()
+    put = {**gathered(partition, names), "outputs": outputs}
+    return result | {"anchor kept": kept, "moments": moments, "put": put}
 
 
 def _swap(
@@ -162,6 +167,24 @@ def assert_taken_back(moments: list[dict[str, np.ndarray]]) -> None:
         np.testing.assert_array_equal(back[name], value)
 
 
+def assert_put(session: dict[str, Any], dense: torch.nn.Module, atol: float) -> None:
+    """Put the trained weights into the model that was taken back, with the buffers of then."""
+    put, (start, trained, _) = session["put"], session["moments"]
+    for name in dict(dense.named_parameters()):
+        np.testing.assert_array_equal(put[name], trained[name])
+    dense.load_state_dict({n: torch.from_numpy(put[n]) for n in tensors(dense)}, strict=False)
+    x = torch.randn(7, 6, 7, generator=torch.Generator().manual_seed(3))[0]
+    expected = dense.eval()(x).detach().numpy()
+    np.testing.assert_allclose(put["outputs"], expected, rtol=0, atol=atol)
+    assert np.abs(put["outputs"] - start["outputs"]).max() > 2 * atol
+
+
+@every_layout
+def test_weights_that_are_put_in_stay(layout: str, ranks: list[Any]) -> None:
+    for rank in ranks:
+        assert_put(rank[layout]["never"], tangled(0), 1e-6)
+
+
 @every_layout
 def test_the_fingerprint_is_that_of_whole_weights(layout: str, ranks: list[Any]) -> None:
     runtime = Runtime(RunConfig())
@@ -224,6 +247,7 @@ def test_in_bf16_swapping_leaves_no_trace_in_weights_or_masters(
         assert swaps["losses"] == never["losses"]
         assert swaps["anchor kept"]
         assert_taken_back(never["moments"])
+        assert_put(never, tangled(0, batchnorm=False), 0.03)
         for name, value in never["weights"].items():
             np.testing.assert_array_equal(swaps["weights"][name], value)
         rounded = torch.from_numpy(swaps["weights"]["left.weight"])

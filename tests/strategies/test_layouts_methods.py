@@ -30,6 +30,7 @@ TINY = (
     "training.batch_size=31",
     "continual_learning.replay_batch_size=13",
     "continual_learning.fisher_samples=21",
+    "continual_learning.mer_every=2",
 )
 sharding = layout_params(NAMES[1:])
 

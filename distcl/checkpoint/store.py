@@ -87,7 +87,8 @@ class CheckpointStore:
         """Begin to write a checkpoint; returns when everything is copied to CPU memory.
 
         ``mine``: this rank's state; ``shared`` and ``model``: rank 0's are written. ``meta`` goes
-        into the manifest; ``meta["score"]`` (a number or None) tells the best one. Call
+        into the manifest; ``meta["score"]`` (a number or None) tells the best one,
+        ``meta["header"]``, if there, stands in the header of the weights' file. Call
         :meth:`poll` until it is finished. One that is still being written is finished first.
         """
         self.finish()
@@ -345,7 +346,7 @@ def _write(writing: _Writing, files: Mapping[str, Any]) -> None:
         for name, content in files.items():
             path = writing.partial / name
             if name == MODEL:
-                save_file(content, str(path))
+                save_file(content, str(path), writing.meta.get("header") or None)
             else:
                 torch.save(content, path)
             sync_to_disk(path)

@@ -218,7 +218,8 @@ class SourceInfo:
     side. ``live_seconds``: how long to wait for more samples at its end; ``arrived()`` then returns
     how many have come, and ``grow(n)`` takes in n of them and returns the length before.
 
-    ``tokens``: x are token ids below this. ``varies``: the shape of a batch depends on its samples, as with texts of unequal lengths.
+    ``tokens``: x are token ids below this. ``varies``: the shape of a batch depends on its samples,
+    as with texts of unequal lengths.
 
     ``replaces``: ``read`` may put its next sound sample in the place of a bad one, and tells so by
     the batch's ids. ``transformed``: it applies ``data.transforms`` itself.

@@ -59,7 +59,7 @@ def create_transformer(name: str, spec: DataSpec, options: Mapping[str, Any]) ->
                 f"model '{PREFIX}{name}' has no option '{key}'{nearest(key, _OPTIONS)}"
             )
     with _quiet(transformers):
-        model = _make(transformers, name, spec, **options)
+        model: Any = _make(transformers, name, spec, **options)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"transformers has no class '{name}' of models for torch")
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
@@ -75,7 +75,8 @@ def create_transformer(name: str, spec: DataSpec, options: Mapping[str, Any]) ->
         )
     model.config.architectures = [type(model).__name__]
     model.register_forward_pre_hook(_Call(name, model), with_kwargs=True)
-    return model
+    made: nn.Module = model
+    return made
 
 
 @checked("model")
@@ -89,7 +90,9 @@ def _make(
     attn_implementation: str = "eager",
     gradient_checkpointing: bool = False,
 ) -> Any:
-    """Return the model. path: a local folder, or a name on the hub; config: ``model_type`` and more.
+    """Return the model. path: a local folder, or a name on the hub.
+
+    config: ``model_type`` and whatever else such a configuration has.
 
     dtype is that of the weights; ``run.precision`` says in which type they compute.
     attn_implementation: as transformers has it; "sdpa" is faster, but not every update mode and
@@ -192,8 +195,8 @@ class _Call:
 
 
 def header(model: nn.Module) -> dict[str, str]:
-    """Return what the header of a file with this model's weights says of it; {} of others. Local."""
-    config = getattr(model, "config", None)
+    """Return what the header of a file with this model's weights says of it; {} of others."""
+    config: Any = getattr(model, "config", None)
     if not (hasattr(config, "model_type") and hasattr(config, "to_json_string")):
         return {}
     return {"format": "pt", CONFIG_KEY: config.to_json_string()}
@@ -204,7 +207,8 @@ def _quiet(transformers: Any) -> Iterator[None]:
     """Keep the package from printing, and from sharding as the last DeepSpeed plugin would."""
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    unset_hf_deepspeed_config()  # prepare shards the model, once it is whole and has its weights
+    unset: Any = unset_hf_deepspeed_config
+    unset()  # prepare shards the model, once it is whole and has its weights
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

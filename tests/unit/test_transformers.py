@@ -78,7 +78,7 @@ def test_tokens_are_classified() -> None:
         ("AutoModelForCausalLM", {"config": {**SMALL, "n_layer": "two"}}, "n_layer.*expected int"),
         ("AutoModelForCausalLM", {"config": {**SMALL, "n_head": 3}}, "must be divisible"),
         ("AutoModelForCausalLM", {"config": {**SMALL, "vocab_size": 99}}, "99 tokens.*up to 256"),
-        ("AutoModelForCausalLM", {"config": SMALL, "attn_implementation": "none"}, "options.config: "),
+        ("AutoModelForCausalLM", {"config": SMALL, "attn_implementation": "no"}, "config: "),
         ("AutoModelForCausalLM", {"config": SMALL, "dtype": "bfloat16"}, "options.dtype"),
         ("AutoModelForCausalLM", {"config": {"model_type": "vit"}}, "options.config: "),
     ],

@@ -60,8 +60,6 @@ def create_transformer(name: str, spec: DataSpec, options: Mapping[str, Any]) ->
             )
     with _quiet(transformers):
         model: Any = _make(transformers, name, spec, **options)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"transformers has no class '{name}' of models for torch")
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     if isinstance(vocabulary, int) and vocabulary < (needed := _tokens(name, spec)):
         raise ConfigError(

@@ -31,7 +31,6 @@ GPT2 = (
     "{model_type='gpt2', n_layer=1, n_embd=12, n_head=2, n_positions=24, "
     "attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, pad_token_id=256}"
 )
-LOOSE = GPT2.replace("}", ", tie_word_embeddings=false}")
 JOB = (
     "stream.source=jsonl", "stream.drift=none", "stream.experiences=2",
     "stream.options.domain=where", "model.name=hf:AutoModelForCausalLM", "model.loss=next_token",
@@ -87,7 +86,6 @@ UPDATERS = {
         "si": (),
         "agem": (),
         "jvp_reg": ("continual_learning.jvp_rho_x=0",),
-        "kfac_online": (f"model.options.config={LOOSE}",),
     }.items()
 }
 

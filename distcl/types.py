@@ -176,6 +176,8 @@ class DataSpec:
     y_shape: tuple[int, ...] = ()
     occurring: tuple[int, ...] = field(default=(), compare=False)
     class_names: tuple[str, ...] = field(default=(), compare=False)
+    tokens: int = field(default=0, compare=False)
+    """Inputs are token ids below this; 0: they are none, or it is not known."""
 
     @property
     def outputs(self) -> int:
@@ -216,7 +218,8 @@ class SourceInfo:
     side. ``live_seconds``: how long to wait for more samples at its end; ``arrived()`` then returns
     how many have come, and ``grow(n)`` takes in n of them and returns the length before.
 
-    ``varies``: the shape of a batch depends on its samples, as with texts of unequal lengths.
+    ``tokens``: x are token ids below this. ``varies``: the shape of a batch depends on its samples,
+    as with texts of unequal lengths.
 
     ``replaces``: ``read`` may put its next sound sample in the place of a bad one, and tells so by
     the batch's ids. ``transformed``: it applies ``data.transforms`` itself.
@@ -232,6 +235,7 @@ class SourceInfo:
     sequential: bool = False
     live_seconds: float = 0.0
     replaces: bool = False
+    tokens: int = 0
     varies: bool = False
     transformed: bool = False
     unusable: int = 0

@@ -15,6 +15,7 @@ from distcl.config.load import load_config, to_toml
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
+from distcl.models.transformers import CONFIG_KEY
 from distcl.models.weights import WeightsFile
 from distcl.training.build import assemble
 from distcl.training.trainer import ContinuousTrainer
@@ -145,15 +146,20 @@ def _some(path: Path) -> list[Path]:
 def export(path: Path, destination: Path, warn: Callable[[str], None] = log.warning) -> list[Path]:
     """Write the weights as one safetensors file, and config.toml beside it. Local.
 
-    Neither needs distcl to be read. ``warn``: see :func:`find`. Raises CheckpointError if a file
-    is in the way.
+    None needs distcl to be read. Of a model of transformers there is its config.json too, so that
+    ``from_pretrained`` takes the folder. ``warn``: see :func:`find`. Raises CheckpointError if a
+    file is in the way.
     """
     config, weights = configuration(path), find(path, warn)
+    about = WeightsFile(weights).header.get(CONFIG_KEY)
     files = [destination / MODEL, destination / "config.toml"]
+    files += [] if about is None else [destination / "config.json"]
     for file in files:
         if file.exists():
             raise CheckpointError(f"'{file}' exists; export to another folder")
     destination.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(weights, files[0])
     files[1].write_text(to_toml(config), encoding="utf-8")
+    if about is not None:
+        files[2].write_text(about, encoding="utf-8")
     return files

@@ -18,6 +18,7 @@ from distcl.data.fingerprint import check_ids
 from distcl.data.ids import tensor_ids
 from distcl.data.stream import DriftStream
 from distcl.errors import CheckpointError
+from distcl.models.transformers import header
 from distcl.monitoring.monitor import Monitor
 from distcl.parallel.sliced_state import SavedSlices, SlicedStateful
 from distcl.priority.scoring import Scorer
@@ -151,6 +152,7 @@ def collect(
         "higher_is_better": trainer.leading.higher_is_better,
         "config": config.model_dump(mode="json"),
         "data": data,
+        "header": header(trainer.parts.forward.module),
     }
     return mine, shared, weights(trainer.parts), meta
 

@@ -88,7 +88,8 @@ class CheckpointStore:
 
         ``mine``: this rank's state; ``shared`` and ``model``: rank 0's are written. ``meta`` goes
         into the manifest; ``meta["score"]`` (a number or None) tells the best one: the largest,
-        or the smallest where ``meta["higher_is_better"]`` is there and false. Call
+        or the smallest where ``meta["higher_is_better"]`` is there and false; ``meta["header"]``,
+        if there, stands in the header of the weights' file. Call
         :meth:`poll` until it is finished. One that is still being written is finished first.
         """
         self.finish()
@@ -346,7 +347,7 @@ def _write(writing: _Writing, files: Mapping[str, Any]) -> None:
         for name, content in files.items():
             path = writing.partial / name
             if name == MODEL:
-                save_file(content, str(path))
+                save_file(content, str(path), writing.meta.get("header") or None)
             else:
                 torch.save(content, path)
             sync_to_disk(path)

@@ -116,7 +116,9 @@ class ModelConfig(Section):
     """The model."""
 
     name: str = Field(
-        "mlp", description="mlp, cnn, resnet18, vit_tiny, timm:NAME, or package.module:factory"
+        "mlp",
+        description="mlp, cnn, resnet18, vit_tiny, decoder, timm:NAME, hf:AutoModelForCausalLM and "
+        "its like, or package.module:factory",
     )
     options: dict[str, Any] = Field({}, description="keyword arguments of the model's factory")
     loss: str = Field(

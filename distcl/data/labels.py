@@ -148,5 +148,6 @@ def data_spec(train: SourceSplit, test: SourceSplit) -> DataSpec:
         )
     if train.labels is not None:
         classes, names = max(train.classes, test.classes), tuple(train.info.class_names)
-        return DataSpec(x_shape, classes, train.y_shape, train.occurring(classes), names)
-    return DataSpec(x_shape, 0, train.y_shape)
+        seen = train.occurring(classes)
+        return DataSpec(x_shape, classes, train.y_shape, seen, names, train.info.tokens)
+    return DataSpec(x_shape, 0, train.y_shape, tokens=train.info.tokens)

@@ -1,4 +1,4 @@
-"""Models by name: small ones for reference, timm's, a user's own; and files of weights."""
+"""Models by name: small ones, timm's, transformers', a user's own; and weights' files."""
 
 from distcl.models.build import create_model
 

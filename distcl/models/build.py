@@ -16,6 +16,7 @@ from distcl import registry
 from distcl.config import ModelConfig
 from distcl.errors import CheckpointError, ConfigError
 from distcl.models import reference
+from distcl.models.transformers import PREFIX, create_transformer
 from distcl.models.weights import WeightsFile, check_fit, tensor_spec
 from distcl.registry import nearest
 from distcl.types import DataSpec, PyTree
@@ -27,21 +28,25 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = Non
     """Build the configured model on the CPU, in float32. Local; equal on every rank.
 
     A factory is called as ``factory(spec, **options)``; ``timm:NAME`` is a model of the package
-    timm. Weights depend on ``seed`` alone and the global random numbers are left as they were. Then
-    ``model.pretrained``, if given, is loaded. ``x``: inputs [B, ...] on the CPU, equal on every
-    rank, of which lazy modules learn their shapes; without, they stay lazy.
+    timm, ``hf:AutoModelFor…`` one of transformers. Weights depend on ``seed`` alone and the global
+    random numbers are left as they were. Then ``model.pretrained``, if given, is loaded. ``x``:
+    inputs [B, ...] on the CPU, equal on every rank, of which lazy modules learn their shapes;
+    without, they stay lazy.
 
     Where the model returns something with ``logits`` (a ModelOutput, a named tuple, a dict), its
     outputs are those logits.
 
     Raises ConfigError if the factory does not take an option or returns no module, if there is no
-    such file, or no timm, if a lazy module is not used; CheckpointError if the file does not hold
-    finite weights for this model.
+    such file, or no such package, if a lazy module is not used; CheckpointError if the file does
+    not hold finite weights for this model.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if config.name.startswith("timm:"):
             model = _timm(config.name.removeprefix("timm:"), spec, config.options)
+        elif config.name.startswith(PREFIX):
+            name = config.name.removeprefix(PREFIX)
+            model = create_transformer(name, spec, config.options)
         else:
             model = registry.create("model", config.name, spec, options=config.options)
         if not isinstance(model, nn.Module):

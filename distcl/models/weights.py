@@ -56,6 +56,7 @@ class WeightsFile:
             parts = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise CheckpointError(f"'{path}' is not a valid safetensors file: {error}") from error
+        self.header: dict[str, str] = self._file.metadata() or {}
         kinds = {"B": "float", "F": "float", "C": "complex", "I": "int", "U": "int"}
         self.specs: dict[str, Spec] = {}
         """Of every tensor, from the header: nothing else is read for it."""

@@ -14,6 +14,7 @@ from distcl.config import Config
 from distcl.config.files import write_atomically
 from distcl.distributed.memory import peak_memory
 from distcl.errors import CheckpointError
+from distcl.models.transformers import header
 from distcl.monitoring.monitor import Monitor
 from distcl.reporting.figures import words_in
 from distcl.reporting.status import finite
@@ -109,10 +110,10 @@ def save_final(parts: Parts, path: Path) -> None:
 
     The file is there as a whole or not at all; raises CheckpointError if it cannot be written.
     """
-    state = weights(parts)
+    state, about = weights(parts), header(parts.forward.module)
     if parts.runtime.is_main:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda part: save_file(state, str(part)))
+            write_atomically(path, lambda part: save_file(state, str(part), about or None))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"'{path}' cannot be written: {error}") from error

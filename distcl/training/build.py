@@ -75,6 +75,11 @@ def assemble(
             f"continual_learning.{kept[0]} = '{kept[1]}' keeps what belongs to samples side by "
             "side, so they must be equally long: cut texts to one length (source 'text' with pack)"
         )
+    if info_of(stream).varies and continual.update_mode == "kfac_online":
+        raise ConfigError(
+            "continual_learning.update_mode = 'kfac_online' counts all positions of a batch, padding "
+            "too: cut texts to one length (source 'text' with pack)"
+        )
     history = ReplayBuffer(stream, continual.buffer_size, seed, copies)
     criterion, signal = create_judges(config, stream.spec)
     importance = config.continual_learning.importance_weighting

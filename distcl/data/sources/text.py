@@ -149,6 +149,7 @@ def text(
         groups=np.concatenate(groups),
         group_names=tuple(found),
         varies=not pack,
+        tokens=known.size,
     )
     tokens = np.concatenate(parts)
     pieces = np.concatenate(starts), np.concatenate(lengths)
@@ -197,7 +198,7 @@ def jsonl(
     if not parts:
         raise DataError(f"'{path}' has no samples")
     sizes = np.array([len(part) for part in parts])
-    info = SourceInfo(f"'{path}'", classes=known.size, varies=True)
+    info = SourceInfo(f"'{path}'", classes=known.size, varies=True, tokens=known.size)
     if label:
         classes, numbers = _numbered(labels, f"'{path}', field '{label}'", ordered=True)
         info = replace(info, classes=0, labels=numbers, class_names=classes)

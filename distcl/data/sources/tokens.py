@@ -51,7 +51,7 @@ class TokenizerFile:
         except ImportError as error:
             raise ConfigError(
                 "a file as stream.options.tokenizer needs the package 'tokenizers'; type: "
-                f"pip install 'distcl[text]' ({error})"
+                f"pip install 'distcl[transformers]' ({error})"
             ) from error
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():

@@ -77,8 +77,8 @@ def assemble(
         )
     if info_of(stream).varies and continual.update_mode == "kfac_online":
         raise ConfigError(
-            "continual_learning.update_mode = 'kfac_online' counts all positions of a batch, padding "
-            "too: cut texts to one length (source 'text' with pack)"
+            "continual_learning.update_mode = 'kfac_online' counts all positions of a batch, "
+            "padding too: cut texts to one length (source 'text' with pack)"
         )
     history = ReplayBuffer(stream, continual.buffer_size, seed, copies)
     criterion, signal = create_judges(config, stream.spec)

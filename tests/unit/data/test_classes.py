@@ -1,7 +1,6 @@
 """Classes that occur: dealt out, weighed, named, and counted as such."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream
 from distcl.errors import ConfigError, DataError
 from distcl.job import execute
-from distcl.reporting.summary import chance
+from distcl.training.scores import AccuracyScore
 from tests.small import small
 from tests.spawn import distcl
 
@@ -190,6 +189,6 @@ def test_chance_counts_the_classes_that_occur():
     """What a model is compared with that knows nothing but which classes there are."""
     spec = stream([3, 7], 1).spec
     assert spec.classes == 8 and spec.occurring == (3, 7) and spec.labels.tolist() == [3, 7]
-    assert chance(SimpleNamespace(parts=SimpleNamespace(stream=SimpleNamespace(spec=spec)))) == 0.5
+    assert AccuracyScore(spec, "cross_entropy").chance() == 0.5
     whole = stream(range(4), 1).spec
     assert whole.occurring == () and whole.labels.tolist() == [0, 1, 2, 3]

@@ -81,6 +81,9 @@ def test_a_model_of_several_outputs_is_refused_by_name(mode, tmp_path: Path):
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])
 def test_distillation_refuses_a_loss_without_classes(loss, tmp_path: Path):
-    config = small("continual_learning.update_mode=lwf", f"model.loss={loss}")
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "d.npz", x=rng.random((900, 4)), y=rng.random(900))
+    source = ["stream.source=arrays", f"stream.path={tmp_path / 'd.npz'}", "stream.drift=permute"]
+    config = small("continual_learning.update_mode=lwf", f"model.loss={loss}", *source)
     with pytest.raises(ConfigError, match=f"'lwf' distils .* model.loss = '{loss}' has not"):
         assemble(config, Runtime(), create_stream(config.stream, 0), tmp_path)

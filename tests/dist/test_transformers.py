@@ -100,9 +100,15 @@ def test_updaters_draw_and_learn_the_same_on_any_number_of_ranks(tmp_path: Path)
 
 
 def test_kfac_refuses_a_head_that_shares_its_weights(tmp_path: Path) -> None:
-    runs = {"run": ("continual_learning.update_mode=kfac_online",)}
+    kfac = "continual_learning.update_mode=kfac_online"
+    with pytest.raises(ConfigError, match="'kfac_online' counts all positions of a batch, padding"):
+        job(write(tmp_path / "texts.jsonl"), tmp_path, {"unequal": (kfac,)})
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / name).write_text("some words, some more of them " * 9)
+    packed = (kfac, "stream.source=text", "stream.options={length=16}")
     with pytest.raises(ConfigError, match="'lm_head' .Linear.*shares weights with 'transformer.wte"):
-        job(write(tmp_path / "texts.jsonl"), tmp_path, runs)
+        job(tmp_path / "texts", tmp_path, {"packed": packed})
 
 
 LAYOUTS = {

@@ -204,6 +204,7 @@ def _interrupted(command, out, after_lines, number):
     return process.wait(60)
 
 
+@pytest.mark.timeout(420)  # seven processes, one after another
 def test_a_run_interrupted_five_times_at_random_has_each_step_once_as_an_uninterrupted_one(
     tmp_path, monkeypatch
 ):

@@ -210,6 +210,10 @@ def test_every_model_trains(name: str, tmp_path: Path) -> None:
         "vit_tiny": "{patch=4, dim=24, depth=1, heads=2}",
     }
     keys = (f"model.name={name}", f"model.options={options.get(name, '{}')}")
+    if name == "decoder":
+        options_of_texts = '{domains=["python:topics"], length=16, max_bytes=9000}'
+        keys += ("stream.source=text", f"stream.options={options_of_texts}", "stream.drift=none")
+        keys += ("stream.experiences=1", "stream.samples_per_experience=0", "model.loss=next_token")
     config = small(OFF, *keys, "optimizer.name=adam", "optimizer.lr=0.003", "training.epochs=4")
     trainer = _trainer(Runtime(config.run), config, str(tmp_path))
     experience = trainer.parts.stream.experiences[0]

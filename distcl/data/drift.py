@@ -13,6 +13,7 @@ sample; matrix products are out, since their blocking depends on the batch size.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class Identity(Drift):
     """No drift."""
 
 
-class _Warp(Drift):
+class _Warp(Drift, ABC):
     """Moves pixels, bilinearly, zeros from outside of the image."""
 
     name: str
@@ -74,12 +75,12 @@ class _Warp(Drift):
         self._maps = self.maps(*self._size)
         self._grids: dict[int, torch.Tensor] = {}
 
+    @abstractmethod
     def maps(self, height: int, width: int) -> list[npt.NDArray[np.float64]]:
         """Return each concept's map [3, 3] from output to input position.
 
         In pixels around the image's centre, x before y.
         """
-        raise NotImplementedError
 
     def apply(self, x: torch.Tensor, concept: int, ids: Ids) -> torch.Tensor:
         """See :meth:`Drift.apply`."""

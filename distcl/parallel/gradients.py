@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,19 +15,19 @@ Slices = Mapping[str, torch.Tensor]
 """Name -> 1-D tensor: the part of each parameter or buffer that this rank owns."""
 
 
-class OwnedGradients:
+class OwnedGradients(ABC):
     """What a partition knows of gradients. ``_spans``: where in each parameter my slice lies."""
 
     _runtime: Runtime
     _shapes: dict[str, torch.Size]
     _spans: dict[str, tuple[int, int]]
 
+    @abstractmethod
     def grads(self) -> dict[str, torch.Tensor]:
         """Return my slices of the global mean gradient, 1-D live views, after backward. Local.
 
         Names as in ``trainable``, less parameters that have no gradient.
         """
-        raise NotImplementedError
 
     def _addable(self) -> dict[str, torch.Tensor]:
         """Return :meth:`grads`, with zeros where there are none yet. Local."""

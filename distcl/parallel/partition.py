@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -51,13 +52,13 @@ class Partition(OwnedGradients, SteppedParameters):
         self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
         self._spans: dict[str, tuple[int, int]] = {}
 
+    @abstractmethod
     def _slices(self) -> dict[str, torch.Tensor]:
         """Return my slices of the parameters, live views, in the order of the model. Local."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _exchange(self, slices: dict[str, torch.Tensor], back: bool) -> None:
         """Exchange the parameters with ``slices``; ``back``: the second time. Collective."""
-        raise NotImplementedError
 
     def owned(self) -> dict[str, torch.Tensor]:
         """Return my slice of each parameter and buffer, 1-D live views, to be read only. Local.
@@ -81,13 +82,13 @@ class Partition(OwnedGradients, SteppedParameters):
         whole = {n: tensor_spec(p, shapes.get(n)) for n, p in self._parameters.items()}
         return whole | {n: tensor_spec(b) for n, b in self._buffers.items()}
 
+    @abstractmethod
     def load(self, fetch: Fetch) -> None:
         """Replace weights and buffers by saved ones, each rank what it needs. Collective."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum full-size tensors over ranks and return my slices of the sums. Collective."""
-        raise NotImplementedError
 
     @contextmanager
     def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -116,9 +117,9 @@ class Partition(OwnedGradients, SteppedParameters):
                 mine[name].copy_(values)
         self._exchange(mine, back=False)
 
+    @abstractmethod
     def gather(self, name: str) -> torch.Tensor:
         """Return one full parameter or buffer, in its own shape (a copy). Collective."""
-        raise NotImplementedError
 
     def sync_buffers(self) -> None:
         """Average floating-point buffers over ranks (BatchNorm statistics). Collective.
@@ -152,19 +153,19 @@ class EqualShards(Partition):
             if start < stop:
                 self._spans[name] = start, stop
 
+    @abstractmethod
     def _slice(self, name: str) -> torch.Tensor:
         """Return my slice of one parameter, 1-D, a live view; empty if there is none. Local."""
-        raise NotImplementedError
 
     def _slices(self) -> dict[str, torch.Tensor]:
         return {name: self._slice(name) for name in self._spans}
 
+    @abstractmethod
     def squares(self) -> AbstractContextManager[None]:
         """Square each rank's own gradient before it is averaged, inside the context. Local.
 
         See ``updaters.fisher``.
         """
-        raise NotImplementedError
 
     def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum over ranks, tensor by tensor; keep my shards. Collective."""

@@ -7,6 +7,7 @@ files have them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,14 +48,14 @@ class Stepped:
     start: int
 
 
-class SteppedParameters:
+class SteppedParameters(ABC):
     """A partition and its optimizer. ``_spans``: where in each parameter my slice lies."""
 
     _spans: dict[str, tuple[int, int]]
 
+    @abstractmethod
     def _stepped(self) -> dict[str, Stepped]:
         """Return what the optimizer steps, by name of parameter. Local."""
-        raise NotImplementedError
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> OptimizerState:
         """Return my slices of the optimizer's state, not copied, and what is no slice. Local."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from distcl import registry
 from distcl.config import Config
@@ -36,6 +38,15 @@ def test_every_method_stands_in_a_config() -> None:
     }
     for kind, names in shown.items():
         assert names == {part.name for part in registry.parts(kind)}, kind
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """What is recorded was computed so: sums depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 outcomes: dict[Path, dict[str, object]] = {}

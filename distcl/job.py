@@ -272,7 +272,7 @@ def train(
     state, keeper = state or JobState("train"), keeper or Keeping()
     experiences = trainer.parts.stream.experiences
     if not state.baseline:
-        state.baseline = [trainer.measure(e)[0] for e in experiences]
+        state.baseline = [trainer.lead([e]) for e in experiences]
     rest = experiences
     if trainer.training.pretrain_epochs and not trainer.pretrained:
         rest = experiences[1:]

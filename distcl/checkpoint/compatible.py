@@ -12,7 +12,8 @@ from distcl.config import Config
 from distcl.data.fingerprint import changes, data_fingerprint
 from distcl.data.stream import DriftStream
 from distcl.distributed.runtime import Runtime
-from distcl.errors import ConfigError, DataError
+from distcl.errors import ConfigError, DataError, UsageError
+from distcl.registry import nearest
 
 HARMLESS = (
     "run.out",
@@ -30,6 +31,8 @@ HARMLESS = (
 )
 """Keys, and sections, that may change between a checkpoint and its resumption."""
 
+_KEPT = ("model.score", "model.score_options")  # a matrix, and a best checkpoint, are of one score
+
 Say = Callable[[str], None]
 """Shows one line to the user, on rank 0."""
 
@@ -41,6 +44,9 @@ def check_config(
 
     Raises ConfigError naming every changed key that could change results, unless allowed.
     """
+    known = {f"{s}.{key}" for s, keys in config.model_dump().items() for key in keys} | {"data"}
+    for name in sorted(allowed - known):
+        raise UsageError(f"--allow-changed {name}: there is no such key{nearest(name, known)}")
     refused = []
     for section, keys in config.model_dump(mode="json").items():
         for key, now in keys.items():
@@ -49,6 +55,8 @@ def check_config(
             if before == now:
                 continue
             change = f"{name}: {before!r} -> {now!r}"
+            if name in _KEPT:
+                raise ConfigError(f"'{path}': {change}: a run keeps its scores; begin anew")
             if name in allowed or name.startswith(HARMLESS):
                 say(f"[resume] changed since the checkpoint: {change}")
             else:

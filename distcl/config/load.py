@@ -42,14 +42,19 @@ GONE = {
     "continual_learning.kfac_step": _STEP,
     "continual_learning.si_step": _STEP,
     "monitor.reset_detector": "is gone: a round always resets the detector",
-    "stream.transition": "is gone: a drift is gradual where stream.transition_fraction is above 0",
+    "stream.transition": (
+        "is gone: 'abrupt' is stream.transition_fraction = 0, write that; above 0 is gradual"
+    ),
     "stream.x": _NPY,
     "stream.x_test": _NPY,
     "stream.y": _NPY,
     "stream.y_test": _NPY,
     "tracking.entity": "is gone: W&B reads the variable WANDB_ENTITY",
     "tracking.mode": "is gone: W&B reads the variable WANDB_MODE",
-    "training.on_divergence": "is gone: training.max_rollbacks above 0 is a rollback",
+    "training.on_divergence": (
+        "is gone: 'stop' is training.max_rollbacks = 0, write that; above 0 a run that diverges "
+        "goes back"
+    ),
 }
 """Keys that there were, and what to write in their place."""
 
@@ -144,6 +149,11 @@ def _read_file(path: Path, raw: dict[str, dict[str, Any]], origins: dict[str, st
         hint = " (is a text without quotes?)" if why == "Invalid value" else ""
         raise ConfigError(f"{where}: not valid TOML: {why}{hint}") from None
     lines = dict(_lines(text))
+    there = (
+        f"{name}.{key}" for name, keys in tree.items() if isinstance(keys, dict) for key in keys
+    )
+    if gone := [key for key in there if key in GONE]:
+        raise ConfigError("\n".join(f"{_at(path, lines, key)}: {key} {GONE[key]}" for key in gone))
     for section, values in tree.items():
         origin = _at(path, lines, section)
         if section not in SECTIONS:

@@ -16,6 +16,7 @@ from distcl.errors import ConfigError
 from distcl.monitoring.detection import DriftDetection
 from distcl.monitoring.live import LiveEnd
 from distcl.sampling.draws import generator
+from distcl.training.scores import NotScored
 from distcl.training.stage import pack_experience, unpack_experience
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import (
@@ -184,7 +185,12 @@ class Monitor:
             trainer.evaluate(self.untrained, seen=0)
         else:
             for one in self.untrained:
-                trainer.matrices.fill_last(trainer.measure(one))
+                try:
+                    found = trainer.measure(one)
+                except NotScored as error:
+                    self._say(f"[stream] {error}")
+                    found = [None] * len(trainer.matrices.of)
+                trainer.matrices.fill_last(found)
         begin = max(self._last_round, self.watched - self.config.window)
         newest = self._order[begin : self.watched]
         if len(newest) == 0 and self.experiences:
@@ -192,8 +198,11 @@ class Monitor:
         newest = trainer.bad.without(newest)
         if len(newest) == 0:
             return
-        values = trainer.measure(Experience(known, newest[:0], newest))
-        value = values[0]
+        try:
+            value = trainer.lead([Experience(known, newest[:0], newest)])
+        except NotScored as error:
+            self._say(f"[stream] no score of its last {len(newest)} samples: {error}")
+            return
         self.stream_end = {"samples": len(newest), trainer.metric: value}
         what = f"{'R²' if trainer.metric == 'r2' else trainer.metric} {value:.3f}"
         if trainer.metric == "accuracy":

@@ -142,7 +142,9 @@ _COMPUTE = (
 def _paired(result: Result) -> list[Plot]:
     words, first = words_for(result.groups), result.arms[0]
     found = {}
-    for arm, difference in zip(result.arms[1:], result.differences, strict=True):
+    for arm, difference in zip(
+        result.arms[1:], result.differences, strict=False
+    ):  # or no difference
         a = difference.accuracy
         if a.n > 1:
             known = both(first, arm, "average_accuracy")

@@ -308,6 +308,8 @@ def _goodness(values: npt.NDArray[np.float64], higher: bool) -> npt.NDArray[np.f
         if len(known) and 0 < 20 * known.min() < known.max():
             values, known = np.log(values), np.log(known)
         worst = float(known.max(initial=-np.inf))
+        if len(known) and worst == known.min():
+            return np.ones_like(values)
         found = (worst - values) / max(worst - float(known.min(initial=np.inf)), 1e-9)
     return found
 

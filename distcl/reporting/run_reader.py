@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 import zipfile
 from collections.abc import Sequence
@@ -67,9 +68,8 @@ class Run:
         """The accuracy matrix; of a run that is not over, from ``metrics.jsonl``."""
         if self.summary:
             return list(self.summary.get("accuracy") or [])
-        prefix = f"{self.metric}/"
         rows = [
-            [value for key, value in line.items() if key.startswith(prefix)] for line in self.lines
+            [value for key, value in line.items() if self._is_entry(key)] for line in self.lines
         ]
         rows = [row for row in rows if row]
         width = max(map(len, rows), default=0)
@@ -90,10 +90,14 @@ class Run:
         """Names of the accuracy matrix's rows."""
         if self.summary:
             return row_names(self.summary)
-        prefix, rows = f"{self.metric}/", len(self.accuracy)
-        marked = [x["round"] for x in self.lines if any(k.startswith(prefix) for k in x)]
+        rows = len(self.accuracy)
+        marked = [line["round"] for line in self.lines if any(map(self._is_entry, line))]
         before = marked.count(0)
         return ["pretrained"] * before + [f"round {k + 1}" for k in range(rows - before)]
+
+    def _is_entry(self, key: str) -> bool:
+        """Whether a key of a line of metrics is the leading score on an experience."""
+        return re.fullmatch(rf"{re.escape(self.metric)}/\d+", key) is not None
 
     def matrix(self) -> AccuracyMatrix:
         """Return the accuracy matrix with its metrics: row i has seen experiences 0 to i."""

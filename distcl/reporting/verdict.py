@@ -117,8 +117,13 @@ class Result:
 
 
 def conclude(plan: Plan, arms: list[Arm]) -> Result:
-    """Compare every arm with the first."""
+    """Compare every arm with the first; where they are judged by different scores, none."""
     first, *others = arms
+    kinds = judged({arm.variant.name: list(arm.outcomes.values()) for arm in arms})
+    if len(kinds) > 1:
+        ways = (f"{name} ({'more' if higher else 'less'} is better)" for name, higher in kinds)
+        verdict = f"The variants are judged by different scores, {', '.join(ways)}: no verdict."
+        return Result(plan, arms, [], verdict)
     accuracy = [_compared(first, arm, "average_accuracy") for arm in others]
     corrected = holm([one.p for one in accuracy])
     measure = MEASURES[plan.equal]
@@ -177,9 +182,6 @@ def _verdict(
     note = f" Diverged, so left out: {', '.join(lost)}." if lost else ""
     if all(d.accuracy.n < 2 for d in differences):
         return "There are fewer than two pairs of runs: no verdict; give more --seeds." + note
-    every = [outcome for arm in (first, *others) for outcome in arm.outcomes.values()]
-    if len(metrics := sorted({o.metric for o in every if not o.diverged})) > 1:
-        return f"The variants are judged by different scores, {', '.join(metrics)}: no verdict."
 
     def gain(d: Difference) -> float:
         return told.better(d.accuracy.mean, 0.0)
@@ -257,11 +259,16 @@ Table = tuple[list[str], list[list[str]]]
 """A header and rows."""
 
 
+def judged(groups: Groups) -> list[tuple[str, bool]]:
+    """Return the scores that runs are judged by, and whether more of each is better."""
+    every = [o for group in groups.values() for o in group if not o.diverged]
+    return sorted({(o.metric, o.higher_is_better) for o in every})
+
+
 def words_for(groups: Groups) -> Words:
     """Return the words in which the figures of all these runs are told."""
-    every = [o for group in groups.values() for o in group if not o.diverged]
-    higher = all(o.higher_is_better for o in every)
-    return words_of(*(o.metric for o in every), higher=higher)
+    kinds = judged(groups)
+    return words_of(*(name for name, _ in kinds), higher=all(higher for _, higher in kinds))
 
 
 def values_of(group: Sequence[Outcome], key: str) -> list[float]:
@@ -328,7 +335,7 @@ def difference_table(result: Result) -> Table:
 
 def as_json(result: Result) -> dict[str, Any]:
     """Return everything as plain values; what is not known is None."""
-    plan, every = result.plan, [o for group in result.groups.values() for o in group]
+    plan, kinds = result.plan, judged(result.groups)
     found = {
         "schema": SCHEMA,
         "config": str(plan.config),
@@ -336,8 +343,8 @@ def as_json(result: Result) -> dict[str, Any]:
         "command": plan.command,
         "equal": plan.equal,
         "seeds": list(plan.seeds),
-        "metric": ", ".join(sorted({o.metric for o in every if not o.diverged})) or "accuracy",
-        "higher_is_better": words_for(result.groups).higher,
+        "metric": ", ".join(sorted({name for name, _ in kinds})) or "accuracy",
+        "higher_is_better": None if len(kinds) > 1 else words_for(result.groups).higher,
         "arms": [
             {
                 "name": arm.variant.name,

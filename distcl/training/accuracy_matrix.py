@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from distcl.errors import CheckpointError
+
 Entry = float | None
 """An accuracy, or None where none was measured."""
 
@@ -166,7 +168,12 @@ class Matrices:
         return {name: matrix.state_dict() for name, matrix in self.of.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned. Raises CheckpointError if it is of other scores."""
+        if list(state) != list(self.of):
+            raise CheckpointError(
+                f"the checkpoint's run is judged by {', '.join(state)}, this one by "
+                f"{', '.join(self.of)} (model.score): a run keeps its scores, so begin anew"
+            )
         for name, matrix in self.of.items():
             matrix.load_state_dict(state[name])
 

@@ -204,7 +204,12 @@ class DryRun:
         for name, score in self._scores.items():
             with _naming(f"model.score = '{name}' fails on outputs {_form(outputs.logits)}"):
                 rows = score.rows(outputs, batch.y)
-            if rows.ndim != 2 or len(rows) != len(batch) or rows.is_complex():
+            if (
+                not isinstance(rows, torch.Tensor)
+                or rows.ndim != 2
+                or len(rows) != len(batch)
+                or rows.is_complex()
+            ):
                 raise ConfigError(
                     f"model.score = '{name}' made rows {_form(rows)} of {len(batch)} samples; they "
                     "must be real numbers [B, K]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import NoReturn
@@ -11,8 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from distcl.errors import ConfigError, DivergenceError
 from distcl.parallel.inference import ShardedForward
+from distcl.training.accuracy_matrix import Entry
 from distcl.training.scores import NotScored, Score
 from distcl.types import Experience, Outputs, PyTree, Source
+
+log = logging.getLogger("distcl")
 
 
 class Evaluator:
@@ -26,11 +30,12 @@ class Evaluator:
         self._scores = scores
         self._size = size
 
-    def score(self, experience: Experience, when: str) -> list[float]:
+    def score(self, experience: Experience, when: str) -> list[Entry]:
         """Return every score of the held-out samples, in their order. Collective.
 
-        Raises DivergenceError, saying ``when``, if one is not finite; ConfigError, naming it, if
-        it is not defined on these samples, or is not finite though the model's outputs are.
+        Raises DivergenceError, saying ``when``, if the leading one is not finite; NotScored, naming
+        it, if it is not defined on these samples, or is not finite though the model's outputs are.
+        A further one is None then, with a word in the log: it must not decide on a run.
         """
         widths: list[int] = []
 
@@ -42,18 +47,28 @@ class Evaluator:
         found = self._forward.per_sample(self._source, experience.test, self._size, measure)
         if not widths:  # no samples
             found, widths = found.double().reshape(0, 0), [0] * len(self._scores)
-        values = []
+        values: list[Entry] = []
         parts = torch.split(found, widths, 1)
         for (name, score), rows in zip(self._scores.items(), parts, strict=True):
+            why, value = "", math.nan
             try:
                 value = score.value(rows.contiguous()) if len(rows) else math.nan
             except NotScored as error:
-                raise ConfigError(
-                    f"model.score = '{name}' on experience {experience.index + 1}: {error}"
-                ) from None
-            if not math.isfinite(value):
+                why = str(error)
+            if not isinstance(value, float):
+                raise ConfigError(f"model.score = '{name}': its value is {value!r}, no float")
+            if not values and why:
+                raise NotScored(
+                    f"model.score = '{name}' on experience {experience.index + 1}: {why}"
+                )
+            if not values and not math.isfinite(value):
                 self._refuse(name, value, rows, experience, when)
-            values.append(value)
+            if not math.isfinite(value) and self._forward.runtime.is_main:
+                log.warning(
+                    f"[{name}] {when}: none on experience {experience.index + 1}: "
+                    f"{why or f'it would be {value}'}"
+                )
+            values.append(value if math.isfinite(value) else None)
         return values
 
     def _refuse(
@@ -65,7 +80,7 @@ class Evaluator:
         if bad:
             fine = self._forward.per_sample(self._source, experience.test, self._size, _finite)
             if fine.all():
-                raise ConfigError(
+                raise NotScored(
                     f"model.score = '{name}' is {value} {where} {when}, by {bad} of {len(rows)} "
                     "samples, though the model's outputs are finite"
                 )

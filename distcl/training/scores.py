@@ -193,13 +193,18 @@ class OwnScore(Score):
         """See :meth:`Score.rows`."""
         found, n = self._function(outputs.logits, y), len(outputs.loss)
         if not isinstance(found, torch.Tensor) or found.shape != (n,) or found.is_complex():
-            kind = type(found).__name__
-            got = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else kind
+            got = type(found).__name__
+            if isinstance(found, torch.Tensor):
+                got = f"shape {list(found.shape)}{', complex numbers' * found.is_complex()}"
             raise ConfigError(
                 f"model.score = '{self._name}' must return one number per sample, shape [{n}], but "
                 f"returned {got}; their mean counts"
             )
-        return found[:, None]
+        return found[:, None].to(outputs.loss.device)
+
+
+_TAKEN = ("compute", "draws", "guard", "loss", "monitor", "priority", "samples")
+"""Names of other figures beside which scores are told, but for the score that is called so."""
 
 
 def create_scores(config: ModelConfig, spec: DataSpec) -> dict[str, Score]:
@@ -213,10 +218,12 @@ def create_scores(config: ModelConfig, spec: DataSpec) -> dict[str, Score]:
     found: dict[str, Score] = {}
     for name in config.scores or [judged]:
         told = name.rpartition(":")[2]
-        if told in found or (told != name and told in known):
+        if name in list(config.scores)[: len(found)]:
+            raise ConfigError(f"model.score names '{name}' twice")
+        if (told in _TAKEN and told != name) or told in found or (told != name and told in known):
             raise ConfigError(
-                f"model.score = '{name}' would be told as '{told}', which is another score; give "
-                "it another name"
+                f"model.score = '{name}' would be told as '{told}', which has another "
+                "meaning; give it another name"
             )
         score = found[told] = _create(name, config.score_options.get(name, {}), spec, config.loss)
         if score.works_on not in ("", judged):
@@ -239,7 +246,12 @@ def _create(name: str, options: dict[str, Any], spec: DataSpec, loss: str) -> Sc
                 f"model.score = '{name}' is a class, but no distcl.training.scores.Score; it may "
                 "also be a function of (outputs, y) that returns one number per sample"
             )
+        if inspect.isabstract(factory):
+            missing = ", ".join(sorted(factory.__abstractmethods__))
+            raise ConfigError(f"model.score = '{name}' has no method {missing}")
         score: Score = registry.create("score", name, spec, loss, options=options)
+        if not isinstance(score.higher_is_better, bool):
+            raise ConfigError(f"model.score = '{name}': higher_is_better must be true or false")
         return score
     options = dict(options)
     higher = options.pop("higher_is_better", getattr(factory, "higher_is_better", True))

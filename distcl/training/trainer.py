@@ -14,7 +14,7 @@ from distcl.distributed.memory import give_back
 from distcl.priority.guard import Judgement
 from distcl.priority.round_weights import RoundWeights
 from distcl.sampling.round_loader import EMPTY
-from distcl.training.accuracy_matrix import Matrices
+from distcl.training.accuracy_matrix import Entry, Matrices
 from distcl.training.evaluation import Evaluator
 from distcl.training.foresight import foresee_stage
 from distcl.training.optimizer import OptimizerSlices, reset
@@ -97,7 +97,7 @@ class ContinuousTrainer:
 
         self.announce(experience)
         if self.training.accept == "improves":
-            stage.report["held_out"] = self._mean_score(held_out)
+            stage.report["held_out"] = self.lead(held_out)
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
         if not stage.report["weighted"]:  # the updater may have found bad samples
             stage.experience = self.bad.clear(self.history, experience)
@@ -134,7 +134,7 @@ class ContinuousTrainer:
         before = stage.report.get("held_out")
         if before is None:
             return True
-        after = self._mean_score(held_out)
+        after = self.lead(held_out)
         model = self.parts.runtime.strategy.unwrap(self.parts.model)
         higher = self.leading.higher_is_better
         accepted = bool(after >= before if higher else after <= before)
@@ -145,9 +145,6 @@ class ContinuousTrainer:
                 f"{'fell' if higher else 'rose'} from {before:.4f} to {after:.4f}"
             )
         return accepted
-
-    def _mean_score(self, experiences: Sequence[Experience]) -> float:
-        return sum(self.measure(e)[0] for e in experiences) / max(1, len(experiences))
 
     def _commit(self, experience: Experience) -> None:
         if self.parts.updater.trains:
@@ -182,7 +179,7 @@ class ContinuousTrainer:
         self.pretraining = recorder.of_pretraining(stage)
         self.stage = None
 
-    def evaluate(self, experiences: list[Experience], seen: int) -> list[float]:
+    def evaluate(self, experiences: list[Experience], seen: int) -> list[Entry]:
         """Append a row to the matrix of each score; return the leading one's.
 
         6. evaluate. ``seen``: how many of the columns have been trained on.
@@ -199,17 +196,23 @@ class ContinuousTrainer:
             f"{name}/{e.index + 1}": value
             for name, row in rows.items()
             for e, value in zip(experiences, row, strict=True)
+            if value is not None
         }
         if not self.leading.higher_is_better:
             values["higher_is_better"] = False  # so that a run that is not over can be read
         self.parts.tracker.log({"round": len(self.rounds), **values}, self.loop.steps)
         for name, row in rows.items():
-            shown = " ".join(f"{value:.3f}" for value in row)
+            shown = " ".join("–" if value is None else f"{value:.3f}" for value in row)
             what = "R²" if name == "r2" else name
             self._say(f"[{what}] after round {len(self.rounds)}: {shown}")
         return rows[self.metric]
 
-    def measure(self, experience: Experience) -> list[float]:
+    def lead(self, experiences: Sequence[Experience]) -> float:
+        """Return the mean of the leading score on the experiences' held-out samples. Collective."""
+        found = [self.measure(e)[0] or 0.0 for e in experiences]  # the evaluator refuses None
+        return sum(found) / max(1, len(found))
+
+    def measure(self, experience: Experience) -> list[Entry]:
         """Return every score of the model on held-out samples, the leading one first."""
         kept = replace(experience, test=self.bad.without(experience.test))
         return self._evaluator.score(kept, f"after round {len(self.rounds)}")

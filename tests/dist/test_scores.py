@@ -245,6 +245,23 @@ def test_what_does_not_fit_ends_in_a_sentence(name: str, tmp_path: Path) -> None
     assert caught.value.exit_code == code
 
 
+def test_a_further_score_that_says_nothing_does_not_end_a_run(tmp_path: Path) -> None:
+    names = ["accuracy", "auroc", f"{OWN}:undefined"]
+    split = ("stream.drift=split", "stream.experiences=10", ALL)
+    plain, scored = (
+        run_ranks(1 + 2 * k, execute, "train", (*split, *more), tmp_path / str(k))[0]
+        for k, more in enumerate([(), (f"model.score={names!r}",)])
+    )
+    np.testing.assert_allclose(scored["accuracy"], plain["accuracy"], rtol=0, atol=0.01)
+    assert {v for row in scored["scores"]["auroc"]["accuracy"] for v in row} == {None}
+    rows = scored["scores"]["undefined"]["accuracy"]
+    assert sum(v is None for v in rows[-1]) == 1 and len(rows[-1]) == 10
+    said = (tmp_path / "1" / "log.txt").read_text()
+    assert "[auroc] after round 0: none on experience 1: all " in said
+    assert "[undefined] after round 0: none on experience" in said and ": it would be nan" in said
+    assert re.search(r"\[auroc\] after round 9:( –){10}\n", said)
+
+
 def test_a_fault_in_a_score_of_the_users_is_told_as_theirs_before_anything_is_trained(
     tmp_path: Path,
 ) -> None:

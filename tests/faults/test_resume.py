@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from distcl import job
-from distcl.errors import CheckpointError, ConfigError, DataError, Preempted
+from distcl.errors import CheckpointError, ConfigError, DataError, Preempted, UsageError
 from distcl.losses import cross_entropy
 from distcl.training.build import Quiet
 from tests.small import small
@@ -211,6 +211,12 @@ def test_changed_keys_are_told_and_refused_unless_allowed(tmp_path: Path) -> Non
         go("train", keys, tmp_path, 0, "auto")
     assert "optimizer.lr: 0.2 -> 0.1; training.epochs: 2 -> 1" in str(caught.value)
     assert "--allow-changed optimizer.lr --allow-changed training.epochs" in str(caught.value)
+    mistyped = {"resume": "auto", "allow_changed": ["optimizer.rl"]}
+    with pytest.raises(UsageError, match=r"optimizer\.rl: .* did you mean 'optimizer\.lr'"):
+        job.execute("train", small(*ALWAYS, *keys), tmp_path, **mistyped)
+    other = {"resume": "auto", "allow_changed": ["model.score"]}
+    with pytest.raises(ConfigError, match=r"model\.score: '' -> 'loss': a run keeps its scores"):
+        job.execute("train", small(*ALWAYS, "model.score=loss"), tmp_path, **other)
     job.execute(
         "train",
         small(*ALWAYS, *keys),

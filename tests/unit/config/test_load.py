@@ -203,6 +203,15 @@ def test_a_key_that_moved_or_went_is_told_with_its_new_place(dotted, toml):
     assert all(n in SECTIONS[s].model_fields for s, n in named if s in SECTIONS)
 
 
+def test_all_keys_that_went_are_told_at_once(toml):
+    path = toml("[stream]\ntransition = 'abrupt'\n[training]\non_divergence = 'stop'\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{path}:2: stream.transition is gone: 'abrupt' is stream.transition_f")
+    assert second.startswith(f"{path}:4: training.on_divergence is gone: 'stop' is training.max_r")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda p: p.stem)
 def test_shipped_configs_load_and_round_trip(path, toml):
     config = load(path)

@@ -123,9 +123,6 @@ def test_what_cannot_work_is_refused_with_its_name(tmp_path):
     refused(ConfigError, "length = 1: a sample needs", text, config(path, 2), length=1)
     refused(DataError, r"'nothing/\*' matches no file", text, config(path), domains=["nothing/*"])
     refused(DataError, "there is no '.*gone'", text, config(tmp_path / "gone"))
-    refused(
-        ConfigError, "no file .*tok.json", text, config(path, 2), tokenizer=str(path / "tok.json")
-    )
     (path / "c").mkdir()
     (path / "c" / "x.bin").write_bytes(b"\0\1")
     refused(DataError, "x.bin' is no text", text, config(path, 3), length=4)
@@ -146,6 +143,8 @@ def test_a_tokenizer_file_is_used_and_one_without_an_end_is_refused(tmp_path):
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     made.save(str(tmp_path / "tokenizer.json"))
     more = {"length": 2, "tokenizer": str(tmp_path), "domains": ["*/*.txt"]}
+    gone = {"tokenizer": str(path / "tok.json")}
+    refused(ConfigError, "no file .*tok.json", text, config(path, 2), **gone)
     train, test = text(config(path, test_fraction=0.3), **more)
     assert samples(train, test) == [([1, 4], 0), ([2, 4], 0), ([3, 4], 0)]
     assert train.info.classes == 5

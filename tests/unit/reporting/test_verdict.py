@@ -131,9 +131,18 @@ def test_of_several_the_best_is_the_lowest_and_a_score_of_ones_own_says_which_wa
     assert (plain["metric"], plain["higher_is_better"]) == ("mine", False)
 
 
-def test_different_scores_are_not_compared():
-    found = result(arm("", 0.7), arm("a.b=1", 0.7, metric="r2"))
-    assert found.verdict == "The variants are judged by different scores, accuracy, r2: no verdict."
+@pytest.mark.parametrize("other", ["accuracy", "mine"])
+def test_different_scores_are_not_compared(tmp_path, other):
+    arms = [arm("", 0.7, metric="mine"), arm("a.b=1", 0.2, metric=other)]
+    less = {k: replace(o, higher_is_better=False) for k, o in arms[0].outcomes.items()}
+    arms[0].outcomes = less  # of 'mine' it was changed in between
+    found = result(*arms)
+    ways = ", ".join(sorted([f"{other} (more is better)", "mine (less is better)"]))
+    assert found.verdict == f"The variants are judged by different scores, {ways}: no verdict."
+    plain = as_json(found)
+    assert plain["differences"] == [] and plain["higher_is_better"] is None
+    write_comparison(found, tmp_path / "r.html", tmp_path)
+    assert "no verdict" in (tmp_path / "r.html").read_text()
 
 
 def test_the_page_says_which_way_is_good(tmp_path):

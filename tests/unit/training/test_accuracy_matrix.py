@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from distcl.errors import CheckpointError
 from distcl.training.accuracy_matrix import AccuracyMatrix, Matrices
 
 METRICS = (
@@ -51,7 +52,7 @@ def test_the_matrices_of_several_scores_are_one_part_of_a_checkpoint():
     other = Matrices({"accuracy": True, "loss": False})
     other.load_state_dict(json.loads(json.dumps(several.state_dict())))
     assert other.state_dict() == several.state_dict()
-    with pytest.raises(KeyError, match="auroc"):  # told by the checkpoint that is restored
+    with pytest.raises(CheckpointError, match="judged by accuracy, loss, this one by auroc"):
         Matrices({"auroc": True}).load_state_dict(several.state_dict())
 
 

@@ -49,8 +49,23 @@ class Spread(Score):
     def value(self, rows):
         return float(rows.std())
 
+class Mean(Score):
+    higher_is_better = 1
+
+    def rows(self, outputs, y):
+        return outputs.logits
+
+class Rowless(Score):
+    pass
+
 class NoScore:
     pass
+
+def guard(outputs, y):
+    return distance(outputs, y)
+
+def imaginary(outputs, y):
+    return distance(outputs, y) * 1j
 """
 
 
@@ -208,6 +223,9 @@ def test_a_score_of_ones_own_is_a_function_whose_mean_counts(theirs):
         ("their_scores:margin", "cross_entropy", CLASSES, {"powr": 2}, "did you mean 'power'"),
         ("their_scores:undecided", "cross_entropy", CLASSES, {}, "must be true or false"),
         ("their_scores:accuracy", "cross_entropy", CLASSES, {}, "told as 'accuracy'"),
+        ("their_scores:guard", "cross_entropy", CLASSES, {}, "told as 'guard', which has another"),
+        ("their_scores:Rowless", "cross_entropy", CLASSES, {}, "has no method rows"),
+        ("their_scores:Mean", "cross_entropy", CLASSES, {}, "higher_is_better must be true or"),
         ("their_scores:NoScore", "cross_entropy", CLASSES, {}, "no distcl.training.scores.Score"),
     ],
 )
@@ -220,6 +238,8 @@ def test_outputs_and_samples_that_do_not_fit_are_refused(theirs):
     logits, y = classified()
     with pytest.raises(ConfigError, match=r"one number per sample, shape \[20\].*shape \[\]"):
         value(make("their_scores:scalar"), logits, y)
+    with pytest.raises(ConfigError, match=r"shape \[20\], complex numbers"):
+        value(make("their_scores:imaginary"), logits, y)
     with pytest.raises(NotScored, match="all 57 held-out samples are of one class"):
         value(make("auroc"), logits, y * 0)
     with pytest.raises(ConfigError, match="k = 5 is more than the 2 classes"):
@@ -234,7 +254,7 @@ def test_names_are_checked_as_they_are_read():
             ModelConfig(score=wrong)
     with pytest.raises(ValueError, match=r"'top_k' is not in model\.score = 'loss'"):
         ModelConfig(score="loss", score_options={"top_k": {"k": 3}})
-    with pytest.raises(ConfigError, match="another score"):
+    with pytest.raises(ConfigError, match="names 'loss' twice"):
         create_scores(ModelConfig(score=["loss", "loss"]), CLASSES)
 
 

@@ -177,7 +177,15 @@ class OptimizerConfig(Section):
 
     name: Literal["sgd", "adam", "adamw"] = Field("sgd", description="torch's optimizer")
     lr: float = Field(0.05, gt=0, description="learning rate")
+    min_lr: float = Field(0.0, ge=0, description="what the learning rate falls to by decay")
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum (sgd)")
+    nesterov: bool = Field(False, description="Nesterov's momentum (sgd)")
+    betas: list[float] = Field(
+        [0.9, 0.999],
+        min_length=2,
+        max_length=2,
+        description="decay of the first and second moment (adam, adamw)",
+    )
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
     fused: bool = Field(
         False,
@@ -191,8 +199,30 @@ class OptimizerConfig(Section):
         0, ge=0, description="steps of linear warm-up at the start of every round"
     )
     decay: Literal["none", "linear", "cosine"] = Field(
-        "none", description="how the learning rate falls towards 0 within every round"
+        "none", description="how the learning rate falls towards min_lr within every round"
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> OptimizerConfig:
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"optimizer.betas: {beta} is not from 0 to below 1")
+        if self.name == "sgd" and self.betas != [0.9, 0.999]:
+            raise ValueError(f"optimizer.betas = {self.betas} are for adam and adamw, not for sgd")
+        if self.name != "sgd" and (self.momentum or self.nesterov):
+            key = "momentum" if self.momentum else "nesterov"
+            raise ValueError(
+                f"optimizer.{key} = {getattr(self, key)} is for sgd; {self.name} has its own"
+            )
+        if self.nesterov and not self.momentum:
+            raise ValueError("optimizer.nesterov = true needs optimizer.momentum above 0")
+        if self.min_lr and self.decay == "none":
+            raise ValueError(
+                f"optimizer.min_lr = {self.min_lr} is where optimizer.decay ends, which is 'none'"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"optimizer.min_lr = {self.min_lr} is above lr = {self.lr}")
+        return self
 
 
 class TrainingConfig(Section):

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from distcl.config import OptimizerConfig
-from distcl.errors import ConfigError
 from distcl.parallel.partition import Partition
 from distcl.parallel.sliced_state import SavedSlices
 
@@ -19,45 +18,42 @@ from distcl.parallel.sliced_state import SavedSlices
 def create_optimizer(
     config: OptimizerConfig, params: Iterable[nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of the configuration over ``params``. Local.
-
-    Raises ConfigError for a momentum that the optimizer would not use.
-    """
+    """Return the optimizer of the configuration over ``params``. Local."""
     fused = config.fused or None  # None: torch decides
     if config.name == "sgd":
         return torch.optim.SGD(
             params,
             lr=config.lr,
             momentum=config.momentum,
+            nesterov=config.nesterov,
             weight_decay=config.weight_decay,
             fused=fused,
         )
-    if config.momentum:
-        raise ConfigError(
-            f"optimizer.momentum = {config.momentum} is for sgd; {config.name} has its own"
-        )
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    first, second = config.betas
+    return kind(
+        params,
+        lr=config.lr,
+        betas=(first, second),
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
 
 
-def warmup_factor(step: int, warmup_steps: int) -> float:
-    """Return what to multiply the learning rate by at ``step`` (from 0) of a round.
-
-    Linear from 1/warmup_steps to 1, which it reaches at the last of ``warmup_steps`` steps.
-    """
-    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-
-
-def decay_factor(kind: str, step: int, steps: int) -> float:
+def rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
     """Return what to multiply the learning rate by at ``step`` (from 0) of a round of ``steps``.
 
-    linear: 1 - step/steps. cosine: (1 + cos(π step/steps))/2 (Loshchilov & Hutter 2017, eq. 5).
-    Both begin at 1 and never reach 0. none: 1.
+    Warm-up w rises linearly from 1/warmup_steps to 1, which it reaches at the last of its steps,
+    anew in every round. Decay d is 1 - step/steps (linear) or (1 + cos(π step/steps))/2 (cosine;
+    Loshchilov & Hutter 2017, eq. 5): it begins at 1 and never reaches 0. With the floor
+    f = min_lr/lr the factor is w (f + (1 - f) d).
     """
-    share = step / steps
-    if kind == "linear":
-        return 1.0 - share
-    return (1.0 + math.cos(math.pi * share)) / 2 if kind == "cosine" else 1.0
+    warmup, floor, share = config.warmup_steps, config.min_lr / config.lr, step / steps
+    factor = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    if config.decay == "none":
+        return factor
+    decay = 1.0 - share if config.decay == "linear" else (1.0 + math.cos(math.pi * share)) / 2
+    return factor * (floor + (1.0 - floor) * decay)
 
 
 def reset(optimizer: torch.optim.Optimizer) -> None:

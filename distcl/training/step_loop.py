@@ -19,7 +19,7 @@ from distcl.distributed.runtime import Runtime
 from distcl.errors import DivergenceError
 from distcl.losses import count_positions
 from distcl.parallel.gradients import clip_grads_
-from distcl.training.optimizer import decay_factor, warmup_factor
+from distcl.training.optimizer import rate_factor
 from distcl.training.parts import Parts
 from distcl.training.stage import Stage
 from distcl.types import Batch
@@ -148,8 +148,7 @@ class StepLoop:
         return found[0], found[1] if history is not None else None
 
     def _set_rate(self, step: int, steps: int) -> None:
-        factor = warmup_factor(step, self._config.warmup_steps)
-        factor *= decay_factor(self._config.decay, step, steps)
+        factor = rate_factor(self._config, step, steps)
         for group, lr in zip(self._parts.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = lr * factor
 

@@ -3,13 +3,11 @@ import torch
 from torch import nn
 
 from distcl.config import OptimizerConfig
-from distcl.errors import ConfigError
 from distcl.training.optimizer import (
     create_optimizer,
-    decay_factor,
     place_steps,
+    rate_factor,
     reset,
-    warmup_factor,
 )
 
 CONFIGS = [
@@ -70,18 +68,57 @@ def test_fused_kernels_count_steps_on_the_device(fused, device):
     assert optimizer.state[p]["exp_avg"].device.type == "cpu"
 
 
-def test_momentum_is_refused_where_it_would_be_ignored():
-    with pytest.raises(ConfigError, match=r"optimizer\.momentum = 0\.9 is for sgd; adam has its"):
-        create_optimizer(OptimizerConfig(name="adam", momentum=0.9), [parameter()])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"name": "adam", "momentum": 0.9}, r"optimizer\.momentum = 0\.9 is for sgd; adam has its"),
+        ({"name": "adamw", "nesterov": True}, r"optimizer\.nesterov = True is for sgd; adamw has"),
+        ({"nesterov": True}, r"nesterov = true needs optimizer\.momentum above 0"),
+        ({"betas": [0.8, 0.9]}, r"betas = \[0\.8, 0\.9\] are for adam and adamw, not for sgd"),
+        ({"name": "adam", "betas": [0.8, 1.0]}, r"optimizer\.betas: 1\.0 is not from 0 to below 1"),
+        ({"name": "adam", "betas": [0.8]}, "at least 2 items"),
+        ({"min_lr": 0.01}, r"min_lr = 0\.01 is where optimizer\.decay ends, which is 'none'"),
+        ({"min_lr": 0.1, "decay": "linear"}, r"min_lr = 0\.1 is above lr = 0\.05"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**keys)
+
+
+def test_betas_and_nesterov_reach_torch():
+    adam = create_optimizer(OptimizerConfig(name="adamw", betas=[0.8, 0.95]), [parameter()])
+    assert adam.param_groups[0]["betas"] == (0.8, 0.95)
+    sgd = create_optimizer(OptimizerConfig(momentum=0.5, nesterov=True), [parameter()])
+    assert sgd.param_groups[0]["nesterov"] and sgd.param_groups[0]["momentum"] == 0.5
+
+
+def factors(steps, **keys):
+    return [rate_factor(OptimizerConfig(**keys), k, steps) for k in range(steps)]
 
 
 def test_warm_up_is_linear_and_ends_at_one():
-    assert [warmup_factor(k, 4) for k in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert warmup_factor(0, 0) == warmup_factor(0, 1) == 1.0
+    assert factors(6, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert factors(1) == factors(1, warmup_steps=1) == [1.0]
 
 
 def test_the_rate_decays_from_one_and_never_reaches_zero():
-    assert [decay_factor("none", k, 4) for k in range(4)] == [1, 1, 1, 1]
-    assert [decay_factor("linear", k, 4) for k in range(4)] == [1, 0.75, 0.5, 0.25]
-    cosine = [decay_factor("cosine", k, 4) for k in range(4)]
+    assert factors(4, decay="none") == [1, 1, 1, 1]
+    assert factors(4, decay="linear") == [1, 0.75, 0.5, 0.25]
+    cosine = factors(4, decay="cosine")
     assert cosine == pytest.approx([1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4])
+    both = factors(4, decay="linear", warmup_steps=2)
+    assert both == [0.5, 0.75, 0.5, 0.25]
+
+
+def test_the_floor_is_that_of_torchs_schedulers():
+    optimizer = torch.optim.SGD([parameter()], lr=0.2)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9, eta_min=0.03)
+    wanted = []
+    for _ in range(9):
+        wanted.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    ours = factors(9, lr=0.2, min_lr=0.03, decay="cosine")
+    assert [0.2 * f for f in ours] == pytest.approx(wanted, rel=1e-12)
+    assert factors(4, lr=0.2, min_lr=0.1, decay="linear") == [1, 0.875, 0.75, 0.625]

@@ -240,6 +240,8 @@ class SourceInfo:
     transformed: bool = False
     unusable: int = 0
     """Of a stream: how many samples are left out, known to be bad from the start."""
+    general: Ids | None = None
+    """Of a stream: ids of samples that no experience has, replayed from the first round on."""
     replaced: set[int] = field(default_factory=set)
     """Of a stream: ids that were asked for and turned out bad, in this process."""
 

@@ -220,6 +220,11 @@ def draw(seed: int, number: int, data: Path, ranks: Sequence[int]) -> Combinatio
         resume = here, here if likely(0.7) else pick(ranks)
         keys["checkpoint.every_steps"] = pick((3, 5, 8))
         keys["checkpoint.keep"] = 1000
+    maybe(0.15, "stream.general", {"source": "arrays", "path": str(data / "arrays.npz")})
+    if "stream.general" in keys:
+        maybe(0.4, "continual_learning.history_of", "general")
+    if "optimizer.decay" in keys:
+        maybe(0.5, "optimizer.min_lr", 0.001)
     return Combination(command, source, keys, resume)
 
 

@@ -30,6 +30,11 @@ class ContinualLearningConfig(Section):
     buffer_size: int = Field(
         0, ge=0, description="most samples that the history keeps, a fair sample; 0: all"
     )
+    history_of: Literal["all", "general"] = Field(
+        "all",
+        description="what is replayed: earlier experiences, and stream.general if there is one; or "
+        "that alone",
+    )
     history_store: Literal["ids", "copy"] = Field(
         "ids",
         description="ids: samples of the history are read again; copy: kept in memory, for sources "

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distcl.config.base import Section, known
 from distcl.config.paths import PathText
+from distcl.registry import nearest
 
 
 class RunConfig(Section):
@@ -49,6 +50,11 @@ class StreamConfig(Section):
         "folder",
     )
     options: dict[str, Any] = Field({}, description="keyword arguments of the source's factory")
+    general: dict[str, Any] = Field(
+        {},
+        description="source, path, options, … (keys as here) of general data: samples that "
+        "no experience has and no drift changes, replayed from the first round on",
+    )
     sha256: dict[str, str] = Field(
         {}, description="SHA-256 that files must have, by name, relative to path; hexadecimal"
     )
@@ -105,6 +111,29 @@ class StreamConfig(Section):
                     f"stream.drift_options.{name}: '{name}' is not in stream.drift = {self.drift!r}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _general_keys(self) -> StreamConfig:
+        keys = ("source", "path", "options", "sha256", "test_fraction", "experiences")
+        for key in self.general:
+            if key not in keys:
+                raise ValueError(f"stream.general.{key}: unknown key{nearest(key, keys)}")
+        try:
+            made = self.general_data
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(("stream.general", *map(str, first["loc"])))
+            raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        if made is not None and "source" not in self.general:
+            raise ValueError("stream.general needs a source")
+        return self
+
+    @property
+    def general_data(self) -> StreamConfig | None:
+        """What ``general`` says, as a stream of one experience without drift; None: nothing."""
+        if not self.general:
+            return None
+        return StreamConfig.model_validate({"drift": "none", "experiences": 1, **self.general})
 
     @property
     def drifts(self) -> list[str]:

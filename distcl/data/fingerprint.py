@@ -33,9 +33,13 @@ def data_fingerprint(stream: DriftStream, like: Mapping[str, Any] | None = None)
     train, test = stream.sources
     nothing = train.read(np.empty(0, dtype=np.int64))
     numbers = {"training samples": len(train), "test samples": len(test)}
+    sources: list[Any] = [train, test]
+    if stream.general is not None:
+        numbers["general samples"] = len(stream.general.source)
+        sources.append(stream.general.source)
     sizes = [[len(e.train), len(e.test)] for e in stream.experiences]
     if like is not None:
-        numbers = {key: min(n, like[key]) for key, n in numbers.items()}
+        numbers = {key: min(n, like.get(key, n)) for key, n in numbers.items()}
         before = like["sizes of experiences"]
         sizes = [np.minimum(a, b).tolist() for a, b in zip(sizes, before, strict=False)]
     found: dict[str, Any] = {
@@ -45,7 +49,6 @@ def data_fingerprint(stream: DriftStream, like: Mapping[str, Any] | None = None)
         "types": [str(leaf.dtype) for leaf in tree_leaves((nothing.x, nothing.y))],
         "sizes of experiences": sizes,
     }
-    sources: tuple[Any, Any] = (train, test)
     for (key, number), source in zip(numbers.items(), sources, strict=True):
         name = key.removesuffix(" samples")
         if isinstance(source, ShardSource):
@@ -63,8 +66,11 @@ def data_fingerprint(stream: DriftStream, like: Mapping[str, Any] | None = None)
     kept = set(stream.info.replaced)
     for e, both in zip(stream.experiences, sizes, strict=False):
         for split, ids, size in zip(("training", "test"), (e.train, e.test), both, strict=True):
-            some = np.unique(np.linspace(0, size - 1, min(_ROWS // 2, most, size)).astype(int))
+            some = _spread(size, min(_ROWS // 2, most))
             found[f"{split} samples of experience {e.index + 1}"] = _digest(stream, ids[some])
+    if stream.general is not None:
+        ids = stream.general.ids
+        found["general samples read"] = _digest(stream, ids[_spread(len(ids), _ROWS // 2)])
     stream.info.replaced.intersection_update(kept)
     return found
 
@@ -89,9 +95,14 @@ def check_ids(stream: DriftStream, ids: Ids, whose: str) -> None:
     """Raise DataError, naming the first, if ids are not (or no longer) in the stream. Local."""
     for some in blocks(ids):
         try:
-            stream.locate(some)
+            stream.locate(some if stream.general is None else stream.general.others(some))
         except DataError as error:
             raise DataError(f"{whose}: {error}; the data are not what they were") from error
+
+
+def _spread(size: int, number: int) -> Ids:
+    """Return ``number`` positions of ``size``, evenly spaced, or all of them."""
+    return np.unique(np.linspace(0, size - 1, min(number, size)).astype(np.int64))
 
 
 def _digest(stream: DriftStream, ids: Ids) -> str:
@@ -109,6 +120,8 @@ def _content(stream: DriftStream, id_: np.int64) -> bytes:
     ids = np.array([id_])
     _, row, test = unpack_ids(ids)
     source: Any = stream.sources[int(test[0])]
+    if stream.general is not None and stream.general.holds(ids).all():
+        source = stream.general.source
     try:
         if isinstance(source, ShardSource):
             return b"" if source.info.sequential else next(source.extents(row))

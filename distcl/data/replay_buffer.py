@@ -44,10 +44,18 @@ class ReplayBuffer:
     ``copies`` (``history_store = "copy"``): the samples held, and no others, are copied into host
     memory, whole on every rank, since any rank may draw any id. The stream itself need not be able
     to read them again.
+
+    General data of the stream (``info.general``) are held from the start and for good, first, and
+    are not counted by ``capacity``. ``takes``: None is held besides where this is False.
     """
 
     def __init__(
-        self, stream: Stream, capacity: int = 0, seed: int = 0, copies: bool = False
+        self,
+        stream: Stream,
+        capacity: int = 0,
+        seed: int = 0,
+        copies: bool = False,
+        takes: bool = True,
     ) -> None:
         self.capacity = capacity
         self.copies = copies
@@ -58,6 +66,10 @@ class ReplayBuffer:
         self._copied = IdIndex(self._ids)
         self._read: Ids = self._ids  # of each copy: another id in a bad one's place
         self._samples: tuple[PyTree, PyTree] = (None, None)  # x and y, leaves [H, ...]
+        self._takes = takes
+        self._general = self.info.general
+        if self._general is not None:
+            self.retain(self._general)
 
     @property
     def source(self) -> Source:
@@ -76,10 +88,12 @@ class ReplayBuffer:
 
         Read-only ``ids`` may be returned themselves.
         """
-        held = self._with(ids)
-        if not 0 < self.capacity < len(held):
+        held = self._with(ids) if self._takes else self._ids
+        n = 0 if self._general is None else len(self._general)
+        if not 0 < self.capacity < len(held) - n:
             return held
-        return held[_smallest_keys(held, self.capacity, self._seed)]
+        kept = held[n + _smallest_keys(held[n:], self.capacity, self._seed)]
+        return joined_ids([held[:n], kept]) if n else kept
 
     def _with(self, ids: Ids) -> Ids:
         """Return the ids held and those of ``ids`` that are not."""

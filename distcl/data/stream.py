@@ -14,6 +14,7 @@ from distcl import registry
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.drift import Drift, require_classes
+from distcl.data.general import General
 from distcl.data.ids import BLOCK, blocks, in_runs
 from distcl.data.labels import SourceSplit, data_spec
 from distcl.data.loader import as_source
@@ -41,7 +42,10 @@ _ORDER = 4  # tells the stream's own draws from those of the drifts
 
 def create_stream(config: StreamConfig, seed: int, data: DataConfig | None = None) -> DriftStream:
     """Return the stream that ``[stream]`` describes. Local. Raises ConfigError or DataError."""
-    return DriftStream(*create_sources(config, data or DataConfig()), config, seed)
+    data = data or DataConfig()
+    general = config.general_data
+    more = () if general is None else create_sources(general, data)[:1]
+    return DriftStream(*create_sources(config, data), config, seed, *more)
 
 
 def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Source]:
@@ -94,7 +98,14 @@ class DriftStream:
     Raises ConfigError naming the key that does not fit the data, DataError on bad data.
     """
 
-    def __init__(self, train: Source, test: Source, config: StreamConfig, seed: int) -> None:
+    def __init__(
+        self,
+        train: Source,
+        test: Source,
+        config: StreamConfig,
+        seed: int,
+        general: Source | None = None,
+    ) -> None:
         self._train, self._test = self.sources = as_source(train), as_source(test)
         splits = SourceSplit(self._train, "train"), SourceSplit(self._test, "test")
         self.spec = data_spec(*splits)
@@ -116,12 +127,17 @@ class DriftStream:
         """Whether a row of an experience still comes from the concept before."""
         self._sorted: tuple[object, Ids] = (None, np.empty(0, dtype=np.int64))  # of one experience
         own = splits[0].info
+        self.general, every = None, [split.info for split in splits]
+        if general is not None:
+            every.append(info_of(general))
+            self.general = General(general, splits[0], self.spec, config.experiences)
         self.info = SourceInfo(
             sequential=own.sequential,
             live_seconds=own.live_seconds,
             replaces=any(split.info.replaces for split in splits),
-            varies=any(split.info.varies for split in splits),
+            varies=any(info.varies for info in every),
             unusable=sum(int((~s.usable).sum()) for s in splits if s.usable is not None),
+            general=None if self.general is None else self.general.ids,
         )
         self.experiences = [self._experience(e, *splits) for e in range(config.experiences)]
 
@@ -141,6 +157,8 @@ class DriftStream:
         In the place of a bad one that may be replaced comes the next sound one of its experience
         and split, by row, under its own id; DataError if there is none.
         """
+        if self.general is not None and self.general.holds(ids).any():
+            return self.general.read(ids, self)
         batch = self._read(ids)
         sound = batch.ids.numpy()
         return batch if np.array_equal(sound, ids) else self._read(sound)

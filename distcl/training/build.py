@@ -80,7 +80,10 @@ def assemble(
             "continual_learning.update_mode = 'kfac_online' counts all positions of a batch, "
             "padding too: cut texts to one length (source 'text' with pack)"
         )
-    history = ReplayBuffer(stream, continual.buffer_size, seed, copies)
+    takes = continual.history_of == "all"
+    if not takes and info_of(stream).general is None:
+        raise ConfigError("continual_learning.history_of = 'general' needs stream.general")
+    history = ReplayBuffer(stream, continual.buffer_size, seed, copies, takes)
     criterion, signal = create_judges(config, stream.spec)
     importance = config.continual_learning.importance_weighting
     sequential = info_of(stream).sequential

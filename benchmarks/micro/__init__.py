@@ -22,6 +22,7 @@ BENCHMARKS = {
     "shards": "reading shards: the archive itself, the webdataset library, and distcl",
     "overhead": "a training step, methods, a round and start-up against the plainest code",
     "recipe": "steps of the recommended recipe against the same with uniform replay",
+    "lm": "steps and scoring of language models against torch and transformers",
     "scaling": "training on two ranks against one",
     "cost": "a cost model of a round against measurements, and what it says of 1,024 ranks",
     "peers": "a drift job against the published loop, written out plainly",

@@ -167,7 +167,8 @@ def per_sample_error(outputs: PyTree, y: PyTree, loss_name: str) -> torch.Tensor
         if loss in (cross_entropy, next_token) or _are_scores_of(outputs, y):
             if y.shape == outputs.shape:
                 return _mean_positions((outputs.argmax(1) != y.argmax(1)).to(outputs.dtype))
-            wrong = (_classes_last(outputs, y).argmax(-1) != y).to(outputs.dtype)
+            last = outputs if loss is next_token else _classes_last(outputs, y)
+            wrong = (last.argmax(-1) != y).to(outputs.dtype)
             return wrong if y.ndim == 1 else (wrong * (y != IGNORED)).flatten(1).sum(1) / _valid(y)
         return create_loss(loss_name)(outputs, y)
 
@@ -216,9 +217,12 @@ def one_by_one(
         return outputs, _mean_positions
     if (registry.resolve("loss", loss) if isinstance(loss, str) else loss) is next_token:
         outputs, y = _foretold(outputs, y)
+    else:
+        outputs = _classes_last(outputs, y)
     there, number = y != IGNORED, _valid(y)
-    flat = _classes_last(outputs, y).flatten(0, -2)
-    return flat, lambda values: (values.view_as(y) * there).flatten(1).sum(1) / number
+    return outputs.flatten(
+        0, -2
+    ), lambda values: (values.view_as(y) * there).flatten(1).sum(1) / number
 
 
 def _are_scores_of(outputs: PyTree, y: PyTree) -> bool:

@@ -150,3 +150,17 @@ def test_a_tokenizer_file_is_used_and_one_without_an_end_is_refused(tmp_path):
     assert samples(train, test) == [([1, 4], 0), ([2, 4], 0), ([3, 4], 0)]
     assert train.info.classes == 5
     refused(ConfigError, "has no token '<end>'", text, config(path), **more, end="<end>")
+
+
+def test_ids_of_a_tokenizer_may_have_gaps(tmp_path):
+    """The largest id counts, not how many there are: above 255 it would not fit into a byte."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the package tokenizers is not installed")
+    (tmp_path / "texts").mkdir()
+    path = folder(tmp_path / "texts")
+    words = {"[UNK]": 0, "abcdefg": 300, "hij": 2, "klmnopqrstuv": 513, "</s>": 4}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.save(str(tmp_path / "tokenizer.json"))
+    more = {"length": 2, "tokenizer": str(tmp_path), "domains": ["*/*.txt"]}
+    train, test = text(config(path, test_fraction=0.3), **more)
+    assert samples(train, test) == [([2, 4], 0), ([300, 4], 0), ([513, 4], 0)]
+    assert train.info.classes == train.info.tokens == 514

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from distcl import registry
-from distcl.errors import ConfigError
+from distcl.errors import ConfigError, DataError
 from distcl.types import IGNORED, DataSpec, PyTree, UnreducedLoss
 
 Judgement = Literal["accuracy", "r2"]
@@ -115,7 +115,8 @@ def judged_by(loss_name: str, spec: DataSpec) -> Judgement:
     """Return how a model is judged: "r2" in regression, else "accuracy".
 
     Regression is every loss but ``cross_entropy`` and ``bce``, on targets that are no class labels.
-    Raises ConfigError, naming the loss, if a built-in loss cannot work on the stream's targets.
+    Raises ConfigError, naming the loss, if a built-in loss cannot work on the stream's targets;
+    DataError naming a sample that has nothing to foretell.
     """
     loss = registry.resolve("loss", loss_name)
     if loss in (mse, bce) and spec.classes:
@@ -128,6 +129,11 @@ def judged_by(loss_name: str, spec: DataSpec) -> Judgement:
             "model.loss = 'next_token' needs the tokens themselves as targets, integers [T] a "
             f"sample; the stream has {'labels' if spec.classes else 'floating-point numbers'} of "
             f"shape {list(spec.y_shape)}"
+        )
+    if loss is next_token and spec.lone:
+        raise DataError(
+            f"{spec.lone} has no token to foretell (model.loss = 'next_token'): its targets are "
+            f"{IGNORED} but for the first"
         )
     if loss is cross_entropy and not spec.classes and (spec.y_shape or (1,))[0] < 2:
         raise ConfigError(

@@ -78,7 +78,9 @@ def create_transformer(name: str, spec: DataSpec, options: Mapping[str, Any]) ->
     model.config.architectures = [type(model).__name__]
     if name.endswith(_POOLED):
         _give_padding(name, model.config.get_text_config())
-    model.register_forward_pre_hook(_Call(name, model), with_kwargs=True)
+    call = _Call(name, model)
+    call.refuse_longer(spec.longest)
+    model.register_forward_pre_hook(call, with_kwargs=True)
     made: nn.Module = model
     return made
 
@@ -199,11 +201,10 @@ class _Call:
         self._always = {"use_cache": False} if "use_cache" in known else {}
         self._main = str(model.main_input_name)
         config = model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        self._longest = limit if isinstance(limit, int) and limit > 0 else 0
+        self._longest = _longest(model, getattr(config, "max_position_embeddings", None))
         pad, size = (getattr(config, key, None) for key in ("pad_token_id", "vocab_size"))
-        known = isinstance(pad, int) and isinstance(size, int) and 0 <= pad < size
-        self._pad: int | None = pad if known else None
+        usable = isinstance(pad, int) and isinstance(size, int) and 0 <= pad < size
+        self._pad: int | None = pad if usable else None
 
     def __call__(
         self, module: nn.Module, args: tuple[PyTree, ...], kwargs: dict[str, Any]
@@ -211,16 +212,34 @@ class _Call:
         x = args[0] if args else {}
         given = dict(x) if isinstance(x, Mapping) else {self._main: x}
         ids = given.get("input_ids")
-        if ids is not None and 0 < self._longest < ids.shape[-1]:
+        if ids is not None:
+            self.refuse_longer(ids.shape[-1])
+        mask, pad = given.get("attention_mask"), self._pad
+        if ids is not None and mask is not None and pad is not None and mask.shape == ids.shape:
+            given["input_ids"] = ids.where(mask != 0, pad)
+        return (), {**self._always, **given, **kwargs}
+
+    def refuse_longer(self, length: int) -> None:
+        """Raise ConfigError if a sample of ``length`` tokens is longer than the model reads."""
+        if 0 < self._longest < length:
             raise ConfigError(
                 f"model '{PREFIX}{self._name}' reads at most {self._longest} tokens "
-                f"(max_position_embeddings), but a sample has {ids.shape[-1]}; cut them with "
+                f"(max_position_embeddings), but a sample has {length}; cut them with "
                 "stream.options.length"
             )
-        mask = given.get("attention_mask")
-        if None not in (self._pad, ids, mask) and mask.shape == ids.shape:
-            given["input_ids"] = ids.where(mask != 0, self._pad)
-        return (), {**self._always, **given, **kwargs}
+
+
+def _longest(model: nn.Module, limit: Any) -> int:
+    """Return how many tokens a model reads; 0: any number.
+
+    Where positions have a padding of their own, as RoBERTa's, they count from behind it.
+    """
+    limits = [limit] if isinstance(limit, int) and limit > 0 else []
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            limits.append(table.num_embeddings - table.padding_idx - 1)
+    return min(limits, default=0)
 
 
 def header(model: nn.Module) -> dict[str, str]:

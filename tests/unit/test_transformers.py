@@ -129,6 +129,22 @@ def test_a_longer_sample_than_the_model_reads_is_a_sentence() -> None:
         model(torch.zeros(1, 5, dtype=torch.int64))
 
 
+def test_the_longest_sample_is_compared_before_anything_is_trained() -> None:
+    longest = DataSpec((), 257, (0,), tokens=257, longest=9)
+    with pytest.raises(ConfigError, match=r"at most 8 tokens.*a sample has 9"):
+        build("AutoModelForCausalLM", longest, config={**SMALL, "n_positions": 8})
+    build("AutoModelForCausalLM", longest, config={**SMALL, "n_positions": 9})
+
+
+def test_positions_of_padding_are_no_room_for_tokens() -> None:
+    """RoBERTa counts positions from behind that of its padding token, 1: two less are left."""
+    model = classifier("roberta", max_position_embeddings=12)
+    assert model(torch.full((1, 10), 5)).shape == (1, 3)
+    with pytest.raises(ConfigError, match=r"at most 10 tokens.*a sample has 11"):
+        model(torch.full((1, 11), 5))
+    assert classifier("bert", max_position_embeddings=12)(torch.full((1, 12), 5)).shape == (1, 3)
+
+
 def test_transformers_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not there
     with pytest.raises(ConfigError, match=r"needs the package 'transformers'.*distcl\[transform"):

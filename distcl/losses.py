@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from distcl import registry
-from distcl.errors import ConfigError
+from distcl.errors import ConfigError, DataError
 from distcl.types import IGNORED, DataSpec, PyTree, UnreducedLoss
 
 Judgement = Literal["accuracy", "r2"]
@@ -115,7 +115,8 @@ def judged_by(loss_name: str, spec: DataSpec) -> Judgement:
     """Return how a model is judged: "r2" in regression, else "accuracy".
 
     Regression is every loss but ``cross_entropy`` and ``bce``, on targets that are no class labels.
-    Raises ConfigError, naming the loss, if a built-in loss cannot work on the stream's targets.
+    Raises ConfigError, naming the loss, if a built-in loss cannot work on the stream's targets;
+    DataError naming a sample that has nothing to foretell.
     """
     loss = registry.resolve("loss", loss_name)
     if loss in (mse, bce) and spec.classes:
@@ -128,6 +129,11 @@ def judged_by(loss_name: str, spec: DataSpec) -> Judgement:
             "model.loss = 'next_token' needs the tokens themselves as targets, integers [T] a "
             f"sample; the stream has {'labels' if spec.classes else 'floating-point numbers'} of "
             f"shape {list(spec.y_shape)}"
+        )
+    if loss is next_token and spec.lone:
+        raise DataError(
+            f"{spec.lone} has no token to foretell (model.loss = 'next_token'): its targets are "
+            f"{IGNORED} but for the first"
         )
     if loss is cross_entropy and not spec.classes and (spec.y_shape or (1,))[0] < 2:
         raise ConfigError(
@@ -167,7 +173,8 @@ def per_sample_error(outputs: PyTree, y: PyTree, loss_name: str) -> torch.Tensor
         if loss in (cross_entropy, next_token) or _are_scores_of(outputs, y):
             if y.shape == outputs.shape:
                 return _mean_positions((outputs.argmax(1) != y.argmax(1)).to(outputs.dtype))
-            wrong = (_classes_last(outputs, y).argmax(-1) != y).to(outputs.dtype)
+            last = outputs if loss is next_token else _classes_last(outputs, y)
+            wrong = (last.argmax(-1) != y).to(outputs.dtype)
             return wrong if y.ndim == 1 else (wrong * (y != IGNORED)).flatten(1).sum(1) / _valid(y)
         return create_loss(loss_name)(outputs, y)
 
@@ -216,9 +223,12 @@ def one_by_one(
         return outputs, _mean_positions
     if (registry.resolve("loss", loss) if isinstance(loss, str) else loss) is next_token:
         outputs, y = _foretold(outputs, y)
+    else:
+        outputs = _classes_last(outputs, y)
     there, number = y != IGNORED, _valid(y)
-    flat = _classes_last(outputs, y).flatten(0, -2)
-    return flat, lambda values: (values.view_as(y) * there).flatten(1).sum(1) / number
+    return outputs.flatten(
+        0, -2
+    ), lambda values: (values.view_as(y) * there).flatten(1).sum(1) / number
 
 
 def _are_scores_of(outputs: PyTree, y: PyTree) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -117,14 +117,19 @@ class Batch:
     def joined(self, other: Batch) -> Batch:
         """Return both as one batch: these samples, then the other's; ``total`` is of both.
 
-        Texts of unequal lengths are padded on the right: x with 0, y with ``IGNORED``.
+        Samples of unequal lengths are padded on the right: x, a dict with an ``attention_mask``,
+        with 0, and labels with ``IGNORED``. Raises ConfigError on other samples of unequal shapes.
         """
         import torch
         from torch.utils._pytree import tree_map
 
         ids = torch.cat([self.ids, other.ids])
-        x = tree_map(lambda *some: padded_cat(some, 0), self.x, other.x)
-        y = tree_map(lambda *some: padded_cat(some, IGNORED), self.y, other.y)
+        masked = isinstance(self.x, Mapping) and "attention_mask" in self.x
+        x = tree_map(lambda *some: _joined(some, 0 if masked else None), self.x, other.x)
+        y = tree_map(
+            lambda *some: _joined(some, None if some[0].is_floating_point() else IGNORED),
+            *(self.y, other.y),
+        )
         weights = None
         like = other.weights if self.weights is None else self.weights
         if like is not None:
@@ -148,17 +153,21 @@ class Batch:
         return Batch(self.ids, moved(self.x), moved(self.y), self.total, self.weights)
 
 
-def padded_cat(some: Sequence[torch.Tensor], fill: int) -> torch.Tensor:
-    """Join tensors [B, ...], or [B, T, ...] of unequal T, padded on the right, along the batch."""
+def _joined(some: Sequence[torch.Tensor], fill: int | None) -> torch.Tensor:
+    """Join tensors [B, ...] along the batch, [B, T, ...] of unequal T padded with ``fill``."""
     import torch
 
-    width = max((t.shape[1] for t in some if t.ndim > 1), default=0)
-    if any(t.ndim > 1 and t.shape[1] < width for t in some):
-        some = [
-            torch.cat([t, t.new_full((len(t), width - t.shape[1], *t.shape[2:]), fill)], 1)
-            for t in some
-        ]
-    return torch.cat(list(some))
+    shapes = [t.shape[1:] for t in some]
+    if shapes[:1] * len(shapes) == shapes:
+        return torch.cat(list(some))
+    if fill is None or not all(s and s[1:] == shapes[0][1:] for s in shapes):
+        raise ConfigError(
+            f"samples of shapes {' and '.join(str(list(s)) for s in shapes)} cannot be one batch; "
+            "only what is beside an attention_mask, and labels of positions, may be unequally long"
+        )
+    width = max(s[0] for s in shapes)
+    padded = (t.new_full((len(t), width - t.shape[1], *t.shape[2:]), fill) for t in some)
+    return torch.cat([torch.cat(pair, 1) for pair in zip(some, padded, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +187,10 @@ class DataSpec:
     class_names: tuple[str, ...] = field(default=(), compare=False)
     tokens: int = field(default=0, compare=False)
     """Inputs are token ids below this; 0: they are none, or it is not known."""
+    longest: int = field(default=0, compare=False)
+    """How many tokens the longest sample has, where the source says it."""
+    lone: str = field(default="", compare=False)
+    """A sample with no label but its first, of several; see :class:`SourceInfo`."""
 
     @property
     def outputs(self) -> int:
@@ -218,8 +231,10 @@ class SourceInfo:
     side. ``live_seconds``: how long to wait for more samples at its end; ``arrived()`` then returns
     how many have come, and ``grow(n)`` takes in n of them and returns the length before.
 
-    ``tokens``: x are token ids below this. ``varies``: the shape of a batch depends on its samples,
-    as with texts of unequal lengths.
+    ``tokens``: x are token ids below this; ``longest``: how many the longest sample has.
+    ``varies``: the shape of a batch depends on its samples, as with texts of unequal lengths.
+    ``positions``: of several labels a sample, one more than the largest, and a sample that has none
+    but its first, as messages name it, or ""; without it, every sample is read to learn these.
 
     ``replaces``: ``read`` may put its next sound sample in the place of a bad one, and tells so by
     the batch's ids. ``transformed``: it applies ``data.transforms`` itself.
@@ -236,7 +251,9 @@ class SourceInfo:
     live_seconds: float = 0.0
     replaces: bool = False
     tokens: int = 0
+    longest: int = 0
     varies: bool = False
+    positions: tuple[int, str] | None = None
     transformed: bool = False
     unusable: int = 0
     """Of a stream: how many samples are left out, known to be bad from the start."""

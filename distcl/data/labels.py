@@ -21,8 +21,8 @@ class SourceSplit:
 
     ``labels``: int64 [N]; the number of classes until :meth:`learn`, where the source has no labels
     but says that, or each sample has several; None if y is floating point. ``usable``: which
-    samples are not known to be bad, bool [N], or None: all. Raises DataError on no samples, and on
-    labels that are no classes.
+    samples are not known to be bad, bool [N], or None: all. ``lone``: see SourceInfo.positions.
+    Raises DataError on no samples, and on labels that are no classes.
     """
 
     def __init__(self, source: Source, name: str) -> None:
@@ -36,12 +36,14 @@ class SourceSplit:
         is_tensor = isinstance(nothing.y, torch.Tensor)
         self.y_shape = tuple(nothing.y.shape[1:]) if is_tensor else ()
         self.labels: Ids | int | None = None
+        self.lone = ""
         if (labels := self.info.known_labels()) is not None:
             self.labels = self._checked(np.asarray(labels))
         elif not (is_tensor and nothing.y.is_floating_point()):
-            self.labels = self.info.classes or (
-                self._count_classes() if len(self.y_shape) else self._read()
-            )
+            if self.y_shape and not self.info.classes:
+                self.labels, self.lone = self.info.positions or self._positions()
+            else:
+                self.labels = self.info.classes or self._read()
 
     def learn(self) -> Ids | None:
         """Return the labels [N], -1 for bad samples; None if y is floating point.
@@ -79,18 +81,21 @@ class SourceSplit:
             self.usable = ~bad if self.usable is None else self.usable
         return labels
 
-    def _count_classes(self) -> int:
-        """Return one more than the largest label of samples that have several; reads every one."""
-        largest = 0
+    def _positions(self) -> tuple[int, str]:
+        """Return :attr:`distcl.types.SourceInfo.positions`; reads every sample."""
+        largest, lone = 0, ""
         for start in range(0, len(self.source), _CHUNK):
             ids = np.arange(start, min(start + _CHUNK, len(self.source)))
             y = self.source.read(ids).y.flatten(1)
-            counts = (y != IGNORED).sum(1)
+            there = y != IGNORED
+            counts, later = there.sum(1), there[:, 1:].sum(1)
             if int(counts.min()) == 0:
                 raise DataError(
                     f"sample {start + int(counts.argmin())} of the {self.name} source has no label "
                     f"but {IGNORED}, which counts for nothing"
                 )
+            if not lone and int(later.min()) == 0:
+                lone = f"sample {start + int(later.argmin())} of the {self.name} source"
             if bool(((y < 0) & (y != IGNORED)).any()) or int(y.max()) >= MAX_CLASSES:
                 raise DataError(
                     f"labels of the {self.name} source, {len(ids)} from sample {start} on, go from "
@@ -98,7 +103,7 @@ class SourceSplit:
                     "none, are needed"
                 )
             largest = max(largest, int(y.max()))
-        return largest + 1
+        return largest + 1, lone
 
     def _checked(self, labels: npt.NDArray[Any]) -> Ids:
         if labels.dtype.kind not in "iu" or labels.shape != (len(self.source),):
@@ -146,8 +151,10 @@ def data_spec(train: SourceSplit, test: SourceSplit) -> DataSpec:
         raise DataError(
             f"training targets have shape {train.y_shape} but test targets {test.y_shape}"
         )
+    tokens, longest = train.info.tokens, max(train.info.longest, test.info.longest)
     if train.labels is not None:
         classes, names = max(train.classes, test.classes), tuple(train.info.class_names)
         seen = train.occurring(classes)
-        return DataSpec(x_shape, classes, train.y_shape, seen, names, train.info.tokens)
-    return DataSpec(x_shape, 0, train.y_shape, tokens=train.info.tokens)
+        lone = train.lone or test.lone
+        return DataSpec(x_shape, classes, train.y_shape, seen, names, tokens, longest, lone)
+    return DataSpec(x_shape, 0, train.y_shape, tokens=tokens, longest=longest)

@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_map
 from distcl import registry
 from distcl.errors import ConfigError, DataError, DistclError, named, told
 from distcl.registry import Count, checked
-from distcl.types import Batch, Ids, PyTree, Source, info_of
+from distcl.types import Batch, Ids, PyTree, Source, SourceInfo, info_of
 
 Array = npt.NDArray[Any]
 Sample = dict[str, Any]
@@ -219,8 +220,11 @@ def _on_images(name: str, sample: Sample, function: Callable[[Array], Array]) ->
 def to_tensor(taken: Array, keep_integers: bool = False) -> torch.Tensor:
     """Return numbers as a tensor: uint8 as float32 in [0, 1], float64 as it is, others as float32.
 
-    ``keep_integers``: signed integers and booleans keep their type.
+    ``keep_integers``: signed integers and booleans keep their type; uint16 and uint32 in rows, as
+    token ids are kept, become int64.
     """
+    if keep_integers and taken.ndim == 2 and taken.dtype.kind == "u" and taken.itemsize in (2, 4):
+        taken = taken.astype(np.int64)
     if taken.dtype == np.uint8:
         taken = np.divide(taken, np.float32(255), dtype=np.float32)
     elif not (keep_integers and taken.dtype.kind in "ib"):
@@ -326,6 +330,12 @@ class Transformed:
         if name.startswith("_"):  # not there yet, when it is being copied
             raise AttributeError(name)
         return getattr(self._source, name)
+
+    @property
+    def info(self) -> SourceInfo:
+        """What the source says, but for its labels by position: a transform may change them."""
+        own = info_of(self._source)
+        return own if own.positions is None else replace(own, positions=None)
 
     def read(self, ids: Ids) -> Batch:
         """See :meth:`distcl.types.Source.read`; DataError names a sample that cannot be made."""

@@ -245,6 +245,11 @@ class Decoder(nn.Module):
         _require_multiple(dim, heads)
         if not (spec.classes and len(spec.y_shape) == 1):
             raise ConfigError("model 'decoder' needs a stream of token ids, as source 'text' is")
+        if spec.longest > length:
+            raise ConfigError(
+                f"model.options.length = {length}, but the longest sample has {spec.longest} "
+                "tokens; cut them with stream.options.length"
+            )
         self.tokens = nn.Embedding(spec.classes, dim)
         self.position = nn.Parameter(torch.empty(length, dim))
         nn.init.normal_(self.tokens.weight, std=0.02)

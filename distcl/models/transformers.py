@@ -7,6 +7,7 @@ computed by us, of each sample.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -19,12 +20,15 @@ from distcl.errors import ConfigError
 from distcl.registry import checked, nearest
 from distcl.types import DataSpec, PyTree
 
+log = logging.getLogger("distcl")
+
 PREFIX = "hf:"
 CONFIG_KEY = "transformers_config"
 """Under it, a weights file has the configuration of its model, as JSON, in its header."""
 
 _OPTIONS = ("path", "config", "dtype", "attn_implementation", "gradient_checkpointing")
 _LABELLED = ("ForSequenceClassification", "ForTokenClassification", "ForImageClassification")
+_POOLED = "ForSequenceClassification"
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id")
 
 
@@ -72,7 +76,11 @@ def create_transformer(name: str, spec: DataSpec, options: Mapping[str, Any]) ->
             )
         )
     model.config.architectures = [type(model).__name__]
-    model.register_forward_pre_hook(_Call(name, model), with_kwargs=True)
+    if name.endswith(_POOLED):
+        _give_padding(name, model.config.get_text_config())
+    call = _Call(name, model)
+    call.refuse_longer(spec.longest)
+    model.register_forward_pre_hook(call, with_kwargs=True)
     made: nn.Module = model
     return made
 
@@ -164,8 +172,26 @@ def _tokens(name: str, spec: DataSpec) -> int:
     return max(spec.tokens, targets)
 
 
+def _give_padding(name: str, config: Any) -> None:
+    """Give a classifier of texts, which may look for the last token before it, a padding token."""
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int) or getattr(config, "pad_token_id", None) is not None:
+        return
+    end = getattr(config, "eos_token_id", None)
+    known = isinstance(end, int) and 0 <= end < vocabulary
+    config.pad_token_id = end if known else vocabulary - 1
+    log.info(
+        f"[model] '{PREFIX}{name}' has no pad_token_id; it is token {config.pad_token_id}, "
+        f"{'its eos_token_id' if known else 'the last of its vocabulary'}"
+    )
+
+
 class _Call:
-    """A forward pre-hook: x, ids [B, T] or a dict of tensors, becomes the model's keywords."""
+    """A forward pre-hook: x, ids [B, T] or a dict of tensors, becomes the model's keywords.
+
+    Where ``attention_mask`` is 0, ids become the model's own padding token: some models tell by the
+    ids where a text ends, so what the stream or a joined batch has there must not matter.
+    """
 
     def __init__(self, name: str, model: Any) -> None:
         from inspect import signature
@@ -174,8 +200,11 @@ class _Call:
         self._name = name
         self._always = {"use_cache": False} if "use_cache" in known else {}
         self._main = str(model.main_input_name)
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._longest = limit if isinstance(limit, int) and limit > 0 else 0
+        config = model.config.get_text_config()
+        self._longest = _longest(model, getattr(config, "max_position_embeddings", None))
+        pad, size = (getattr(config, key, None) for key in ("pad_token_id", "vocab_size"))
+        usable = isinstance(pad, int) and isinstance(size, int) and 0 <= pad < size
+        self._pad: int | None = pad if usable else None
 
     def __call__(
         self, module: nn.Module, args: tuple[PyTree, ...], kwargs: dict[str, Any]
@@ -183,13 +212,34 @@ class _Call:
         x = args[0] if args else {}
         given = dict(x) if isinstance(x, Mapping) else {self._main: x}
         ids = given.get("input_ids")
-        if ids is not None and 0 < self._longest < ids.shape[-1]:
+        if ids is not None:
+            self.refuse_longer(ids.shape[-1])
+        mask, pad = given.get("attention_mask"), self._pad
+        if ids is not None and mask is not None and pad is not None and mask.shape == ids.shape:
+            given["input_ids"] = ids.where(mask != 0, pad)
+        return (), {**self._always, **given, **kwargs}
+
+    def refuse_longer(self, length: int) -> None:
+        """Raise ConfigError if a sample of ``length`` tokens is longer than the model reads."""
+        if 0 < self._longest < length:
             raise ConfigError(
                 f"model '{PREFIX}{self._name}' reads at most {self._longest} tokens "
-                f"(max_position_embeddings), but a sample has {ids.shape[-1]}; cut them with "
+                f"(max_position_embeddings), but a sample has {length}; cut them with "
                 "stream.options.length"
             )
-        return (), {**self._always, **given, **kwargs}
+
+
+def _longest(model: nn.Module, limit: Any) -> int:
+    """Return how many tokens a model reads; 0: any number.
+
+    Where positions have a padding of their own, as RoBERTa's, they count from behind it.
+    """
+    limits = [limit] if isinstance(limit, int) and limit > 0 else []
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            limits.append(table.num_embeddings - table.padding_idx - 1)
+    return min(limits, default=0)
 
 
 def header(model: nn.Module) -> dict[str, str]:

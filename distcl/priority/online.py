@@ -16,16 +16,7 @@ from distcl.errors import ConfigError
 from distcl.priority.scoring import require_sound, score_of_each
 from distcl.priority.signal_table import _UNKNOWN, SignalTable
 from distcl.priority.weighting import Weights
-from distcl.types import (
-    IGNORED,
-    Batch,
-    Ids,
-    Outputs,
-    PrioritySignal,
-    PyTree,
-    Source,
-    padded_cat,
-)
+from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source
 
 _CHUNK = 1024
 _MOST_WAITING = 1 << 22  # elements of outputs
@@ -65,7 +56,8 @@ class Ledger:
     def observe(self, batch: Batch, outputs: PyTree, losses: torch.Tensor) -> None:
         """Take outputs and losses [B] of this rank's part of a training batch. Local.
 
-        A signal that needs no inputs scores several batches at once, which is cheaper.
+        A signal that needs no inputs scores several batches at once, which is cheaper, while they
+        have the same shapes.
         """
         n = len(batch)
         self._sizes.append((n, batch.total))
@@ -74,7 +66,10 @@ class Ledger:
         one = isinstance(outputs, torch.Tensor)
         outputs = outputs.detach() if one else tree_map(torch.Tensor.detach, outputs)
         x = None if self._can_wait else batch.x
-        self._waiting.append((batch.ids, x, batch.y, outputs, losses.detach()))
+        new = (batch.ids, x, batch.y, outputs, losses.detach())
+        if self._waiting and _shapes(self._waiting[-1]) != _shapes(new):
+            self._score()
+        self._waiting.append(new)
         self._elements += outputs.numel() if one else sum(z.numel() for z in tree_leaves(outputs))
         if not self._can_wait or self._elements > _MOST_WAITING:
             self._score()
@@ -84,8 +79,7 @@ class Ledger:
         if not self._waiting:
             return
         columns = zip(*self._waiting, strict=True)
-        fills = (0, 0, IGNORED, 0, 0)
-        ids, x, y, logits, loss = map(_cat, columns, fills)
+        ids, x, y, logits, loss = map(_cat, columns)
         self._waiting, self._elements = [], 0
         with torch.no_grad():
             scores = self._signal.score(Batch(ids, x, y, len(ids)), Outputs(loss, logits), None)
@@ -196,13 +190,18 @@ def _layout(sizes: tuple[tuple[int, int], ...], world: int) -> tuple[torch.Tenso
     return torch.from_numpy(own), torch.from_numpy(np.argsort(of_batch, kind="stable"))
 
 
-def _cat(some: tuple[PyTree, ...], fill: int = 0) -> PyTree:
+def _shapes(row: tuple[PyTree, ...]) -> list[torch.Size]:
+    """Return the shapes of samples, of what belongs to a batch."""
+    return [leaf.shape[1:] for leaf in tree_leaves(row) if leaf is not None]
+
+
+def _cat(some: tuple[PyTree, ...]) -> PyTree:
     """Join pytrees of the same form along the batch; None stays None, nothing becomes None."""
     if not some:
         return None
     if isinstance(some[0], torch.Tensor):
-        return some[0] if len(some) == 1 else padded_cat(some, fill)
-    return None if some[0] is None else tree_map(lambda *t: padded_cat(t, fill), *some)
+        return some[0] if len(some) == 1 else torch.cat(some)
+    return None if some[0] is None else tree_map(lambda *t: torch.cat(t), *some)
 
 
 def _is_label(y: PyTree) -> bool:

@@ -132,19 +132,24 @@ class StepLoop:
     def _normalized(self, batch: Batch, history: Batch | None) -> tuple[Batch, Batch | None]:
         """Return the batches with the loss weights of ``training.normalize = "token"``. Collective.
 
-        A sample counts as much as it has targets that count: the sum of weighted means over B
-        samples is then B / N times the sum over all N targets of the global batch, or of both.
+        A sample counts as much as it has targets that count, n, times its loss weight c: the sum of
+        weighted means over B samples is then B / Σcn times the sum over all targets of the global
+        batch, each times c; or of both batches.
         """
         batches = [batch] if history is None else [batch, history]
-        mine = [count_positions(self._loss, b.y) for b in batches]
-        every = self._parts.runtime.all_reduce(torch.stack([m.sum() for m in mine]).double())
-        sizes = every.new_tensor([b.total for b in batches])
+        mine = [
+            count_positions(self._loss, b.y).double() * (1 if b.weights is None else b.weights)
+            for b in batches
+        ]
+        every = self._parts.runtime.all_reduce(torch.stack([m.sum() for m in mine]))
+        sizes = [b.total for b in batches]
         if self._parts.updater.joins_batches:
-            every, sizes = every.sum().expand(2), sizes.sum().expand(2)
-        found = []
-        for b, counts, each in zip(batches, mine, sizes / every, strict=False):
-            weights = counts * each if b.weights is None else counts * each * b.weights
-            found.append(replace(b, weights=weights.to(self._parts.runtime.dtype)))
+            every, sizes = every.sum().expand(len(batches)), [sum(sizes)] * len(batches)
+        dtype = self._parts.runtime.dtype
+        found = [
+            replace(b, weights=(m * (size / number)).to(dtype))
+            for b, m, size, number in zip(batches, mine, sizes, every, strict=True)
+        ]
         return found[0], found[1] if history is not None else None
 
     def _set_rate(self, step: int, steps: int) -> None:

@@ -101,6 +101,77 @@ def test_gradients_are_the_mean_over_all_tokens_of_the_global_batch(
             np.testing.assert_allclose(weights[name], value, atol=1e-10, rtol=0, err_msg=name)
 
 
+Note = dict[str, Any]
+"""Of one step of a rank: ids and loss weights of its parts of the batches, current and history."""
+
+
+def corrected(path: Path, out: Path, mode: str) -> tuple[list[Note], Any, Any]:
+    """Run a round with priorities and their correction; what was read, weights before and after."""
+    chosen = config(
+        path,
+        "training.normalize=token",
+        "training.accumulate=2",
+        f"continual_learning.update_mode={mode}",
+        "continual_learning.importance_weighting=true",
+        "continual_learning.replay_batch_size=5",
+        "priority.correction=0.8",
+        "priority.target=union",
+        "priority.signal=loss",
+    )
+    runtime = Runtime(chosen.run)
+    stream = create_stream(chosen.stream, chosen.run.seed)
+    trainer = ContinuousTrainer(assemble(chosen, runtime, stream, out), chosen)
+    trainer.pretrain(stream.experiences[0])
+    module = runtime.strategy.unwrap(trainer.parts.model)
+    loader, notes = trainer.parts.loader, []
+    batches = loader.batches
+
+    def noting(steps: int, done: int) -> Any:
+        for batch, history in batches(steps, done):
+            parts = [b for b in (batch, history) if b is not None]
+            notes.append([(b.ids.tolist(), b.weights.tolist()) for b in parts])
+            yield batch, history
+
+    loader.batches = noting  # type: ignore[method-assign]
+    weights = [{n: p.detach().numpy().copy() for n, p in module.named_parameters()}]
+    trainer.run_round(stream.experiences[1], "scheduled", stream.experiences)
+    weights.append({n: p.detach().numpy().copy() for n, p in module.named_parameters()})
+    return notes, *weights
+
+
+@pytest.mark.parametrize("mode", ["er", "base"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_corrected_losses_are_a_weighted_mean_over_all_tokens(
+    mode: str, world: int, tmp_path: Path
+) -> None:
+    """By hand: Σ c Σ_t ℓ_t / Σ c n over current and history together, with unequal parts."""
+    path = write(tmp_path / "texts.jsonl")
+    results = run_ranks(world, corrected, path, tmp_path, mode)
+    chosen = config(path)
+    stream = create_stream(chosen.stream, chosen.run.seed)
+    model = create_model(chosen.model, stream.spec, 0).double()
+    model.load_state_dict({n: torch.from_numpy(w) for n, w in results[0][1].items()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    spread, history = [], 0
+    for ranks in zip(*(notes for notes, *_ in results), strict=True):
+        total, number = torch.zeros((), dtype=torch.float64), 0.0
+        history += sum(len(parts) == 2 and len(parts[1][0]) for parts in ranks)
+        for ids, weights in (part for parts in ranks for part in parts):
+            spread += weights
+            for id_, c in zip(ids, weights, strict=True):
+                tokens = stream.read(np.array([id_])).x["input_ids"]
+                logits = model(tokens)[0, :-1]
+                total = total + c * F.cross_entropy(logits, tokens[0, 1:], reduction="sum")
+                number += c * (tokens.shape[1] - 1)
+        optimizer.zero_grad()
+        (total / number).backward()
+        optimizer.step()
+    assert np.std(spread) > 0.02 and (history > 0) == (mode == "er")
+    for (_, _, after), (name, value) in product(results, model.named_parameters()):
+        found = value.detach().numpy()
+        np.testing.assert_allclose(after[name], found, atol=1e-10, rtol=0, err_msg=name)
+
+
 def job(path: Path, out: Path) -> Any:
     more = (
         "training.normalize=token",

@@ -99,6 +99,27 @@ def test_updaters_draw_and_learn_the_same_on_any_number_of_ranks(tmp_path: Path)
             np.testing.assert_allclose(three[name][1][key], value, atol=1e-9, err_msg=name)
 
 
+def test_classes_of_unequal_texts_are_learned_the_same_on_any_number_of_ranks(
+    tmp_path: Path,
+) -> None:
+    """Where a text ends is told by its ids: those in padding must not depend on who pads."""
+    path = write(tmp_path / "texts.jsonl")
+    kind = "AutoModelForSequenceClassification"
+    more = (f"model.name=hf:{kind}", *KINDS[kind])
+    runs = {
+        name: (f"continual_learning.update_mode={name}", f"priority.source={source}", *signal, *more)
+        for name, source, signal in (
+            ("er", "score", ()),
+            ("agem", "online", ("priority.signal=entropy",)),
+        )
+    }
+    one, three = (run_ranks(w, learned, path, tmp_path / str(w), runs)[0] for w in (1, 3))
+    for name, (draws, weights) in one.items():
+        assert three[name][0] == draws, name
+        for key, value in weights.items():
+            np.testing.assert_allclose(three[name][1][key], value, atol=1e-9, err_msg=name)
+
+
 def test_kfac_refuses_a_head_that_shares_its_weights(tmp_path: Path) -> None:
     kfac = "continual_learning.update_mode=kfac_online"
     with pytest.raises(ConfigError, match="'kfac_online' counts all positions of a batch, padding"):

@@ -261,6 +261,20 @@ def test_padding_changes_neither_loss_nor_error_nor_entropy():
             torch.testing.assert_close(scores[0], each.mean())
 
 
+def test_as_many_tokens_to_foretell_as_there_are_kinds_of_them_are_no_riddle():
+    """Of next_token the classes are always last, also where both dimensions are as long."""
+    logits, y = randn(2, 6, 5), torch.tensor([[3, 1, 2, 0, 4, 4], [2, 2, 1, -100, -100, -100]])
+    error = per_sample_error(logits, y, "next_token")
+    guesses = logits.argmax(-1)
+    wanted = [(guesses[b, : n - 1] != y[b, 1:n]).double().mean() for b, n in ((0, 6), (1, 3))]
+    torch.testing.assert_close(error, torch.stack(wanted))
+    flat, gather = losses.one_by_one(logits, y, "next_token")
+    p = logits[:, :-1].softmax(-1)
+    each = -(p * p.log()).sum(-1)
+    found = gather(-(flat.softmax(-1) * flat.log_softmax(-1)).sum(-1))
+    torch.testing.assert_close(found, torch.stack([each[0].mean(), each[1, :2].mean()]))
+
+
 @pytest.mark.parametrize(
     ("outputs", "y", "loss", "message"),
     [

@@ -56,6 +56,40 @@ def test_padding_on_the_right_changes_nothing_and_nothing_later_is_seen(model_ty
     torch.testing.assert_close(padded[1, :2], model(ids[1:, :2])[0])
 
 
+SIZES: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+
+
+def classifier(model_type: str, **more: Any) -> Any:
+    config = {"model_type": model_type, **SIZES, **more}
+    spec = DataSpec((), 3, tokens=257)
+    model = build("AutoModelForSequenceClassification", spec, config=config).double().eval()
+    for p in model.parameters():  # a head that begins with zeros would hide everything
+        torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+@pytest.mark.parametrize("filler", [0, 9, 256])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "bert", "roberta"])
+def test_what_is_behind_a_text_does_not_change_its_class(model_type: str, filler: int) -> None:
+    model = classifier(model_type)
+    ids = torch.tensor([[5, 6, 7, 256, filler, filler], [9, 8, 7, 6, 5, 256]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    padded = model({"input_ids": ids, "attention_mask": mask})
+    one = torch.ones(1, 4, dtype=torch.int64)
+    torch.testing.assert_close(padded[:1], model({"input_ids": ids[:1, :4], "attention_mask": one}))
+    torch.testing.assert_close(padded[1:], model(ids[1:]))
+
+
+def test_a_classifier_without_a_padding_token_is_given_one_and_says_so(caplog: Any) -> None:
+    with caplog.at_level("INFO", "distcl"):
+        assert classifier("gpt2").config.pad_token_id == 256
+        assert classifier("gpt2", eos_token_id=7).config.pad_token_id == 7
+        assert classifier("gpt2", pad_token_id=4).config.pad_token_id == 4
+        assert classifier("bert").config.pad_token_id == 0
+    said = [record.getMessage().partition("; it is ")[2] for record in caplog.records]
+    assert said == ["token 256, the last of its vocabulary", "token 7, its eos_token_id"]
+
+
 def test_tokens_are_classified() -> None:
     config = {"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 50,
               "num_attention_heads": 2}  # fmt: skip
@@ -93,6 +127,22 @@ def test_a_longer_sample_than_the_model_reads_is_a_sentence() -> None:
     model = causal(n_positions=4)
     with pytest.raises(ConfigError, match=r"at most 4 tokens.*a sample has 5"):
         model(torch.zeros(1, 5, dtype=torch.int64))
+
+
+def test_the_longest_sample_is_compared_before_anything_is_trained() -> None:
+    longest = DataSpec((), 257, (0,), tokens=257, longest=9)
+    with pytest.raises(ConfigError, match=r"at most 8 tokens.*a sample has 9"):
+        build("AutoModelForCausalLM", longest, config={**SMALL, "n_positions": 8})
+    build("AutoModelForCausalLM", longest, config={**SMALL, "n_positions": 9})
+
+
+def test_positions_of_padding_are_no_room_for_tokens() -> None:
+    """RoBERTa counts positions from behind that of its padding token, 1: two less are left."""
+    model = classifier("roberta", max_position_embeddings=12)
+    assert model(torch.full((1, 10), 5)).shape == (1, 3)
+    with pytest.raises(ConfigError, match=r"at most 10 tokens.*a sample has 11"):
+        model(torch.full((1, 11), 5))
+    assert classifier("bert", max_position_embeddings=12)(torch.full((1, 12), 5)).shape == (1, 3)
 
 
 def test_transformers_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

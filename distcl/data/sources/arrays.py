@@ -17,7 +17,7 @@ from distcl.data.ids import checked_rows
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
 from distcl.data.transforms import to_tensor
 from distcl.errors import ConfigError, DataError
-from distcl.types import Batch, Ids, PyTree, SourceInfo, exact
+from distcl.types import IGNORED, Batch, Ids, PyTree, SourceInfo, exact
 
 MAX_CLASSES = 1 << 20
 """Labels are below this: a larger one is a mistake, not a class."""
@@ -32,12 +32,13 @@ class ArraySource:
     sample [N, ...] (-100 counts for nothing), or for regression floating-point targets [N, ...].
     On reading, uint8 becomes float32 in [0, 1], float64 stays, every other type becomes float32;
     inside a pytree, and beside several labels a sample, signed integers and booleans (token ids,
-    masks) keep their type. ``labels``: int64 [N]; None if there is not one a sample.
+    masks) keep their type, and [N, T] of uint16 or uint32 become int64.
+    ``labels``: int64 [N]; None if there is not one a sample.
     ``groups``: the concept that each sample belongs to, int64 [N]; None: to all.
 
     Raises DataError naming ``name``, and the row where one is at fault, on unequal lengths, no
     samples, values that are NaN or infinite, types that are not numbers, and labels that are not
-    integers in [0, MAX_CLASSES).
+    integers in [0, MAX_CLASSES), or of several, at least one of them and -100.
     """
 
     def __init__(self, x: PyTree, y: npt.ArrayLike, name: str = "arrays") -> None:
@@ -47,6 +48,7 @@ class ArraySource:
         one = y.dtype.kind != "f" and not self._several
         self.labels: Ids | None = _checked_labels(y, name) if one else None
         self._y: Array = _checked_targets(y, name) if self.labels is None else self.labels
+        self._positions = _checked_positions(y, name) if self._several else None
         self._x = tree_map(np.asarray, x)
         self._in_tree = not isinstance(self._x, np.ndarray)
         self._rows: Ids | None = None  # row of the arrays for each id; None: the same
@@ -57,7 +59,8 @@ class ArraySource:
     @property
     def info(self) -> SourceInfo:
         """See :class:`distcl.types.SourceInfo`."""
-        return SourceInfo(self.name, self.labels, groups=self.groups)
+        positions = self._positions
+        return SourceInfo(self.name, self.labels, groups=self.groups, positions=positions)
 
     def __len__(self) -> int:
         return len(self._y)
@@ -217,6 +220,31 @@ def _checked_targets(y: Array, name: str) -> Array:
     if y.dtype.kind == "f":
         _check_finite(y, "y", name)
     return y if y.dtype.kind == "f" else y.astype(np.int64, copy=False)
+
+
+def _checked_positions(y: Array, name: str) -> tuple[int, str]:
+    """Check several labels a sample; return :attr:`SourceInfo.positions` of them."""
+    size = max(1, _CHUNK_BYTES // max(1, y[:1].nbytes))
+    largest, lone = 0, ""
+    for start in range(0, len(y), size):
+        rows = y[start : start + size].reshape(len(y[start : start + size]), -1)
+        there = rows != IGNORED
+        if len(empty := np.flatnonzero(~there.any(1))):
+            raise DataError(
+                f"{name}: row {start + empty[0]} has no label but {IGNORED}, which counts for "
+                "nothing"
+            )
+        outside = there & ((rows < 0) | (rows >= MAX_CLASSES))
+        if outside.any():
+            row, at = np.argwhere(outside)[0]
+            raise DataError(
+                f"{name}: label {rows[row, at]} at row {start + row} is out of range "
+                f"(0…{MAX_CLASSES - 1}, or {IGNORED} for none)"
+            )
+        alone = np.flatnonzero(~there[:, 1:].any(1))
+        lone = lone or (f"{name}: row {start + alone[0]}" if len(alone) else "")
+        largest = max(largest, int(rows.max()))
+    return largest + 1, lone
 
 
 def _check_x(x: Array, n: int, name: str) -> None:

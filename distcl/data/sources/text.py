@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import logging
 import sysconfig
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -12,13 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt
 
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
-from distcl.data.sources.arrays import stratified
+from distcl.data.sources.arrays import MAX_CLASSES, stratified
 from distcl.data.sources.tokens import Tokenizer, Tokens, create_tokenizer
 from distcl.errors import ConfigError, DataError
+from distcl.registry import checked
 from distcl.types import IGNORED, Batch, Ids, SourceInfo
+
+log = logging.getLogger("distcl")
 
 Document = tuple[str, bytes]
 """Where it comes from, and its text in UTF-8."""
@@ -82,17 +88,25 @@ class TokenSource:
         )
 
     def holdout(self, fraction: float) -> tuple[TokenSource, TokenSource]:
-        """Split into (train, test), ``fraction`` of each domain and class in test."""
-        groups, labels = self.info.groups, self.info.known_labels()
-        strata = np.zeros(len(self), dtype=np.int64) if groups is None else groups
-        if labels is not None:
-            strata = strata * (labels.max() + 1) + labels
-        train, test = stratified(np.unique(strata, return_inverse=True)[1], fraction)
-        if not len(test):
-            raise DataError(f"{self.info.name}: no domain has two samples, so none can be held out")
+        """Split into (train, test), ``fraction`` of each domain and class in test.
+
+        Raises DataError naming a domain that has none to spare.
+        """
+        info, labels = self.info, self.info.known_labels()
+        groups = np.zeros(len(self), dtype=np.int64) if info.groups is None else info.groups
+        strata = groups if labels is None else groups * (labels.max() + 1) + labels
+        strata = np.unique(strata, return_inverse=True)[1]
+        for k in np.setdiff1d(groups, groups[np.bincount(strata)[strata] > 1])[:1]:
+            where = (
+                f"domain '{info.group_names[k]}' of {info.name}" if info.group_names else info.name
+            )
+            has = "only one sample" if labels is None else "no two samples of one label"
+            raise DataError(f"{where} has {has}, so none can be held out for testing")
+        train, test = stratified(strata, fraction, info.name)
         return self.part(train), self.part(test)
 
 
+@checked("stream")
 def text(
     config: StreamConfig,
     length: int = 128,
@@ -100,14 +114,15 @@ def text(
     end: str = "",
     domains: Sequence[str] = (),
     pack: bool = True,
-    max_bytes: int = 0,
+    max_bytes: NonNegativeInt = 0,
 ) -> tuple[TokenSource, TokenSource]:
     """Return (train, test) of text files for language modelling; each domain is an experience.
 
     ``domains``: files, folders (all files below) or globs, relative to ``stream.path``, one domain
     each; without them, the folders in ``stream.path``, or its files, or the file itself. Texts that
     every Python has: ``python:topics`` (its documentation), ``python:library`` (its source code),
-    ``python:names`` (the names of characters). ``max_bytes``: how much of a domain is read; 0: all.
+    ``python:names`` (the names of characters). ``max_bytes``: how much of a domain is read, whole
+    characters; 0: all.
 
     ``tokenizer``: "bytes", or a ``tokenizer.json`` or its folder; ``end``: its token that ends a
     document. ``pack``: documents one after the other are cut into samples of ``length`` tokens, and
@@ -131,13 +146,14 @@ def text(
     groups: list[Ids] = []
     at = 0
     for k, (name, documents) in enumerate(found.items()):
-        encoded = [
-            _encoded(known, where, content) for where, content in _up_to(documents, max_bytes)
-        ]
+        within = _up_to(documents, max_bytes, name) if max_bytes else documents
+        encoded = [_encoded(known, where, content) for where, content in within]
         sizes = [sum(map(len, encoded))] if pack else [len(document) for document in encoded]
         begin, size = _cut(np.array(sizes, dtype=np.int64), length, pack)
         if not len(begin):
             raise DataError(f"domain '{name}' has {sum(sizes)} tokens, too few for {length}")
+        if left := sum(sizes) - int(size.sum()):
+            log.info("[data] domain '%s': %d of %d tokens are left over", name, left, sum(sizes))
         parts += encoded
         starts.append(begin + at)
         lengths.append(size)
@@ -150,12 +166,14 @@ def text(
         group_names=tuple(found),
         varies=not pack,
         tokens=known.size,
+        longest=max(int(size.max()) for size in lengths),
     )
     tokens = np.concatenate(parts)
     pieces = np.concatenate(starts), np.concatenate(lengths)
     return TokenSource(tokens, *pieces, known.end, pack, info).holdout(config.test_fraction)
 
 
+@checked("stream")
 def jsonl(
     config: StreamConfig,
     text: str = "text",
@@ -181,6 +199,8 @@ def jsonl(
     parts: list[Tokens] = []
     labels: list[Any] = []
     groups: list[Any] = []
+    lines: list[int] = []
+    cut = 0
     for number, line in enumerate(_bytes_of(path).splitlines(), 1):
         if not line.strip():
             continue
@@ -190,16 +210,38 @@ def jsonl(
             content = fields[text]
             labels += [fields[label]] if label else []
             groups += [fields[domain]] if domain else []
-        except (ValueError, KeyError, TypeError) as error:
+            for value in (content, *labels[-1:], *groups[-1:]):
+                str(value).encode()  # half a character, as JSON can write it, is none
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{where}: {type(error).__name__}: {error}") from None
         if not isinstance(content, str) or not content:
             raise DataError(f"{where}: '{text}' is no text")
-        parts.append(_encoded(known, where, content.encode())[:length])
+        tokens = _encoded(known, where, content.encode())
+        if not label and len(tokens) < 2:
+            raise DataError(f"{where}: '{text}' has no token but its end: nothing can be foretold")
+        cut += len(tokens) > length
+        parts.append(tokens[:length])
+        lines.append(number)
     if not parts:
         raise DataError(f"'{path}' has no samples")
+    if cut:
+        log.info(
+            "[data] '%s': %d of %d texts are cut after %d tokens", path, cut, len(parts), length
+        )
     sizes = np.array([len(part) for part in parts])
-    info = SourceInfo(f"'{path}'", classes=known.size, varies=True, tokens=known.size)
+    info = SourceInfo(
+        f"'{path}'",
+        classes=known.size,
+        varies=True,
+        tokens=known.size,
+        longest=int(sizes.max()),
+    )
     if label:
+        for number, value in zip(lines, labels, strict=True):
+            if isinstance(value, int) and not 0 <= value < MAX_CLASSES:
+                raise DataError(
+                    f"'{path}', line {number}: label {value} is out of range (0…{MAX_CLASSES - 1})"
+                )
         classes, numbers = _numbered(labels, f"'{path}', field '{label}'", ordered=True)
         info = replace(info, classes=0, labels=numbers, class_names=classes)
     if domain:
@@ -243,13 +285,20 @@ def _cut(sizes: Ids, length: int, pack: bool) -> tuple[Ids, Ids]:
     return starts[lengths > 1], lengths[lengths > 1]
 
 
-def _up_to(documents: Iterator[Document], most: int) -> Iterator[Document]:
+def _up_to(documents: Iterator[Document], most: int, name: str) -> Iterator[Document]:
+    """Yield documents of ``most`` bytes together: the last is cut, between characters."""
     left = most
     for where, content in documents:
-        yield where, content[:left] if most else content
-        left -= len(content)
-        if most and left <= 0:
+        if len(content) > left:
+            log.info("[data] domain '%s' is cut after %d bytes (max_bytes)", name, most)
+            end = left
+            while end > max(0, left - 3) and content[end] & 0xC0 == 0x80:
+                end -= 1
+            if end:
+                yield where, content[:end]
             return
+        yield where, content
+        left -= len(content)
 
 
 def _domains(config: StreamConfig, wanted: list[str]) -> dict[str, Iterator[Document]]:
@@ -275,7 +324,12 @@ def _domains(config: StreamConfig, wanted: list[str]) -> dict[str, Iterator[Docu
 
 def _matching(base: Path, pattern: str) -> list[Path]:
     path = base / reachable(pattern)
-    found = _below(path) if path.exists() else sorted(p for p in base.glob(pattern) if p.is_file())
+    every = map(Path, glob.glob(str(reachable(pattern)), root_dir=base, recursive=True))
+    found = (
+        _below(path)
+        if path.exists()
+        else sorted(p for p in map(base.joinpath, every) if p.is_file())
+    )
     if not found:
         raise DataError(f"stream.options.domains: '{pattern}' matches no file in '{base}'")
     return found
@@ -332,8 +386,6 @@ def _numbered(values: list[Any], what: str, ordered: bool) -> tuple[tuple[str, .
     """Return the names of the different values, and the number [N] of each."""
     kinds = {type(value) for value in values}
     if kinds == {int} and ordered:
-        if min(values) < 0:
-            raise DataError(f"{what}: label {min(values)} is negative")
         return (), np.array(values, dtype=np.int64)
     if kinds - {str, int} or len(kinds) > 1:
         raise DataError(f"{what}: values are {', '.join(sorted(k.__name__ for k in kinds))}")

@@ -63,7 +63,8 @@ class TokenizerFile:
             self._found = Found.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
             raise ConfigError(f"'{file}' is no file of the package tokenizers: {error}") from None
-        self.size = int(self._found.get_vocab_size())
+        vocabulary = self._found.get_vocab(with_added_tokens=True)
+        self.size = 1 + max(vocabulary.values(), default=0)  # ids may have gaps
         names = (end,) if end else self.USUAL
         ids = [i for i in map(self._found.token_to_id, names) if i is not None]
         if not ids:

@@ -13,9 +13,10 @@ from sklearn.datasets import load_digits
 from distcl.config import StreamConfig
 from distcl.data.sources.arrays import MAX_CLASSES, ArraySource, arrays, digits
 from distcl.data.sources.npy import open_npy, open_npz
-from distcl.data.stream import create_stream
+from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
-from distcl.types import Source
+from distcl.losses import judged_by
+from distcl.types import Source, SourceInfo
 
 RNG = np.random.default_rng(0)
 X = RNG.random((20, 6), dtype=np.float32)
@@ -236,6 +237,71 @@ def test_bad_arrays_name_the_file_and_the_row(tmp_path, case, write):
         arrays(StreamConfig(source="arrays", path=str(path)))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert caught.value.exit_code == 3
+
+
+TOKENS = RNG.integers(0, 300, (20, 5))
+
+
+def with_labels(row, *labels):
+    y = TOKENS.copy()
+    y[row] = labels
+    return y
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (with_labels(13, *[-100] * 5), "row 13 has no label but -100, which counts for nothing"),
+        (with_labels(13, 1, 2, -7, 3, 4), "label -7 at row 13 is out of range (0…1048575, or -100"),
+        (with_labels(13, 1, 2, 1 << 20, 3, 4), "label 1048576 at row 13 is out of range"),
+    ],
+)
+def test_labels_by_position_name_the_row_of_the_file(tmp_path, monkeypatch, y, message):
+    """Not that of what is left to train on."""
+    monkeypatch.setattr("distcl.data.sources.arrays._CHUNK_BYTES", 3 * 40)
+    np.savez(tmp_path / "a.npz", x=TOKENS, y=y)
+    with pytest.raises(DataError, match=re.escape(f"a.npz': {message}")):
+        arrays(StreamConfig(source="arrays", path=str(tmp_path / "a.npz")))
+
+
+def test_labels_by_position_are_learned_without_a_read(monkeypatch):
+    y = with_labels(4, 1, 2, 3, -100, 700)
+    read = ArraySource.read
+
+    def some(self, ids):
+        assert len(ids) == 0
+        return read(self, ids)
+
+    monkeypatch.setattr(ArraySource, "read", some)
+    made = DriftStream(
+        ArraySource(TOKENS, y), ArraySource(TOKENS, y), StreamConfig(drift="none"), 0
+    )
+    assert made.spec.classes == 701 and made.spec.y_shape == (5,) and made.spec.lone == ""
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_sample_without_a_token_to_foretell_is_named(tmp_path, own):
+    y = with_labels(13, 7, *[-100] * 4)
+    name = "sample 13 of the train source" if own else "'mine': row 13"
+
+    class Own(ArraySource):
+        info = SourceInfo()
+
+    source = (Own if own else ArraySource)(TOKENS, y, "'mine'")
+    spec = DriftStream(source, source, StreamConfig(drift="none"), 0).spec
+    assert judged_by("cross_entropy", spec) == "accuracy"  # one label is enough of one
+    with pytest.raises(DataError, match=re.escape(f"{name} has no token to foretell")):
+        judged_by("next_token", spec)
+
+
+@pytest.mark.parametrize("kind", ["u2", "<u4", ">u2", ">i4"])
+def test_token_ids_stay_integers_in_whatever_type_they_are_stored(tmp_path, kind):
+    np.savez(tmp_path / "a.npz", x=TOKENS.astype(kind), y=TOKENS)
+    train, _ = arrays(StreamConfig(source="arrays", path=str(tmp_path / "a.npz")))
+    batch = train.read(np.arange(len(train)))
+    assert not batch.x.is_floating_point() and torch.equal(batch.x.long(), batch.y)
+    images = ArraySource(RNG.integers(0, 999, (3, 1, 4, 4)).astype("u2"), np.zeros((3, 4, 4), int))
+    assert images.read(np.arange(3)).x.dtype == torch.float32  # and images become what they did
 
 
 def test_a_row_in_a_later_chunk_is_named(monkeypatch):

@@ -9,9 +9,9 @@ from distcl.config import StreamConfig
 from distcl.data.loader import BatchLoader, as_source, iterate_chunks
 from distcl.data.sources.arrays import ArraySource
 from distcl.data.stream import DriftStream
-from distcl.errors import DataError, DistclError
+from distcl.errors import ConfigError, DataError, DistclError
 from distcl.sampling.sampler import DistributedWeightedSampler
-from distcl.types import Source
+from distcl.types import Batch, Source
 from tests.plans import SOURCE, Plan, X, Y
 
 
@@ -212,3 +212,30 @@ def test_chunks_cover_the_ids_in_order(n, sizes):
     chunks = list(iterate_chunks(SOURCE, ids, 4))
     assert [len(chunk) for chunk in chunks] == sizes
     assert [i for chunk in chunks for i in chunk.ids.tolist()] == ids.tolist()
+
+
+def batch_of(n, x, y):
+    return Batch(torch.arange(n), x, y, n)
+
+
+def test_only_texts_of_unequal_lengths_are_padded_to_one_batch():
+    """Images of other sizes, or targets of other lengths, would train on what nobody has given."""
+    ids, mask = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)
+    long = {"input_ids": ids, "attention_mask": mask}
+    short = {name: t[:1, :2] for name, t in long.items()}
+    both = batch_of(2, long, ids).joined(batch_of(1, short, ids[:1, :2]))
+    assert both.x["input_ids"].tolist() == both.x["attention_mask"].tolist()
+    assert both.x["attention_mask"][2].tolist() == [1, 1, 0]
+    assert both.y[2].tolist() == [1, 1, -100]
+    y = torch.zeros(2, dtype=torch.int64)
+    for x, other in (
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 1, 4, 4)),  # colours
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 5)),
+        (ids, ids[:, :2]),  # nothing says which are padding
+        (torch.zeros(2, 3), torch.zeros(2)),
+        ({"image": torch.zeros(2, 3, 4, 4)}, {"image": torch.zeros(2, 1, 4, 4)}),
+    ):
+        with pytest.raises(ConfigError, match="cannot be one batch"):
+            batch_of(2, x, y).joined(batch_of(2, other, y))
+    with pytest.raises(ConfigError, match=r"shapes \[3\] and \[2\] cannot be one batch"):
+        batch_of(2, ids, torch.zeros(2, 3)).joined(batch_of(2, ids, torch.zeros(2, 2)))

@@ -286,3 +286,17 @@ def test_images_of_different_sizes_are_named_and_can_be_resized(tmp_path, monkey
     assert all(re.search(r"sample \d has shape .*, but of sample 0 it has", text) for text in said)
     data = DataConfig(transforms=["to_rgb", {"name": "resize", "size": 4}], **keys)
     assert create_sources(config, data)[0].read(np.arange(6)).x.shape == (6, 3, 4, 4)
+
+
+def void(sample):
+    """255 stands for no class in some maps of classes."""
+    return sample | {"cls": np.where(sample["cls"] == 255, -100, sample["cls"])}
+
+
+def test_labels_by_position_are_counted_as_transforms_leave_them(tmp_path):
+    maps = RNG.integers(0, 4, (40, 6, 6))
+    maps[:, 0] = 255
+    np.savez(tmp_path / "a.npz", x=IMAGES, y=maps)
+    config = StreamConfig(source="arrays", path=str(tmp_path / "a.npz"), drift="none")
+    made = create_stream(config, 0, DataConfig(transforms=[f"{__name__}:void"]))
+    assert made.spec.classes == 4 and create_stream(config, 0).spec.classes == 256

@@ -188,3 +188,20 @@ def test_gathering_early_to_save_the_state_changes_nothing() -> None:
     assert (
         other.table.read(FIRST[:3]).tolist() == ledger.table.read(FIRST[:3]).tolist() == [1, 4, 6]
     )
+
+
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_texts_of_unequal_lengths_are_scored_as_each_batch_alone(classes_first: bool) -> None:
+    ledger = Ledger(Runtime(), create_signal("entropy", loss="cross_entropy", classes=7), 7)
+    ledger.expect(0, Labelled(), FIRST, FIRST[:0])
+    torch.manual_seed(0)
+    expected: list[float] = []
+    for ids, length in ((FIRST[:2], 3), (FIRST[2:3], 3), (FIRST[3:6], 5)):
+        logits, y = torch.randn(len(ids), length, 7), torch.zeros(len(ids), length).long()
+        p = logits.softmax(-1)
+        expected += (-(p * p.log()).sum(-1)).mean(1).tolist()
+        outputs = logits.movedim(-1, 1) if classes_first else logits
+        batch = Batch(torch.from_numpy(ids), None, y, len(ids))
+        ledger.observe(batch, outputs, torch.ones(len(ids)))
+    ledger.gather()
+    np.testing.assert_allclose(ledger.table.read(FIRST), expected, rtol=1e-6)

@@ -41,13 +41,15 @@ class StreamConfig(Section):
     """Where samples come from, and how they drift."""
 
     source: str = Field(
-        "digits", description="digits, arrays, mnist, cifar10, cifar100, hf, shards, or your own"
+        "digits",
+        description="digits, arrays, mnist, cifar10, cifar100, hf, text, jsonl, hf_text, shards, "
+        "or your own",
     )
     path: PathText = Field(
         "",
         description="arrays, mnist: an .npz; arrays: a folder of x.npy and y.npy; mnist, cifar10, "
-        "cifar100: the folder of the files; hf: a folder, or a name on the hub; shards: their "
-        "folder",
+        "cifar100: the folder of the files; hf, hf_text: a folder, or a name on the hub; text: a "
+        "folder of files or folders; jsonl: a file; shards: their folder",
     )
     options: dict[str, Any] = Field({}, description="keyword arguments of the source's factory")
     general: dict[str, Any] = Field(

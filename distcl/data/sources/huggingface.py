@@ -40,31 +40,42 @@ def hf(
     Raises ConfigError if the extra is not installed or a split or column is not there, DataError
     naming the dataset if it cannot be loaded.
     """
-    if not config.path:
-        raise ConfigError("stream.source = 'hf' needs stream.path, a folder or a name on the hub")
-    found = _load(config.path, name, revision)
-    if train not in found:
-        raise ConfigError(
-            f"'{config.path}' has no split '{train}'{nearest(train, found)}; it has "
-            f"{', '.join(found)} (stream.options.train)"
-        )
+    found = load_splits(config, train, test, name, revision)
     transforms = Transforms(data.transforms if data else ())
-    source = HFSource(found[train], image, label, f"'{config.path}', {train}", transforms)
-    if test in found:
-        return source, HFSource(found[test], image, label, f"'{config.path}', {test}", transforms)
-    if "test" in config.options:
-        raise ConfigError(f"'{config.path}' has no split '{test}'{nearest(test, found)}")
-    return source.holdout(config.test_fraction)
+    source, *held_out = (
+        HFSource(rows, image, label, f"'{config.path}', {split}", transforms)
+        for split, rows in found.items()
+    )
+    return (source, held_out[0]) if held_out else source.holdout(config.test_fraction)
 
 
-def _load(path: str, name: str | None, revision: str | None) -> dict[str, Any]:
+def load_splits(
+    config: StreamConfig, train: str, test: str, name: str | None, revision: str | None
+) -> dict[str, Any]:
+    """Return the split ``train`` of the dataset at ``stream.path``, and ``test`` if it is there.
+
+    Raises ConfigError naming a split that is not there, unless it is a ``test`` nobody asked for.
+    """
+    source = f"stream.source = '{config.source}'"
+    if not config.path:
+        raise ConfigError(f"{source} needs stream.path, a folder or a name on the hub")
+    found = _load(source, config.path, name, revision)
+    for option, split in (("train", train), ("test", test)):
+        if split not in found and (option == "train" or option in config.options):
+            raise ConfigError(
+                f"'{config.path}' has no split '{split}'{nearest(split, found)}; it has "
+                f"{', '.join(found)} (stream.options.{option})"
+            )
+    return {split: found[split] for split in (train, test) if split in found}
+
+
+def _load(source: str, path: str, name: str | None, revision: str | None) -> dict[str, Any]:
     """Return the splits by name; a dataset without splits is called "train"."""
     try:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            "stream.source = 'hf' needs the package 'datasets'; type: pip install 'distcl[data]' "
-            f"({error})"
+            f"{source} needs the package 'datasets'; type: pip install 'distcl[data]' ({error})"
         ) from error
     datasets.disable_progress_bars()  # of every rank, on stderr
     folder = reachable(path).absolute()  # it takes "data:x" for a URL

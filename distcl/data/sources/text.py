@@ -1,109 +1,34 @@
-"""Text as a source of token ids: files, one domain each, or lines of JSON."""
+"""Text files as a source of token ids, a domain each."""
 
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import sysconfig
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from pydantic import NonNegativeInt
 
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
-from distcl.data.sources.arrays import MAX_CLASSES, stratified
-from distcl.data.sources.tokens import Tokenizer, Tokens, create_tokenizer
+from distcl.data.sources.tokens import (
+    Tokens,
+    TokenSource,
+    check_length,
+    create_tokenizer,
+    encoded,
+)
 from distcl.errors import ConfigError, DataError
 from distcl.registry import checked
-from distcl.types import IGNORED, Batch, Ids, SourceInfo
+from distcl.types import Ids, SourceInfo
 
 log = logging.getLogger("distcl")
 
 Document = tuple[str, bytes]
 """Where it comes from, and its text in UTF-8."""
-
-
-class TokenSource:
-    """Samples are stretches of one array of tokens; ids are rows.
-
-    tokens: integers [M]; starts and lengths: int64 [N]. ``packed``: all are equally long, and x is
-    int64 [B, T]. Otherwise x is a dict of ``input_ids`` and ``attention_mask``, int64 [B, T], with
-    T the longest of the batch, padded on the right with ``end``. y is the label of each sample,
-    int64 [B], if ``info`` has labels, else the tokens themselves, int64 [B, T], -100 where there is
-    padding. Raises DataError if there is no sample.
-    """
-
-    def __init__(
-        self, tokens: Tokens, starts: Ids, lengths: Ids, end: int, packed: bool, info: SourceInfo
-    ) -> None:
-        if not len(starts):
-            raise DataError(f"{info.name}: there are no samples")
-        self._tokens, self._starts, self._lengths = tokens, starts, lengths
-        self._end, self._packed, self.info = end, packed, info
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def read(self, ids: Ids) -> Batch:
-        """Read rows, see the class. Local. Raises DataError naming an id out of range."""
-        ids = np.array(ids, dtype=np.int64)
-        outside = (ids < 0) | (ids >= len(self))
-        if outside.any():
-            raise DataError(
-                f"{self.info.name}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
-            )
-        lengths = self._lengths[ids]
-        width = int(self._lengths[0] if self._packed else lengths.max(initial=0))
-        places = np.arange(width)
-        there = places < lengths[:, None]
-        rows = np.where(there, self._starts[ids][:, None] + places, 0)
-        tokens = np.where(there, self._tokens[rows], self._end).astype(np.int64)
-        x = torch.from_numpy(tokens)
-        labels = self.info.known_labels()
-        if labels is not None:
-            y = torch.from_numpy(labels[ids])
-        else:
-            y = torch.from_numpy(np.where(there, tokens, IGNORED))
-        mask = torch.from_numpy(there.astype(np.int64))
-        whole = x if self._packed else {"input_ids": x, "attention_mask": mask}
-        return Batch(torch.from_numpy(ids), whole, y, len(ids))
-
-    def part(self, rows: Ids) -> TokenSource:
-        """Return a source of some of the samples, over the same tokens."""
-        labels, groups = self.info.known_labels(), self.info.groups
-        info = replace(
-            self.info,
-            labels=None if labels is None else labels[rows],
-            groups=None if groups is None else groups[rows],
-        )
-        return TokenSource(
-            self._tokens, self._starts[rows], self._lengths[rows], self._end, self._packed, info
-        )
-
-    def holdout(self, fraction: float) -> tuple[TokenSource, TokenSource]:
-        """Split into (train, test), ``fraction`` of each domain and class in test.
-
-        Raises DataError naming a domain that has none to spare.
-        """
-        info, labels = self.info, self.info.known_labels()
-        groups = np.zeros(len(self), dtype=np.int64) if info.groups is None else info.groups
-        strata = groups if labels is None else groups * (labels.max() + 1) + labels
-        strata = np.unique(strata, return_inverse=True)[1]
-        for k in np.setdiff1d(groups, groups[np.bincount(strata)[strata] > 1])[:1]:
-            where = (
-                f"domain '{info.group_names[k]}' of {info.name}" if info.group_names else info.name
-            )
-            has = "only one sample" if labels is None else "no two samples of one label"
-            raise DataError(f"{where} has {has}, so none can be held out for testing")
-        train, test = stratified(strata, fraction, info.name)
-        return self.part(train), self.part(test)
 
 
 @checked("stream")
@@ -131,7 +56,7 @@ def text(
 
     Raises ConfigError if domains and experiences do not fit, DataError naming a file without text.
     """
-    _check_length(length)
+    check_length(length)
     found = _domains(config, list(domains))
     concepts = min(config.recurring or config.experiences, config.experiences)
     if len(found) != concepts:
@@ -147,14 +72,14 @@ def text(
     at = 0
     for k, (name, documents) in enumerate(found.items()):
         within = _up_to(documents, max_bytes, name) if max_bytes else documents
-        encoded = [_encoded(known, where, content) for where, content in within]
-        sizes = [sum(map(len, encoded))] if pack else [len(document) for document in encoded]
+        pieces = [encoded(known, where, content) for where, content in within]
+        sizes = [sum(map(len, pieces))] if pack else [len(document) for document in pieces]
         begin, size = _cut(np.array(sizes, dtype=np.int64), length, pack)
         if not len(begin):
             raise DataError(f"domain '{name}' has {sum(sizes)} tokens, too few for {length}")
         if left := sum(sizes) - int(size.sum()):
             log.info("[data] domain '%s': %d of %d tokens are left over", name, left, sum(sizes))
-        parts += encoded
+        parts += pieces
         starts.append(begin + at)
         lengths.append(size)
         groups.append(np.full(len(begin), k, dtype=np.int64))
@@ -169,108 +94,8 @@ def text(
         longest=max(int(size.max()) for size in lengths),
     )
     tokens = np.concatenate(parts)
-    pieces = np.concatenate(starts), np.concatenate(lengths)
-    return TokenSource(tokens, *pieces, known.end, pack, info).holdout(config.test_fraction)
-
-
-@checked("stream")
-def jsonl(
-    config: StreamConfig,
-    text: str = "text",
-    label: str = "",
-    domain: str = "",
-    length: int = 128,
-    tokenizer: str = "bytes",
-    end: str = "",
-) -> tuple[TokenSource, TokenSource]:
-    """Return (train, test) of ``stream.path``, a file of one JSON object a line, a sample each.
-
-    ``text``, ``label``, ``domain``: names of fields. With ``label`` (integers, or strings, numbered
-    by name) it is classification, else language modelling. ``domain``: its values, in the order of
-    their first lines, are the experiences; "": every experience has all. A text is cut after
-    ``length`` tokens. ``tokenizer`` and ``end``: as for source ``text``.
-
-    Raises ConfigError if domains and experiences do not fit, DataError naming file and line.
-    """
-    _check_length(length)
-    if not config.path:
-        raise ConfigError("stream.source = 'jsonl' needs stream.path, a file")
-    known, path = create_tokenizer(tokenizer, end), reachable(config.path)
-    parts: list[Tokens] = []
-    labels: list[Any] = []
-    groups: list[Any] = []
-    lines: list[int] = []
-    cut = 0
-    for number, line in enumerate(_bytes_of(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"'{path}', line {number}"
-        try:
-            fields = json.loads(line)
-            content = fields[text]
-            labels += [fields[label]] if label else []
-            groups += [fields[domain]] if domain else []
-            for value in (content, *labels[-1:], *groups[-1:]):
-                str(value).encode()  # half a character, as JSON can write it, is none
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"{where}: {type(error).__name__}: {error}") from None
-        if not isinstance(content, str) or not content:
-            raise DataError(f"{where}: '{text}' is no text")
-        tokens = _encoded(known, where, content.encode())
-        if not label and len(tokens) < 2:
-            raise DataError(f"{where}: '{text}' has no token but its end: nothing can be foretold")
-        cut += len(tokens) > length
-        parts.append(tokens[:length])
-        lines.append(number)
-    if not parts:
-        raise DataError(f"'{path}' has no samples")
-    if cut:
-        log.info(
-            "[data] '%s': %d of %d texts are cut after %d tokens", path, cut, len(parts), length
-        )
-    sizes = np.array([len(part) for part in parts])
-    info = SourceInfo(
-        f"'{path}'",
-        classes=known.size,
-        varies=True,
-        tokens=known.size,
-        longest=int(sizes.max()),
-    )
-    if label:
-        for number, value in zip(lines, labels, strict=True):
-            if isinstance(value, int) and not 0 <= value < MAX_CLASSES:
-                raise DataError(
-                    f"'{path}', line {number}: label {value} is out of range (0…{MAX_CLASSES - 1})"
-                )
-        classes, numbers = _numbered(labels, f"'{path}', field '{label}'", ordered=True)
-        info = replace(info, classes=0, labels=numbers, class_names=classes)
-    if domain:
-        names, numbers = _numbered(groups, f"'{path}', field '{domain}'", ordered=False)
-        concepts = min(config.recurring or config.experiences, config.experiences)
-        if len(names) != concepts:
-            raise ConfigError(
-                f"'{path}' has {len(names)} values of '{domain}' ({', '.join(names[:8])}), but the "
-                f"stream has {concepts} experiences (stream.experiences)"
-            )
-        info = replace(info, groups=numbers, group_names=names)
-    starts = sizes.cumsum() - sizes
-    source = TokenSource(np.concatenate(parts), starts, sizes, known.end, False, info)
-    return source.holdout(config.test_fraction)
-
-
-def _check_length(length: int) -> None:
-    if length < 2:
-        raise ConfigError(f"stream.options.length = {length}: a sample needs two tokens or more")
-
-
-def _encoded(tokenizer: Tokenizer, where: str, content: bytes) -> Tokens:
-    """Return the tokens of a document and its end, in the least unsigned type that holds all."""
-    try:
-        found = tokenizer.encode(content)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is no UTF-8 text: {error}") from None
-    kind = np.min_scalar_type(tokenizer.size)
-    return np.append(found.astype(kind), np.array([tokenizer.end], dtype=kind))
+    cuts = np.concatenate(starts), np.concatenate(lengths)
+    return TokenSource(tokens, *cuts, known.end, pack, info).holdout(config.test_fraction)
 
 
 def _cut(sizes: Ids, length: int, pack: bool) -> tuple[Ids, Ids]:
@@ -343,7 +168,8 @@ def _below(path: Path) -> list[Path]:
     return [p for p in every if not any(part.startswith(".") for part in p.relative_to(path).parts)]
 
 
-def _bytes_of(path: Path) -> bytes:
+def bytes_of(path: Path) -> bytes:
+    """Return what a file holds; DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -352,7 +178,7 @@ def _bytes_of(path: Path) -> bytes:
 
 def _files(paths: list[Path]) -> Iterator[Document]:
     for path in paths:
-        content = _bytes_of(path)
+        content = bytes_of(path)
         if b"\0" in content[:4096]:
             raise DataError(f"'{path}' is no text: it has bytes of value 0")
         yield f"'{path}'", content
@@ -380,15 +206,3 @@ def _names() -> Iterator[Document]:
 
 
 _BUILT_IN = {"python:topics": _topics, "python:library": _library, "python:names": _names}
-
-
-def _numbered(values: list[Any], what: str, ordered: bool) -> tuple[tuple[str, ...], Ids]:
-    """Return the names of the different values, and the number [N] of each."""
-    kinds = {type(value) for value in values}
-    if kinds == {int} and ordered:
-        return (), np.array(values, dtype=np.int64)
-    if kinds - {str, int} or len(kinds) > 1:
-        raise DataError(f"{what}: values are {', '.join(sorted(k.__name__ for k in kinds))}")
-    names = sorted(set(values)) if ordered else list(dict.fromkeys(values))
-    numbers = {name: k for k, name in enumerate(names)}
-    return tuple(map(str, names)), np.array([numbers[value] for value in values], dtype=np.int64)

@@ -1,15 +1,19 @@
-"""What turns a text into token ids: its bytes, or a tokenizer from a file."""
+"""Texts as token ids: what makes them, bytes or a tokenizer's file, and the source of samples."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from distcl.config.paths import reachable
-from distcl.errors import ConfigError
+from distcl.data.sources.arrays import stratified
+from distcl.errors import ConfigError, DataError
+from distcl.types import IGNORED, Batch, Ids, SourceInfo
 
 Tokens = npt.NDArray[np.integer[Any]]
 
@@ -87,3 +91,95 @@ def create_tokenizer(name: str, end: str) -> Tokenizer:
             raise ConfigError("stream.options.end is for a tokenizer from a file, not for 'bytes'")
         return Bytes()
     return TokenizerFile(reachable(name), end)
+
+
+def check_length(length: int) -> None:
+    """Raise ConfigError for a length of samples from which nothing can be foretold."""
+    if length < 2:
+        raise ConfigError(f"stream.options.length = {length}: a sample needs two tokens or more")
+
+
+def encoded(tokenizer: Tokenizer, where: str, content: bytes) -> Tokens:
+    """Return the tokens of a document and its end, in the least unsigned type that holds all."""
+    try:
+        found = tokenizer.encode(content)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is no UTF-8 text: {error}") from None
+    kind = np.min_scalar_type(tokenizer.size)
+    return np.append(found.astype(kind), np.array([tokenizer.end], dtype=kind))
+
+
+class TokenSource:
+    """Samples are stretches of one array of tokens; ids are rows.
+
+    tokens: integers [M]; starts and lengths: int64 [N]. ``packed``: all are equally long, and x is
+    int64 [B, T]. Otherwise x is a dict of ``input_ids`` and ``attention_mask``, int64 [B, T], with
+    T the longest of the batch, padded on the right with ``end``. y is the label of each sample,
+    int64 [B], if ``info`` has labels, else the tokens themselves, int64 [B, T], -100 where there is
+    padding. Raises DataError if there is no sample.
+    """
+
+    def __init__(
+        self, tokens: Tokens, starts: Ids, lengths: Ids, end: int, packed: bool, info: SourceInfo
+    ) -> None:
+        if not len(starts):
+            raise DataError(f"{info.name}: there are no samples")
+        self._tokens, self._starts, self._lengths = tokens, starts, lengths
+        self._end, self._packed, self.info = end, packed, info
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def read(self, ids: Ids) -> Batch:
+        """Read rows, see the class. Local. Raises DataError naming an id out of range."""
+        ids = np.array(ids, dtype=np.int64)
+        outside = (ids < 0) | (ids >= len(self))
+        if outside.any():
+            raise DataError(
+                f"{self.info.name}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
+            )
+        lengths = self._lengths[ids]
+        width = int(self._lengths[0] if self._packed else lengths.max(initial=0))
+        places = np.arange(width)
+        there = places < lengths[:, None]
+        rows = np.where(there, self._starts[ids][:, None] + places, 0)
+        tokens = np.where(there, self._tokens[rows], self._end).astype(np.int64)
+        x = torch.from_numpy(tokens)
+        labels = self.info.known_labels()
+        if labels is not None:
+            y = torch.from_numpy(labels[ids])
+        else:
+            y = torch.from_numpy(np.where(there, tokens, IGNORED))
+        mask = torch.from_numpy(there.astype(np.int64))
+        whole = x if self._packed else {"input_ids": x, "attention_mask": mask}
+        return Batch(torch.from_numpy(ids), whole, y, len(ids))
+
+    def part(self, rows: Ids) -> TokenSource:
+        """Return a source of some of the samples, over the same tokens."""
+        labels, groups = self.info.known_labels(), self.info.groups
+        info = replace(
+            self.info,
+            labels=None if labels is None else labels[rows],
+            groups=None if groups is None else groups[rows],
+        )
+        return TokenSource(
+            self._tokens, self._starts[rows], self._lengths[rows], self._end, self._packed, info
+        )
+
+    def holdout(self, fraction: float) -> tuple[TokenSource, TokenSource]:
+        """Split into (train, test), ``fraction`` of each domain and class in test.
+
+        Raises DataError naming a domain that has none to spare.
+        """
+        info, labels = self.info, self.info.known_labels()
+        groups = np.zeros(len(self), dtype=np.int64) if info.groups is None else info.groups
+        strata = groups if labels is None else groups * (labels.max() + 1) + labels
+        strata = np.unique(strata, return_inverse=True)[1]
+        for k in np.setdiff1d(groups, groups[np.bincount(strata)[strata] > 1])[:1]:
+            where = (
+                f"domain '{info.group_names[k]}' of {info.name}" if info.group_names else info.name
+            )
+            has = "only one sample" if labels is None else "no two samples of one label"
+            raise DataError(f"{where} has {has}, so none can be held out for testing")
+        train, test = stratified(strata, fraction, info.name)
+        return self.part(train), self.part(test)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from distcl.config import ModelConfig, StreamConfig
-from distcl.data.sources.text import jsonl, text
+from distcl.data.sources.records import jsonl
+from distcl.data.sources.text import text
 from distcl.data.sources.tokens import Bytes
 from distcl.data.stream import create_stream
 from distcl.errors import ConfigError, DataError

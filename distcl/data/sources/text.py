@@ -7,7 +7,7 @@ import json
 import logging
 import sysconfig
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def text(
     length: int = 128,
     tokenizer: str = "bytes",
     end: str = "",
-    domains: Sequence[str] = (),
+    domains: tuple[str, ...] = (),
     pack: bool = True,
     max_bytes: NonNegativeInt = 0,
 ) -> tuple[TokenSource, TokenSource]:

@@ -6,7 +6,7 @@ import glob
 import logging
 import sysconfig
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ def text(
     length: int = 128,
     tokenizer: str = "bytes",
     end: str = "",
-    domains: Sequence[str] = (),
+    domains: tuple[str, ...] = (),
     pack: bool = True,
     max_bytes: NonNegativeInt = 0,
 ) -> tuple[TokenSource, TokenSource]:

@@ -137,6 +137,11 @@ class ModelConfig(Section):
     pretrained_skip: list[str] = Field(
         [], description="names in it, or of the model, to leave as they are: `head.*`"
     )
+    freeze: list[str] = Field(
+        [],
+        description="names of parameters that do not train: `encoder.*`; norms whose running "
+        "statistics match compute with those, and leave them as they are",
+    )
 
     @field_validator("name")
     @classmethod

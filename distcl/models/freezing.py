@@ -1,4 +1,4 @@
-"""Parameters that do not train, by pattern (``model.freeze``)."""
+"""Parameters that do not train (``model.freeze``), and norms that stay as they are."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         for name in found & parameters.keys():
             parameters[name].requires_grad_(False)
         for name in found & norms.keys():
-            _stay_in_eval_mode(norms[name])
+            stay_in_eval_mode(norms[name])
     if not any(p.requires_grad for p in parameters.values()):
         raise ConfigError(
             f"model.freeze = {list(patterns)} leaves no parameter to train; leave out a pattern, "
@@ -54,6 +54,7 @@ def _some(names: Sequence[str]) -> str:
     return f"; it has {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
 
 
-def _stay_in_eval_mode(module: nn.Module) -> None:
+def stay_in_eval_mode(module: nn.Module) -> None:
+    """Make ``train()`` do nothing to a module, which is in eval mode from now on. Local."""
     module.eval()
     module.train = lambda mode=True: module  # type: ignore[method-assign]

@@ -156,9 +156,9 @@ class DDP(Strategy):
 def always_uses_all(model: nn.Module) -> bool:
     """Tell whether each forward surely uses the same parameters, whatever the data. Local.
 
-    So it is where all modules are torch's or distcl's own: those of others may branch.
+    So it is where all modules are torch's, distcl's own, or adapters: those of others may branch.
     """
-    own = ("torch.nn.modules.", "distcl.models")
+    own = ("torch.nn.modules.", "distcl.models", "peft.tuners.lora.")
     return all(type(module).__module__.startswith(own) for module in model.modules())
 
 

@@ -33,6 +33,10 @@ def awkward(seed: int = 0) -> Awkward:
     return model
 
 
+def frozen_names(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if not p.requires_grad}
+
+
 class Tangled(nn.Module):
     """Trained tied weights, a frozen layer, a norm, sizes that no number of ranks divides."""
 
@@ -59,4 +63,11 @@ def tangled(seed: int = 0, batchnorm: bool = True) -> Tangled:
     model = Tangled(nn.BatchNorm1d(11))
     model.norm.running_mean.normal_()
     model.norm.running_var.uniform_(0.5, 2)
+    return model
+
+
+def tangled_anchor(batchnorm: bool = True) -> Tangled:
+    """The model that computes when ``tangled(0)`` is given what changes of ``tangled(1)``."""
+    model = tangled(1, batchnorm)
+    model.frozen.load_state_dict(tangled(0, batchnorm).frozen.state_dict())
     return model

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
 
 from distcl.checkpoint.reader import load_weights
 from distcl.checkpoint.store import MODEL, SHARED, load, newest_good, read_manifest, verify
@@ -15,6 +18,7 @@ from distcl.config.load import load_config, to_toml
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
+from distcl.models.lora import ADAPTER_KEY, split_adapter
 from distcl.models.transformers import CONFIG_KEY
 from distcl.models.weights import WeightsFile
 from distcl.training.build import assemble
@@ -147,19 +151,34 @@ def export(path: Path, destination: Path, warn: Callable[[str], None] = log.warn
     """Write the weights as one safetensors file, and config.toml beside it. Local.
 
     None needs distcl to be read. Of a model of transformers there is its config.json too, so that
-    ``from_pretrained`` takes the folder. ``warn``: see :func:`find`. Raises CheckpointError if a
+    ``from_pretrained`` takes the folder. Of one with adapters (``model.lora``) it is a folder that
+    peft's ``PeftModel.from_pretrained`` takes, with the model they belong to under ``base``, unless
+    it was read from a folder or the hub. ``warn``: see :func:`find`. Raises CheckpointError if a
     file is in the way.
     """
     config, weights = configuration(path), find(path, warn)
-    about = WeightsFile(weights).header.get(CONFIG_KEY)
-    files = [destination / MODEL, destination / "config.toml"]
-    files += [] if about is None else [destination / "config.json"]
-    for file in files:
-        if file.exists():
-            raise CheckpointError(f"'{file}' exists; export to another folder")
-    destination.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(weights, files[0])
-    files[1].write_text(to_toml(config), encoding="utf-8")
-    if about is not None:
-        files[2].write_text(about, encoding="utf-8")
-    return files
+    file = WeightsFile(weights)
+    texts = {"config.toml": to_toml(config)}
+    tensors: dict[str, dict[str, str]] = {}  # file -> name of a tensor there -> here
+    if (adapter := file.header.get(ADAPTER_KEY)) is not None:
+        about = json.loads(adapter)
+        texts["adapter_config.json"] = adapter
+        tensors["adapter_model.safetensors"], base = split_adapter(file.specs, about)
+        if not about.get("base_model_name_or_path"):
+            tensors[f"base/{MODEL}"] = base
+    if CONFIG_KEY in file.header and (adapter is None or f"base/{MODEL}" in tensors):
+        texts["config.json" if adapter is None else "base/config.json"] = file.header[CONFIG_KEY]
+    names = [*(tensors or [MODEL]), *texts]
+    for name in names:
+        if (destination / name).exists():
+            raise CheckpointError(f"'{destination / name}' exists; export to another folder")
+    for name in names:
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+    if not tensors:
+        shutil.copyfile(weights, destination / MODEL)
+    for name, given in tensors.items():
+        held = {new: file.read(old).view(file.specs[old].shape) for new, old in given.items()}
+        save_file(held, destination / name, {"format": "pt"})
+    for name, text in texts.items():
+        (destination / name).write_text(text, encoding="utf-8")
+    return [destination / name for name in names]

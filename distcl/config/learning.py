@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from distcl import registry
 from distcl.config.base import Section, known
 from distcl.config.paths import PathText
 from distcl.registry import nearest
@@ -143,6 +144,36 @@ class StreamConfig(Section):
         return [self.drift] if isinstance(self.drift, str) else list(self.drift)
 
 
+class LoraOptions(Section):
+    """What ``model.lora`` holds."""
+
+    r: int = Field(ge=1)
+    alpha: float = Field(16.0, gt=0)
+    targets: list[str] = Field([])
+    dropout: float = Field(0.0, ge=0, lt=1)
+    train: list[str] = Field([])
+
+    @classmethod
+    def of(cls, table: dict[str, Any]) -> LoraOptions:
+        """Check a table as it stands in a file. Raises ValueError naming what does not fit."""
+        try:
+            return cls.model_validate(table, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "extra_forbidden":
+                near = registry.nearest(name, cls.model_fields)
+                raise ValueError(f"there is no '{name}' in it{near or _fields(cls)}") from error
+            if first["type"] == "missing":
+                raise ValueError(f"it needs '{name}', the rank of the adapters") from error
+            what = first["msg"][0].lower() + first["msg"][1:]
+            raise ValueError(f"'{name}': {what}, not {first['input']!r}") from error
+
+
+def _fields(options: type[Section]) -> str:
+    return f"; it takes {', '.join(options.model_fields)}"
+
+
 class ModelConfig(Section):
     """The model."""
 
@@ -168,6 +199,18 @@ class ModelConfig(Section):
     pretrained_skip: list[str] = Field(
         [], description="names in it, or of the model, to leave as they are: `head.*`"
     )
+    lora: dict[str, Any] = Field(
+        {},
+        description="train low-rank adapters in place of the weights, through peft: "
+        "`{ r = 8, alpha = 16, targets = ['c_attn'], dropout = 0.0, train = ['classifier'] }`; r "
+        "must be given, without targets it is every linear layer but the head, and train names "
+        "modules that train whole; empty: no adapters",
+    )
+    freeze: list[str] = Field(
+        [],
+        description="names of parameters that do not train: `encoder.*`; norms whose running "
+        "statistics match compute with those, and leave them as they are",
+    )
 
     @field_validator("name")
     @classmethod
@@ -184,6 +227,13 @@ class ModelConfig(Section):
     def _score(cls, value: str | list[str]) -> str | list[str]:
         for name in [value] if isinstance(value, str) and value else value:
             known("score", name)
+        return value
+
+    @field_validator("lora")
+    @classmethod
+    def _lora(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value:
+            LoraOptions.of(value)
         return value
 
     @model_validator(mode="after")

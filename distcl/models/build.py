@@ -16,6 +16,8 @@ from distcl import registry
 from distcl.config import ModelConfig
 from distcl.errors import CheckpointError, ConfigError
 from distcl.models import reference
+from distcl.models.freezing import freeze
+from distcl.models.lora import add_lora
 from distcl.models.transformers import PREFIX, create_transformer
 from distcl.models.weights import WeightsFile, check_fit, tensor_spec
 from distcl.registry import nearest
@@ -29,15 +31,18 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = Non
 
     A factory is called as ``factory(spec, **options)``; ``timm:NAME`` is a model of the package
     timm, ``hf:AutoModelFor…`` one of transformers. Weights depend on ``seed`` alone and the global
-    random numbers are left as they were. Then ``model.pretrained``, if given, is loaded. ``x``:
-    inputs [B, ...] on the CPU, equal on every rank, of which lazy modules learn their shapes;
-    without, they stay lazy.
+    random numbers are left as they were. Then ``model.pretrained``, if given, is loaded, adapters
+    of ``model.lora`` are added, and what ``model.freeze`` names is frozen.
+
+    ``x``: inputs [B, ...] on the CPU, equal on every rank, of which lazy modules learn their
+    shapes; without, they stay lazy.
 
     Where the model returns something with ``logits`` (a ModelOutput, a named tuple, a dict), its
     outputs are those logits.
 
     Raises ConfigError if the factory does not take an option or returns no module, if there is no
-    such file, or no such package, if a lazy module is not used; CheckpointError if the file does
+    such file, or no such package, if a lazy module is not used, if a pattern of ``model.freeze``
+    matches nothing or nothing is left to train; CheckpointError if the file does
     not hold finite weights for this model.
     """
     with torch.random.fork_rng(devices=[]):
@@ -59,6 +64,11 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = Non
         model.register_forward_hook(_logits_alone)
     if config.pretrained:
         load_pretrained(model, Path(config.pretrained), config.pretrained_skip)
+    if config.lora:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            add_lora(model, config)
+    freeze(model, config.freeze)
     return model
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from distcl.config.paths import reachable
 from distcl.errors import ConfigError
+from distcl.models.lora import adapter_header
 from distcl.registry import checked, nearest
 from distcl.types import DataSpec, PyTree
 
@@ -246,8 +247,8 @@ def header(model: nn.Module) -> dict[str, str]:
     """Return what the header of a file with this model's weights says of it; {} of others."""
     config: Any = getattr(model, "config", None)
     if not (hasattr(config, "model_type") and hasattr(config, "to_json_string")):
-        return {}
-    return {"format": "pt", CONFIG_KEY: config.to_json_string()}
+        return adapter_header(model)
+    return {"format": "pt", CONFIG_KEY: config.to_json_string(), **adapter_header(model)}
 
 
 @contextmanager

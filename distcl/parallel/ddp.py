@@ -156,9 +156,9 @@ class DDP(Strategy):
 def always_uses_all(model: nn.Module) -> bool:
     """Tell whether each forward surely uses the same parameters, whatever the data. Local.
 
-    So it is where all modules are torch's or distcl's own: those of others may branch.
+    So it is where all modules are torch's, distcl's own, or adapters: those of others may branch.
     """
-    own = ("torch.nn.modules.", "distcl.models")
+    own = ("torch.nn.modules.", "distcl.models", "peft.tuners.lora.")
     return all(type(module).__module__.startswith(own) for module in model.modules())
 
 
@@ -167,7 +167,7 @@ class Replicated(Partition):
 
     def __init__(self, runtime: Runtime, module: nn.Module) -> None:
         super().__init__(runtime, module)
-        self._whole = Whole(self._parameters, cut_by_dtype(runtime, self._parameters))
+        self._whole = Whole(self._trained, cut_by_dtype(runtime, self._trained))
         self._spans = self._whole.ranges()
 
     def _slices(self) -> dict[str, torch.Tensor]:
@@ -178,28 +178,27 @@ class Replicated(Partition):
 
     def load(self, fetch: Fetch) -> None:
         """Replace every weight and buffer. Local."""
-        self._whole.load(fetch)
-        self._rest.load(fetch)
+        for whole in (self._whole, Whole(self._frozen, []), self._rest):
+            whole.load(fetch)
 
     def _stepped(self) -> dict[str, Stepped]:
-        return {n: Stepped(p, partial(flattened, n), 0) for n, p in self._parameters.items()}
+        return {n: Stepped(p, partial(flattened, n), 0) for n, p in self._trained.items()}
 
     def grads(self) -> dict[str, torch.Tensor]:
         """My slices of the gradients, live views."""
         return {
             name: _flat_grad(name, parameter)[slice(*self._spans[name])]
-            for name, parameter in self._parameters.items()
+            for name, parameter in self._trained.items()
             if name in self._spans and parameter.grad is not None
         }
 
     def add_grad_(self, slices: Mapping[str, torch.Tensor]) -> None:
         """Add my slices, gathered from all ranks, to the gradients. Collective."""
         grads: dict[str, torch.Tensor] = {}
-        for name, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                grads[name] = _flat_grad(name, parameter)
+        for name, parameter in self._trained.items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            grads[name] = _flat_grad(name, parameter)
         if self._runtime.world_size == 1:  # slices are whole
             for name in slices:
                 if name in grads:
@@ -214,8 +213,7 @@ class Replicated(Partition):
             return slices[name][a:b] if name in slices else None
 
         for cut in self._whole.cuts:
-            if cut.dtype.is_floating_point:
-                cut.spread(take, add)
+            cut.spread(take, add)
 
     def add_full_grads_(self, grads: Mapping[str, torch.Tensor], owners: Mapping[str, int]) -> None:
         """Broadcast each rank's tensors, a bucket at a time, and add them. Collective."""

@@ -154,13 +154,14 @@ class FullySharded(EqualShards):
     def load(self, fetch: Fetch) -> None:
         """Replace shards and buffers. Local."""
         with torch.no_grad():
-            for name, shard in self._slices().items():
-                shard.copy_(fetch(name, *self._spans[name]))
+            self._reshard()
+            for name, span in self._shards.items():
+                self._slice(name).copy_(fetch(name, *span))
         self._rest.load(fetch)
 
     def _stepped(self) -> dict[str, Stepped]:
-        starts = {name: self._spans.get(name, (0, 0))[0] for name in self._parameters}
-        return {n: Stepped(p, _local, starts[n]) for n, p in self._parameters.items()}
+        starts = {name: self._spans.get(name, (0, 0))[0] for name in self._trained}
+        return {n: Stepped(p, _local, starts[n]) for n, p in self._trained.items()}
 
     # -- gradients -----------------------------------------------------------------------------
 
@@ -171,8 +172,8 @@ class FullySharded(EqualShards):
         return {name: _local(grad) for name, grad in grads.items() if grad is not None}
 
     def _addable(self) -> dict[str, torch.Tensor]:
-        for p in self._parameters.values():
-            if p.requires_grad and p.grad is None:
+        for p in self._trained.values():
+            if p.grad is None:
                 p.grad = torch.zeros_like(p)
         return self.grads()
 

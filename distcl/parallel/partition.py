@@ -24,14 +24,18 @@ from distcl.parallel.sliced_state import Fetch, SteppedParameters
 
 
 class Partition(OwnedGradients, SteppedParameters):
-    """Who owns which slice of the weights. Every element of the model is owned by one rank.
+    """Who owns which slice of the weights: every element that can change is owned by one rank.
+
+    *Frozen* parameters, which take no gradients when it is made, are nobody's: no one may change
+    them, and anchors, statistics and the optimizer know nothing of them. They are saved, loaded and
+    gathered with the others.
 
     "Buffers" are the persistent ones, everywhere: others (``register_buffer(persistent=False)``)
     are nobody's, and stay as the model's constructor made them. They lie whole on every rank, which
     owns parts of them.
 
-    A layout sets ``_spans`` (name -> [start, stop) of my slice of each parameter) and says in which
-    slices it lives (``_slices``) and how they are exchanged (``_exchange``).
+    A layout sets ``_spans`` (name -> [start, stop) of my slice of each parameter in ``_trained``)
+    and says in which slices it lives (``_slices``) and how they are exchanged (``_exchange``).
     """
 
     sharded = False
@@ -45,6 +49,8 @@ class Partition(OwnedGradients, SteppedParameters):
     def __init__(self, runtime: Runtime, module: nn.Module) -> None:
         self._runtime = runtime
         self._parameters: dict[str, Any] = dict(module.named_parameters())
+        self._trained = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        self._frozen = {n: p for n, p in self._parameters.items() if n not in self._trained}
         self._shapes: dict[str, torch.Size] = {
             name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()
         }  # DeepSpeed's: those of gathered parameters
@@ -54,14 +60,14 @@ class Partition(OwnedGradients, SteppedParameters):
 
     @abstractmethod
     def _slices(self) -> dict[str, torch.Tensor]:
-        """Return my slices of the parameters, live views, in the order of the model. Local."""
+        """Return my slices of trained parameters, live views, in the model's order. Local."""
 
     @abstractmethod
     def _exchange(self, slices: dict[str, torch.Tensor], back: bool) -> None:
         """Exchange the parameters with ``slices``; ``back``: the second time. Collective."""
 
     def owned(self) -> dict[str, torch.Tensor]:
-        """Return my slice of each parameter and buffer, 1-D live views, to be read only. Local.
+        """Return my slice of each trained parameter and buffer, 1-D live views to read. Local.
 
         Names of which this rank owns nothing are absent. Tied parameters appear once. Where an
         optimizer keeps float32 master weights, these are the slices of those.
@@ -69,8 +75,8 @@ class Partition(OwnedGradients, SteppedParameters):
         return {**self._slices(), **self._rest.owned()}
 
     def trainable(self) -> dict[str, torch.Tensor]:
-        """Return those of :meth:`owned` that are parameters and take gradients. Local."""
-        return {n: v for n, v in self._slices().items() if self._parameters[n].requires_grad}
+        """Return those of :meth:`owned` that are parameters. Local."""
+        return self._slices()
 
     def ranges(self) -> dict[str, tuple[int, int]]:
         """Return where in each tensor my slice lies, [start, stop) of its elements. Local."""
@@ -88,7 +94,10 @@ class Partition(OwnedGradients, SteppedParameters):
 
     @abstractmethod
     def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sum full-size tensors over ranks and return my slices of the sums. Collective."""
+        """Sum full-size tensors over ranks and return my slices of the sums. Collective.
+
+        Frozen parameters are passed over.
+        """
 
     @contextmanager
     def swapped(self, slices: dict[str, torch.Tensor]) -> Iterator[None]:
@@ -147,15 +156,18 @@ class EqualShards(Partition):
     def __init__(self, runtime: Runtime, module: nn.Module, each: Mapping[str, int]) -> None:
         super().__init__(runtime, module)
         self._each = each
+        self._shards: dict[str, tuple[int, int]] = {}
+        """Where my shard of each parameter lies, of frozen ones too."""
         for name, shape in self._shapes.items():
             start = runtime.rank * each[name]
             stop = min(start + each[name], shape.numel())
             if start < stop:
-                self._spans[name] = start, stop
+                self._shards[name] = start, stop
+        self._spans = {n: span for n, span in self._shards.items() if n in self._trained}
 
     @abstractmethod
     def _slice(self, name: str) -> torch.Tensor:
-        """Return my slice of one parameter, 1-D, a live view; empty if there is none. Local."""
+        """Return my shard of one parameter, 1-D, a live view; empty if there is none. Local."""
 
     def _slices(self) -> dict[str, torch.Tensor]:
         return {name: self._slice(name) for name in self._spans}
@@ -173,6 +185,7 @@ class EqualShards(Partition):
         for name, tensor in full.items():
             if name in self._buffers:
                 mine |= self._rest.reduce({name: tensor})
+            if name not in self._trained:
                 continue
             total = self._runtime.all_reduce(tensor.reshape(-1).clone())
             if name in self._spans:

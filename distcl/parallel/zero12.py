@@ -2,8 +2,8 @@
 
 DeepSpeed lays the trainable parameters of a group end to end in one flat buffer and gives each rank
 an equal range of it, in float32, to its optimizer. Those ranges are the owned slices here: a
-regularizer's gradient is added where it is needed, without communication. Frozen parameters and
-buffers are cut as under DDP.
+regularizer's gradient is added where it is needed, without communication. Buffers are cut as under
+DDP.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from distcl.distributed.runtime import Runtime
-from distcl.parallel.flat_shards import Cut, Whole, cut_by_dtype
+from distcl.parallel.flat_shards import Cut, Whole
 from distcl.parallel.partition import Partition
 from distcl.parallel.sliced_state import Fetch, Stepped
 
@@ -47,30 +47,25 @@ class Zero12(Partition):
                 at = starts[name] + a - runtime.rank * each
                 self._place[name] = (i, at, at + b - a)
             cuts.append(cut)
-        trained = {name for cut in cuts for name in cut.names}
-        self._trained = Whole({n: p for n, p in self._parameters.items() if n in trained}, cuts)
-        frozen = {n: p for n, p in self._parameters.items() if n not in trained}
-        self._frozen = Whole(frozen, cut_by_dtype(runtime, frozen))
-        self._spans = {**self._trained.ranges(), **self._frozen.ranges()}
+        self._whole = Whole(self._trained, cuts)
+        self._spans = self._whole.ranges()
 
     def _slices(self) -> dict[str, torch.Tensor]:
         """My slices, of the float32 master weights where there are any."""
         flats = masters(self._zero)
-        trained = {n: flats[i][a:b] for n, (i, a, b) in self._place.items()}
-        mine = {**trained, **self._frozen.owned()}
-        return {name: mine[name] for name in self._parameters if name in mine}
+        mine = {n: flats[i][a:b] for n, (i, a, b) in self._place.items()}
+        return {name: mine[name] for name in self._trained if name in mine}
 
     def _exchange(self, slices: dict[str, torch.Tensor], back: bool) -> None:
         """Spread ``slices`` over the weights; back, spread the master weights.
 
         The masters are the truth: after every step the weights are made from them.
         """
-        self._trained.put(self.trainable() if back else slices)
-        self._frozen.exchange(slices)
+        self._whole.put(self.trainable() if back else slices)
 
     def load(self, fetch: Fetch) -> None:
         """Replace weights, masters and buffers. Local."""
-        for whole in (self._trained, self._frozen, self._rest):
+        for whole in (self._whole, Whole(self._frozen, []), self._rest):
             whole.load(fetch)
         flats = masters(self._zero)
         for name, (group, a, b) in self._place.items():
@@ -92,13 +87,12 @@ class Zero12(Partition):
 
     def reduce_owned(self, full: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Sum over ranks, bucket by bucket; keep my slices. Collective."""
-        mine = self._trained.reduce(full) | self._frozen.reduce(full)
-        return {**mine, **self._rest.reduce(full)}
+        return {**self._whole.reduce(full), **self._rest.reduce(full)}
 
     def gather(self, name: str) -> torch.Tensor:
         """Return the weights, whole here; from the masters where there are any. Collective."""
         tensor = (self._buffers if name in self._buffers else self._parameters)[name].detach()
-        if name not in self._trained.tensors or tensor.dtype == torch.float32:
+        if name not in self._trained or tensor.dtype == torch.float32:
             return tensor.clone()
         whole = torch.zeros(tensor.numel(), dtype=torch.float32, device=tensor.device)
         if name in self._place:

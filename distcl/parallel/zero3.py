@@ -61,7 +61,7 @@ class Zero3(EqualShards):
         """Replace shards, masters and buffers, then gather residents. Collective."""
         with torch.no_grad():
             self._zero.empty_partition_cache()
-            for name, span in self._spans.items():
+            for name, span in self._shards.items():
                 values, master = fetch(name, *span), self._master(name)
                 self._shard(name).copy_(values)
                 if master is not None:
@@ -79,7 +79,7 @@ class Zero3(EqualShards):
 
     def _shard(self, name: str) -> torch.Tensor:
         """Return what forwards gather, without padding."""
-        start, stop = self._spans.get(name, (0, 0))
+        start, stop = self._shards.get(name, (0, 0))
         shard: torch.Tensor = self._parameters[name].ds_tensor.detach()
         return shard[: stop - start]
 
@@ -111,7 +111,7 @@ class Zero3(EqualShards):
 
     def squares(self) -> AbstractContextManager[None]:
         """Square gradients on their way to the average: hooks on the gathered parameters."""
-        return squaring(self._parameters.values())
+        return squaring(self._trained.values())
 
     # -- other weights -------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from distcl.parallel import ddp
 from distcl.parallel.partition import create_partition
 from distcl.parallel.flat_shards import flattened
 from distcl.distributed.runtime import Runtime
-from tests.models import awkward
+from tests.models import awkward, frozen_names
 from tests.spawn import run_ranks
 
 
@@ -31,9 +31,11 @@ def _ownership() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_element_is_owned_once_and_no_rank_owns_more_than_its_share(world: int) -> None:
+def test_all_that_can_change_is_owned_once_and_no_rank_owns_more_than_its_share(world: int) -> None:
     parts = run_ranks(world, _ownership)
-    dense = _tensors(awkward())
+    frozen = frozen_names(awkward())
+    assert frozen and not any(frozen & part.keys() for part in parts)
+    dense = {n: t for n, t in _tensors(awkward()).items() if n not in frozen}
     for name, tensor in dense.items():
         joined = np.concatenate([part[name] for part in parts if name in part])
         np.testing.assert_array_equal(joined, tensor.detach().float().reshape(-1).numpy())
@@ -82,7 +84,10 @@ def test_a_swapped_model_computes_with_theta_star_and_is_restored_exactly(
     world: int, bucket: int
 ) -> None:
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(3))
-    expected = awkward(seed=1).eval()(x).detach().numpy()
+    dense, first = awkward(seed=1).eval(), _tensors(awkward(seed=0))
+    frozen = frozen_names(dense)
+    dense.load_state_dict({n: first[n] for n in frozen}, strict=False)  # those are not swapped
+    expected = dense(x).detach().numpy()
     for fail_on in ((), tuple(range(world))):
         for result in run_ranks(world, _swap, bucket, fail_on):
             np.testing.assert_array_equal(result["inside"], expected)
@@ -136,10 +141,14 @@ def _buffers_and_sums() -> dict[str, Any]:
 def test_buffers_are_averaged_and_sums_are_cut_into_owned_slices() -> None:
     results = run_ranks(3, _buffers_and_sums)
     dense = awkward()
+    frozen = frozen_names(dense)
     for result in results:
         np.testing.assert_allclose(result["mean"], dense.norm.running_mean + 1.0, atol=1e-6)
         assert result["count"] == 2
     for name, parameter in dense.named_parameters():
+        if name in frozen:
+            assert not any(name in r["sums"] for r in results)
+            continue
         joined = np.concatenate([r["sums"][name] for r in results if name in r["sums"]])
         np.testing.assert_array_equal(joined, np.full(parameter.numel(), 6.0))
 

@@ -34,7 +34,7 @@ def test_a_run_that_swaps_equals_one_that_never_did(
 ) -> None:
     layouts = available([*LAYOUTS, *OFFLOADED])
     g = torch.Generator().manual_seed(3)
-    dense = test_layouts.tangled(1, batchnorm=precision == "fp32").eval()
+    dense = test_layouts.tangled_anchor(batchnorm=precision == "fp32").eval()
     expected = dense(torch.randn(7, 6, 7, generator=g)[0]).detach().numpy()
     tolerance = 1e-5 if precision == "fp32" else 0.03
     for rank in run_ranks(world, test_layouts._sessions, layouts, precision, tmp_path, timeout=170):

@@ -142,3 +142,10 @@ def test_reading_ahead_past_a_refresh_and_history_among_mixed_candidates_are_ref
     with pytest.raises(ConfigError, match=r"'candidates' .*priority.target = 'history'"):
         _check(*mixed)
     _check(*mixed, takes_history=True)
+
+
+@pytest.mark.parametrize(("alpha", "why"), [(1000, "is inf"), (2000, "weights are zero")])
+def test_an_exponent_that_leaves_no_weights_is_told_by_its_key(alpha: float, why: str) -> None:
+    scores = WeightVector(np.arange(3), np.array([0.5, 0.1, 0.2]) * (10 if why == "is inf" else 1))
+    with pytest.raises(ConfigError, match=f"importance_alpha = {alpha} is too large.*{why}"):
+        Shape(PriorityConfig(), alpha).weights(scores)

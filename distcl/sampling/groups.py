@@ -67,7 +67,10 @@ def _own_ids(values: ArrayLike | int) -> Ids:
     array = np.asarray(array)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"ids must be one row of integers, not {array.dtype} {array.shape}")
-    return array.astype(np.int64, copy=array.flags.writeable)
+    ids = array.astype(np.int64, copy=array.flags.writeable)
+    if array.dtype.kind == "u" and ids.min(initial=0) < 0:
+        raise ValueError(f"ids must be below 2**63, not {array.max()}")
+    return ids
 
 
 def packed(part: Part) -> dict[str, Any]:

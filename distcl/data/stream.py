@@ -109,6 +109,7 @@ class DriftStream:
             if there != self.spec.occurring:  # known only now, of a stream
                 self.spec = replace(self.spec, occurring=there)
                 drifts = self._create_drifts()
+        self._promises = [isinstance(s.labels, int) and not s.y_shape for s in splits]
         self._members = [d.members for d in drifts if type(d).members is not Drift.members]
         self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
         gradual = config.transition_fraction > 0
@@ -224,6 +225,12 @@ class DriftStream:
         concept, test = divmod(group, 2)
         source = self._test if test else self._train
         base = source.read(rows[places])
+        classes, y = self.spec.classes, base.y
+        if self._promises[test] and isinstance(y, torch.Tensor) and (y >= classes).any():
+            raise DataError(
+                f"row {int(base.ids[y.argmax()])} of the {'test' if test else 'train'} source has "
+                f"label {int(y.max())}, but the source says that there are {classes} classes"
+            )
         if self.info.replaces:
             shift = base.ids.numpy() - rows[places]
             self.info.replaced.update(ids[places][shift != 0].tolist())

@@ -204,7 +204,8 @@ class DistributedWeightedSampler(RoundSampler):
                 "its DataLoader out of accelerator.prepare, and move batches with "
                 ".to(accelerator.device)"
             )
-        return self.global_batch_size
+        size: int = self.global_batch_size
+        return size
 
     def total(self, step: int) -> int:
         """Return the size of a global batch."""

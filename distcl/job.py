@@ -169,7 +169,7 @@ class Job:
     def _rolled_back(self, error: DivergenceError) -> Path:
         """Return the checkpoint to go back to after a divergence, or raise it again."""
         limit = self._config.training.max_rollbacks
-        if limit == 0:
+        if limit == 0 or not self._runtime.all_raised():  # alone, a rank cannot go back
             raise error
         self._store.finish()  # what was saved before the divergence
         path = self._store.newest()

@@ -204,3 +204,5 @@ def restore(path: Path, parts: Registered, command: str, trainer: ContinuousTrai
             raise CheckpointError(
                 f"checkpoint '{path}': the state of '{name}' lacks {error}"
             ) from error
+        except ValueError as error:  # of draws that changed keys make others
+            raise CheckpointError(f"checkpoint '{path}' cannot go on: {error}") from error

@@ -49,6 +49,7 @@ class General:
                 f"stream.general has {found.classes} classes, counted to its largest label, but "
                 f"the stream {spec.classes}"
             )
+        self.longest = max(spec.longest, found.longest)
         rows = np.arange(len(source))
         self.ids = frozen(pack_ids(index, rows if split.usable is None else rows[split.usable]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from distcl.data.sources.arrays import MAX_CLASSES
-from distcl.errors import DataError
-from distcl.types import IGNORED, DataSpec, Ids, Mask, Source, info_of
+from distcl.errors import ConfigError, DataError
+from distcl.types import IGNORED, Batch, DataSpec, Ids, Mask, Source, SourceInfo, info_of
 
 _CHUNK = 1024
 
@@ -26,11 +27,17 @@ class SourceSplit:
     """
 
     def __init__(self, source: Source, name: str) -> None:
-        self.source, self.name, self.info = source, name, info_of(source)
+        self.source, self.name = source, name
         if len(source) == 0:
             raise DataError(f"the {name} source has no samples")
-        self.usable: Mask | None = self.info.known_usable()
+        self.info = _sound_info(source, name)
+        usable = self.info.known_usable()
+        if usable is not None:
+            usable = _of_each(usable, "b", f"usable of the {name} source", len(source))
+        self.usable: Mask | None = usable
         nothing = source.read(np.empty(0, dtype=np.int64))
+        if not isinstance(nothing, Batch):
+            raise DataError(f"the {name} source returns a {type(nothing).__name__}, not a Batch")
         leaves, tree = tree_flatten(nothing.x)
         self.x_shapes = tree, [tuple(leaf.shape[1:]) for leaf in leaves]
         is_tensor = isinstance(nothing.y, torch.Tensor)
@@ -38,7 +45,7 @@ class SourceSplit:
         self.labels: Ids | int | None = None
         self.lone = ""
         if (labels := self.info.known_labels()) is not None:
-            self.labels = self._checked(np.asarray(labels))
+            self.labels = self._checked(labels)
         elif not (is_tensor and nothing.y.is_floating_point()):
             if self.y_shape and not self.info.classes:
                 self.labels, self.lone = self.info.positions or self._positions()
@@ -105,12 +112,8 @@ class SourceSplit:
             largest = max(largest, int(y.max()))
         return largest + 1, lone
 
-    def _checked(self, labels: npt.NDArray[Any]) -> Ids:
-        if labels.dtype.kind not in "iu" or labels.shape != (len(self.source),):
-            raise DataError(
-                f"labels of the {self.name} source have type {labels.dtype} and shape "
-                f"{labels.shape}; integers of shape ({len(self.source)},) are needed"
-            )
+    def _checked(self, values: npt.ArrayLike) -> Ids:
+        labels = _of_each(values, "iu", f"labels of the {self.name} source", len(self.source))
         if labels.min() < 0:
             raise DataError(
                 f"label {labels.min()} of the {self.name} source, row {labels.argmin()}, is "
@@ -158,3 +161,40 @@ def data_spec(train: SourceSplit, test: SourceSplit) -> DataSpec:
         lone = train.lone or test.lone
         return DataSpec(x_shape, classes, train.y_shape, seen, names, tokens, longest, lone)
     return DataSpec(x_shape, 0, train.y_shape, tokens=tokens, longest=longest)
+
+
+def _sound_info(source: Source, name: str) -> SourceInfo:
+    """Return what a source says of itself, if it can be worked with; lists become arrays.
+
+    Raises DataError on a number of classes or groups that do not fit its samples, ConfigError
+    naming a method that it needs and has not.
+    """
+    info = info_of(source)
+    needed = {"shards_of": info.sequential, "arrived": info.live_seconds, "grow": info.live_seconds}
+    for method, wanted in needed.items() if name == "train" else ():
+        if wanted and not callable(getattr(source, method, None)):
+            what = "sequential = True" if method == "shards_of" else "live_seconds"
+            raise ConfigError(
+                f"the {name} source says {what}, but has no method '{method}', see "
+                "distcl.types.SourceInfo"
+            )
+    if not 0 <= info.classes <= MAX_CLASSES:
+        raise DataError(
+            f"classes of the {name} source are {info.classes}; 0 to {MAX_CLASSES} are possible"
+        )
+    if isinstance(info.groups, np.ndarray | list | tuple):
+        groups = _of_each(info.groups, "iu", f"groups of the {name} source", len(source))
+        return replace(info, groups=groups)
+    return info
+
+
+def _of_each(values: Any, kinds: str, what: str, number: int) -> npt.NDArray[Any]:
+    """Return ``values`` as an array [number] of one of these kinds of numbers; else DataError."""
+    array = np.asarray(values)
+    if array.dtype.kind not in kinds or array.shape != (number,):
+        kind = "bool" if kinds == "b" else "integers"
+        raise DataError(
+            f"{what} have type {array.dtype} and shape {array.shape}; {kind} of shape ({number},) "
+            "are needed"
+        )
+    return array

@@ -184,10 +184,12 @@ class ReplayBuffer:
         return {"ids": ids_tensor(self._ids), "copies": copies}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned; without copies there, samples are read anew."""
         self._ids = tensor_ids(state["ids"])
-        if self.copies:
-            copies = state["copies"]
+        copies = state["copies"]
+        if self.copies and copies is None:
+            self.retain(self._ids)
+        elif self.copies:
             self._keep(copies["ids"].numpy(), copies["read"].numpy(), copies["x"], copies["y"])
 
 

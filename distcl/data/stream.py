@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from dataclasses import replace
 
@@ -12,13 +11,12 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from distcl import registry
 from distcl.config import DataConfig, StreamConfig
-from distcl.config.paths import reachable
 from distcl.data.drift import Drift, require_classes
 from distcl.data.general import General
 from distcl.data.ids import BLOCK, blocks, in_runs
 from distcl.data.labels import SourceSplit, data_spec
 from distcl.data.loader import as_source
-from distcl.data.sources.npy import open_file
+from distcl.data.sources.npy import check_files
 from distcl.data.transforms import Transformed, Transforms
 from distcl.errors import ConfigError, DataError
 from distcl.types import (
@@ -120,6 +118,7 @@ class DriftStream:
             if there != self.spec.occurring:  # known only now, of a stream
                 self.spec = replace(self.spec, occurring=there)
                 drifts = self._create_drifts()
+        self._promises = [isinstance(s.labels, int) and not s.y_shape for s in splits]
         self._members = [d.members for d in drifts if type(d).members is not Drift.members]
         self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
         gradual = config.transition_fraction > 0
@@ -131,6 +130,7 @@ class DriftStream:
         if general is not None:
             every.append(info_of(general))
             self.general = General(general, splits[0], self.spec, config.experiences)
+            self.spec = replace(self.spec, longest=self.general.longest)
         self.info = SourceInfo(
             sequential=own.sequential,
             live_seconds=own.live_seconds,
@@ -242,6 +242,12 @@ class DriftStream:
         concept, test = divmod(group, 2)
         source = self._test if test else self._train
         base = source.read(rows[places])
+        classes, y = self.spec.classes, base.y
+        if self._promises[test] and isinstance(y, torch.Tensor) and (y >= classes).any():
+            raise DataError(
+                f"row {int(base.ids[y.argmax()])} of the {'test' if test else 'train'} source has "
+                f"label {int(y.max())}, but the source says that there are {classes} classes"
+            )
         if self.info.replaces:
             shift = base.ids.numpy() - rows[places]
             self.info.replaced.update(ids[places][shift != 0].tolist())
@@ -376,25 +382,3 @@ def _create_drift(
                 f"stream.drift = '{name}' needs floating-point samples, not {leaves[0].dtype}"
             )
     return drift
-
-
-# SHA-256 of data files, where the user says what it must be.
-
-
-def check_files(config: StreamConfig) -> None:
-    """Check every file that ``stream.sha256`` names. Local; reads each file once.
-
-    Names are relative to ``stream.path``, or to its folder if it is a file; without a path, to the
-    working folder. Raises DataError naming a file that is absent or has another digest.
-    """
-    base = reachable(config.path or ".")
-    base = base.parent if base.is_file() else base
-    for name, expected in config.sha256.items():
-        path = base / name
-        with open_file(path) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected.lower():
-            raise DataError(
-                f"'{path}' has SHA-256 {found}, but stream.sha256 says {expected.lower()}: it is "
-                "damaged, or another file"
-            )

@@ -26,7 +26,7 @@ from distcl.distributed.failure import (
 from distcl.distributed.memory import keep_freed_memory
 from distcl.distributed.rendezvous import first_line, introduce, must_meet, tell_stderr
 from distcl.distributed.watchdog import Watchdog
-from distcl.errors import Preempted, UsageError
+from distcl.errors import DistclError, Preempted, UsageError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -269,6 +269,16 @@ def _gathered(mine: torch.Tensor, each: int, world_size: int) -> torch.Tensor:
     out = mine.new_empty((each * world_size, *mine.shape[1:]))
     dist.all_gather_single(out, padded)
     return out
+
+
+def raise_together(runtime: Runtime, error: DistclError | None) -> None:
+    """Raise on every rank what the first rank that has one found wrong; None: nothing. Collective.
+
+    A run that rolls back does so on all ranks, so all must raise.
+    """
+    for found in runtime.gather_objects(error):
+        if found is not None:
+            raise found
 
 
 def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:

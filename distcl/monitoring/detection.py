@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from distcl.config import MonitorConfig
-from distcl.errors import ConfigError
+from distcl.distributed.runtime import raise_together
+from distcl.errors import ConfigError, DivergenceError
 from distcl.monitoring.metrics import StreamMetric, create_metric
 from distcl.training.trainer import ContinuousTrainer
 from distcl.types import Batch, Detector, Ids
@@ -42,15 +43,20 @@ class DriftDetection:
         Returns the place among ``ids`` at which it fired, or None, and the metric's mean, on every
         rank. What comes after that place is not fed. Collective.
         """
-        values = self._values(ids)
+        values, error = self._values(ids), None
         runtime, fired = self._trainer.parts.runtime, -1
         if runtime.is_main:
             sign = 1 if self.metric.good == "low" else -1
-            for k, value in enumerate(values.tolist()):
-                if self.detector.update(sign * value) and k >= quiet:
-                    fired = k
-                    break
+            try:
+                for k, value in enumerate(values.tolist()):
+                    if self.detector.update(sign * value) and k >= quiet:
+                        fired = k
+                        break
+            except DivergenceError as found:  # then all must raise, to roll back together
+                error, fired = found, len(ids)
         answer = int(runtime.all_reduce(torch.tensor(fired, device=runtime.device), "max"))
+        if answer == len(ids):
+            raise_together(runtime, error)
         return (answer if answer >= 0 else None), float(values.mean())
 
     def _values(self, ids: Ids) -> torch.Tensor:

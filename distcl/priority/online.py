@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
-from distcl.priority.scoring import require_sound, score_of_each
+from distcl.priority.scoring import score_of_each, unsound
 from distcl.priority.signal_table import _UNKNOWN, SignalTable
 from distcl.priority.weighting import Weights
 from distcl.types import Batch, Ids, Outputs, PrioritySignal, PyTree, Source
@@ -109,9 +109,9 @@ class Ledger:
             )
         ids, scores, labels = self._gathered()
         self._sizes, self._seen, self._heard = [], [], True
-        if not (np.isfinite(scores) & (scores >= 0)).all():
-            what = f"the score of signal '{type(self._signal).__name__}'"
-            require_sound(torch.from_numpy(scores), ids, what)
+        what = f"the score of signal '{type(self._signal).__name__}'"
+        if (error := unsound(torch.from_numpy(scores), ids, what)) is not None:
+            raise error
         self.table.write(ids, scores, labels)
 
     def _gathered(self) -> tuple[Ids, Weights, Ids]:

@@ -15,6 +15,7 @@ import torch
 from distcl.config import PriorityConfig
 from distcl.data.ids import ids_tensor, tensor_ids
 from distcl.distributed.memory import large_arrays
+from distcl.errors import ConfigError
 from distcl.priority.online import Ledger
 from distcl.priority.population import Dealer
 from distcl.priority.scoring import Scorer
@@ -118,9 +119,18 @@ class Shape:
         return clamped
 
     def weights(self, scores: WeightVector, overwrite: bool = False) -> WeightVector:
-        """Return the weights of scores: alpha, cap, min_ess, floor, see WeightVector.shaped."""
+        """Return the weights of scores: alpha, cap, min_ess, floor, see WeightVector.shaped.
+
+        Raises ConfigError if the exponent leaves nothing of sound scores, or makes them infinite.
+        """
         c = self.config
-        return scores.shaped(self.alpha, c.cap, c.min_ess, c.floor, c.min_score, overwrite)
+        try:
+            return scores.shaped(self.alpha, c.cap, c.min_ess, c.floor, c.min_score, overwrite)
+        except ValueError as error:
+            raise ConfigError(
+                f"continual_learning.importance_alpha = {self.alpha:g} is too large an exponent "
+                f"for these scores: {error}"
+            ) from error
 
 
 class RoundWeighter:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from distcl.data.loader import as_source
 from distcl.distributed.memory import give_back, large_arrays
-from distcl.distributed.runtime import Runtime, part_of
+from distcl.distributed.runtime import Runtime, part_of, raise_together
 from distcl.errors import ConfigError, DistclError, DivergenceError
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward
@@ -82,7 +82,8 @@ class Scorer:
         scores, losses = self._rows(source, ids, slices.ids, slices.pieces(self.batch_size))
         self.forward.forwards += slices.number
         rank = self.forward.runtime.rank
-        return self._scores(iter((losses, scores)), slices.ids, lambda _: rank, keep=True)
+        columns = iter((losses, scores))
+        return self._scores(columns, slices.ids, lambda _: rank, keep=True, sliced=True)
 
     def _rows(
         self, source: Source, ids: Ids, mine: Ids, pieces: list[Ids]
@@ -119,21 +120,30 @@ class Scorer:
         ids: Ids,
         rank_of: Callable[[int], int],
         keep: bool,
+        sliced: bool = False,
     ) -> torch.Tensor:
         """Return the scores [N], second of ``columns``, once they and the losses are sound.
 
         ``rank_of``: which rank has computed that of a position; ``keep``: keep the losses, first
-        of ``columns``, for the next round. Collective.
+        of ``columns``, for the next round; ``sliced``: each rank has its own. Collective.
         """
+
+        def check(values: torch.Tensor, what: str) -> None:
+            error = unsound(values, ids, what, rank_of)
+            if sliced:
+                raise_together(self.forward.runtime, error)
+            elif error is not None:
+                raise error
+
         losses = next(columns)
-        require_sound(losses, ids, "the loss", rank_of)
+        check(losses, "the loss")
         if keep and self.signal.needs_anchor and not self.signal.needs_logits:
             partition = self.forward.partition
             owned = partition.owned()
             self.cache.put(weights_checksum(owned, partition, self.forward.runtime), ids, losses)
         del losses
         scores = next(columns)
-        require_sound(scores, ids, f"the score of signal '{self._name}'", rank_of)
+        check(scores, f"the score of signal '{self._name}'")
         return scores
 
     def score_batch(self, batch: Batch, ids: Ids) -> torch.Tensor:
@@ -208,25 +218,26 @@ class Scorer:
         return found, losses
 
 
-def require_sound(
+def unsound(
     values: torch.Tensor, ids: Ids, what: str, rank_of: Callable[[int], int] | None = None
-) -> None:
-    """Raise an error naming the first of ``ids`` whose value [N] is no number from 0 up.
+) -> DistclError | None:
+    """Return an error naming the first of ``ids`` whose value [N] is no number from 0 up, or None.
 
     DivergenceError if one is NaN or infinite, else ConfigError. ``rank_of``: which rank has
     computed that of a position.
     """
     if not len(values) or 0 <= values.min() <= values.max() < torch.inf:  # NaN fails each
-        return
+        return None
     bad = torch.nonzero(~torch.isfinite(values))[:, 0]
     error: type[DistclError] = DivergenceError
     if not len(bad):
         bad, error = torch.nonzero(values < 0)[:, 0], ConfigError
-    if len(bad):
-        at = int(bad[0])
-        more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
-        where = "" if rank_of is None else f", on rank {rank_of(at)}"
-        raise error(f"{what} of sample id {int(ids[at])}{more} is {float(values[at])}{where}")
+    if not len(bad):
+        return None
+    at = int(bad[0])
+    more = f" (and of {len(bad) - 1} more)" if len(bad) > 1 else ""
+    where = "" if rank_of is None else f", on rank {rank_of(at)}"
+    return error(f"{what} of sample id {int(ids[at])}{more} is {float(values[at])}{where}")
 
 
 def score_of_each(signal: PrioritySignal, score: Any, number: int) -> torch.Tensor:

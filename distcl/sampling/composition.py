@@ -97,8 +97,13 @@ class Mix:
         if drawn[1]:
             main.append(_part(stored, drawn[1]))
             if self._union and stored.values is not None:  # each one of a pool counts for several
-                stands_for = replace(stored, values=stored.values * (history / stored.number))
-                main = [_part(joined(mine, stands_for), sum(drawn))]
+                each = history / stored.number
+                stands_for = replace(stored, values=stored.values * each)
+                union = _part(joined(mine, stands_for), sum(drawn))
+                if each > 1:
+                    multiples = np.repeat([1.0, each], [mine.number, stored.number])
+                    union = replace(union, multiples=multiples)
+                main = [union]
         groups = {MAIN: main}
         if replayed:
             groups[HISTORY] = [_part(stored, history)]

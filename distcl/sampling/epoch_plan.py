@@ -67,7 +67,7 @@ class EpochPlan:
         self._sizes: list[int] = []  # of each group in a batch, in windows
         self._order: Ids = np.empty(0, dtype=np.intp)  # of a batch, in windows
         self._permutations = [draws.Permutations(options.seed, options.stream) for _ in first]
-        if options.window and first:
+        if options.window and self.passes:
             size, number = options.global_batch_size, options.num_samples or self.passes
             steps = number // size if options.drop_last else -(-number // size)
             self._sizes = draws.apportion(size, [group.draws for group in first])
@@ -127,6 +127,8 @@ class EpochPlan:
             self._next += 1
         while len(self.schedule) > 1 and self.schedule[1][0] < self._next:
             del self.schedule[0]
+        if index not in self._drawn:
+            raise UsageError(f"step {step} is of a window that is gone")
         return self._drawn[index]
 
     def known(self, index: int) -> Window:

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from distcl.data.ids import IdRuns, as_ids, ids_tensor, tensor_ids
-from distcl.priority.weighting import Positions, WeightVector, check_weights
-from distcl.types import Ids, as_tensor, frozen
+from distcl.priority.weighting import Positions, Weights, WeightVector, check_weights
+from distcl.types import Ids, as_array, as_tensor, frozen
 
 ArrayLike = npt.ArrayLike | torch.Tensor
 
@@ -31,9 +31,13 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Part(WeightVector):
-    """A group as a weight vector; without values, permutations are drawn."""
+    """A group as a weight vector; without values, permutations are drawn.
+
+    ``multiples``: how many samples each one stands for, [n], as those of a pool do; None: itself.
+    """
 
     draws: int = field(kw_only=True)
+    multiples: Weights | None = field(default=None, kw_only=True)
 
 
 def own(group: Group | Part) -> Part:
@@ -67,19 +71,24 @@ def _own_ids(values: ArrayLike | int) -> Ids:
     array = np.asarray(array)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"ids must be one row of integers, not {array.dtype} {array.shape}")
-    return array.astype(np.int64, copy=array.flags.writeable)
+    ids = array.astype(np.int64, copy=array.flags.writeable)
+    if array.dtype.kind == "u" and ids.min(initial=0) < 0:
+        raise ValueError(f"ids must be below 2**63, not {array.max()}")
+    return ids
 
 
 def packed(part: Part) -> dict[str, Any]:
     """Return a part for a checkpoint, as tensors and plain values."""
-    ids, weights = ids_tensor(part.ids), as_tensor(part.values)
-    return {"ids": ids, "weights": weights, "draws": part.draws}
+    ids, weights, multiples = ids_tensor(part.ids), as_tensor(part.values), part.multiples
+    state = {"ids": ids, "weights": weights, "draws": part.draws}
+    return state if multiples is None else state | {"multiples": as_tensor(multiples)}
 
 
 def unpacked(state: dict[str, Any]) -> Part:
     """Return the part that was packed."""
     weights = None if state["weights"] is None else frozen(state["weights"].numpy())
-    return Part(tensor_ids(state["ids"]), weights, draws=state["draws"])
+    multiples = as_array(state.get("multiples"))
+    return Part(tensor_ids(state["ids"]), weights, draws=state["draws"], multiples=multiples)
 
 
 def ids_at(positions: Positions, parts: Sequence[Part]) -> Ids:

@@ -290,9 +290,10 @@ class Correction:
     """Loss weights that undo the skew of draws, as in prioritized replay (Schaul et al. 2016).
 
     c_i = (N p_i)^-β / Σ_j p_j (N p_j)^-β  for a sample drawn from a group of N with probability
-    p_i; 1 for a sample drawn uniformly. Their mean over draws is 1, so the step keeps its length:
-    Schaul et al. divide by max_j c_j instead, which scales the learning rate. β = 1 makes the mean
-    of corrected losses an unbiased estimate of the uniform mean.
+    p_i; 1 for a sample drawn uniformly. One that stands for m of N has N p_i / m instead. Their
+    mean over draws is 1, so the step keeps its length: Schaul et al. divide by max_j c_j instead,
+    which scales the learning rate. β = 1 makes the mean of corrected losses an unbiased estimate of
+    the uniform mean.
     """
 
     def __init__(self, beta: float, dtype: torch.dtype) -> None:
@@ -324,9 +325,11 @@ class Correction:
         found[there] = self._values[at[there]]
         return torch.from_numpy(found)
 
-    def _loss_weights(self, weights: WeightVector) -> Weights:
-        share = weights.held / weights.sum()
+    def _loss_weights(self, weights: Part) -> Weights:
+        share, skew = weights.held / weights.sum(), weights.number
+        if weights.multiples is not None:
+            skew = weights.multiples.sum() / weights.multiples
         with np.errstate(divide="ignore"):
-            raw = np.where(share > 0, (weights.number * share) ** -self._beta, 0.0)
+            raw = np.where(share > 0, (skew * share) ** -self._beta, 0.0)
         loss_weights: Weights = raw / weights.sum(share * raw)
         return loss_weights

@@ -6,6 +6,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ from distcl.sampling.groups import ArrayLike, Group, Part, ids_at, own, packed, 
 from distcl.types import Ids
 
 _DIGEST_BLOCK = 1 << 20
+
+
+def _option(name: str) -> Any:
+    """Return a property that is read from a sampler's options: it cannot be changed later."""
+    return property(attrgetter(f"options.{name}"))
 
 
 class RoundSampler(Sampler[list[int]]):
@@ -89,6 +95,10 @@ class DistributedWeightedSampler(RoundSampler):
         stream: keeps apart samplers that share a seed, such as current and history data.
     """
 
+    global_batch_size = _option("global_batch_size")
+    window, num_samples, seed = map(_option, ("window", "num_samples", "seed"))
+    draw, drop_last, stream = map(_option, ("draw", "drop_last", "stream"))
+
     def __init__(
         self,
         batch_size: int,
@@ -117,7 +127,6 @@ class DistributedWeightedSampler(RoundSampler):
         if draw not in DRAWS:
             raise ValueError(f"unknown draw '{draw}'; known: {', '.join(DRAWS)}")
         super().__init__(round_index)
-        self.global_batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.options = DrawOptions(batch_size, window, num_samples, seed, draw, drop_last, stream)
@@ -195,7 +204,8 @@ class DistributedWeightedSampler(RoundSampler):
                 "its DataLoader out of accelerator.prepare, and move batches with "
                 ".to(accelerator.device)"
             )
-        return self.global_batch_size
+        size: int = self.global_batch_size
+        return size
 
     def total(self, step: int) -> int:
         """Return the size of a global batch."""

@@ -115,7 +115,10 @@ class OptimizerSlices:
         return {"slices": found.slices, "plain": found.plain}
 
     def load_slices(self, saved: SavedSlices) -> None:
-        """Restore my slices of what was saved on any number of ranks. Collective."""
+        """Restore my slices of what was saved on any number of ranks. Collective.
+
+        The state of another kind of optimizer is left: this one begins anew.
+        """
         self.forget()
         if saved.states[0]["kept"] is not None:
             self._optimizer.state.clear()
@@ -127,6 +130,9 @@ class OptimizerSlices:
     def _load(self, saved: SavedSlices, which: str) -> None:
         states = [state[which] for state in saved.states]
         fetch = {key: saved.fetch(which, "slices", key) for s in states for key in s["slices"]}
+        is_adam = "betas" in self._optimizer.param_groups[0]
+        if fetch and ("exp_avg" in fetch) != is_adam:
+            return
         plain = {name: values for s in states for name, values in s["plain"].items()}
         self._partition.load_optimizer_state(self._optimizer, fetch, plain)
         place_steps(self._optimizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,12 +17,16 @@ from safetensors.torch import load_file
 
 from distcl import job
 from distcl.checkpoint.store import MODEL, load
+from distcl.config import StreamConfig
+from distcl.data.shards.inputs import open_samples
+from distcl.data.shards.writer import write_shards
 from distcl.data.stream import create_stream
 from distcl.errors import DivergenceError
 from distcl.losses import cross_entropy
+from distcl.monitoring.metrics import StreamMetric
 from distcl.types import Batch, unpack_ids
 from tests.small import small
-from tests.spawn import run_ranks
+from tests.spawn import exit_codes, run_ranks
 
 QUICK = (
     "run.poll_steps=3",
@@ -31,11 +36,15 @@ QUICK = (
 )
 
 
-def go(keys: tuple[str, ...], out: Path) -> str:
+def go(
+    keys: tuple[str, ...], out: Path, command: job.Command = "train", raises: bool = False
+) -> str:
     """Run a job; return its error, '' if there was none."""
     try:
-        job.execute("train", small(*QUICK, *keys), out)
+        job.execute(command, small(*QUICK, *keys), out)
     except DivergenceError as error:
+        if raises:
+            raise
         return str(error)
     return ""
 
@@ -115,6 +124,40 @@ class NanSignal:
         return now.loss * (float("nan") if last and self.chunks < 0 else 1.0)
 
 
+class NanOnce(NanSignal):
+    """One that loses its numbers once in a process: a run that went back finds them again."""
+
+    well: ClassVar[bool] = False
+
+    def score(self, batch: Batch, now: Any, anchor: Any) -> torch.Tensor:
+        score = super().score(batch, now, anchor)
+        if NanOnce.well:
+            return now.loss
+        NanOnce.well = not bool(score.isfinite().all())
+        return score
+
+
+class NanMetric(StreamMetric):
+    """A metric to watch that is NaN once in a process."""
+
+    well: ClassVar[bool] = False
+
+    def measure(self, batch: Batch, logits: Any) -> torch.Tensor:
+        if 9 in batch.y and not NanMetric.well:
+            NanMetric.well = True
+            return torch.full(batch.y.shape, torch.nan)
+        return torch.zeros(batch.y.shape)
+
+
+class DivergesAlone(NanSignal):
+    """A signal that says itself, on the last rank, that training has diverged."""
+
+    def score(self, batch: Batch, now: Any, anchor: Any) -> torch.Tensor:
+        if super().score(batch, now, anchor).isnan().any():
+            raise DivergenceError("the signal has had enough")
+        return now.loss
+
+
 def _loss(loss: type[Sick]) -> str:
     return f"model.loss={__name__}:{loss.__name__}"
 
@@ -190,6 +233,30 @@ def test_a_rollback_goes_back_to_a_checkpoint_with_a_smaller_step(
     assert shared["job"]["rollbacks"] == 2
     rounds = json.loads((tmp_path / "summary.json").read_text())["rounds"]
     assert all(np.isfinite(r["final_loss"]) for r in rounds)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_one_rank_finds_takes_all_of_them_back(world: int, tmp_path: Path) -> None:
+    write_shards(open_samples("digits", stream=StreamConfig()), tmp_path / "s", per_shard=300)
+    lanes = ("stream.source=shards", f"stream.path={tmp_path / 's'}", "data.access=stream")
+    back = ("training.max_rollbacks=1", "priority.score_batch=16")
+    score = (*lanes, *back, f"priority.signal={__name__}:NanOnce")
+    watch = (*back, f"monitor.metric={__name__}:NanMetric", "monitor.batch_size=30")
+    cases = (("train", score, "the score of signal 'NanOnce'"), ("run", watch, "the metric fed"))
+    for k, (command, keys, what) in enumerate(cases):
+        assert run_ranks(world, go, keys, out := tmp_path / str(k), command) == [""] * world
+        assert f"{what}" in (out / "log.txt").read_text().partition("[rollback] ")[2]
+
+
+def test_a_rank_that_diverges_alone_does_not_leave_the_others_waiting(tmp_path: Path) -> None:
+    keys = (f"priority.signal={__name__}:DivergesAlone", "training.max_rollbacks=3")
+    clock = time.monotonic()
+    codes = exit_codes(2, go, (*keys, "priority.score_batch=16"), tmp_path, "train", True)
+    assert codes[0] == 4
+    assert time.monotonic() - clock < 60
+    status = json.loads((tmp_path / "status.json").read_text())
+    reason = "rank 1: before step 1 of round 1: the signal has had enough"
+    assert (status["exit_code"], status["reason"]) == (4, reason)
 
 
 def test_rollbacks_are_bounded(tmp_path: Path) -> None:

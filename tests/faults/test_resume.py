@@ -227,6 +227,40 @@ def test_changed_keys_are_told_and_refused_unless_allowed(tmp_path: Path) -> Non
     assert "data.workers: 0 -> 1" in (tmp_path / "log.txt").read_text()
 
 
+CHANGED = {
+    "history is copied": ("continual_learning.history_store=copy",),
+    "another optimizer": ("optimizer.name=adam", "optimizer.momentum=0"),
+    "another draw": ("priority.draw=systematic",),
+    "a batch of another size": ("training.batch_size=30",),
+    "another source of scores": ("priority.source=online", "priority.signal=entropy"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_change_that_is_allowed_goes_on_or_is_refused_by_its_key(
+    change: str, tmp_path: Path
+) -> None:
+    keys = ("optimizer.momentum=0.9", "continual_learning.update_mode=er")
+    assert go("train", keys, tmp_path, 9, "never") == "preempted"
+    config = small(*ALWAYS, *keys, *CHANGED[change])
+    allowed = [key.partition("=")[0] for key in CHANGED[change]]
+    refused = {
+        "another draw": "saved with draw = 'multinomial', but this sampler has 'systematic'",
+        "a batch of another size": "saved with global_batch_size = 20, but this sampler has 30",
+        "another source of scores": "saved with window = None, but this sampler has 10",
+    }
+    if change in refused:
+        with pytest.raises(CheckpointError, match=f"cannot go on: .*{refused[change]}"):
+            job.execute("train", config, tmp_path, resume="auto", allow_changed=allowed)
+        return
+    job.execute("train", config, tmp_path, resume="auto", allow_changed=allowed)
+    assert all(np.isfinite(r["final_loss"]) for r in _rounds(tmp_path))
+
+
+def _rounds(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "summary.json").read_text())["rounds"]
+
+
 def _arrays(path: Path, rows: int, turned: bool = False) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.random((rows, 8), dtype=np.float32), np.arange(rows) % 4

@@ -1,12 +1,14 @@
 """Opens .npy and .npz files without pickle: an .npy is mapped, arrays of an .npz are read whole.
 
 Memory stays bounded by the data that a file really holds, whatever its header claims. What is read
-from an .npz is checked against its CRC; mapped data are not checked.
+from an .npz is checked against its CRC; mapped data are not checked, but for the digests that a user
+gives of files (``stream.sha256``).
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import math
 import struct
@@ -23,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib import format as npy
 
+from distcl.config import StreamConfig
+from distcl.config.paths import reachable
 from distcl.errors import DataError
 
 Array = npt.NDArray[Any]
@@ -167,3 +171,25 @@ def open_file(path: Path) -> BufferedReader:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"file '{path}' cannot be read: {reason}") from error
+
+
+# SHA-256 of data files, where the user says what it must be.
+
+
+def check_files(config: StreamConfig) -> None:
+    """Check every file that ``stream.sha256`` names. Local; reads each file once.
+
+    Names are relative to ``stream.path``, or to its folder if it is a file; without a path, to the
+    working folder. Raises DataError naming a file that is absent or has another digest.
+    """
+    base = reachable(config.path or ".")
+    base = base.parent if base.is_file() else base
+    for name, expected in config.sha256.items():
+        path = base / name
+        with open_file(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected.lower():
+            raise DataError(
+                f"'{path}' has SHA-256 {found}, but stream.sha256 says {expected.lower()}: it is "
+                "damaged, or another file"
+            )

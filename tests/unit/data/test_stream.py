@@ -342,6 +342,37 @@ def test_what_a_source_says_of_itself_chooses_its_samples():
         DriftStream(source, source, config, 0)
 
 
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        ({"usable": [True, False]}, r"usable of the train source have type bool and shape \(2,\)"),
+        ({"usable": np.ones(len(LABELS), int)}, r"usable .* type int64 .*; bool of shape"),
+        ({"groups": [0, 1]}, r"groups of the train source .* shape \(2,\); integers of"),
+        ({"groups": LABELS / 2}, "groups of the train source have type float64"),
+        ({"classes": -5}, "classes of the train source are -5"),
+        ({"sequential": True}, "says sequential = True, but has no method 'shards_of'"),
+        ({"live_seconds": 1.0}, "says live_seconds, but has no method 'arrived'"),
+    ],
+)
+def test_what_a_source_cannot_say_of_itself_is_named(said, says):
+    source = Plain(IMAGES, LABELS)
+    source.info = SourceInfo(**said)
+    with pytest.raises((ConfigError, DataError), match=says):
+        DriftStream(source, Plain(IMAGES, LABELS), StreamConfig(), 0)
+
+
+def test_more_classes_than_a_source_says_and_what_is_no_batch_are_named():
+    source = Plain(IMAGES, LABELS)
+    source.info = SourceInfo(classes=2)
+    made = DriftStream(source, source, StreamConfig(drift="none", experiences=1), 0)
+    row = int(np.flatnonzero(LABELS >= 2)[0])
+    with pytest.raises(DataError, match=f"row {row} of the train source has label {LABELS[row]}"):
+        made.read(np.array([row]))
+    source.read = lambda ids: (IMAGES[ids], LABELS[ids])
+    with pytest.raises(DataError, match="the train source returns a tuple, not a Batch"):
+        DriftStream(source, source, StreamConfig(), 0)
+
+
 def test_digits_with_every_default():
     made = create_stream(StreamConfig(), 0)
     assert len(made.experiences) == 5 and made.spec.classes == 10

@@ -13,7 +13,8 @@ from distcl.errors import ConfigError
 from distcl.priority.round_weights import RoundWeights, Shape, weigh
 from distcl.priority.signals import create_signal
 from distcl.priority.weighting import WeightVector
-from distcl.sampling.groups import Part
+from distcl.sampling.composition import MAIN, Mix
+from distcl.sampling.groups import Part, packed, unpacked
 from distcl.sampling.round_loader import Correction
 from distcl.training.build import check_priority
 from distcl.types import Batch
@@ -90,6 +91,22 @@ def test_correction_is_n_p_to_the_minus_beta_with_mean_one_over_draws() -> None:
     assert Correction(0.0, torch.float64).applied(batch, [group]) is batch
 
 
+def test_correction_over_a_pool_is_towards_all_that_the_pool_stands_for() -> None:
+    config = small("continual_learning.mix_historic_data=true", "priority.target=union")
+    mix = Mix(config.training, config.continual_learning, union=True)
+    pool = WeightVector(HISTORY[::4], np.linspace(1, 3, 15))
+    groups = mix.groups([_scored(CURRENT), pool], len(CURRENT), len(HISTORY), False)[MAIN]
+    [group] = [unpacked(packed(part)) for part in groups]
+    ids = torch.from_numpy(np.asarray(group.ids))
+    batch = Batch(ids, torch.zeros(len(ids), 1), torch.zeros(len(ids)), len(ids))
+    found = Correction(1.0, torch.float64).applied(batch, [group]).weights
+    assert found is not None
+    losses = np.random.default_rng(0).random(len(ids))
+    corrected = group.held / group.sum() @ (found.numpy() * losses)
+    uniform = (losses[:40].sum() + 60 * losses[40:].mean()) / 100
+    assert corrected == pytest.approx(uniform, rel=1e-12)
+
+
 REFUSED: list[tuple[tuple[str, ...], str, str]] = [
     (("source=online",), "priority.signal = 'loss_delta'", "source = 'online'"),
     (
@@ -142,3 +159,10 @@ def test_reading_ahead_past_a_refresh_and_history_among_mixed_candidates_are_ref
     with pytest.raises(ConfigError, match=r"'candidates' .*priority.target = 'history'"):
         _check(*mixed)
     _check(*mixed, takes_history=True)
+
+
+@pytest.mark.parametrize(("alpha", "why"), [(1000, "is inf"), (2000, "weights are zero")])
+def test_an_exponent_that_leaves_no_weights_is_told_by_its_key(alpha: float, why: str) -> None:
+    scores = WeightVector(np.arange(3), np.array([0.5, 0.1, 0.2]) * (10 if why == "is inf" else 1))
+    with pytest.raises(ConfigError, match=f"importance_alpha = {alpha} is too large.*{why}"):
+        Shape(PriorityConfig(), alpha).weights(scores)

@@ -386,6 +386,7 @@ def test_bad_weights_name_the_id_and_change_nothing(bad: float) -> None:
         ([1.5], [1.0], "integers"),
         ([[1, 2]], [[1.0, 2.0]], "one row"),
         ([1, 2], [1.0], r"\(1,\) for 2 ids"),
+        (np.array([2**63 + 5], dtype=np.uint64), [1.0], f"below 2.*not {2**63 + 5}"),
     ],
 )
 def test_ids_that_do_not_fit_are_refused(ids, weights, says: str) -> None:
@@ -396,6 +397,15 @@ def test_ids_that_do_not_fit_are_refused(ids, weights, says: str) -> None:
 def test_use_before_weights_is_refused() -> None:
     with pytest.raises(UsageError, match="set_weights first"):
         len(DistributedWeightedSampler(4))
+
+
+def test_options_can_be_read_and_not_changed() -> None:
+    given = {"window": 2, "num_samples": 40, "seed": 3, "draw": "systematic", "drop_last": True}
+    sampler = DistributedWeightedSampler(8, stream=1, **given)
+    assert {name: getattr(sampler, name) for name in given} == given
+    assert (sampler.global_batch_size, sampler.batch_size, sampler.stream) == (8, 8, 1)
+    with pytest.raises(AttributeError):
+        sampler.seed = 4
 
 
 @pytest.mark.parametrize("name", ["seed", "stream", "draw", "num_samples", "drop_last", "window"])

@@ -187,10 +187,22 @@ def test_weights_change_within_an_epoch_only_in_windows() -> None:
     assert len(seen[0]) == 8
 
 
-def test_a_plan_that_is_gone_cannot_be_saved() -> None:
+def test_a_plan_that_is_gone_cannot_be_saved_nor_read() -> None:
     plan = _plan(_parts(np.ones(30)), 20)
     for step in range(16):
         plan.global_batch(step)
     assert plan.state_dict(15)["step"] == 15
     with pytest.raises(UsageError, match="step 4"):
         plan.state_dict(4)
+    with pytest.raises(UsageError, match="step 4 is of a window that is gone"):
+        plan.global_batch(4)
+    resumed = _plan(None, 20)
+    resumed.load_state_dict(plan.state_dict(15))
+    with pytest.raises(UsageError, match="step 14 is of a window that is gone"):
+        resumed.groups(14)
+
+
+def test_nothing_to_draw_is_no_step() -> None:
+    plan = DistributedWeightedSampler(8, window=5)
+    plan.set_groups([Group(IDS, None, 0)])
+    assert [*plan] == []

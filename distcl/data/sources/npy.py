@@ -1,8 +1,8 @@
 """Opens .npy and .npz files without pickle: an .npy is mapped, arrays of an .npz are read whole.
 
 Memory stays bounded by the data that a file really holds, whatever its header claims. What is read
-from an .npz is checked against its CRC; mapped data are not checked, but for the digests that a user
-gives of files (``stream.sha256``).
+from an .npz is checked against its CRC; mapped data are not checked, but for
+the digests that a user gives of files (``stream.sha256``).
 """
 
 from __future__ import annotations

@@ -220,11 +220,8 @@ def _on_images(name: str, sample: Sample, function: Callable[[Array], Array]) ->
 def to_tensor(taken: Array, keep_integers: bool = False) -> torch.Tensor:
     """Return numbers as a tensor: uint8 as float32 in [0, 1], float64 as it is, others as float32.
 
-    ``keep_integers``: signed integers and booleans keep their type; uint16 and uint32 in rows, as
-    token ids are kept, become int64.
+    ``keep_integers``: signed integers and booleans keep their type.
     """
-    if keep_integers and taken.ndim == 2 and taken.dtype.kind == "u" and taken.itemsize in (2, 4):
-        taken = taken.astype(np.int64)
     if taken.dtype == np.uint8:
         taken = np.divide(taken, np.float32(255), dtype=np.float32)
     elif not (keep_integers and taken.dtype.kind in "ib"):

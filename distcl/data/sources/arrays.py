@@ -32,7 +32,7 @@ class ArraySource:
     sample [N, ...] (-100 counts for nothing), or for regression floating-point targets [N, ...].
     On reading, uint8 becomes float32 in [0, 1], float64 stays, every other type becomes float32;
     inside a pytree, and beside several labels a sample, signed integers and booleans (token ids,
-    masks) keep their type, and [N, T] of uint16 or uint32 become int64.
+    masks) keep their type; beside several labels, [N, T] of uint16 or uint32 becomes int64.
     ``labels``: int64 [N]; None if there is not one a sample.
     ``groups``: the concept that each sample belongs to, int64 [N]; None: to all.
 
@@ -76,7 +76,10 @@ class ArraySource:
         if self._in_tree:
             x = tree_map(lambda leaf: to_tensor(leaf[rows], keep_integers=True), self._x)
         else:
-            x = to_tensor(self._x[rows], keep_integers=self._several)
+            taken = self._x[rows]
+            if self._several and taken.ndim == 2 and taken.dtype.type in (np.uint16, np.uint32):
+                taken = taken.astype(np.int64)  # token ids, as most tokenizers' files have them
+            x = to_tensor(taken, keep_integers=self._several)
         y = to_tensor(self._y[ids], keep_integers=True)
         return Batch(torch.from_numpy(ids), x, y, len(ids))
 

@@ -50,6 +50,12 @@ class TokenizerFile:
     USUAL = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 
     def __init__(self, path: Path, end: str = "") -> None:
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ConfigError(
+                f"stream.options.tokenizer: there is no file '{file}'; it is 'bytes', or a "
+                "tokenizer.json or its folder"
+            )
         try:
             from tokenizers import Tokenizer as Found
         except ImportError as error:
@@ -57,12 +63,6 @@ class TokenizerFile:
                 "a file as stream.options.tokenizer needs the package 'tokenizers'; type: "
                 f"pip install 'distcl[transformers]' ({error})"
             ) from error
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise ConfigError(
-                f"stream.options.tokenizer: there is no file '{file}'; it is 'bytes', or a "
-                "tokenizer.json or its folder"
-            )
         try:
             self._found = Found.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower

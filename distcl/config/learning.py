@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from distcl import registry
-from distcl.config.base import Section, known
+from distcl.config.base import Section, Table, known
 from distcl.config.paths import PathText
 from distcl.registry import nearest
 
@@ -144,34 +143,14 @@ class StreamConfig(Section):
         return [self.drift] if isinstance(self.drift, str) else list(self.drift)
 
 
-class LoraOptions(Section):
+class LoraOptions(Table):
     """What ``model.lora`` holds."""
 
-    r: int = Field(ge=1)
+    r: int = Field(ge=1, description="the rank of the adapters")
     alpha: float = Field(16.0, gt=0)
     targets: list[str] = Field([])
     dropout: float = Field(0.0, ge=0, lt=1)
     train: list[str] = Field([])
-
-    @classmethod
-    def of(cls, table: dict[str, Any]) -> LoraOptions:
-        """Check a table as it stands in a file. Raises ValueError naming what does not fit."""
-        try:
-            return cls.model_validate(table, strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            if first["type"] == "extra_forbidden":
-                near = registry.nearest(name, cls.model_fields)
-                raise ValueError(f"there is no '{name}' in it{near or _fields(cls)}") from error
-            if first["type"] == "missing":
-                raise ValueError(f"it needs '{name}', the rank of the adapters") from error
-            what = first["msg"][0].lower() + first["msg"][1:]
-            raise ValueError(f"'{name}': {what}, not {first['input']!r}") from error
-
-
-def _fields(options: type[Section]) -> str:
-    return f"; it takes {', '.join(options.model_fields)}"
 
 
 class ModelConfig(Section):
@@ -253,6 +232,14 @@ class ModelConfig(Section):
         return [self.score] * bool(self.score) if isinstance(self.score, str) else list(self.score)
 
 
+class ParameterGroup(Table):
+    """What one of ``optimizer.groups`` holds; None: as the optimizer has it."""
+
+    pattern: str = Field(min_length=1, description="which parameters are in it, by name")
+    lr: float | None = Field(None, gt=0)
+    weight_decay: float | None = Field(None, ge=0)
+
+
 class OptimizerConfig(Section):
     """The optimizer."""
 
@@ -268,6 +255,11 @@ class OptimizerConfig(Section):
         description="decay of the first and second moment (adam, adamw)",
     )
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    groups: list[dict[str, Any]] = Field(
+        [],
+        description="parameters with another rate or decay: `[[optimizer.groups]]` with pattern, "
+        "as `head.*`, and lr or weight_decay; of several that match the first counts",
+    )
     fused: bool = Field(
         False,
         description="torch's fused kernel, which takes one pass over the weights a step: faster, "
@@ -282,6 +274,15 @@ class OptimizerConfig(Section):
     decay: Literal["none", "linear", "cosine"] = Field(
         "none", description="how the learning rate falls towards min_lr within every round"
     )
+
+    @field_validator("groups")
+    @classmethod
+    def _groups(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for table in value:
+            group = ParameterGroup.of(table)
+            if group.lr is None and group.weight_decay is None:
+                raise ValueError(f"'{group.pattern}' has neither lr nor weight_decay")
+        return value
 
     @model_validator(mode="after")
     def _used(self) -> OptimizerConfig:

@@ -92,8 +92,9 @@ def assemble(
     dry = DryRun(config, runtime, stream, tried, scored if importance else None, scores)
     raw = create_model(config.model, stream.spec, seed, dry.x)
     dry.before(raw)
+    names = [name for name, p in raw.named_parameters() if p.requires_grad]
     model, optimizer = runtime.prepare_training(
-        raw, lambda params: create_optimizer(config.optimizer, params), dry.unused
+        raw, lambda params: create_optimizer(config.optimizer, params, names), dry.unused
     )
     dry.after(model)
     partition = create_partition(runtime, model)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -11,18 +12,28 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from distcl.config import OptimizerConfig
+from distcl.config.learning import ParameterGroup
+from distcl.errors import ConfigError
 from distcl.parallel.partition import Partition
 from distcl.parallel.sliced_state import SavedSlices
+from distcl.registry import nearest
 
 
 def create_optimizer(
-    config: OptimizerConfig, params: Iterable[nn.Parameter]
+    config: OptimizerConfig, params: Iterable[nn.Parameter], names: Sequence[str] = ()
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of the configuration over ``params``. Local."""
+    """Return the optimizer of the configuration over ``params``. Local.
+
+    ``names``: of the parameters, in their order; ``optimizer.groups`` goes by them. Raises
+    ConfigError for a group that none is in.
+    """
     fused = config.fused or None  # None: torch decides
+    what: Any = params
+    if config.groups:
+        what = parameter_groups(config, dict(zip(names, params, strict=True)))
     if config.name == "sgd":
         return torch.optim.SGD(
-            params,
+            what,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
@@ -32,12 +43,39 @@ def create_optimizer(
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     first, second = config.betas
     return kind(
-        params,
+        what,
         lr=config.lr,
         betas=(first, second),
         weight_decay=config.weight_decay,
         fused=fused,
     )
+
+
+def parameter_groups(
+    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Return torch's parameter groups, each with the ``names`` of what is in it. Local.
+
+    The first group that matches a name has it; the last, if it is not empty, what none matches.
+    """
+    groups = [ParameterGroup.of(table) for table in config.groups]
+    members: list[list[str]] = [[] for _ in (*groups, None)]
+    for name in parameters:
+        fits = (k for k, group in enumerate(groups) if fnmatchcase(name, group.pattern))
+        members[next(fits, len(groups))].append(name)
+    found = []
+    for group, held in zip((*groups, None), members, strict=True):
+        if group is not None and not held:
+            taken = any(fnmatchcase(name, group.pattern) for name in parameters)
+            why = "all that it matches are in groups before it"
+            if not taken:
+                why = f"it matches no parameter that trains{nearest(group.pattern, parameters)}"
+            raise ConfigError(f"optimizer.groups: '{group.pattern}': {why}")
+        if held:
+            found.append({"params": [parameters[n] for n in held], "names": held})
+        if group is not None:
+            found[-1] |= group.model_dump(include={"lr", "weight_decay"}, exclude_none=True)
+    return found
 
 
 def rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:

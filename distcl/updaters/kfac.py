@@ -26,6 +26,7 @@ from distcl.updaters.kronecker import (
     deal_layers,
     find_layers,
 )
+from distcl.updaters.quadratic_penalty import learning_rates
 from distcl.updaters.step import UpdaterSetup
 
 log = logging.getLogger("distcl")
@@ -53,6 +54,8 @@ class KFACOnline(Updater):
                 "run.precision = 'fp16'; use 'bf16' or 'fp32'"
             )
         self.layers, rest = find_layers(self.runtime.strategy.unwrap(self.model), "kfac_online")
+        for layer in self.layers:  # refused here, on every rank
+            self._rate(layer)
         self.owners = deal_layers(self.layers, self.runtime.world_size)
         if rest and self.runtime.is_main:
             log.info(f"[kfac_online] without a penalty: {', '.join(rest)}")
@@ -129,22 +132,31 @@ class KFACOnline(Updater):
         if not self.commits:
             return
         strength = self.config.kfac_lambda
-        lr = (
-            self.setup.optimizer.param_groups[0]["lr"]
-            if self.config.penalty_step == "damped"
-            else 0.0
-        )
         owners: dict[str, int] = {}
         grads: dict[str, torch.Tensor] = {}
         for layer, w in self._matrices():
             owners |= dict.fromkeys(layer.parameters, self.owners[layer.name])
             if w is not None:
+                lr = self._rate(layer)
                 delta = w - self.committed[layer.name]
                 held = self.curvature.get(layer.name)
                 zero = torch.zeros_like(delta)
                 gradient = zero if held is None else held.gradient(delta, strength, lr)
                 grads |= layer.tensors(gradient)
         self.partition.add_full_grads_(grads, owners)
+
+    def _rate(self, layer: Layer) -> float:
+        """Return the rate that damps a layer's penalty; ConfigError if it has several. Local."""
+        if self.config.penalty_step != "damped":
+            return 0.0
+        rates = learning_rates(self.setup.optimizer, layer.parameters)
+        if len(set(rates)) > 1:
+            raise ConfigError(
+                f"optimizer.groups: layer '{layer.name}' has parameters of several learning rates, "
+                "which update_mode = 'kfac_online' cannot damp; give them one, or set "
+                "continual_learning.penalty_step = 'explicit'"
+            )
+        return rates[0]
 
     # -- commit and state ----------------------------------------------------------------------
 

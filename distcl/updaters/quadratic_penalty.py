@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -27,8 +27,18 @@ def add_pull(
             pull = torch._foreach_sub(list(weights.values()), anchors)
             k = torch._foreach_mul([curvature[name] for name in weights], scale)
             if step == "damped":
-                damping = torch._foreach_mul(k, updater.setup.optimizer.param_groups[0]["lr"])
+                rates = learning_rates(updater.setup.optimizer, list(weights))
+                damping = torch._foreach_mul(k, rates[0] if len(set(rates)) == 1 else rates)
                 torch._foreach_add_(damping, 1)
                 torch._foreach_div_(k, damping)
             torch._foreach_mul_(pull, k)
     updater.partition.add_grad_(dict(zip(weights, pull, strict=True)))
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> list[float]:
+    """Return the learning rates as they are now, of the parameters ``names``, in order. Local."""
+    groups = optimizer.param_groups
+    if "names" not in groups[0]:  # a single group, of all
+        return [float(groups[0]["lr"])] * len(names)
+    rates = {name: float(group["lr"]) for group in groups for name in group["names"]}
+    return [rates[name] for name in names]

@@ -3,12 +3,14 @@ import torch
 from torch import nn
 
 from distcl.config import OptimizerConfig
+from distcl.errors import ConfigError
 from distcl.training.optimizer import (
     create_optimizer,
     place_steps,
     rate_factor,
     reset,
 )
+from distcl.updaters.quadratic_penalty import learning_rates
 
 CONFIGS = [
     OptimizerConfig(name="sgd", lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -91,6 +93,55 @@ def test_betas_and_nesterov_reach_torch():
     assert adam.param_groups[0]["betas"] == (0.8, 0.95)
     sgd = create_optimizer(OptimizerConfig(momentum=0.5, nesterov=True), [parameter()])
     assert sgd.param_groups[0]["nesterov"] and sgd.param_groups[0]["momentum"] == 0.5
+
+
+HEAD = {"pattern": "head.*", "lr": 0.5}
+
+
+def named():
+    names = ("body.weight", "body.bias", "head.weight", "head.bias")
+    return {name: nn.Parameter(torch.ones(k + 1)) for k, name in enumerate(names)}
+
+
+def grouping(*groups, lr=0.1):
+    config = OptimizerConfig(lr=lr, weight_decay=0.01, groups=list(groups))
+    optimizer = create_optimizer(config, named().values(), list(named()))
+    return [(g["names"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups], optimizer
+
+
+def test_the_first_group_that_matches_has_a_parameter():
+    found, optimizer = grouping({"pattern": "*.bias", "weight_decay": 0.0}, HEAD)
+    assert found == [
+        (["body.bias", "head.bias"], 0.1, 0.0),
+        (["head.weight"], 0.5, 0.01),
+        (["body.weight"], 0.1, 0.01),
+    ]
+    assert [len(p) for g in optimizer.param_groups for p in g["params"]] == [2, 4, 3, 1]
+    rates = learning_rates(optimizer, ["head.weight", "body.weight", "head.bias"])
+    assert rates == [0.5, 0.1, 0.1]
+    assert (
+        learning_rates(create_optimizer(OptimizerConfig(lr=0.3), [parameter()]), "ab") == [0.3] * 2
+    )
+    assert [names for names, _, _ in grouping({"pattern": "*", "lr": 1.0})[0]] == [list(named())]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([{"pattern": "haed.*", "lr": 1.0}], r"'haed\.\*': it matches no .*did you mean 'head\."),
+        ([HEAD, {"pattern": "head.bias", "lr": 1.0}], r"'head\.bias': all that it matches are in"),
+        ([{"pattern": "head.*"}], "neither lr nor weight_decay"),
+        (
+            [{"patern": "head.*", "lr": 1.0}],
+            "no 'patern' in it, did you mean 'pattern'|it needs 'pattern'",
+        ),
+        ([{"lr": 1.0}], "it needs 'pattern', which parameters"),
+        ([{"pattern": "head.*", "lr": -1.0}], r"'lr': input should be greater than 0, not -1\.0"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(groups, message):
+    with pytest.raises((ConfigError, ValueError), match=message):
+        grouping(*groups)
 
 
 def factors(steps, **keys):

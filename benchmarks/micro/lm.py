@@ -84,7 +84,7 @@ def compare(model: dict[str, Any], repeats: int) -> dict[str, float]:
     )
     stream = create_stream(config.stream, config.run.seed)
     with tempfile.TemporaryDirectory() as out:
-        trainer = trainer_of(config, runtime, stream, Path(out))  # type: ignore[arg-type]
+        trainer = trainer_of(config, runtime, stream, Path(out))
         module = runtime.strategy.unwrap(trainer.parts.model)
         plain, loss = copy.deepcopy(module), _token_loss
         if model["name"] != "decoder":
@@ -128,7 +128,7 @@ def _bare(model: nn.Module, tokens: torch.Tensor, loss: Loss, steps: int) -> Wor
         for step in range(steps):
             rows = order[step * BATCH : (step + 1) * BATCH]
             optimizer.zero_grad(set_to_none=True)
-            loss(model, tokens[rows]).backward()
+            loss(model, tokens[rows]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
     return train

@@ -96,8 +96,8 @@ def test_peft_loads_what_is_exported_and_gives_the_same_logits(kind: str, tmp_pa
 
     def compared(run: Path, base: Path) -> None:
         plain = getattr(transformers, kind).from_pretrained(str(base))
-        theirs = peft.PeftModel.from_pretrained(plain, str(run / "to")).eval()
-        torch.testing.assert_close(theirs(input_ids=ids).logits, ours(run, ids))
+        loaded = peft.PeftModel.from_pretrained(plain, str(run / "to")).eval()
+        torch.testing.assert_close(loaded(input_ids=ids).logits, ours(run, ids))
 
     job(path, tmp_path, {"run": keys})
     run = tmp_path / "run"
@@ -131,6 +131,28 @@ def test_a_cut_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     assert cut.keys() == whole.keys() and all(torch.equal(cut[n], whole[n]) for n in cut)
 
 
+def theirs(spec: DataSpec) -> torch.nn.Module:
+    """A PeftModel of the user's."""
+    mlp = create_model(small.small().model, spec, 5)
+    lora = peft.LoraConfig(r=2, target_modules=["body.0"], modules_to_save=["head"])
+    model: torch.nn.Module = peft.get_peft_model(mlp, lora)
+    return model
+
+
+def test_a_model_that_is_a_peft_model_is_exported_alike(tmp_path: Path) -> None:
+    keys = (f"model.name={__name__}:theirs", "model.options={}", "optimizer.lr=0.01")
+    small.execute("train", keys, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "to")
+    spec = DataSpec((1, 8, 8), 10)
+    plain = create_model(small.small().model, spec, 7)
+    plain.load_state_dict(load_file(tmp_path / "to/base/model.safetensors"))
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path / "to")).eval()
+    mine = create_model(small.small(*keys).model, spec, 7).eval()
+    load_pretrained(mine, tmp_path / "run/checkpoints/final.safetensors")
+    x = torch.randn(4, 1, 8, 8)
+    torch.testing.assert_close(loaded(x), mine(x))
+
+
 def test_any_model_may_have_adapters_and_they_are_exported(tmp_path: Path) -> None:
     keys = ("model.lora={r=2, alpha=2, targets=['body.0'], train=['head']}", "optimizer.lr=0.05")
     small.execute("train", keys, tmp_path / "run")
@@ -138,9 +160,9 @@ def test_any_model_may_have_adapters_and_they_are_exported(tmp_path: Path) -> No
     spec = DataSpec((1, 8, 8), 10)
     plain = create_model(small.small().model, spec, 5)
     plain.load_state_dict(load_file(tmp_path / "to/base/model.safetensors"))
-    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "to")).eval()
+    loaded = peft.PeftModel.from_pretrained(plain, str(tmp_path / "to")).eval()
     mine = create_model(small.small(*keys).model, spec, 5).eval()
     load_pretrained(mine, tmp_path / "run/checkpoints/final.safetensors")
     x = torch.randn(4, 1, 8, 8)
-    torch.testing.assert_close(theirs(x), mine(x))
+    torch.testing.assert_close(loaded(x), mine(x))
     assert not torch.equal(mine(x), create_model(small.small().model, spec, 0)(x))

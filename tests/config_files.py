@@ -81,6 +81,7 @@ SMALL_NET = ["model.options.width=4", "stream.samples_per_experience=40"]
 LESS = {
     "cifar10-binary": SMALL_NET,
     "cifar10": SMALL_NET,
+    "lora": ["stream.options.max_bytes=9000", "model.lora.r=2"],
     "lm": ["stream.options.max_bytes=9000", "model.options.dim=16", "model.options.depth=1"],
 }
 """What else makes a config small."""
@@ -89,6 +90,9 @@ LESS = {
 def small_sets(path: Path, folder: Path) -> list[str]:
     """``--set`` values that make a config small; data files go into ``folder``."""
     config = load_config(path)
+    if config.model.name.startswith("hf:"):
+        for package in ("transformers", "peft"):
+            pytest.importorskip(package, reason="the extra 'transformers' is not installed")
     sets = [*SMALLER, *LESS.get(path.stem, [])]
     if config.stream.path:
         make = FILES.get(config.stream.source)

@@ -58,3 +58,8 @@ def stay_in_eval_mode(module: nn.Module) -> None:
     """Make ``train()`` do nothing to a module, which is in eval mode from now on. Local."""
     module.eval()
     module.train = lambda mode=True: module  # type: ignore[method-assign]
+
+
+def stays_in_eval_mode(module: nn.Module) -> bool:
+    """Tell whether :func:`stay_in_eval_mode` was called for a module. Local."""
+    return "train" in vars(module)

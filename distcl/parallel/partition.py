@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from distcl.distributed.runtime import Runtime
+from distcl.models.freezing import stays_in_eval_mode
 from distcl.models.weights import Spec, tensor_spec
 from distcl.parallel.flat_shards import (
     Whole,
@@ -55,6 +56,13 @@ class Partition(OwnedGradients, SteppedParameters):
             name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()
         }  # DeepSpeed's: those of gathered parameters
         self._buffers = persistent_buffers(module)
+        still = {
+            id(buffer)
+            for part in module.modules()
+            if stays_in_eval_mode(part)
+            for buffer in part.buffers(recurse=False)
+        }
+        self._moving = {n: b for n, b in self._buffers.items() if id(b) not in still}
         self._rest = Whole(self._buffers, cut_by_dtype(runtime, self._buffers))
         self._spans: dict[str, tuple[int, int]] = {}
 
@@ -133,9 +141,10 @@ class Partition(OwnedGradients, SteppedParameters):
     def sync_buffers(self) -> None:
         """Average floating-point buffers over ranks (BatchNorm statistics). Collective.
 
-        Others (counters) take the largest.
+        Others (counters) take the largest. Those of norms that are frozen are left alone: an
+        average of equal numbers may differ from them by a last bit.
         """
-        average_buffers(self._runtime, self._buffers)
+        average_buffers(self._runtime, self._moving)
 
 
 def create_partition(runtime: Runtime, model: nn.Module) -> Partition:

@@ -20,7 +20,7 @@ from distcl.config.load import load_config
 from distcl.job import execute
 from tests.config_files import CONFIGS, command_of, small_sets
 from tests.draws import outcome, recorded
-from tests.spawn import distcl
+from tests.spawn import distcl, run_ranks
 
 
 def _one_process(config: Config) -> bool:
@@ -98,3 +98,15 @@ def test_it_draws_and_learns_what_it_did(
     assert found["draws"] == expected["draws"]
     if alone:
         assert found["weights"] == expected["weights"]
+
+
+def _execute(command: str, path: Path, sets: list[str], out: Path) -> str:
+    return str(execute(command, load_config(path, sets), out)["status"])
+
+
+@pytest.mark.parametrize("name", ["lm", "lora"])
+def test_two_ranks_draw_the_texts_that_one_does(name: str, tmp_path: Path) -> None:
+    path = next(path for path in CONFIGS if path.stem == name)
+    sets = small_sets(path, tmp_path)
+    assert run_ranks(2, _execute, "train", path, sets, tmp_path / "out") == ["done"] * 2
+    assert outcome(tmp_path / "out")["draws"] == recorded(path, 1)["draws"]

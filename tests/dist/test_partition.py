@@ -11,6 +11,7 @@ import torch
 from distcl.parallel.anchor import Anchor
 from distcl.config import RunConfig
 from distcl.errors import UsageError
+from distcl.models.freezing import freeze
 from distcl.parallel import ddp
 from distcl.parallel.partition import create_partition
 from distcl.parallel.flat_shards import flattened
@@ -151,6 +152,23 @@ def test_buffers_are_averaged_and_sums_are_cut_into_owned_slices() -> None:
             continue
         joined = np.concatenate([r["sums"][name] for r in results if name in r["sums"]])
         np.testing.assert_array_equal(joined, np.full(parameter.numel(), 6.0))
+
+
+def _frozen_norm() -> list[bool]:
+    runtime = Runtime()
+    model = awkward()
+    with torch.no_grad():  # of which (x + x + x) / 3 is not x
+        model.norm.running_mean.copy_(1.5 + (4 * torch.arange(11) + 2) * 2.0**-23)
+    freeze(model, ["norm.running_mean"])
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    prepared = runtime.prepare(model).train()
+    prepared(torch.randn(4, 7))
+    create_partition(runtime, prepared).sync_buffers()
+    return [torch.equal(before[n], b) for n, b in model.named_buffers()]
+
+
+def test_buffers_of_frozen_norms_stay_as_they_are() -> None:
+    assert run_ranks(3, _frozen_norm) == [[True] * 4] * 3
 
 
 def test_channels_last_weights_are_cut_in_memory_order_and_views_are_refused() -> None:

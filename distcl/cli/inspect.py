@@ -68,7 +68,10 @@ def export_checkpoint(
         Path, typer.Option("--to", metavar="DIR", help="Where to write.", parser=expanded)
     ] = Path("export"),
 ) -> None:
-    """Write the weights as one safetensors file and config.toml, readable without distcl."""
+    """Write the weights as one safetensors file and config.toml, readable without distcl.
+
+    Of a model with adapters it is a folder that peft loads.
+    """
     from distcl.checkpoint.export import export
 
     protect(to / "config.toml")

@@ -219,7 +219,7 @@ class Job:
             if progress is not None:
                 progress.resumed(len(trainer.rounds) + (trainer.pretraining is not None))
         elif monitor is None:
-            foresee_rounds(parts.updater, config, stream.experiences, stream.info.sequential)
+            foresee_rounds(parts.updater, config, stream.experiences, stream.info)
         setup = state.here
         self._rollbacks = max(self._rollbacks, state.rollbacks)
         trainer.loop.halve_rates(self._rollbacks - state.rollbacks)

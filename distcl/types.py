@@ -30,6 +30,8 @@ IGNORED = -100
 
 ROW_BITS = 40
 _TEST_BIT = 62
+GENERAL = (1 << (_TEST_BIT - ROW_BITS)) - 1
+"""The experience of which ids of general data are: the last that there can be."""
 
 
 def pack_ids(experience: int, rows: npt.ArrayLike, *, test: bool = False) -> Ids:
@@ -223,16 +225,16 @@ class SourceInfo:
 
     ``usable``: bool [N], leaves bad samples out of all experiences. ``groups``: int64 [N], or what
     can be indexed as such an array: the concept that each sample belongs to; None: to all.
-    ``group_names``: by concept. Labels
-    and ``usable`` may also be functions that return them, so that they are not held in between.
+    ``group_names``: by concept. Labels and ``usable`` may also be functions that return them, so
+    that they are not held in between.
 
     ``sequential``: it is best read from front to back, and that is the stream order;
     ``shards_of(ids)`` then returns the part [B] of each, and how many parts can be read side by
     side. ``live_seconds``: how long to wait for more samples at its end; ``arrived()`` then returns
     how many have come, and ``grow(n)`` takes in n of them and returns the length before.
 
-    ``tokens``: x are token ids below this; ``longest``: how many the longest sample has.
-    ``varies``: the shape of a batch depends on its samples, as with texts of unequal lengths.
+    ``tokens``: x are token ids below this, of ``tokenizer`` ("": not known); ``longest``: how many
+    the longest sample has. ``varies``: samples, as texts, are of unequal lengths.
     ``positions``: of several labels a sample, one more than the largest, and a sample that has none
     but its first, as messages name it, or ""; without it, every sample is read to learn these.
 
@@ -251,6 +253,7 @@ class SourceInfo:
     live_seconds: float = 0.0
     replaces: bool = False
     tokens: int = 0
+    tokenizer: str = ""
     longest: int = 0
     varies: bool = False
     positions: tuple[int, str] | None = None

@@ -31,7 +31,11 @@ HARMLESS = (
 )
 """Keys, and sections, that may change between a checkpoint and its resumption."""
 
-_KEPT = ("model.score", "model.score_options")  # a matrix, and a best checkpoint, are of one score
+_KEPT = {  # what a matrix and its baselines are of
+    "model.score": "its scores",
+    "model.score_options": "its scores",
+    "stream.experiences": "its experiences",
+}
 
 Say = Callable[[str], None]
 """Shows one line to the user, on rank 0."""
@@ -56,7 +60,7 @@ def check_config(
                 continue
             change = f"{name}: {before!r} -> {now!r}"
             if name in _KEPT:
-                raise ConfigError(f"'{path}': {change}: a run keeps its scores; begin anew")
+                raise ConfigError(f"'{path}': {change}: a run keeps {_KEPT[name]}; begin anew")
             if name in allowed or name.startswith(HARMLESS):
                 say(f"[resume] changed since the checkpoint: {change}")
             else:

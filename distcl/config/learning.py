@@ -245,7 +245,11 @@ class OptimizerConfig(Section):
 
     name: Literal["sgd", "adam", "adamw"] = Field("sgd", description="torch's optimizer")
     lr: float = Field(0.05, gt=0, description="learning rate")
-    min_lr: float = Field(0.0, ge=0, description="what the learning rate falls to by decay")
+    min_lr: float = Field(
+        0.0,
+        ge=0,
+        description="what the learning rate falls to by decay; those of groups by the same share",
+    )
     momentum: float = Field(0.0, ge=0, lt=1, description="momentum (sgd)")
     nesterov: bool = Field(False, description="Nesterov's momentum (sgd)")
     betas: list[float] = Field(

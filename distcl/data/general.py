@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map
@@ -9,6 +11,7 @@ from torch.utils._pytree import tree_map
 from distcl.data.labels import SourceSplit, data_spec
 from distcl.errors import ConfigError, DataError
 from distcl.types import (
+    GENERAL,
     Batch,
     DataSpec,
     Ids,
@@ -22,15 +25,14 @@ from distcl.types import (
 
 
 class General:
-    """Samples of ``source`` as they are, under ids of an experience, ``index``, after the last.
+    """Samples of ``source`` as they are, under ids of an experience that is none, ``GENERAL``.
 
     Raises ConfigError if the source cannot be read in any order, DataError if its samples do not
     fit those of the stream: ``train``, whose spec is ``spec``.
     """
 
-    def __init__(self, source: Source, train: SourceSplit, spec: DataSpec, index: int) -> None:
+    def __init__(self, source: Source, train: SourceSplit, spec: DataSpec) -> None:
         self.source = source
-        self._index = index
         for info in (train.info, info_of(source)):
             if info.sequential or info.live_seconds:
                 raise ConfigError(
@@ -49,13 +51,19 @@ class General:
                 f"stream.general has {found.classes} classes, counted to its largest label, but "
                 f"the stream {spec.classes}"
             )
-        self.longest = max(spec.longest, found.longest)
+        ours, theirs = train.info.tokenizer, split.info.tokenizer
+        if ours and theirs and ours != theirs:
+            raise DataError(
+                f"the tokenizer of stream.general is {theirs}, that of the stream is {ours}: give "
+                "both the same (options.tokenizer)"
+            )
+        self.spec = replace(spec, longest=found.longest, lone=spec.lone or found.lone)
         rows = np.arange(len(source))
-        self.ids = frozen(pack_ids(index, rows if split.usable is None else rows[split.usable]))
+        self.ids = frozen(pack_ids(GENERAL, rows if split.usable is None else rows[split.usable]))
 
     def holds(self, ids: Ids) -> Mask:
         """Return which ids [N] are of these samples, bool [N]. Local."""
-        there: Mask = unpack_ids(ids)[0] == self._index
+        there: Mask = unpack_ids(ids)[0] == GENERAL
         return there
 
     def others(self, ids: Ids) -> Ids:

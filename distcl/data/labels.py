@@ -154,6 +154,13 @@ def data_spec(train: SourceSplit, test: SourceSplit) -> DataSpec:
         raise DataError(
             f"training targets have shape {train.y_shape} but test targets {test.y_shape}"
         )
+    ours, theirs = (tuple(split.info.class_names) for split in (train, test))
+    if ours and theirs and ours != theirs:
+        k = next((k for k, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), -1)
+        what = f"class {k} is '{ours[k]}' in one, '{theirs[k]}' in the other"
+        if k < 0:
+            what = f"one has {len(ours)} names of classes, the other {len(theirs)}"
+        raise DataError(f"{what}: labels would mean different things")
     tokens, longest = train.info.tokens, max(train.info.longest, test.info.longest)
     if train.labels is not None:
         classes, names = max(train.classes, test.classes), tuple(train.info.class_names)

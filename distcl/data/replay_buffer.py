@@ -185,12 +185,14 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; without copies there, samples are read anew."""
-        self._ids = tensor_ids(state["ids"])
-        copies = state["copies"]
-        if self.copies and copies is None:
-            self.retain(self._ids)
-        elif self.copies:
+        ids, copies = tensor_ids(state["ids"]), state["copies"]
+        if self.copies and copies is not None:
             self._keep(copies["ids"].numpy(), copies["read"].numpy(), copies["x"], copies["y"])
+        if self._general is not None:  # which may be new
+            ids = joined_ids([self._general, ids[~among(ids, self._general)]])
+        self._ids = ids
+        if self.copies and len(self._copied.ids) < len(ids):
+            self.retain(ids)
 
 
 _NOTHING: tuple[torch.Tensor, PyTree, PyTree] = torch.empty(0, dtype=torch.int64), None, None

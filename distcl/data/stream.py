@@ -129,8 +129,8 @@ class DriftStream:
         self.general, every = None, [split.info for split in splits]
         if general is not None:
             every.append(info_of(general))
-            self.general = General(general, splits[0], self.spec, config.experiences)
-            self.spec = replace(self.spec, longest=self.general.longest)
+            self.general = General(general, splits[0], self.spec)
+            self.spec = self.general.spec
         self.info = SourceInfo(
             sequential=own.sequential,
             live_seconds=own.live_seconds,

@@ -17,7 +17,7 @@ from distcl.config import ModelConfig
 from distcl.errors import CheckpointError, ConfigError
 from distcl.models import reference
 from distcl.models.freezing import freeze
-from distcl.models.lora import add_lora
+from distcl.models.lora import ADAPTER_KEY, add_lora
 from distcl.models.transformers import PREFIX, create_transformer
 from distcl.models.weights import WeightsFile, check_fit, tensor_spec
 from distcl.registry import nearest
@@ -62,12 +62,18 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = Non
             _make_real(model, config.name, x)
     if type(model).__module__ != reference.__name__:
         model.register_forward_hook(_logits_alone)
-    if config.pretrained:
-        load_pretrained(model, Path(config.pretrained), config.pretrained_skip)
+    path = Path(config.pretrained)
+    adapted = bool(config.pretrained) and ADAPTER_KEY in _opened(path).header
+    if adapted and not config.lora:
+        raise ConfigError(f"model.pretrained = '{path}' has adapters: it needs the same model.lora")
+    if config.pretrained and not adapted:
+        load_pretrained(model, path, config.pretrained_skip)
     if config.lora:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             add_lora(model, config)
+    if adapted:
+        load_pretrained(model, path, config.pretrained_skip)
     freeze(model, config.freeze)
     return model
 
@@ -125,6 +131,17 @@ def _timm(name: str, spec: DataSpec, options: dict[str, Any]) -> Any:
         raise ConfigError(f"model 'timm:{name}' with {options}: {error}") from error
 
 
+def _opened(path: Path) -> WeightsFile:
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"model.pretrained must be a .safetensors file, not '{path}'")
+    try:
+        return WeightsFile(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"model.pretrained: there is no file '{path}'") from error
+    except OSError as error:
+        raise ConfigError(f"model.pretrained: cannot read '{path}': {error.strerror}") from error
+
+
 def load_pretrained(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> None:
     """Fill parameters and buffers from a safetensors file, all of them or none. Local.
 
@@ -134,14 +151,7 @@ def load_pretrained(model: nn.Module, path: Path, skip: Sequence[str] = ()) -> N
     or a pattern matches nothing; CheckpointError naming file and key if it is damaged, lacks or
     adds a tensor, or one has another shape, kind or is not finite.
     """
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"model.pretrained must be a .safetensors file, not '{path}'")
-    try:
-        file = WeightsFile(path)
-    except FileNotFoundError as error:
-        raise ConfigError(f"model.pretrained: there is no file '{path}'") from error
-    except OSError as error:
-        raise ConfigError(f"model.pretrained: cannot read '{path}': {error.strerror}") from error
+    file = _opened(path)
     own = model.state_dict()
     names = own.keys() | file.specs.keys()
     for pattern in skip:

@@ -25,7 +25,7 @@ from distcl.reporting.figures import (
     words_in,
 )
 from distcl.reporting.run_reader import Run
-from distcl.types import unpack_ids
+from distcl.types import GENERAL, unpack_ids
 
 _PARTS = {"cur": "current data", "hist": "history"}
 
@@ -255,7 +255,7 @@ def _top(run: Run) -> list[tuple[str, list[list[str]]]]:
         experience, row, _ = unpack_ids(arrays["ids"])
         labels = run.class_names(arrays["labels"]) or ["–"] * len(row)
         columns = [
-            [str(e + 1) for e in experience.tolist()],
+            ["general" if e == GENERAL else str(e + 1) for e in experience.tolist()],
             [str(r) for r in row.tolist()],
             labels,
             [str(c) for c in arrays["counts"].tolist()],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import zip_longest
 from pathlib import Path
 
@@ -36,6 +37,9 @@ from distcl.types import DataSpec, PrioritySignal, Progress, Stream, UnreducedLo
 from distcl.updaters import PassSetup, UpdaterSetup, create_updater
 
 _POOL = 2  # a stream of draws beside those of the samplers
+
+
+log = logging.getLogger("distcl")
 
 
 class Quiet:
@@ -83,6 +87,11 @@ def assemble(
     takes = continual.history_of == "all"
     if not takes and info_of(stream).general is None:
         raise ConfigError("continual_learning.history_of = 'general' needs stream.general")
+    if not takes and continual.buffer_size:
+        raise ConfigError(
+            f"continual_learning.buffer_size = {continual.buffer_size} bounds what earlier "
+            "experiences leave; history_of = 'general' keeps nothing of them"
+        )
     history = ReplayBuffer(stream, continual.buffer_size, seed, copies, takes)
     criterion, signal = create_judges(config, stream.spec)
     importance = config.continual_learning.importance_weighting
@@ -120,6 +129,13 @@ def assemble(
             passes=PassSetup(config.training.accumulate, dry.stand_in, dry.alone),
         ),
     )
+    replays = updater.uses_hist_batch or continual.mix_historic_data
+    if info_of(stream).general is not None and not replays and runtime.is_main:
+        log.warning(
+            "[data] stream.general is not replayed: update_mode = '%s' takes no history; set "
+            "continual_learning.mix_historic_data = true, or another update_mode",
+            continual.update_mode,
+        )
     if importance:
         check_priority(config, signal, updater.uses_hist_batch, sequential)
     if config.training.normalize == "token" and not (stream.spec.classes and stream.spec.y_shape):

@@ -14,7 +14,7 @@ from distcl.errors import ConfigError
 from distcl.sampling.composition import Mix
 from distcl.training.parts import Parts
 from distcl.training.stage import Stage
-from distcl.types import Experience
+from distcl.types import Experience, SourceInfo
 from distcl.updaters import Updater
 
 
@@ -56,22 +56,25 @@ def foresee_stage(parts: Parts, stage: Stage, accumulate: int) -> None:
 
 
 def foresee_rounds(
-    updater: Updater, config: Config, experiences: Sequence[Experience], sequential: bool
+    updater: Updater, config: Config, experiences: Sequence[Experience], info: SourceInfo
 ) -> None:
     """Raise as :meth:`foresee` for rounds on ``experiences`` one by one, before the first. Local.
 
     Rounds are left out whose batches are not known yet: then they are looked at as they begin.
     """
-    training, continual, held = config.training, config.continual_learning, 0
+    training, continual, own = config.training, config.continual_learning, 0
     mix = Mix(training, continual, union=False)
     online = continual.importance_weighting and config.priority.source == "online"
-    skips = config.data.on_bad_sample == "skip" or sequential
+    skips = config.data.on_bad_sample == "skip" or info.sequential
+    general = 0 if info.general is None else len(info.general)
     for k, experience in enumerate(experiences):
         n, plain = len(experience.train), k == 0 and training.pretrain_epochs > 0
+        held = 0 if plain else general + own
         unsure = not plain and (online or (held > 0 and training.accept == "improves"))
         if not (skips or unsure or config.model.pretrained):
             steps = mix.steps(n, held, training.pretrain_epochs if plain else None)
             batches = mix.batch_sizes(n, held, updater.uses_hist_batch and held > 0, steps)
             what = "pretraining" if plain else f"the round on experience {k + 1}"
             foresee(updater, batches, what, training.accumulate)
-        held = min(held + n, continual.buffer_size or held + n)
+        if continual.history_of == "all":
+            own = min(own + n, continual.buffer_size or own + n)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distcl.types import Batch, Ids, Source
+from distcl.types import Batch, Ids, Source, info_of
 from distcl.updaters.base import Round, Updater
 from distcl.updaters.logits import LastLogits, LogitTable, compute_logits, merged_notes, one_tensor
 from distcl.updaters.step import StepResult, UpdaterSetup, weighted
@@ -21,7 +21,8 @@ class DarkExperienceReplay(Updater):
 
     z: the logits that the sample got in the last training batch of its own round that held it, as
     in the paper: along the trajectory, not at its end. Those that were never drawn, or are of the
-    pretraining, get theirs by a forward at the commit. The squared distance is the mean over a
+    pretraining, get theirs by a forward at the commit; general data, as their first round begins.
+    The squared distance is the mean over a
     sample's C outputs. The paper draws two history batches, one for each term; here one serves
     both, which has the same mean and saves a third of the forwards (batches of equal size).
 
@@ -41,6 +42,14 @@ class DarkExperienceReplay(Updater):
         """Get ready to note the logits of samples that the history will keep. Local."""
         super().begin_round(round_)
         self.last = LastLogits(np.setdiff1d(round_.kept, self.stored.ids), self.runtime)
+
+    def cl_preprocessing(self) -> None:
+        """Store the logits of general data that there are none of yet. Collective."""
+        source, general = self.round.source, info_of(self.round.source).general
+        if general is not None and len(new := np.setdiff1d(general, self.stored.ids)):
+            _, logits = compute_logits(self.setup.scorer, source, new, "der")
+            self.stored.put(new, logits)
+        super().cl_preprocessing()
 
     def fwd_bwd(self, batch: Batch, hist_batch: Batch | None) -> StepResult:
         """One forward on the union; the losses returned are of both. Collective."""

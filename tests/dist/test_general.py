@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from distcl.job import execute as run_job
 from distcl.reporting.run_reader import read_run
+from distcl.types import GENERAL as LAST
 from distcl.types import unpack_ids
 from tests.small import execute, small
 from tests.spawn import run_ranks
@@ -22,6 +23,7 @@ GENERAL = (
     "priority.correction=0.5",
 )
 ER = ("continual_learning.update_mode=er", "continual_learning.replay_batch_size=11")
+DER = (*ER, "continual_learning.update_mode=der", "training.pretrain_epochs=0")
 MIXED = (
     "continual_learning.mix_historic_data=true",
     "continual_learning.current_ratio=0.6",
@@ -35,7 +37,7 @@ def drawn(folder: Path, number: int) -> set[int]:
     return set(unpack_ids(read_run(folder).draws[number]["ids"])[0].tolist())
 
 
-@pytest.mark.parametrize("case", [ER, MIXED], ids=["er", "mixed"])
+@pytest.mark.parametrize("case", [ER, DER, MIXED], ids=["er", "der", "mixed"])
 def test_general_data_are_replayed_alike_on_any_number_of_ranks(
     case: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -50,11 +52,13 @@ def test_general_data_are_replayed_alike_on_any_number_of_ranks(
     for name in a:
         np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-11)
     held = [r["priority"]["hist"]["n"] for r in three["rounds"]]
-    if case is ER:  # all of the general data, and the experiences before
+    if case is DER:
+        assert held == [539, 539 + 301, 539 + 602]
+    elif case is ER:  # all of the general data, and the experiences before
         assert held == [539 + 301, 539 + 602]
     else:
         assert held == [539, 539]
-        assert [drawn(tmp_path / "3", k) for k in (1, 2)] == [{1, 3}, {2, 3}]
+        assert [drawn(tmp_path / "3", k) for k in (1, 2)] == [{1, LAST}, {2, LAST}]
     within = sorted((tmp_path / "3" / "checkpoints").glob("step-*"))[-2]
     run_ranks(3, resumed, keys, str(tmp_path / "again"), str(within))
     c = load_file(tmp_path / "again" / final)

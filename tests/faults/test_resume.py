@@ -217,6 +217,9 @@ def test_changed_keys_are_told_and_refused_unless_allowed(tmp_path: Path) -> Non
     other = {"resume": "auto", "allow_changed": ["model.score"]}
     with pytest.raises(ConfigError, match=r"model\.score: '' -> 'loss': a run keeps its scores"):
         job.execute("train", small(*ALWAYS, "model.score=loss"), tmp_path, **other)
+    other = {"resume": "auto", "allow_changed": ["stream.experiences"]}
+    with pytest.raises(ConfigError, match=r"experiences: 3 -> 4: a run keeps its experiences"):
+        job.execute("train", small(*ALWAYS, "stream.experiences=4"), tmp_path, **other)
     job.execute(
         "train",
         small(*ALWAYS, *keys),

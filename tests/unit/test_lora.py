@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from distcl.config import ModelConfig
 from distcl.config.load import load_config
-from distcl.errors import ConfigError
+from distcl.errors import CheckpointError, ConfigError
 from distcl.models import create_model
 from distcl.models.lora import split_adapter
 from distcl.types import DataSpec
+from tests.small import execute, small
 
 pytest.importorskip("peft", reason="the extra 'transformers' is not installed")
 
@@ -125,3 +128,20 @@ def test_tensors_of_a_peft_model_are_split_as_those_of_ours() -> None:
     assert (
         base["score.weight"] == theirs[3] and adapter["base_model.model.score.weight"] == theirs[4]
     )
+
+
+def test_a_run_may_begin_with_the_adapters_of_another(tmp_path: Path) -> None:
+    lora = ("model.lora={r = 2, targets = ['body.0'], train = ['head']}", "training.epochs=1")
+    execute("train", lora, tmp_path / "a")
+    final = tmp_path / "a" / "checkpoints" / "final.safetensors"
+    config = small(*lora, f"model.pretrained={final}")
+    model = create_model(config.model, DataSpec((1, 8, 8), 10), 5)
+    held = load_file(final)
+    assert all(torch.equal(tensor, held[name]) for name, tensor in model.state_dict().items())
+    assert float(held["body.0.lora_B.default.weight"].abs().max()) > 0
+    plain = small(f"model.pretrained={final}")
+    with pytest.raises(ConfigError, match=r"final\.safetensors' has adapters: it needs the same"):
+        create_model(plain.model, DataSpec((1, 8, 8), 10), 5)
+    other = small("model.lora={r = 3, targets = ['body.0']}", f"model.pretrained={final}")
+    with pytest.raises(CheckpointError, match=r"body\.0\.lora_A"):
+        create_model(other.model, DataSpec((1, 8, 8), 10), 5)

@@ -105,7 +105,12 @@ def hf_text(
                 )
         before = len(texts.parts)
         columns = [column for column in wanted.values() if column]
-        texts.take(_rows(rows.select_columns(columns), f"'{config.path}', {split}"))
+        texts.take(
+            _rows(
+                rows.select_columns(list(dict.fromkeys(columns))).with_format(None),
+                f"'{config.path}', {split}",
+            )
+        )
         counts.append(len(texts.parts) - before)
     features = next(iter(splits.values())).features
     source = texts.source(config, tuple(getattr(features.get(label), "names", None) or ()))
@@ -163,6 +168,10 @@ class _Texts:
                 )
             if self.label:
                 value = self._field(where, fields, self.label)
+                if not isinstance(value, int | str) or isinstance(value, bool):
+                    raise DataError(
+                        f"{where}: '{self.label}' is {value!r}; labels are integers or texts"
+                    )
                 if isinstance(value, int) and not 0 <= value < MAX_CLASSES:
                     raise DataError(f"{where}: label {value} is out of range (0…{MAX_CLASSES - 1})")
                 self.labels.append(value)
@@ -186,8 +195,11 @@ class _Texts:
             if not isinstance(content, str) or not content:
                 raise DataError(f"{where}: '{self.text}' is no text")
             return encoded(self.known, where, content.encode())
-        found = np.asarray(content if content is not None else [])
-        if found.ndim != 1 or found.dtype.kind not in "iu" or found.min() < 0:
+        try:
+            found = np.asarray(content)
+        except ValueError:  # lists of unequal lengths within
+            found = np.empty(0)
+        if found.ndim != 1 or found.dtype.kind not in "iu" or not found.size or found.min() < 0:
             raise DataError(f"{where}: '{self.text}' is no list of token ids, 0 or more")
         if found.max() >= MAX_CLASSES:
             raise DataError(f"{where}: token id {found.max()} is not below {MAX_CLASSES}")
@@ -210,7 +222,12 @@ class _Texts:
         tokens = np.concatenate(self.parts)
         size = int(tokens.max()) + 1 if self.known is None else self.known.size
         info = SourceInfo(
-            self.name, classes=size, varies=True, tokens=size, longest=int(sizes.max())
+            self.name,
+            classes=size,
+            varies=True,
+            tokens=size,
+            tokenizer="" if self.known is None else self.known.name,
+            longest=int(sizes.max()),
         )
         if self.label:
             names, numbers = _numbered(self.labels, f"{self.name}, field '{self.label}'", True)

@@ -91,6 +91,7 @@ def text(
         group_names=tuple(found),
         varies=not pack,
         tokens=known.size,
+        tokenizer=known.name,
         longest=max(int(size.max()) for size in lengths),
     )
     tokens = np.concatenate(parts)

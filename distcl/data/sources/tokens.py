@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ Tokens = npt.NDArray[np.integer[Any]]
 class Tokenizer(Protocol):
     """Turns a document into token ids; ``end`` stands after every document."""
 
+    name: str
+    """What tells it apart from others."""
     size: int
     """Ids are below this."""
     end: int
@@ -33,7 +36,7 @@ class Tokenizer(Protocol):
 class Bytes:
     """The bytes of a text are its tokens, 0 to 255; 256 ends a document."""
 
-    size, end = 257, 256
+    name, size, end = "bytes", 257, 256
 
     def encode(self, text: bytes) -> Tokens:
         """Return the ids, uint8 [T]."""
@@ -67,6 +70,7 @@ class TokenizerFile:
             self._found = Found.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
             raise ConfigError(f"'{file}' is no file of the package tokenizers: {error}") from None
+        self.name = f"a file of SHA-256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}…"
         vocabulary = self._found.get_vocab(with_added_tokens=True)
         self.size = 1 + max(vocabulary.values(), default=0)  # ids may have gaps
         names = (end,) if end else self.USUAL

@@ -79,6 +79,18 @@ def test_token_ids_are_taken_as_they_are_and_class_names_told(tmp_path):
         ({"text": ["a", None]}, {}, DataError, r"row 1: 'text' is no text"),
         ({"input_ids": [[1, -2]]}, {"tokens": "input_ids"}, DataError, r"row 0: .* 0 or more"),
         ({"input_ids": [[1, 2], []]}, {"tokens": "input_ids"}, DataError, r"row 1: 'input_ids'"),
+        (
+            {"input_ids": [[[1, 2], [3]]]},
+            {"tokens": "input_ids"},
+            DataError,
+            r"row 0: .* 0 or more",
+        ),
+        (
+            {"text": ["a", "b"], "mood": [1, None]},
+            {"label": "mood"},
+            DataError,
+            r"row 1: .* is None",
+        ),
         ({}, {"domain": "place"}, ConfigError, r"has 2 values of 'place' \(x, y\), but the stream"),
         ({}, {"length": 1}, ConfigError, "length = 1: a sample needs"),
     ],
@@ -87,3 +99,14 @@ def test_what_cannot_work_is_refused_with_its_name(rows, options, error, message
     config = saved(tmp_path, rows=rows or ROWS)
     with pytest.raises(error, match=message):
         hf_text(config.model_copy(update={"options": options}), **options)
+
+
+@pytest.mark.parametrize("kind", [None, "numpy", "torch"])
+def test_rows_are_read_whatever_the_format_they_were_saved_in(kind, tmp_path):
+    made = datasets.Dataset.from_dict(ROWS | {"text": ["x", "y"] * 3}).with_format(kind)
+    made.save_to_disk(str(tmp_path))
+    config = StreamConfig(source="hf_text", path=str(tmp_path), drift="none", experiences=1)
+    train, test = hf_text(config, label="text")  # the same column twice
+    assert sorted(samples(train, test)) == [([120, 256], 0)] * 3 + [([121, 256], 1)] * 3
+    train, test = hf_text(config, tokens="input_ids", label="mood")
+    assert len(train) + len(test) == 6

@@ -24,7 +24,7 @@ from distcl.training.dry_run import DryRun
 from distcl.training.foresight import foresee_rounds
 from distcl.training.parts import Parts
 from distcl.training.trainer import ContinuousTrainer
-from distcl.types import Experience
+from distcl.types import GENERAL, Experience, SourceInfo, pack_ids
 from distcl.updaters.fisher import Squares
 from tests import theirs
 from tests.small import small
@@ -208,7 +208,7 @@ def test_it_is_foreseen_for_all_rounds_before_the_first():
             Experience(k, np.arange(n) + (k << 40), np.arange(5)) for k, n in enumerate(lengths)
         ]
         try:
-            foresee_rounds(updater, settings, experiences, sequential=False)
+            foresee_rounds(updater, settings, experiences, SourceInfo())
         except ConfigError as error:
             found.append(str(error).partition(";")[0])
         else:
@@ -218,6 +218,25 @@ def test_it_is_foreseen_for_all_rounds_before_the_first():
         "the round on experience 3: step 23 has a batch of 1",
         "the round on experience 2: step 14 has a batch of 1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("general", "history_of", "refused"),
+    [(101, "all", True), (101, "general", True), (151, "all", True), (100, "all", False)],
+)
+def test_general_data_are_foreseen_in_every_round(general, history_of, refused):
+    """Rounds of 300 + 300 + general samples, or 300 + general, in batches of 50."""
+    keys = ("tracking.kind=none", "continual_learning.mix_historic_data=true", "training.epochs=1")
+    settings = config("Norm", *keys, f"continual_learning.history_of={history_of}")
+    stream = create_stream(settings.stream, 0)
+    updater = assemble(config("Norm", *keys), Runtime(), stream, OUT).updater
+    experiences = [Experience(k, np.arange(300) + (k << 40), np.arange(5)) for k in range(2)]
+    info = SourceInfo(general=pack_ids(GENERAL, np.arange(general)))
+    if not refused:
+        return foresee_rounds(updater, settings, experiences, info)
+    step = (300 + general + 300 * (history_of == "all")) // 50 + 1
+    with pytest.raises(ConfigError, match=f"experience 2: step {step} has a batch of 1;"):
+        foresee_rounds(updater, settings, experiences, info)
 
 
 @pytest.mark.parametrize("mode", ["base", "er", "der", "jvp_reg", "agem", "lwf", "ewc_online"])

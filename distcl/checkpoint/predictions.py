@@ -49,10 +49,13 @@ def write_predictions(
     config = configuration(path)
     runtime = Runtime(config.run, config.parallel, config.training)
     with runtime.guard():
-        if runtime.is_main and out.exists():
-            raise UsageError(f"'{out}' exists; give another file")
-        if runtime.is_main and not out.parent.is_dir():
-            raise UsageError(f"there is no folder '{out.parent}' to write '{out.name}' in")
+        fault = ""
+        if out.exists():
+            fault = f"'{out}' exists; give another file"
+        elif not out.parent.is_dir():
+            fault = f"there is no folder '{out.parent}' to write '{out.name}' in"
+        if fault := runtime.broadcast(fault):
+            raise UsageError(fault)
         parts, config, weights = assemble_trained(path, config, runtime, warn)
         stream: Stream = parts.stream
         say = _meaning(what, config.model.loss, stream.spec)

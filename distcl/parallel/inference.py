@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -147,8 +147,8 @@ class ShardedForward:
         Collective.
         """
         if len(ids) == 0:
-            empty: Any = torch.empty(0, dtype=self.runtime.dtype, device=self.runtime.device)
-            return empty
+            empty = torch.empty(0, dtype=self.runtime.dtype, device=self.runtime.device)
+            return cast(T, empty)
         if sync:
             self.partition.sync_buffers()
         parts: list[T] = []

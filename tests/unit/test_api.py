@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import distcl
 from distcl.errors import ConfigError, UsageError
 from tests.small import SMALL, small
+
+ROOT = Path(__file__).parents[2]
 
 FEW = {
     "stream": {"experiences": 2, "samples_per_experience": 100},
@@ -95,6 +98,16 @@ def test_a_dict_is_as_strict_as_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     config = distcl.load_config({"optimizer": {"lr": 0.1}})
     assert config.optimizer.lr == 0.3
     assert distcl.load_config(config.replace(**{"optimizer.lr": 0.4})).optimizer.lr == 0.4
+
+
+def test_the_readmes_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"<!-- python -->\n```python\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    exec(found[1], {})
+    assert (tmp_path / "runs" / "python" / "report.html").exists()
 
 
 def test_a_configuration_needs_no_torch() -> None:

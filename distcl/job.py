@@ -225,7 +225,7 @@ class Job:
         trainer.loop.halve_rates(self._rollbacks - state.rollbacks)
         state.rollbacks = self._rollbacks
         if monitor is None:
-            train(trainer, state, keeper)
+            run_rounds(trainer, state, keeper)
         else:
             monitor.run() if self._command == "run" else monitor.detect()
         keeper.finish()
@@ -262,7 +262,7 @@ class Job:
                 self._progress.message(text)
 
 
-def train(
+def run_rounds(
     trainer: ContinuousTrainer, state: JobState | None = None, keeper: Keeping | None = None
 ) -> None:
     """Run one round per experience, the first by pretraining if asked. Collective.

@@ -179,6 +179,13 @@ def per_sample_error(outputs: PyTree, y: PyTree, loss_name: str) -> torch.Tensor
         return create_loss(loss_name)(outputs, y)
 
 
+def class_scores(outputs: torch.Tensor, y: PyTree, loss_name: str) -> torch.Tensor:
+    """Return scores of classes with the classes last, [B, ..., C]; y says where they were."""
+    if outputs.ndim == 2 or registry.resolve("loss", loss_name) is next_token:
+        return outputs
+    return outputs.movedim(1, -1) if y.shape == outputs.shape else _classes_last(outputs, y)
+
+
 def per_sample_squares(outputs: PyTree, y: PyTree) -> torch.Tensor:
     """Return what R² is made of, float64 [B, 1 + D].
 

@@ -22,6 +22,7 @@ from distcl.models.lora import ADAPTER_KEY, split_adapter
 from distcl.models.transformers import CONFIG_KEY
 from distcl.models.weights import WeightsFile
 from distcl.training.build import assemble
+from distcl.training.parts import Parts
 from distcl.training.trainer import ContinuousTrainer
 
 log = logging.getLogger("distcl")
@@ -88,18 +89,9 @@ def evaluate(path: Path, warn: Callable[[str], None] = log.warning) -> dict[str,
     config = configuration(path)
     runtime = Runtime(config.run, config.parallel, config.training)
     with runtime.guard():
-        weights = find(path, warn, runtime)
-        stream = create_stream(config.stream, config.run.seed, config.data)
-        quiet = config.model_copy(
-            update={
-                "tracking": config.tracking.model_copy(update={"kind": "none"}),
-                "model": config.model.model_copy(update={"pretrained": ""}),
-            }
-        )
-        parts = assemble(quiet, runtime, stream, path)
-        load_weights(parts.forward.partition, weights)
+        parts, quiet, weights = assemble_trained(path, config, runtime, warn)
         trainer = ContinuousTrainer(parts, quiet)
-        found = [trainer.measure(e) for e in stream.experiences]
+        found = [trainer.measure(e) for e in parts.stream.experiences]
         row, *others = (list(values) for values in zip(*found, strict=True))
         further = dict(zip(list(parts.scores)[1:], others, strict=True))
     return {
@@ -109,6 +101,26 @@ def evaluate(path: Path, warn: Callable[[str], None] = log.warning) -> dict[str,
         "average_accuracy": sum(row) / len(row),
         "scores": further,
     }
+
+
+def assemble_trained(
+    path: Path, config: Config, runtime: Runtime, warn: Callable[[str], None]
+) -> tuple[Parts, Config, Path]:
+    """Return the parts of a run with its weights, the configuration that they have, and the file.
+
+    Nothing is tracked, and no pretrained weights are read. ``warn``: see :func:`find`. Collective.
+    """
+    weights = find(path, warn, runtime)
+    stream = create_stream(config.stream, config.run.seed, config.data)
+    quiet = config.model_copy(
+        update={
+            "tracking": config.tracking.model_copy(update={"kind": "none"}),
+            "model": config.model.model_copy(update={"pretrained": ""}),
+        }
+    )
+    parts = assemble(quiet, runtime, stream, path)
+    load_weights(parts.forward.partition, weights)
+    return parts, quiet, weights
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     **training.COMMANDS,
     "compare": compare.compare,
     "eval": inspect.evaluate_run,
+    "predict": inspect.predict,
     "report": inspect.report,
     "status": inspect.status,
     "config": setup.show_config,

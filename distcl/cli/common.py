@@ -10,7 +10,10 @@ from typing import Annotated
 
 import typer
 
-from distcl.config.paths import expanded
+from distcl import registry
+from distcl.config import StreamConfig
+from distcl.config.load import load_config
+from distcl.config.paths import expanded, reachable
 from distcl.distributed.environment import rank_of
 from distcl.errors import UsageError
 
@@ -81,6 +84,24 @@ def needed_config(command: str, argument: Path | None, option: Path | None) -> P
     if path is None:
         raise UsageError(f"distcl {command} needs a CONFIG; 'distcl init' writes one")
     return path
+
+
+def named_stream(source: str, sets: list[str]) -> StreamConfig | None:
+    """Return the stream that SOURCE names: a configuration's, or one of a registered source.
+
+    That one has a single experience and no drift, unless ``sets`` say otherwise. None: SOURCE is
+    neither.
+    """
+    path = reachable(source)
+    if source.endswith(".toml") and not path.is_dir():
+        return load_config(path, sets).stream
+    named = source in {part.name for part in registry.parts("source")}
+    if named and path.exists():
+        raise UsageError(f"'{source}' is a source and also here as a file: ./{source} is the file")
+    if named or (":" in source and not path.exists()):
+        plain = ("stream.drift=none", "stream.experiences=1")
+        return load_config(None, [*plain, *sets, f"stream.source={source}"]).stream
+    return None
 
 
 def say(text: str) -> None:

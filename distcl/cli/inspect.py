@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from distcl.cli.common import Json, complain, launch_rank, say
+from distcl.cli.common import Json, Overrides, Quiet, complain, launch_rank, named_stream, say
 from distcl.config.paths import expanded
+from distcl.errors import UsageError
 from distcl.reporting.figures import words_of
 from distcl.reporting.run_folder import protect
 
@@ -31,6 +32,49 @@ def evaluate_run(
         for k, value in enumerate(row):
             say(f"  experience {k + 1}  {value:.4f}")
         say(f"  average       {sum(row) / len(row):.4f}")
+
+
+def predict(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", parser=expanded)],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE.npz", help="The file to write.", parser=expanded)
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="Other data than the run's: a config (.toml), or the name of a source, configured "
+            "with --set stream.KEY=VALUE.",
+            show_default=False,
+        ),
+    ] = "",
+    sets: Overrides = None,
+    what: Annotated[
+        Literal["logits", "probs", "labels"],
+        typer.Option(help="Outputs as they are, probabilities of the classes, or classes."),
+    ] = "logits",
+    quiet: Quiet = False,
+) -> None:
+    """Write what a run's weights, or a checkpoint's, say of every held-out sample, as an .npz.
+
+    Its arrays: ids, experience (from 1), outputs, and y.
+    """
+    if sets and not data:
+        raise UsageError("--set describes --data SOURCE, which is not given")
+    stream = named_stream(data, sets or []) if data else None
+    if data and stream is None:
+        raise UsageError(
+            f"--data '{data}' is neither a config (.toml) nor a source; an .npz is --data arrays "
+            "--set stream.path=FILE"
+        )
+    protect(out)
+    from distcl.checkpoint.predictions import write_predictions
+
+    warn = complain if launch_rank() == 0 else lambda text: None
+    rows, weights = write_predictions(path, out, what, stream, warn)
+    if not quiet:
+        say(f"{out}: {what} of {rows:,} samples, by {weights}")
 
 
 checkpoint = typer.Typer(help="Look at, verify and export checkpoints.")

@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distcl import registry
-from distcl.cli.common import Overrides, Quiet, complain, launch_rank, say
-from distcl.config import StreamConfig
-from distcl.config.load import load_config
+from distcl.cli.common import Overrides, Quiet, complain, launch_rank, named_stream, say
 from distcl.config.paths import expanded, reachable
 from distcl.errors import DataError, UsageError
 
@@ -73,7 +70,7 @@ def shard(
                 manifest, problems = index.index_folder(folder, label, skip_bad, tell)
     else:
         folder = dest
-        made = inputs.open_samples(source, label, _stream(source, sets or []), skip_bad)
+        made = inputs.open_samples(source, label, named_stream(source, sets or []), skip_bad)
         problems, skipped = list(made.problems), made.skipped
         bad = problems if skip_bad else None
         if skipped:
@@ -97,16 +94,3 @@ def shard(
             f"{folder}: {len(found)} shards, {sum(s.samples for s in found):,} samples, "
             f"{sum(s.bytes for s in found) / 1e6:,.1f} MB"
         )
-
-
-def _stream(source: str, sets: list[str]) -> StreamConfig | None:
-    """Return the stream that SOURCE names, if it is a configuration or a registered source."""
-    path = reachable(source)
-    if source.endswith(".toml") and not path.is_dir():
-        return load_config(path, sets).stream
-    named = source in {part.name for part in registry.parts("source")}
-    if named and path.exists():
-        raise UsageError(f"'{source}' is a source and also here as a file: ./{source} is the file")
-    if named or (":" in source and not path.exists()):
-        return load_config(None, [*sets, f"stream.source={source}"]).stream
-    return None

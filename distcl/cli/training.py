@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -43,13 +42,9 @@ def _command(command: Command, does: str) -> Callable[..., None]:
         as_json: Json = False,
     ) -> None:
         path = needed_config(command, config, file)
-        loaded = load_config(path, sets or [])
-        folder = out or Path(loaded.run.out or f"runs/{path.stem}")
-        numbered = not (out or loaded.run.out)
-        run = loaded.run.model_copy(update={"out": str(folder)})
-        loaded = loaded.model_copy(update={"run": run})
+        loaded = load_config(path, sets or [])  # what is wrong is told before torch is imported
 
-        from distcl import job
+        from distcl import api
         from distcl.cli.display import open_display, show_summary
 
         console = Console(stderr=as_json)
@@ -61,16 +56,16 @@ def _command(command: Command, does: str) -> Callable[..., None]:
             complain(message)
 
         try:
-            summary = job.execute(
+            summary = api.start(
                 command,
                 loaded,
-                folder,
-                display,
-                tell,
+                out,
                 resume,
-                allow_changed or [],
-                overwrite,
-                numbered,
+                allow_changed=allow_changed or [],
+                overwrite=overwrite,
+                progress=display,
+                name=path.stem,
+                tell=tell,
             )
         finally:
             if display is not None:

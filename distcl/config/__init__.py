@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import model_validator
 
 from distcl.config.base import Section
@@ -55,6 +57,16 @@ class Config(Section):
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def replace(self, **values: Any) -> Config:
+        """Return a copy in which keys have other values: ``replace(**{"optimizer.lr": 0.1})``.
+
+        Raises ConfigError, as for a file, naming a key that there is not or a value that it is not
+        to have.
+        """
+        from distcl.config.load import load_config
+
+        return load_config(self, values)
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:

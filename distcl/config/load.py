@@ -10,7 +10,8 @@ import functools
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from distcl.config.paths import expanded
 from distcl.errors import ConfigError
 from distcl.registry import nearest
 
+Given = str | Path | Mapping[str, Any] | Config | None
+"""What a configuration is loaded from; see :func:`load_config`."""
+Overrides = Sequence[str] | Mapping[str, Any]
+
 ENV_PREFIX = "DISTCL_"
 RESERVED_ENV = frozenset({"DISTCL_DEBUG", "DISTCL_MNIST"})
 """Variables with the prefix that are no configuration keys."""
@@ -35,6 +40,7 @@ SECTIONS: dict[str, type[Section]] = {
 }
 """The model of each section by name, in the order of the file."""
 
+_GIVEN = "configuration"  # origin of what is no text
 _STEP = "is now continual_learning.penalty_step"
 _NPY = "is gone: stream.path may be a folder of x.npy, y.npy, and perhaps x_test.npy, y_test.npy"
 GONE = {
@@ -72,15 +78,17 @@ _SHOWN = 60  # characters of a value that a message repeats
 
 
 def load_config(
-    path: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    path: Given = None,
+    overrides: Overrides = (),
     environ: Mapping[str, str] | None = None,
 ) -> Config:
     """Load a configuration. Local; needs no other rank.
 
-    ``path``: a TOML file, or None for the defaults alone. ``overrides``: ``section.key=value`` as
-    after ``--set``; the value is TOML, else taken as a bare string. ``environ``: where to look for
-    ``DISTCL_SECTION__KEY`` (None: ``os.environ``). Later ones win, in this order.
+    ``path``: a TOML file, sections as a file would have them, ``{"optimizer": {"lr": 0.1}}``, or a
+    Config; None for the defaults alone. ``overrides``: ``section.key=value`` as after ``--set``,
+    where the value is TOML, else taken as a bare string; or values by ``section.key``. ``environ``:
+    where to look for ``DISTCL_SECTION__KEY`` (None: ``os.environ``; not looked at under a Config).
+    Later ones win, in this order.
 
     Raises ConfigError with one or two lines that name the culprit.
     """
@@ -88,8 +96,8 @@ def load_config(
 
 
 def load_with_origins(
-    path: str | Path | None = None,
-    overrides: Sequence[str] = (),
+    path: Given = None,
+    overrides: Overrides = (),
     environ: Mapping[str, str] | None = None,
 ) -> tuple[Config, dict[str, str]]:
     """Load as :func:`load_config` does; return also the origin of every ``section.key``.
@@ -100,12 +108,26 @@ def load_with_origins(
     environ = os.environ if environ is None else environ
     raw: dict[str, dict[str, Any]] = {}
     origins: dict[str, str] = {}
-    if path is not None:
+    if isinstance(path, Config):
+        raw, environ = path.model_dump(), {}
+    elif isinstance(path, Mapping):
+        tree = {
+            str(name): {str(key): deepcopy(value) for key, value in keys.items()}
+            if isinstance(keys, Mapping)
+            else keys
+            for name, keys in path.items()
+        }
+        _take(tree, lambda _: _GIVEN, raw, origins)
+    elif path is not None:
         _read_file(expanded(path), raw, origins)
     for name in sorted(environ):
         if name.startswith(ENV_PREFIX) and name not in RESERVED_ENV:
             parts = name.removeprefix(ENV_PREFIX).lower().split("__")
             _put(raw, origins, parts, environ[name], name)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _set(raw, origins, key.split("."), deepcopy(value), _GIVEN)
+        overrides = ()
     for override in overrides:
         key, equals, text = override.partition("=")
         if not (equals and key.strip()):
@@ -114,7 +136,8 @@ def load_with_origins(
     try:
         config = Config.model_validate(raw, strict=True)
     except ValidationError as error:
-        raise ConfigError(_sentences(error, origins, path)) from None
+        file = path if isinstance(path, str | Path) else None
+        raise ConfigError(_sentences(error, origins, file)) from None
     return config, dict.fromkeys(_keys(), "default") | origins
 
 
@@ -134,9 +157,6 @@ def allowed(section: str, key: str) -> str:
     return _allowed(_schema(section)[key])
 
 
-# -- reading ------------------------------------------------------------------------------------
-
-
 def _read_file(path: Path, raw: dict[str, dict[str, Any]], origins: dict[str, str]) -> None:
     text = _text(path)
     try:
@@ -149,24 +169,34 @@ def _read_file(path: Path, raw: dict[str, dict[str, Any]], origins: dict[str, st
         hint = " (is a text without quotes?)" if why == "Invalid value" else ""
         raise ConfigError(f"{where}: not valid TOML: {why}{hint}") from None
     lines = dict(_lines(text))
+    _take(tree, lambda key: _at(path, lines, key), raw, origins)
+
+
+def _take(
+    tree: dict[str, Any],
+    at: Callable[[str], str],
+    raw: dict[str, dict[str, Any]],
+    origins: dict[str, str],
+) -> None:
+    """Check the names of a file's sections and keys; put them into ``raw``. ``at``: their place."""
     there = (
         f"{name}.{key}" for name, keys in tree.items() if isinstance(keys, dict) for key in keys
     )
     if gone := [key for key in there if key in GONE]:
-        raise ConfigError("\n".join(f"{_at(path, lines, key)}: {key} {GONE[key]}" for key in gone))
+        raise ConfigError("\n".join(f"{at(key)}: {key} {GONE[key]}" for key in gone))
     for section, values in tree.items():
-        origin = _at(path, lines, section)
+        origin = at(section)
         if section not in SECTIONS:
             parts = [section, *values][:2] if isinstance(values, dict) else [section]
             raise ConfigError(f"{origin}: {_unknown(parts)}")
         if not isinstance(values, dict):
             raise ConfigError(f"{origin}: {section} must be a section, [{section}]")
         for key, value in values.items():
-            _check([section, key], _at(path, lines, f"{section}.{key}"))
+            _check([section, key], at(f"{section}.{key}"))
             inner = value if isinstance(value, dict) else ()
             for name in [key, *(f"{key}.{k}" for k in inner)]:
                 dotted = f"{section}.{name}"
-                origins[dotted] = _at(path, lines, dotted)
+                origins[dotted] = at(dotted)
         raw[section] = values
 
 
@@ -215,10 +245,21 @@ def _put(
 ) -> None:
     """Set one value from its text, TOML or else a bare string, in ``raw``."""
     _check(parts, origin)
-    section, key, *inner = parts
-    bare = len(parts) == 2 and _schema(section)[key].get("type") == "string"
+    bare = len(parts) == 2 and _schema(parts[0])[parts[1]].get("type") == "string"
     value = _value(text)
-    value = text if bare and not isinstance(value, str) else value
+    _set(raw, origins, parts, text if bare and not isinstance(value, str) else value, origin)
+
+
+def _set(
+    raw: dict[str, dict[str, Any]],
+    origins: dict[str, str],
+    parts: Sequence[str],
+    value: Any,
+    origin: str,
+) -> None:
+    """Set one value in ``raw``."""
+    _check(parts, origin)
+    section, key, *inner = parts
     table: Any = raw.setdefault(section, {})
     for depth, part in enumerate(parts[1:-1], 2):
         table = table.setdefault(part, {})
@@ -240,9 +281,6 @@ def _value(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return table["value"] if len(table) == 1 else text
-
-
-# -- what is allowed, and what to say -------------------------------------------------------------
 
 
 @functools.cache
@@ -324,7 +362,7 @@ def _sentences(error: ValidationError, origins: Mapping[str, str], path: str | P
     for details in error.errors():
         found.setdefault(".".join(str(part) for part in details["loc"][:2]), details)
     first, *others = found
-    where = origins.get(first) or path or "configuration"
+    where = origins.get(first) or path or _GIVEN
     rest = f"\nalso wrong: {', '.join(others)}" if others else ""
     return f"{where}: {_sentence(first, found[first])}{rest}"
 
@@ -345,9 +383,6 @@ def _sentence(dotted: str, details: ErrorDetails) -> str:
 def _show(value: Any) -> str:
     shown = str(value).lower() if isinstance(value, bool) else repr(value)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
-
-
-# -- writing --------------------------------------------------------------------------------------
 
 
 def _table(values: Mapping[str, Any], name: str, origins: Mapping[str, str] | None) -> Table:

@@ -233,6 +233,8 @@ class FailureRelay:
         if self._rank == 0:
             answer_of(lambda: self._store.set(_TOLD, "1"), ANSWER_SECONDS)
             time.sleep(_READ_SECONDS)
+        elif not always_tell:  # a launcher ends all as soon as one is gone, and rank 0 is to tell
+            time.sleep(2 * _READ_SECONDS)
         os._exit(cause.exit_code)
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from distcl.data.loader import iterate_chunks
 from distcl.distributed.runtime import Runtime
 from distcl.losses import unreduced
 from distcl.parallel.partition import Partition
 from distcl.types import Batch, Ids, Outputs, PyTree, Source, UnreducedLoss
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -74,19 +78,24 @@ class ShardedForward:
         Raises ConfigError if the loss is not one number a sample.
         """
         with self.runtime.strategy.autocast():
-            logits = self.module(batch.x)
+            logits = self.logits(batch)
             loss = unreduced(self.criterion(logits, batch.y), len(batch))
         return Outputs(loss=loss.to(self.runtime.dtype), logits=logits)
 
+    def logits(self, batch: Batch) -> PyTree:
+        """Return logits of one chunk, as :meth:`outputs`, for which no target is needed."""
+        with self.runtime.strategy.autocast():
+            return self.module(batch.x)
+
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Eval mode, no gradient. All ranks call ``outputs`` equally often inside. Local."""
+        """Eval mode, no gradient. All ranks call the model equally often inside. Local."""
         with evaluating(self.module), self.partition.inference():
             yield
 
     @contextmanager
     def inferring(self, source: Source, ids: Ids, calls: int) -> Iterator[None]:
-        """As :meth:`inference`, but inside, this rank calls ``outputs`` exactly ``calls`` times.
+        """As :meth:`inference`, but inside, this rank calls the model exactly ``calls`` times.
 
         Where weights are gathered for every forward, ranks with fewer calls then join those of the
         others, with one sample of ``ids``. Collective.
@@ -99,7 +108,7 @@ class ShardedForward:
             yield
             for _ in range(missing):
                 for batch in self.chunks(source, ids[:1], 1):
-                    self.outputs(batch)
+                    self.logits(batch)
 
     def chunks(self, source: Source, ids: Ids, size: int) -> Iterator[Batch]:
         """Yield ``ids`` in chunks of ``size``, on the device. Local."""
@@ -124,22 +133,31 @@ class ShardedForward:
         )
 
     def per_batch(
-        self, source: Source, ids: Ids, size: int, measure: Callable[[Batch], torch.Tensor]
-    ) -> torch.Tensor:
+        self,
+        source: Source,
+        ids: Ids,
+        size: int,
+        measure: Callable[[Batch], T],
+        sync: bool = True,
+    ) -> T:
         """Return ``measure(batch)``, [B, ...] a chunk, for all ids, in their order: [N, ...].
 
-        Buffers are averaged over ranks first; ``measure`` is called in eval and inference mode, on
-        chunks that lie on the device. Collective.
+        It may also be a pytree of such tensors. Buffers are averaged over ranks first (``sync``);
+        ``measure`` is called in eval and inference mode, on chunks that lie on the device.
+        Collective.
         """
         if len(ids) == 0:
-            return torch.empty(0, dtype=self.runtime.dtype, device=self.runtime.device)
-        self.partition.sync_buffers()
-        parts: list[torch.Tensor] = []
+            empty = torch.empty(0, dtype=self.runtime.dtype, device=self.runtime.device)
+            return cast(T, empty)
+        if sync:
+            self.partition.sync_buffers()
+        parts: list[T] = []
         mine = self.mine(ids, size)
         with self.inferring(source, ids, max(1, -(-len(mine) // size))):
             for batch in self.chunks(source, mine, size):
                 parts.append(measure(batch))
             if not parts:  # more ranks than chunks: learn the shape from one sample
                 for batch in self.chunks(source, ids[:1], 1):
-                    parts.append(measure(batch)[:0])
-        return self.gather(torch.cat(parts), len(ids), size)
+                    parts.append(tree_map(lambda t: t[:0], measure(batch)))
+        found: T = tree_map(lambda *some: self.gather(torch.cat(some), len(ids), size), *parts)
+        return found

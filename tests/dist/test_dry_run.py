@@ -11,7 +11,7 @@ import pytest
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, UsageError
-from distcl.job import train
+from distcl.job import run_rounds
 from distcl.training.build import assemble
 from distcl.training.trainer import ContinuousTrainer
 from tests import theirs
@@ -69,7 +69,7 @@ def _train(out: Path) -> dict[str, Any]:
     for name, keys in TRAIN.items():
         config = _config(*keys)
         trainer = ContinuousTrainer(_parts(runtime, config, out), config)
-        train(trainer)
+        run_rounds(trainer)
         module = runtime.strategy.unwrap(trainer.parts.model)
         result[name] = (
             [r["draws_sha256"] for r in trainer.rounds],
@@ -85,7 +85,7 @@ def _refuse(out: Path) -> dict[str, Any]:
         config = _config(*keys)
         try:
             trainer = ContinuousTrainer(_parts(runtime, config, out), config)
-            train(trainer)
+            run_rounds(trainer)
         except Exception as error:
             result[name] = type(error).__name__, str(error)
     return result

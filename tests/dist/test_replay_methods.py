@@ -21,7 +21,7 @@ from distcl.data.replay_buffer import ReplayBuffer
 from distcl.data.stream import create_stream
 from distcl.errors import DistclError
 from distcl.training.build import assemble
-from distcl.job import train
+from distcl.job import run_rounds
 from distcl.models import create_model
 from distcl.distributed.runtime import Runtime
 from distcl.training.trainer import ContinuousTrainer
@@ -334,7 +334,7 @@ def _jobs() -> dict[str, dict[str, Any]]:
             )
             stream = create_stream(config.stream, config.run.seed)
             trainer = ContinuousTrainer(assemble(config, runtime, stream, Path(out)), config)
-            train(trainer)
+            run_rounds(trainer)
             result = {n: p.detach().numpy() for n, p in _module(trainer.parts).named_parameters()}
             result["digests"] = [r["draws_sha256"] for r in trainer.rounds]
             result["history"] = trainer.history.ids()

@@ -1,0 +1,154 @@
+"""What a run's weights say of held-out samples, one row each, in a file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from distcl.checkpoint.export import assemble_trained, configuration
+from distcl.config import StreamConfig
+from distcl.config.files import write_atomically
+from distcl.data.stream import create_stream
+from distcl.distributed.runtime import Runtime
+from distcl.errors import ConfigError, DataError, UsageError
+from distcl.losses import bce, class_scores, judged_by
+from distcl.parallel.inference import ShardedForward
+from distcl.registry import resolve
+from distcl.types import Batch, DataSpec, Ids, PyTree, Stream, info_of
+
+What = Literal["logits", "probs", "labels"]
+
+log = logging.getLogger("distcl")
+
+
+def write_predictions(
+    path: Path,
+    out: Path,
+    what: What = "logits",
+    data: StreamConfig | None = None,
+    warn: Callable[[str], None] = log.warning,
+) -> tuple[int, Path]:
+    """Write what a run's weights say of the held-out samples of every experience. Collective.
+
+    ``data``: another stream than the run's; its samples are read as the run's ``[data]`` says. The
+    .npz has ids int64 [N], experience int64 [N] (from 1), outputs [N, ...] as ``what`` says, and y
+    [N, ...] where it is one tensor; in the order of experiences, and the same at any number of
+    ranks. ``probs`` and ``labels`` of several positions have the classes last; of ``bce`` they
+    are of each label. ``warn``: see :func:`distcl.checkpoint.export.find`.
+
+    Returns N and the file of the weights. Raises UsageError if ``out`` is there, or no .npz;
+    ConfigError if ``what`` is not defined on the outputs; DataError where samples do not fit.
+    """
+    if out.suffix != ".npz":
+        raise UsageError(f"'{out}' must end in .npz")
+    config = configuration(path)
+    runtime = Runtime(config.run, config.parallel, config.training)
+    with runtime.guard():
+        fault = ""
+        if out.exists():
+            fault = f"'{out}' exists; give another file"
+        elif not out.parent.is_dir():
+            fault = f"there is no folder '{out.parent}' to write '{out.name}' in"
+        if fault := runtime.broadcast(fault):
+            raise UsageError(fault)
+        parts, config, weights = assemble_trained(path, config, runtime, warn)
+        stream: Stream = parts.stream
+        say = _meaning(what, config.model.loss, stream.spec)
+        if data is not None:
+            stream = create_stream(data, config.run.seed, config.data)
+            _check_fit(stream, parts.stream)
+        size = config.training.eval_batch_size
+        found: dict[str, list[Any]] = {}
+        for experience in stream.experiences:
+            columns = _predicted(parts.forward, stream, experience.test, size, say)
+            if runtime.is_main:
+                columns["experience"] = torch.full_like(columns["ids"], experience.index + 1)
+                for name, values in columns.items():
+                    found.setdefault(name, []).append(values.cpu().numpy())
+        if runtime.is_main:
+            arrays = {name: np.concatenate(some) for name, some in found.items()}
+            write_atomically(out, lambda part: _save(part, arrays))
+        rows = sum(len(experience.test) for experience in stream.experiences)
+    return rows, weights
+
+
+def _predicted(
+    forward: ShardedForward,
+    stream: Stream,
+    ids: Ids,
+    size: int,
+    say: Callable[[torch.Tensor, PyTree], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return ids [N], outputs [N, ...] and perhaps y [N, ...] of samples. Collective."""
+    expected: dict[str, torch.Size] = {}
+
+    def measure(batch: Batch) -> dict[str, torch.Tensor]:
+        logits = forward.logits(batch)
+        if not isinstance(logits, torch.Tensor):
+            raise ConfigError(
+                f"the model returns a {type(logits).__name__}; only outputs that are one tensor "
+                "can be written"
+            )
+        if logits.is_floating_point():
+            logits = logits.to(forward.runtime.dtype)
+        columns = {"ids": batch.ids.to(logits.device), "outputs": say(logits, batch.y)}
+        if isinstance(batch.y, torch.Tensor):
+            columns["y"] = batch.y
+        for name, values in columns.items():
+            here = values.shape[1:]
+            if here != expected.setdefault(name, here):
+                raise DataError(
+                    f"{name} of samples have unequal shapes, {list(expected[name])} and "
+                    f"{list(here)}: cut texts to one length (source 'text' with pack)"
+                )
+        return columns
+
+    # on all ranks the first sample's shapes are those that others are compared with
+    forward.per_batch(stream, ids[:1], 1, measure, sync=False)
+    return forward.per_batch(stream, ids, size, measure, sync=False)
+
+
+def _meaning(
+    what: What, loss: str, spec: DataSpec
+) -> Callable[[torch.Tensor, PyTree], torch.Tensor]:
+    """Return what makes (logits, y) what is asked for; ConfigError where it has no meaning."""
+    if what == "logits":
+        return lambda logits, y: logits
+    if judged_by(loss, spec) == "r2":
+        raise ConfigError(
+            f"there are no {what} in regression (model.loss = '{loss}'); --what logits writes the "
+            "predicted values"
+        )
+    if resolve("loss", loss) is bce:
+        if what == "probs":
+            return lambda logits, y: logits.sigmoid()
+        return lambda logits, y: (logits > 0).long()
+    if what == "probs":
+        return lambda logits, y: class_scores(logits, y, loss).softmax(-1)
+    return lambda logits, y: class_scores(logits, y, loss).argmax(-1)
+
+
+def _check_fit(stream: Stream, own: Stream) -> None:
+    """Raise DataError if samples are of another shape, or have other tokens, than the run's own."""
+    given, known = stream.spec, own.spec
+    varies = info_of(stream).varies or info_of(own).varies
+    if given.x_shape != known.x_shape and not varies:
+        raise DataError(
+            f"samples of --data have shape {list(given.x_shape)}, but the run's model was trained "
+            f"on {list(known.x_shape)}"
+        )
+    if given.tokens > known.tokens > 0:
+        raise DataError(
+            f"samples of --data have tokens up to {given.tokens - 1}, but the run's model knows "
+            f"{known.tokens}"
+        )
+
+
+def _save(part: Path, arrays: dict[str, Any]) -> None:
+    with part.open("wb") as file:  # of a path, savez would change the name
+        np.savez(file, **arrays)

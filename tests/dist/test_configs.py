@@ -20,7 +20,7 @@ from distcl.config.load import load_config
 from distcl.job import execute
 from tests.config_files import CONFIGS, command_of, small_sets
 from tests.draws import outcome, recorded
-from tests.spawn import distcl
+from tests.forked import distcl
 
 
 def _one_process(config: Config) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -41,8 +42,8 @@ class Ended:
 class Started:
     """The processes of a run of ``distcl`` that has been started.
 
-    What they print is appended to the file ``said``. ``first(rank)`` is called in each process
-    before the command line; it must be picklable.
+    What they print is appended to the file ``said``, errors to ``errors`` if that is given.
+    ``first(rank)`` is called in each process before the command line; it must be picklable.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Started:
         world: int = 1,
         first: Callable[[int], None] | None = None,
         environment: Mapping[str, str] | None = None,
+        errors: Path | None = None,
     ) -> None:
         port = free_port()
         said.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,7 @@ class Started:
                         **(rank_environment(rank, world, port) if world > 1 else {}),
                     },
                     said,
+                    errors or said,
                     rank,
                     first,
                     list(argv),
@@ -88,7 +91,8 @@ class Started:
             for process in self.processes:
                 process.kill()
                 process.join()
-        text = self._said.read_bytes()[self._from :].decode(errors="replace")
+        said = self._said.read_bytes() if self._said.exists() else b""
+        text = said[self._from :].decode(errors="replace")
         return Ended(codes, text)
 
 
@@ -99,9 +103,30 @@ def start(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[int
     return ended.codes[0] or 0, ended.text
 
 
+def distcl(
+    *args: str, ranks: int = 1, timeout: float = 150, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as ``tests.spawn.distcl`` does, with nothing to import and no torchrun.
+
+    Seconds faster each. The code is that of the first rank that did not end with 0.
+    """
+    outer = {k: v for k, v in os.environ.items() if not k.startswith("DISTCL_")}
+    with tempfile.TemporaryDirectory() as folder:
+        said, errors = Path(folder) / "said", Path(folder) / "errors"
+        started = Started(
+            args, said, ranks, environment=outer | {"OMP_NUM_THREADS": "1"} | env, errors=errors
+        )
+        ended = started.end(timeout)
+        told = errors.read_text(errors="replace") if errors.exists() else ""
+    assert not ended.hung, f"{args} did not end within {timeout:g} s: {ended.text}{told}"
+    code = next((code for code in ended.codes if code), 0)
+    return subprocess.CompletedProcess(args, code, ended.text, told)
+
+
 def _rank(
     env: dict[str, str],
     said: Path,
+    errors: Path,
     rank: int,
     first: Callable[[int], None] | None,
     argv: list[str],
@@ -113,9 +138,8 @@ def _rank(
     multiprocessing.set_start_method("fork", force=True)  # of its workers, as where distcl is typed
     os.environ.update(env)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    for number, path in ((1, said), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     if first is not None:
         first(rank)

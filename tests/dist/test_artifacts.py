@@ -15,7 +15,7 @@ from distcl.checkpoint.export import describe_checkpoint, evaluate, export, veri
 from distcl.checkpoint.store import SCHEMA, sealed
 from distcl.errors import CheckpointError
 from tests.small import execute
-from tests.spawn import distcl
+from tests.forked import distcl
 from tests.files import shard_folder
 
 

@@ -20,7 +20,8 @@ from distcl.config.load import load_config
 from distcl.job import execute
 from tests.config_files import CONFIGS, command_of, small_sets
 from tests.draws import outcome, recorded
-from tests.spawn import distcl, run_ranks
+from tests.forked import distcl
+from tests.spawn import run_ranks
 
 
 def _one_process(config: Config) -> bool:

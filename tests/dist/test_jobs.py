@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import forked
 from tests.spawn import distcl
 
 CONFIG = "configs/digits.toml"
@@ -39,7 +40,7 @@ def test_a_loss_that_becomes_nan_names_round_step_and_rank(ranks: int, tmp_path:
 
 
 def test_a_batch_smaller_than_the_number_of_ranks_is_refused(tmp_path: Path) -> None:
-    result = distcl(
+    result = forked.distcl(
         "train", CONFIG, "--set", "training.batch_size=1", "--out", str(tmp_path), ranks=2
     )
     assert "training.batch_size = 1 is smaller than the number of processes, 2" in _line(
@@ -57,7 +58,7 @@ def test_fewer_processes_than_asked_for_stops_with_what_to_type(tmp_path: Path) 
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     blocked = tmp_path / "blocked"
     blocked.write_text("")
-    result = distcl("train", CONFIG, "--out", str(blocked / "run"))
+    result = forked.distcl("train", CONFIG, "--out", str(blocked / "run"))
     assert result.returncode == 2
     assert f"the run folder '{blocked / 'run'}' is not writable" in _line(result.stderr)
 
@@ -88,7 +89,7 @@ def test_bad_array_files_end_with_exit_code_3(bad: str, message: str, tmp_path: 
     if bad == "truncated":
         path.write_bytes(path.read_bytes()[:-200])
     keys = ('stream.source="arrays"', f'stream.path="{path}"', 'stream.drift="permute"')
-    result = distcl("train", *(w for k in keys for w in ("--set", k)), CONFIG, "--out",
+    result = forked.distcl("train", *(w for k in keys for w in ("--set", k)), CONFIG, "--out",
                     str(tmp_path / "run"))  # fmt: skip
     line = _line(result.stderr)
     assert result.returncode == 3

@@ -10,7 +10,8 @@ import pytest
 
 from distcl.errors import DistclError
 from tests.small import execute
-from tests.spawn import distcl, run_ranks
+from tests.forked import distcl
+from tests.spawn import run_ranks
 
 
 @pytest.fixture(scope="module")

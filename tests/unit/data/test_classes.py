@@ -18,8 +18,8 @@ from distcl.data.stream import DriftStream
 from distcl.errors import ConfigError, DataError
 from distcl.job import execute
 from distcl.training.scores import AccuracyScore
+from tests.forked import distcl
 from tests.small import small
-from tests.spawn import distcl
 
 
 def stream(classes, experiences, seed=0, drift="split", each=10, tests=None, **options):

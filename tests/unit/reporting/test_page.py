@@ -11,7 +11,7 @@ from distcl.errors import UsageError
 from distcl.reporting import run_reader
 from distcl.reporting.page import write_report
 from tests.folders import run_folder
-from tests.spawn import distcl
+from tests.forked import distcl
 
 PLOTS = ["accuracy", "forgetting", "watched", "loss", "weights-cur", "most-drawn", "time"]
 

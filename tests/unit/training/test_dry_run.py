@@ -27,8 +27,8 @@ from distcl.training.trainer import ContinuousTrainer
 from distcl.types import GENERAL, Experience, SourceInfo, pack_ids
 from distcl.updaters.fisher import Squares
 from tests import theirs
+from tests.forked import distcl
 from tests.small import small
-from tests.spawn import distcl
 
 
 def config(model: str, *keys: str) -> Any:

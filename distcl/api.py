@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distcl.config.load import Given, Overrides, load_config
 from distcl.config.paths import expanded
-from distcl.job import Command, execute
-from distcl.types import Progress
+
+if TYPE_CHECKING:
+    from distcl.job import Command
+    from distcl.types import Progress
 
 
 def train(
@@ -84,19 +86,21 @@ def start(
     allow_changed: Collection[str] = (),
     overwrite: bool = False,
     progress: Progress | None = None,
-    name: str = "",
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Run a command by its name; see :func:`train`. ``name``: of the configuration. Collective.
+    """Run a command by its name; see :func:`train`. Collective.
 
     ``tell``: see :func:`distcl.job.execute`.
     """
     loaded = load_config(config, overrides)
-    name = name or (expanded(config).stem if isinstance(config, str | Path) else command)
+    name = expanded(config).stem if isinstance(config, str | Path) else command
     given = out or loaded.run.out
     folder = expanded(given) if given else Path("runs", name)
     loaded = loaded.replace(**{"run.out": str(folder)})
-    return execute(
+
+    from distcl import job  # what is wrong so far is told before torch is imported
+
+    return job.execute(
         command,
         loaded,
         folder,

@@ -67,7 +67,7 @@ user_packages: set[str] = set()
 """Packages that a part was named from: the user's, also where they are installed."""
 
 _OURS = f"{Path(__file__).parent}{os.sep}"
-_COMMANDS = f"{_OURS}cli{os.sep}"
+_COMMANDS = f"{_OURS}cli{os.sep}", f"{_OURS}api.py"
 _LIBRARIES = ("<", *(f"{p}{os.sep}" for n, p in sysconfig.get_paths().items() if "lib" in n))
 _INSTALLED = ("site-packages", "dist-packages")
 _NEVER_THEIRS = {"distcl", "torch", "torchvision", "numpy"}
@@ -79,7 +79,7 @@ def line_of_theirs(error: BaseException) -> str | None:
     """Return ``FILE, line N`` of the user's code that an exception comes from, or None. Local.
 
     That is the innermost line which is neither distcl's nor a library's, if distcl has called it
-    (its command line calls none), and if no line of distcl's lies further in.
+    (its commands, in ``cli`` and ``api``, call none), and if no line of distcl's lies further in.
     """
     if isinstance(error, SyntaxError) and error.filename and not _is_library(error.filename, ""):
         return f"{error.filename}, line {error.lineno}"

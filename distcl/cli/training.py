@@ -8,6 +8,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from distcl import api
 from distcl.cli.common import (
     AllowChanged,
     ConfigArgument,
@@ -22,7 +23,6 @@ from distcl.cli.common import (
     launch_rank,
     needed_config,
 )
-from distcl.config.load import load_config
 
 Command = Literal["run", "train", "detect"]
 
@@ -42,9 +42,7 @@ def _command(command: Command, does: str) -> Callable[..., None]:
         as_json: Json = False,
     ) -> None:
         path = needed_config(command, config, file)
-        loaded = load_config(path, sets or [])  # what is wrong is told before torch is imported
 
-        from distcl import api
         from distcl.cli.display import open_display, show_summary
 
         console = Console(stderr=as_json)
@@ -58,13 +56,13 @@ def _command(command: Command, does: str) -> Callable[..., None]:
         try:
             summary = api.start(
                 command,
-                loaded,
+                path,
                 out,
                 resume,
+                sets or [],
                 allow_changed=allow_changed or [],
                 overwrite=overwrite,
                 progress=display,
-                name=path.stem,
                 tell=tell,
             )
         finally:

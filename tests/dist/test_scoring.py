@@ -17,7 +17,7 @@ from distcl.parallel.partition import create_partition
 from distcl.priority.scoring import Scorer
 from distcl.priority.signals import create_signal
 from distcl.types import Ids, Outputs
-from tests.models import awkward
+from tests.models import awkward, frozen_names
 from tests.spawn import run_ranks
 
 N = 101
@@ -102,10 +102,16 @@ def _score(tree: bool) -> dict[str, Any]:
 
 
 def _dense(tree: bool) -> np.ndarray:
-    """clamp(L(w) - L(theta_star), 0.05) ** 0.7 in eval mode, by position."""
+    """clamp(L(w) - L(theta_star), 0.05) ** 0.7 in eval mode, by position.
+
+    Frozen parameters are no part of theta_star: what they are now, they are in both.
+    """
     x, y = _data()
+    now, anchored = awkward(0).eval(), awkward(1).eval()
+    frozen = {n: p for n, p in now.named_parameters() if n in frozen_names(now)}
+    anchored.load_state_dict(frozen, strict=False)
     with torch.no_grad():
-        losses = [criterion(awkward(seed).eval()(x), y) for seed in (0, 1)]
+        losses = [criterion(model(x), y) for model in (now, anchored)]
     return ((losses[0] - losses[1]).clamp(min=0.05) ** 0.7).numpy()
 
 

@@ -35,7 +35,8 @@ def test_every_method_stands_in_a_config() -> None:
         "signal": {c.priority.signal for c in configs if c.continual_learning.importance_weighting},
         "detector": {c.detector.name for c in configs},
         "drift": {name for c in configs for name in c.stream.drifts},
-        "source": {c.stream.source for c in configs} | {"cifar100"},  # as cifar10, but for its name
+        # as cifar10, and as jsonl, but for where they are
+        "source": {c.stream.source for c in configs} | {"cifar100", "hf_text"},
     }
     for kind, names in shown.items():
         assert names == {part.name for part in registry.parts(kind)}, kind

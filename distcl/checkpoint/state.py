@@ -119,6 +119,7 @@ def registered(job: JobState, trainer: ContinuousTrainer, monitor: Monitor | Non
     return {
         "job": job,
         "anchor": parts.anchor,
+        **({"average": parts.average} if parts.average.on else {}),
         "optimizer": trainer.optimizer,
         "cache": _Cache(parts.scorer, info_of(parts.stream).sequential),
         "lanes": _Lanes(trainer, parts.loader),

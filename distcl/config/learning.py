@@ -330,6 +330,16 @@ class TrainingConfig(Section):
     pretrain_epochs: int = Field(
         5, ge=0, description="passes over the first experience, if no pretrained weights are given"
     )
+    ema: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="the weights after a round are a moving average over its steps, with this "
+        "decay; the next round trains on from the last ones. 0: they are the last ones",
+    )
+    swa: bool = Field(
+        False, description="the weights after a round are the plain mean over its steps"
+    )
     accept: Literal["always", "improves"] = Field(
         "always",
         description="improves: a round that makes held-out data of old and new experiences worse "
@@ -353,3 +363,9 @@ class TrainingConfig(Section):
     clip_norm: float = Field(
         0.0, ge=0, description="largest L2 norm of the gradient, regularizers included; 0: any"
     )
+
+    @model_validator(mode="after")
+    def _one_mean(self) -> TrainingConfig:
+        if self.ema and self.swa:
+            raise ValueError(f"ema = {self.ema:g} and swa = true are two means; choose one")
+        return self

@@ -86,6 +86,10 @@ class Partition(OwnedGradients, SteppedParameters):
         """Return those of :meth:`owned` that are parameters. Local."""
         return self._slices()
 
+    def moving(self) -> dict[str, torch.Tensor]:
+        """Return the floating-point buffers that change in training, whole, live. Local."""
+        return {n: b for n, b in self._moving.items() if b.is_floating_point()}
+
     def ranges(self) -> dict[str, tuple[int, int]]:
         """Return where in each tensor my slice lies, [start, stop) of its elements. Local."""
         return {**self._spans, **self._rest.ranges()}

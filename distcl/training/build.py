@@ -17,6 +17,7 @@ from distcl.errors import ConfigError
 from distcl.losses import create_loss
 from distcl.models import create_model
 from distcl.parallel.anchor import Anchor
+from distcl.parallel.average import WeightAverage
 from distcl.parallel.inference import ShardedForward
 from distcl.parallel.partition import create_partition
 from distcl.priority.online import Ledger
@@ -168,6 +169,7 @@ def assemble(
         model=model,
         optimizer=optimizer,
         anchor=anchor,
+        average=WeightAverage(partition, config.training.ema, config.training.swa),
         forward=forward,
         scorer=scorer,
         updater=updater,

@@ -11,6 +11,7 @@ from torch import nn
 from distcl.data.replay_buffer import ReplayBuffer
 from distcl.distributed.runtime import Runtime
 from distcl.parallel.anchor import Anchor
+from distcl.parallel.average import WeightAverage
 from distcl.parallel.inference import ShardedForward
 from distcl.priority.scoring import Scorer
 from distcl.sampling.round_loader import RoundLoader
@@ -31,6 +32,7 @@ class Parts:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     anchor: Anchor
+    average: WeightAverage
     forward: ShardedForward
     scorer: Scorer
     updater: Updater

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from distcl.priority.guard import Judgement, doubts
 from distcl.sampling.draw_log import EDGES
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking.tracker import Histogram, Tracker, flat_values
+from distcl.training.accuracy_matrix import Entry
 from distcl.training.stage import Stage
-from distcl.types import Source, info_of
+from distcl.types import Experience, Source, info_of
 from distcl.updaters import Updater
 
 TOP = 24
@@ -145,6 +147,21 @@ class RoundRecorder:
         np.savez_compressed(file, allow_pickle=False, **arrays)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / f"round-{number:04d}.npz", file.getvalue())
+
+
+def row_values(
+    rows: Mapping[str, Sequence[Entry]], experiences: Sequence[Experience], higher_is_better: bool
+) -> dict[str, Any]:
+    """Return a row of each score as trackers take it; the leading one says which way is better."""
+    values: dict[str, Any] = {
+        f"{name}/{e.index + 1}": value
+        for name, row in rows.items()
+        for e, value in zip(experiences, row, strict=True)
+        if value is not None
+    }
+    if not higher_is_better:
+        values["higher_is_better"] = False  # so that a run that is not over can be read
+    return values
 
 
 def _seen(source: Source, ids: npt.NDArray[np.int64]) -> dict[str, npt.NDArray[Any]]:

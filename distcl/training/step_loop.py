@@ -86,6 +86,7 @@ class StepLoop:
                 clip_grads_(updater.partition, runtime, self._clip_norm)
             optimizer.step()
             updater.update_post_optimizer_call()
+            parts.average.update()
             optimizer.zero_grad(set_to_none=True)
             stage.done, self.steps = stage.done + 1, self.steps + 1
             self.samples += batch.total

@@ -20,6 +20,7 @@ from distcl.training.foresight import foresee_stage
 from distcl.training.optimizer import OptimizerSlices, reset
 from distcl.training.parts import Parts
 from distcl.training.priorities import compute_priorities, held_out_errors
+from distcl.training.round_report import row_values
 from distcl.training.stage import Stage
 from distcl.training.step_loop import Keeping, StepLoop
 from distcl.training.undo import Undo
@@ -49,7 +50,7 @@ class ContinuousTrainer:
         self.matrices = Matrices({n: s.higher_is_better for n, s in parts.scores.items()})
         self.matrix = self.matrices.of[self.metric]
         self.optimizer = OptimizerSlices(parts.forward.partition, parts.optimizer)
-        self.undo = Undo(self.optimizer, parts.anchor, parts.updater, parts.loader)
+        self.undo = Undo(self.optimizer, parts)
         self.loop = StepLoop(parts, config, keeper or Keeping())
         self.rounds: list[dict[str, Any]] = []
         self.pretraining: dict[str, Any] | None = None
@@ -79,6 +80,7 @@ class ContinuousTrainer:
         accepted = self._accepts(self.stage, held_out)
         if accepted:
             self._commit(self.stage.experience)  # 5. commit
+        self.parts.average.show()
         self.stage.seconds += time.perf_counter() - clock
         report = self._report(self.stage, accepted)
         self.rounds.append(report)
@@ -90,6 +92,7 @@ class ContinuousTrainer:
         experience = self.bad.clear(self.history, experience)
         stage = Stage(len(self.rounds) + 1, trigger, experience)
         stage.report["before"] = self.parts.recorder.counts()
+        self.parts.average.begin_round()
         if self._between_rounds == "reset":
             reset(self.parts.optimizer)
 
@@ -97,7 +100,8 @@ class ContinuousTrainer:
 
         self.announce(experience)
         if self.training.accept == "improves":
-            stage.report["held_out"] = self.lead(held_out)
+            with self.parts.average.shown():
+                stage.report["held_out"] = self.lead(held_out)
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
         if not stage.report["weighted"]:  # the updater may have found bad samples
             stage.experience = self.bad.clear(self.history, experience)
@@ -134,7 +138,8 @@ class ContinuousTrainer:
         before = stage.report.get("held_out")
         if before is None:
             return True
-        after = self.lead(held_out)
+        with self.parts.average.shown():
+            after = self.lead(held_out)
         model = self.parts.runtime.strategy.unwrap(self.parts.model)
         higher = self.leading.higher_is_better
         accepted = bool(after >= before if higher else after <= before)
@@ -175,6 +180,7 @@ class ContinuousTrainer:
         clock = time.perf_counter()
         self._commit(stage.experience)
         self.parts.anchor.restart()
+        self.parts.average.show()
         stage.seconds += time.perf_counter() - clock
         self.pretraining = recorder.of_pretraining(stage)
         self.stage = None
@@ -192,14 +198,7 @@ class ContinuousTrainer:
         self.evaluate_seconds += seconds
         if self.rounds:
             self.rounds[-1]["evaluate_seconds"] = seconds
-        values: dict[str, Any] = {
-            f"{name}/{e.index + 1}": value
-            for name, row in rows.items()
-            for e, value in zip(experiences, row, strict=True)
-            if value is not None
-        }
-        if not self.leading.higher_is_better:
-            values["higher_is_better"] = False  # so that a run that is not over can be read
+        values = row_values(rows, experiences, self.leading.higher_is_better)
         self.parts.tracker.log({"round": len(self.rounds), **values}, self.loop.steps)
         for name, row in rows.items():
             shown = " ".join("–" if value is None else f"{value:.3f}" for value in row)

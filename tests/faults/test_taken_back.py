@@ -39,6 +39,7 @@ CASES = {
     "si": ("continual_learning.update_mode=si", "optimizer.momentum=0.9"),
     "der": ("continual_learning.update_mode=der", "priority.options={}"),
     "kfac": ("continual_learning.update_mode=kfac_online", "continual_learning.kfac_every=1"),
+    "ema": ("training.ema=0.9", "optimizer.momentum=0.9"),
     "online": (
         "continual_learning.update_mode=er",
         "priority.source=online",
@@ -64,6 +65,7 @@ def _state(trainer: ContinuousTrainer) -> dict[str, Any]:
     state = {
         "model": dict(module.state_dict()),
         "anchor": {k: v for k, v in parts.anchor.state_dict().items() if k != "replaced"},
+        "average": parts.average.state_dict()["other"],
         "optimizer": [optimizer.slices, optimizer.plain],
         # kfac_online's W*, which every round begins with anew, tells nothing
         "updater": {k: v for k, v in parts.updater.state_dict().items() if k != "committed"},

@@ -107,7 +107,8 @@ def test_a_round_ends_with_the_mean_and_the_next_goes_on_from_the_last(
                 mean = np.tensordot(weights / weights.sum(), values, 1)
                 np.testing.assert_allclose(used, mean, rtol=0, atol=2e-6, err_msg=name)
                 np.testing.assert_allclose(found["raw"][name], values[-1], rtol=0, atol=1e-6)
-                assert np.abs(used - values[-1]).max() > 1e-6, name
+                if name != "first.bias":  # which BatchNorm takes away
+                    assert np.abs(used - values[-1]).max() > 1e-5, name
     for k in range(3):
         held = [rank[layout]["rounds"][k]["held"] for rank in every]
         whole = 64 * 17 + 17 + 17 + 17 + 17 * 10 + 10

@@ -45,7 +45,9 @@ def measure(quick: bool) -> list[Row]:
     rows = [_step("1 rank", one, "CPU s"), _tiny(one)]
     if not quick:
         rows.append(_step("2 ranks, DDP", on_ranks(2, METHODS, repeats, False), "s"))
-        plain, unit = one["base"], "CPU s, of the plain step"
+        mean, plain, unit = one["ema, paired"], one["base, beside ema"], "CPU s, of the plain step"
+        rows.append(compared("training step with training.ema", mean, plain, unit, "<= 1.01"))
+        plain = one["base"]
         rows.append(compared("step of ewc_online", one["ewc_online"], plain, unit, "<= 1.05"))
         unit = "CPU s, of two plain steps on both batches"
         jvp, both = one["jvp_reg, paired"], one["both, paired"]
@@ -108,6 +110,8 @@ def methods(repeats: int, every: bool) -> dict[str, float]:
             if isinstance(updater, KFACOnline):
                 works["kfac arithmetic"] = _kfac_arithmetic(updater, steps)
         if every:
+            config = config_of(training={"ema": 0.98})
+            works["ema"] = steps_of(trainer_of(config, runtime, stream, Path(out)), steps)
             config = config_of(training={"batch_size": 2 * BATCH})
             works["both"] = steps_of(trainer_of(config, runtime, stream, Path(out)), few)
         if runtime.world_size == 1:
@@ -121,7 +125,11 @@ def methods(repeats: int, every: bool) -> dict[str, float]:
         pair, number = (works[name], works[other]), few if name == "jvp_reg" else steps
         seconds = seconds_of(*pair, repeats=3 * repeats, clock=clock)
         found |= {f"{n}, paired": s / number for n, s in zip((name, other), seconds, strict=True)}
-    for name in pairs["jvp_reg"], "jvp_reg":
+    if every:
+        pair = works["ema"], works["base"]
+        seconds = seconds_of(*pair, repeats=5 * repeats, clock=clock)
+        found |= {"ema, paired": seconds[0] / steps, "base, beside ema": seconds[1] / steps}
+    for name in pairs["jvp_reg"], "jvp_reg", "ema":
         works.pop(name, None)
     seconds = seconds_of(*works.values(), repeats=repeats, clock=clock)
     runtime.close()

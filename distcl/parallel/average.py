@@ -85,8 +85,7 @@ class WeightAverage:
 
     def put_back(self) -> None:
         """The mean <- the one that was kept. Local."""
-        assert self._kept is not None
-        self._other = self._kept
+        self._other = self._kept or {}
 
     def forget(self) -> None:
         """Keep no other mean any more. Local."""

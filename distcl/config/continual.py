@@ -136,10 +136,16 @@ class PriorityConfig(Section):
     target: Literal["auto", "current", "history", "union"] = Field(
         "auto", description="auto: current data; history too if the updater takes a history batch"
     )
-    draw: Literal["multinomial", "systematic", "without_replacement"] = Field(
+    draw: Literal["multinomial", "systematic", "without_replacement", "credit"] = Field(
         "multinomial", description="how weights become draws (source score and online)"
     )
     floor: float = Field(0.0, ge=0, le=1, description="share of uniform draws mixed in")
+    gate: float = Field(
+        0.0,
+        ge=0,
+        description="signal entropy: draws are uniform where its mean is this share of the largest "
+        "there can be, ln C, or more; the smaller it is, the more they are by priority. 0: no gate",
+    )
     cap: float = Field(0.0, ge=0, description="largest weight, in means, at least 1; 0: none")
     min_ess: float = Field(
         0.0, ge=0, le=1, description="smallest effective sample size, as a share of N; 0: none"

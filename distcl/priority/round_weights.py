@@ -111,6 +111,8 @@ class Shape:
 
     config: PriorityConfig
     alpha: float  # importance_alpha
+    largest: float = math.inf
+    """What a score can be at most: ln C, the entropy of C classes."""
 
     def priorities(self, scores: Weights) -> Weights:
         """Return max(score, min_score)^alpha, [N]: what is reported."""
@@ -118,14 +120,24 @@ class Shape:
         clamped **= self.alpha
         return clamped
 
+    def opening(self, scores: WeightVector) -> float:
+        """Return λ = clip(1 - mean score / (gate · ln C), 0, 1), for a gate above 0.
+
+        The share 1 - λ of the draws is uniform: where the model is unsure of everything, how unsure
+        it is of a sample says nothing. Collective over slices.
+        """
+        mean = scores.sum() / scores.number
+        return min(1.0, max(0.0, 1 - mean / (self.config.gate * self.largest)))
+
     def weights(self, scores: WeightVector, overwrite: bool = False) -> WeightVector:
         """Return the weights of scores: alpha, cap, min_ess, floor, see WeightVector.shaped.
 
         Raises ConfigError if the exponent leaves nothing of sound scores, or makes them infinite.
         """
         c = self.config
+        floor = 1 - (1 - c.floor) * self.opening(scores) if c.gate else c.floor
         try:
-            return scores.shaped(self.alpha, c.cap, c.min_ess, c.floor, c.min_score, overwrite)
+            return scores.shaped(self.alpha, c.cap, c.min_ess, floor, c.min_score, overwrite)
         except ValueError as error:
             raise ConfigError(
                 f"continual_learning.importance_alpha = {self.alpha:g} is too large an exponent "
@@ -138,7 +150,7 @@ class RoundWeighter:
 
     ``dealer``: of a source that is read from front to back, whose samples are scored and weighed
     lane by lane. ``pick``: (round, N, first, n) -> the positions of a pool among N, the same on
-    every rank.
+    every rank. ``largest``: see Shape.
     """
 
     def __init__(
@@ -150,8 +162,9 @@ class RoundWeighter:
         ledger: Ledger | None,
         dealer: Dealer | None,
         pick: Callable[[int, int, int, int], Positions],
+        largest: float = math.inf,
     ) -> None:
-        self.shape = Shape(config, alpha)
+        self.shape = Shape(config, alpha, largest)
         self.scorer = scorer
         self.ledger = ledger
         self.dealer = dealer
@@ -246,7 +259,7 @@ def weigh(shape: Shape, scored: list[WeightVector | None], report: bool = True) 
     parts = [p if p is None or p.number else replace(p, values=None) for p in scored]
     scored.clear()
     weighted = {k: p for k, p in enumerate(parts) if p is not None and p.values is not None}
-    result = RoundWeights()
+    result, gate = RoundWeights(), report and shape.config.gate
     with large_arrays() if report else nullcontext():  # a refresh comes every few steps
         if report:
             with np.errstate(over="ignore", invalid="ignore"):  # infinite weights are refused below
@@ -255,18 +268,22 @@ def weigh(shape: Shape, scored: list[WeightVector | None], report: bool = True) 
                 }
         if shape.config.target == "union" and len(weighted) == 2:
             both = joined(weighted[0], weighted[1])
+            opened = [shape.opening(both)] * 2 if gate else []
             weighted = {k: replace(part, values=None) for k, part in weighted.items()}
             parts.clear()
             both = shape.weights(both, overwrite=True)
             halves = np.split(both.held, [len(weighted[0].ids)])
             parts = [replace(weighted[k], values=half) for k, half in enumerate(halves)]
         else:
+            opened = [shape.opening(part) for part in weighted.values()] if gate else []
             for k in [*weighted]:
                 parts[k] = shape.weights(weighted.pop(k), overwrite=True)
         result.vectors = parts[0], parts[1]
         if report:
             for name, part in result.parts.items():
                 result.report[name] |= {"ess_fraction": part.ess(), "top_share": part.top_share()}
+            for name, share in zip(result.parts, opened, strict=False):
+                result.report[name]["gate"] = share
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from distcl.distributed.memory import large_arrays
 from distcl.errors import UsageError
-from distcl.priority.weighting import Positions
+from distcl.priority.weighting import Positions, Weights
 from distcl.sampling import draws
 from distcl.sampling.groups import Part
 from distcl.types import Ids
@@ -19,10 +19,15 @@ DRAWS = {
     "multinomial": draws.multinomial,
     "systematic": draws.systematic,
     "without_replacement": draws.without_replacement,
+    "credit": draws.credit,
 }
 
 Window = tuple[Positions, list[Part]]
 """The draws of a window, or of the epoch, in order: positions in the groups, one after another."""
+
+
+Credit = dict[int, Weights]
+"""What the samples of each group have earned so far, see :func:`distcl.sampling.draws.credit`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,7 @@ class EpochPlan:
 
     ``schedule``: the groups to draw from, each with the window from which on they hold. Windows are
     drawn when they are asked for; the newest two are held. Every rank makes the same plan.
+    ``credit``: what a plan had at ``step``, see :meth:`credit_at`.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class EpochPlan:
         round_index: int,
         epoch: int,
         step: int = 0,
+        credit: Credit | None = None,
     ) -> None:
         self.options = options
         self.round_index = round_index
@@ -60,6 +67,8 @@ class EpochPlan:
         first = self.schedule[0][1] if self.schedule else []
         self._next = self._index(step)  # the first window not drawn
         self._drawn: dict[int, Window] = {}
+        self._credit: Credit = {g: held.copy() for g, held in (credit or {}).items()}
+        self._credit_before: dict[int, Credit] = {}  # the windows that are held
         self.passes = sum(group.draws for group in first)
         """Draws of a pass, as many as the groups say."""
         self.total = self.passes
@@ -98,6 +107,9 @@ class EpochPlan:
                 f"{number} groups from step {step} on: the plan has {before}, and windows of "
                 f"{window} steps, drawn up to step {self._next * window}"
             )
+        for g in self._credit:
+            if not np.array_equal(groups[g].ids, self.schedule[-1][1][g].ids):
+                raise UsageError("draw = 'credit' keeps what each id has earned: give the same ids")
         self.schedule.append((first, groups))
 
     def span(self, step: int) -> tuple[int, int]:
@@ -121,9 +133,11 @@ class EpochPlan:
         """
         index = self._index(step)
         while self._next <= index:
+            self._credit_before[self._next] = {g: c.copy() for g, c in self._credit.items()}
             with large_arrays() if self.options.window is None else nullcontext():
-                self._drawn[self._next] = self._draw(self._next)
+                self._drawn[self._next] = self._draw(self._next, self._credit)
             self._drawn.pop(self._next - 2, None)
+            self._credit_before.pop(self._next - 2, None)
             self._next += 1
         while len(self.schedule) > 1 and self.schedule[1][0] < self._next:
             del self.schedule[0]
@@ -131,9 +145,16 @@ class EpochPlan:
             raise UsageError(f"step {step} is of a window that is gone")
         return self._drawn[index]
 
-    def known(self, index: int) -> Window:
-        """Return a window by the weights known now, drawn anew if it is not held."""
-        return self._drawn.get(index) or self._draw(index)
+    def known(self, number: int) -> Iterator[Window]:
+        """Yield the first windows by the weights known now, drawn anew if they are not held."""
+        credit = {g: held.copy() for g, held in self._credit.items()}
+        for index in range(number):
+            if index in self._drawn:
+                yield self._drawn[index]
+            elif index < self._next and credit:
+                raise UsageError(f"window {index} is gone, and with it what its draws had earned")
+            else:
+                yield self._draw(index, credit)
 
     def schedule_at(self, step: int) -> list[tuple[int, list[Part]]]:
         """Return the schedule that a resume at ``step`` needs."""
@@ -143,15 +164,19 @@ class EpochPlan:
         now = [(index, self._drawn[index][1])] if index in self._drawn else []
         return now + [entry for entry in self.schedule if entry[0] > index or not now]
 
-    def _draw(self, index: int) -> Window:
-        """Draw a window, or the epoch."""
+    def credit_at(self, step: int) -> Credit:
+        """Return the credit that a resume at ``step`` needs; none of other draws."""
+        return self._credit_before.get(self._index(step), self._credit)
+
+    def _draw(self, index: int, credit: Credit) -> Window:
+        """Draw a window, or the epoch; ``credit`` becomes what is left of it."""
         groups = [groups for first, groups in self.schedule if first <= index][-1]
         kind = draws.index_type(sum(len(group.ids) for group in groups))
         rng = draws.generator(self.options.seed, self.options.stream, self.round_index, self.epoch)
         parts, offset = [], 0
         for g, group in enumerate(groups):
             if self.options.window:
-                drawn = self._of_window(index, g, group)
+                drawn = self._of_window(index, g, group, credit)
             elif group.values is None:
                 drawn = draws.uniform(len(group.ids), group.draws, rng)
             else:
@@ -170,7 +195,7 @@ class EpochPlan:
         rng.shuffle(joined)
         return joined, groups
 
-    def _of_window(self, index: int, g: int, group: Part) -> Positions:
+    def _of_window(self, index: int, g: int, group: Part, credit: Credit) -> Positions:
         """Return a group's draws in a window; steps and windows count on over epochs."""
         window, size = self.options.window, self._sizes[g]
         assert window
@@ -182,4 +207,9 @@ class EpochPlan:
             )
         count = self.epoch * -(-self.steps // window) + index
         key = self.options.seed, self.options.stream, self.round_index, count, 2 * g
-        return DRAWS[self.options.draw](group.values, number, draws.generator(*key))
+        rng = draws.generator(*key)
+        if self.options.draw != "credit":
+            return DRAWS[self.options.draw](group.values, number, rng)
+        if g not in credit:
+            credit[g] = rng.random(len(group.ids))
+        return draws.credit(group.values, number, rng, credit[g])

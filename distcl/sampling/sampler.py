@@ -14,9 +14,9 @@ from torch.utils.data import Sampler
 
 from distcl.distributed.runtime import part_of
 from distcl.errors import UsageError
-from distcl.sampling.epoch_plan import DRAWS, DrawOptions, EpochPlan
+from distcl.sampling.epoch_plan import DRAWS, Credit, DrawOptions, EpochPlan
 from distcl.sampling.groups import ArrayLike, Group, Part, ids_at, own, packed, unpacked
-from distcl.types import Ids
+from distcl.types import Ids, as_tensor
 
 _DIGEST_BLOCK = 1 << 20
 
@@ -89,7 +89,8 @@ class DistributedWeightedSampler(RoundSampler):
         rank: this process, below ``world_size``.
         world_size: number of processes.
         seed: from 0 to 2**64 - 1.
-        draw: ``multinomial``, ``systematic`` or ``without_replacement``, see draws.py.
+        draw: ``multinomial``, ``systematic``, ``without_replacement`` or ``credit``, see draws.py;
+            of credit, windows go on with what is earned, so ids must stay the same.
         round_index: see ``set_round``.
         drop_last: leave out a smaller last batch.
         stream: keeps apart samplers that share a seed, such as current and history data.
@@ -163,13 +164,16 @@ class DistributedWeightedSampler(RoundSampler):
             self._restart(0, [(0, held)])
 
     def _restart(
-        self, step: int = 0, schedule: Sequence[tuple[int, list[Part]]] | None = None
+        self,
+        step: int = 0,
+        schedule: Sequence[tuple[int, list[Part]]] | None = None,
+        credit: Credit | None = None,
     ) -> None:
         """Begin a new plan, of the newest groups unless a schedule is given."""
         if schedule is None:
             schedule = [(0, held) for _, held in self._plan.schedule[-1:]]
         self._begin = self._handed_out = step
-        self._plan = EpochPlan(self.options, schedule, self.round_index, self.epoch, step)
+        self._plan = EpochPlan(self.options, schedule, self.round_index, self.epoch, step, credit)
 
     # ------------------------------------------------------------ the plan
 
@@ -246,8 +250,7 @@ class DistributedWeightedSampler(RoundSampler):
         steps = len(self) if steps is None else steps
         end = self._plan.span(steps - 1)[1] if steps else 0
         size = window * self.global_batch_size if window else max(end, 1)
-        for index in range(-(-end // size)):
-            positions, groups = self._plan.known(index)
+        for index, (positions, groups) in enumerate(self._plan.known(-(-end // size))):
             positions = positions[: end - index * size]
             for begin in range(0, len(positions), _DIGEST_BLOCK):
                 ids = ids_at(positions[begin : begin + _DIGEST_BLOCK], groups)
@@ -263,8 +266,10 @@ class DistributedWeightedSampler(RoundSampler):
         step = self._handed_out if consumed is None else consumed
         if not 0 <= step <= len(self):
             raise ValueError(f"consumed must be from 0 to {len(self)} steps, not {step}")
+        earned = {g: as_tensor(held) for g, held in self._plan.credit_at(step).items()}
         return {
             **asdict(self.options),
+            **({"credit": earned} if earned else {}),
             "round": self.round_index,
             "epoch": self.epoch,
             "step": step,
@@ -291,4 +296,5 @@ class DistributedWeightedSampler(RoundSampler):
             (entry["window"], [unpacked(group) for group in entry["groups"]])
             for entry in state["schedule"]
         ]
-        self._restart(state["step"], schedule)
+        credit = {g: held.numpy() for g, held in state.get("credit", {}).items()}
+        self._restart(state["step"], schedule, credit)

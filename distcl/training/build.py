@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from itertools import zip_longest
 from pathlib import Path
 
@@ -157,6 +158,7 @@ def assemble(
         ledger,
         dealer,
         Permutations(seed, _POOL).take,
+        math.log(max(2, stream.spec.classes)),
     )
     mix = Mix(config.training, continual, config.priority.target == "union")
     loader = RoundLoader(runtime, history.source, weighter, mix, config.priority, config.data, seed)
@@ -233,6 +235,21 @@ def check_priority(
             f"data.workers = {config.data.workers} {works_not}refresh_steps = {p.refresh_steps}: "
             f"they read {ahead} batches ahead, which must be less than the steps between two "
             "refreshes",
+        ),
+        (
+            p.gate and (p.signal != "entropy" or config.model.loss == "bce"),
+            f"priority.gate = {p.gate:g} {works_not}signal = '{p.signal}' and model.loss = "
+            f"'{config.model.loss}': it compares the mean entropy of classes with the largest "
+            "there can be, ln C",
+        ),
+        (
+            p.draw == "credit" and (p.pool > 0 or sequential),
+            f"priority.draw = 'credit' {works_not}"
+            + (
+                "a stream of shards; use data.access = 'indexed'"
+                if sequential
+                else f"pool = {p.pool}: each sample of the history earns its draws; use pool = 0"
+            ),
         ),
         (
             p.pool and not online,

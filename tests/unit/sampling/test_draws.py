@@ -404,3 +404,35 @@ def test_quantized_weights_are_floors_of_exact_products(scale):
     exponent = draws.fixed_point_exponent(float(weights.max()), len(weights))
     exact = [math.floor(Fraction(w) * Fraction(2) ** exponent) for w in weights.tolist()]
     assert draws.quantize(weights, exponent).tolist() == exact
+
+
+def test_credit_is_earned_by_weight_and_paid_by_draws() -> None:
+    """Beside its definition, written out; windows that share what is held."""
+    w = np.random.default_rng(1).random(23) + 0.05
+    held = np.random.default_rng(2).random(23)
+    mine = held.copy()
+    for window, n in enumerate((7, 30, 0, 11)):
+        rng = draws.generator(9, window)
+        found = draws.credit(w, n, draws.generator(9, window), held)
+        wanted: list[int] = []
+        while len(wanted) < n:
+            k = min(n - len(wanted), 11)
+            mine += w / w.sum() * k
+            best = sorted(np.argsort(mine)[-k:])
+            mine[best] -= 0.7 + 0.6 * rng.random(k)
+            order = np.array(best)
+            rng.shuffle(order)
+            wanted += order.tolist()
+        assert found.tolist() == wanted
+        np.testing.assert_allclose(held, mine, rtol=0, atol=1e-12)
+
+
+def test_credit_draws_in_proportion_and_seldom_twice() -> None:
+    w = np.random.default_rng(3).random(50) + 0.2
+    held, counts = np.random.default_rng(4).random(50), np.zeros(50)
+    for window in range(400):
+        drawn = draws.credit(w, 10, draws.generator(5, window), held)
+        assert len({*drawn.tolist()}) == 10
+        counts += np.bincount(drawn, minlength=50)
+    assert (np.abs(counts - 4000 * w / w.sum()) < 4).all()  # of independent draws: 9 of 80
+    assert draws.credit([0.0, 1.0, 0.0], 5, draws.generator(1)).tolist() == [1] * 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
@@ -132,10 +134,11 @@ def test_rounds_and_windows_have_draws_of_their_own() -> None:
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize("draw", ["systematic", "credit"])
 @pytest.mark.parametrize("consumed", [0, 3, 5, 9, 14])
-def test_a_resumed_plan_goes_on_as_it_would_have(consumed: int) -> None:
+def test_a_resumed_plan_goes_on_as_it_would_have(consumed: int, draw: str) -> None:
     weights = np.random.default_rng(2).random(30)
-    plan = _plan(_parts(np.ones(30)), 23, number=4)
+    plan = _plan(_parts(np.ones(30)), 23, number=4, draw=draw)
     expected = []
     for step in range(23):
         if step == 5:
@@ -144,13 +147,34 @@ def test_a_resumed_plan_goes_on_as_it_would_have(consumed: int) -> None:
             plan.global_batch(min(step + 4, 22))  # prefetched
             state = plan.state_dict(consumed)
         expected.append(plan.global_batch(step).tolist() if step >= consumed else [])
-    resumed = _plan(None, 23, 1, 2)
+    resumed = _plan(None, 23, 1, 2, draw=draw)
     resumed.load_state_dict(state)
     assert resumed.first_step == consumed
     if consumed < 5:
         resumed.set_groups(_parts(weights), from_step=10)
     parts = list(resumed)
     assert parts == [ids[4:] for ids in expected[consumed:]]
+
+
+def test_credit_goes_on_over_windows_whatever_the_weights_become() -> None:
+    """Equal weights draw each sample once in two passes or so; others in proportion to them."""
+    weights = np.random.default_rng(5).random(30) + 0.2
+    plan = _plan(_parts(np.ones(30)), 60, draw="credit")
+    old = np.stack([plan.global_batch(step) for step in range(30)])  # 4 of 30 a step
+    counts = np.bincount(old[np.isin(old, OLD)], minlength=30)
+    assert counts.min() >= 3 and counts.max() <= 5  # 120 draws; permutations have 4 each
+    plan.set_groups(_parts(weights), from_step=30)
+    old = np.stack([plan.global_batch(step) for step in range(30, 60)])
+    counts = np.bincount(old[np.isin(old, OLD)], minlength=30)
+    assert (np.abs(counts - 120 * weights / weights.sum()) < 2.5).all()
+    with pytest.raises(UsageError, match="give the same ids"):
+        plan = _plan(_parts(np.ones(30)), 20, draw="credit")
+        plan.global_batch(0)
+        plan.set_groups(_parts(weights, OLD[::-1].copy()), from_step=5)
+    plan, same = (_plan(_parts(weights), 20, draw="credit") for _ in range(2))
+    digest, batches = plan.plan_digest(), _drawn(same)
+    assert digest == hashlib.sha256(batches.astype("<i8").tobytes()).hexdigest()
+    assert (_drawn(plan) == batches).all()
 
 
 def test_apportion_is_exact_and_leaves_nobody_out() -> None:

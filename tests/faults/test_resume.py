@@ -124,6 +124,16 @@ MODES = {
         "priority.refresh_steps=4",
         "priority.draw=systematic",
     ),
+    "gate": (
+        "continual_learning.update_mode=er",
+        "priority.source=online",
+        "priority.signal=entropy",
+        "priority.target=history",
+        "priority.refresh_steps=4",
+        "priority.draw=credit",
+        "priority.gate=0.6",
+        "training.ema=0.9",
+    ),
     "candidates": ("priority.source=candidates", "priority.signal=loss"),
     "guard": (
         "continual_learning.update_mode=er",
@@ -147,7 +157,8 @@ def test_a_resumed_run_equals_one_never_interrupted(mode: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("mode", "world"), [("ewc", 2), ("der", 2), ("online", 2), ("guard", 2), ("mer", 3)]
+    ("mode", "world"),
+    [("ewc", 2), ("der", 2), ("online", 2), ("guard", 2), ("mer", 3), ("gate", 3)],
 )
 def test_several_ranks_resume_bit_for_bit(mode: str, world: int, tmp_path: Path) -> None:
     run_ranks(world, go, "train", MODES[mode], tmp_path / "whole", 0, "never")

@@ -66,6 +66,16 @@ def job(monkeypatch):
     return job
 
 
+def test_who_reads_may_have_had_enough():
+    """As in ``distcl --help | head -1``."""
+    environ = {**os.environ, "PYTHONPATH": str(Path(distcl.__file__).parents[1])}
+    command = [sys.executable, "-m", "distcl", "list"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environ, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["run", "--help"], ["list"], ["config"], ["init", "x.toml"]],

@@ -72,6 +72,22 @@ def test_the_recommended_tempering_is_the_largest_power_up_to_two_that_keeps_hal
         assert a > 2 - 1e-5 or ess(a + 1e-5) < 0.5
 
 
+@pytest.mark.parametrize("mean", [0.05, 0.5, 1.3, 2.2])
+def test_a_gate_mixes_in_uniform_draws_as_the_mean_entropy_rises(mean: float) -> None:
+    """λ w + (1 - λ), λ = 1 - H / (0.6 ln C) in [0, 1], w of mean 1 and tempered."""
+    h = np.random.default_rng(0).random(500)
+    h *= mean / h.mean()
+    keys = {"min_score": 1e-4, "min_ess": 0.5}
+    shape = Shape(PriorityConfig(gate=0.6, **keys), 2.0, np.log(10))
+    found = weigh(shape, [None, WeightVector(np.arange(500), h.copy())])
+    plain = Shape(PriorityConfig(**keys), 2.0).weights(WeightVector(np.arange(500), h)).held
+    opened = min(1.0, max(0.0, 1 - mean / (0.6 * np.log(10))))
+    wanted = opened * plain / plain.mean() + 1 - opened
+    got = found.parts["hist"].held
+    np.testing.assert_allclose(got / got.mean(), wanted, rtol=1e-12)
+    assert found.report["hist"]["gate"] == pytest.approx(opened)
+
+
 def test_correction_is_n_p_to_the_minus_beta_with_mean_one_over_draws() -> None:
     weights = np.array([1.0, 2.0, 5.0, 0.0])
     group = Part(np.array([30, 10, 20, 40]), weights, draws=4)
@@ -113,6 +129,12 @@ REFUSED: list[tuple[tuple[str, ...], str, str]] = [
         ("source=online", "signal=entropy", "draw=without_replacement"),
         "priority.draw = 'without_replacement'",
         "source = 'online'",
+    ),
+    (("source=online", "signal=loss", "gate=0.6"), "priority.gate = 0.6", "signal = 'loss'"),
+    (
+        ("source=online", "signal=entropy", "draw=credit", "pool=50"),
+        "priority.draw = 'credit'",
+        "pool = 50",
     ),
     (("source=candidates", "correction=0.5"), "priority.correction = 0.5", "source = 'candidates'"),
     (

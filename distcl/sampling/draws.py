@@ -135,7 +135,7 @@ def credit(
     share /= share.sum()
     held = rng.random(array.size) if held is None else held
     never = share == 0
-    number = array.size - np.count_nonzero(never)
+    number = array.size - int(np.count_nonzero(never))
     found: list[Integers] = []
     while n:
         k = min(n, max(1, number // 2))

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from distcl import registry
 from distcl.config import DataConfig, StreamConfig
+from distcl.config.files import file_stamp
 from distcl.config.paths import reachable
 from distcl.data.images import IMAGES
 from distcl.data.shards.decode import decode, label_of, npy_bytes
@@ -87,7 +88,7 @@ class ArraySamples(Samples):
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        return [_stamp(self._path), split, begin, end]
+        return [file_stamp(self._path), split, begin, end]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`data.shards.writer.Samples`. [H, W] becomes [1, H, W], as in ``arrays``."""
@@ -134,7 +135,7 @@ class TarSamples(Samples):
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        return [(_stamp(tar), first) for tar, first, _ in self._parts(split, begin, end)]
+        return [(file_stamp(tar), first) for tar, first, _ in self._parts(split, begin, end)]
 
     def _parts(self, split: str, begin: int, end: int) -> list[tuple[Path, int, int]]:
         return [p for p in self._places[split] if p[1] < end and begin < p[2]]
@@ -196,7 +197,7 @@ class ImageSamples(Samples):
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        return [(_stamp(file), label) for file, label in self._files[split][begin:end]]
+        return [(file_stamp(file), label) for file, label in self._files[split][begin:end]]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`data.shards.writer.Samples`. Every image is decoded once, to be sure."""
@@ -231,8 +232,9 @@ class SourceSamples(Samples):
         self._parts = dict(zip(("train", "test"), parts, strict=True))
         self.class_names = list(info_of(parts[0]).class_names)
         self.sizes = {split: len(part) for split, part in self._parts.items()}
-        if isinstance(parts[0], TokenSource) and isinstance(parts[1], TokenSource):
-            self.texts = texts_of(*parts)
+        texts = [part for part in parts if isinstance(part, TokenSource)]
+        if len(texts) == len(parts):
+            self.texts = texts_of(*texts)
             self.label = self.texts.label
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
@@ -243,7 +245,7 @@ class SourceSamples(Samples):
                 digest.update(b"".join(members.values()))
             return digest.hexdigest()
         paths = [Path(text) for text in self.origin.values() if isinstance(text, str)]
-        return [[_stamp(path) for path in paths if path.is_file()], self.sizes, begin, end]
+        return [[file_stamp(path) for path in paths if path.is_file()], self.sizes, begin, end]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`distcl.data.shards.writer.Samples`."""
@@ -265,9 +267,3 @@ def _name(path: tuple[Any, ...]) -> str:
     """Return the ext of a leaf of x: npy, or NAME.npy where x has several."""
     names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
     return ".".join([*names, "npy"])
-
-
-def _stamp(path: Path) -> dict[str, Any]:
-    """Return what tells a file from another one of its name."""
-    stat = path.stat()
-    return {"path": str(path.resolve()), "bytes": stat.st_size, "time": stat.st_mtime_ns}

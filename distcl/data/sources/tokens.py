@@ -165,6 +165,11 @@ class TokenSource:
             y = torch.from_numpy(labels[ids])
         return Batch(torch.from_numpy(ids), x, y, len(ids))
 
+    @property
+    def arrays(self) -> tuple[Tokens, Ids, Ids]:
+        """All tokens [M], and where samples begin and how long they are, int64 [N]."""
+        return self._tokens, self._starts, self._lengths
+
     def stored(self, row: int) -> Tokens:
         """Return the tokens [T] of a sample, of the type they are stored in. Local."""
         return self._tokens[self._starts[row] :][: self._lengths[row]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import subprocess
@@ -13,6 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest.mock import patch
+
+from click.testing import Result
+from typer.testing import CliRunner
 
 from tests.spawn import _context, free_port, preload, rank_environment
 
@@ -101,6 +106,16 @@ def start(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[int
     with tempfile.TemporaryDirectory() as folder:
         ended = Started(arguments, Path(folder) / "said", environment=environment).end(None)
     return ended.codes[0] or 0, ended.text
+
+
+def compare(*args: str) -> Result:
+    """Run ``distcl compare`` here, and its runs in processes that have nothing to import."""
+    from distcl.cli.app import app
+    from distcl.reporting import comparison
+
+    forked = functools.partial(comparison.run_plan, start=start)
+    with patch.object(comparison, "run_plan", forked), patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        return CliRunner().invoke(app, ["compare", *args, "--quiet"])
 
 
 def distcl(

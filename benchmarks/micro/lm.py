@@ -17,12 +17,16 @@ from torch import nn
 from benchmarks.micro.measure import CPU, Work, on_ranks, seconds_of
 from benchmarks.micro.rows import Row, compared, skipped
 from benchmarks.micro.setting import config_of, steps_of, trainer_of
+from distcl.config import Config
 from distcl.data.loader import iterate_chunks
+from distcl.data.shards.inputs import SourceSamples
+from distcl.data.shards.writer import write_shards
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
 from distcl.training.trainer import ContinuousTrainer
 
 WORK = "benchmarks.micro.lm:compare"
+REPLAY = "benchmarks.micro.lm:replay"
 LENGTH, BATCH, CHUNK = 128, 16, 64
 DECODER = {"name": "decoder", "options": {"dim": 128, "depth": 4, "heads": 4, "length": LENGTH}}
 GPT2 = {
@@ -46,9 +50,15 @@ Loss = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
 
 def measure(quick: bool) -> list[Row]:
-    """Compare a decoder of bytes, 128 a sample, with the plain loop; then a GPT-2 of that size."""
+    """Compare a decoder of bytes, 128 a sample, with the plain loop; then a GPT-2 of that size.
+
+    And the decoder's steps with replay out of shards with those out of memory.
+    """
     repeats = 3 if quick else 8
     rows = _rows("decoder", "torch", on_ranks(1, WORK, DECODER, repeats))
+    found = on_ranks(1, REPLAY, repeats)
+    unit = "tokens / CPU s, of those in memory"
+    rows.append(compared("replay from shards", found["shards"], found["memory"], unit, ">= 0.9"))
     if find_spec("transformers") is None:
         return [*rows, skipped("GPT-2", "transformers is not installed")]
     return rows + _rows("GPT-2", "transformers", on_ranks(1, WORK, GPT2, repeats))
@@ -65,23 +75,7 @@ def _rows(model: str, whose: str, found: dict[str, float]) -> list[Row]:
 
 def compare(model: dict[str, Any], repeats: int) -> dict[str, float]:
     """Return median seconds of a step and of a scoring pass, and of plain code for both."""
-    steps, runtime = 5, Runtime()
-    config = config_of(
-        stream={
-            "source": "text",
-            "drift": "none",
-            "experiences": 2,
-            "options": {
-                "domains": ["python:topics", "python:library"],
-                "length": LENGTH,
-                "max_bytes": 40_000,
-            },
-        },
-        model={"loss": "next_token", **model},
-        training={"batch_size": BATCH, "normalize": "token"},
-        continual_learning={"importance_weighting": True},
-        priority={"signal": "loss", "score_batch": CHUNK},
-    )
+    steps, runtime, config = 5, Runtime(), _config(model)
     stream = create_stream(config.stream, config.run.seed)
     with tempfile.TemporaryDirectory() as out:
         trainer = trainer_of(config, runtime, stream, Path(out))
@@ -99,6 +93,49 @@ def compare(model: dict[str, Any], repeats: int) -> dict[str, float]:
     runtime.close()
     found = dict(zip(("step", "bare"), (seconds / steps for seconds in pair), strict=True))
     return found | dict(zip(("score", "inference"), scoring, strict=True))
+
+
+def replay(repeats: int) -> dict[str, float]:
+    """Return tokens a second, of current and history batches of ``er``, from memory and shards."""
+    steps, runtime = 5, Runtime()
+    continual = {"update_mode": "er", "replay_batch_size": BATCH, "importance_weighting": True}
+    works = []
+    with tempfile.TemporaryDirectory() as out:
+        config = _config(DECODER, continual_learning=continual)
+        write_shards(SourceSamples(config.stream), Path(out) / "shards")
+        of_shards = {
+            "stream.source": "shards",
+            "stream.path": f"{out}/shards",
+            "stream.options": {},
+        }
+        for chosen in (config.replace(**of_shards), config):
+            stream = create_stream(chosen.stream, chosen.run.seed, chosen.data)
+            works.append(steps_of(trainer_of(chosen, runtime, stream, Path(out)), steps))
+        found = seconds_of(*works, repeats=repeats, clock=CPU)
+    runtime.close()
+    tokens = 2 * BATCH * LENGTH * steps
+    return {name: tokens / s for name, s in zip(("shards", "memory"), found, strict=True)}
+
+
+def _config(model: dict[str, Any], **sections: dict[str, Any]) -> Config:
+    stream = {
+        "source": "text",
+        "drift": "none",
+        "experiences": 2,
+        "options": {
+            "domains": ["python:topics", "python:library"],
+            "length": LENGTH,
+            "max_bytes": 40_000,
+        },
+    }
+    given = {
+        "stream": stream,
+        "model": {"loss": "next_token", **model},
+        "training": {"batch_size": BATCH, "normalize": "token"},
+        "continual_learning": {"importance_weighting": True},
+        "priority": {"signal": "loss", "score_batch": CHUNK},
+    }
+    return config_of(**given | sections)
 
 
 def _token_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

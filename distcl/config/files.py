@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(
@@ -37,6 +38,12 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_stamp(path: Path) -> dict[str, Any]:
+    """Return what tells a file from another one of its name. Raises OSError."""
+    stat = path.stat()
+    return {"path": str(path.resolve()), "bytes": stat.st_size, "time": stat.st_mtime_ns}
 
 
 def file_digest(path: Path) -> str:

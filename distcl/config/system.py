@@ -74,6 +74,11 @@ class DataConfig(Section):
     shuffle_buffer: int = Field(
         1024, ge=1, description="streamed shards: samples of a lane that are shuffled together"
     )
+    cache: PathText = Field(
+        "",
+        description="text, jsonl, hf_text: a folder that keeps their token ids, which all ranks "
+        "map; made once for each state of files, tokenizer and options; empty: none",
+    )
     transforms: list[str | dict[str, Any]] = Field(
         [],
         description="of samples of any source: resize, to_rgb, crop, flip, normalize or "

@@ -20,8 +20,9 @@ from distcl.job import execute as run_job
 from distcl.models import create_model
 from distcl.reporting.page import write_report
 from distcl.reporting.status import read_status
+from tests.forked import compare
 from tests.small import SMALL, execute, small
-from tests.spawn import distcl, run_ranks
+from tests.spawn import run_ranks
 
 EVERY = ["perplexity", "token_accuracy", "top_k", "f1_macro", "auroc", "loss", "bits_per_byte"]
 OWN = "tests.scores_of_ones_own"
@@ -204,9 +205,9 @@ def test_a_comparison_gives_its_verdict_in_the_score(tmp_path: Path) -> None:
     keys = (*(k for k in SMALL if not k.startswith("optimizer.lr")), *keys)
     keys = (*keys, "continual_learning.importance_weighting=false", "stream.experiences=2")
     words = [word for key in keys for word in ("--set", key)]
-    command = ("compare", str(config), "--vs", "optimizer.lr=0.05", "--seeds", "3", "--quiet")
-    done = distcl(*command, *words, "--out", str(tmp_path / "out"), timeout=390)
-    assert done.returncode == 0, done.stderr
+    command = (str(config), "--vs", "optimizer.lr=0.05", "--seeds", "3")
+    done = compare(*command, *words, "--out", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
     said = r"'optimizer.lr=0.05' is better here by 0\.\d+ bits per byte \(95 %"
     assert re.match(said, done.stdout), done.stdout
     found = json.loads((tmp_path / "out" / "compare.json").read_text())

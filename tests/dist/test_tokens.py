@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from distcl.config.load import load_config
+from distcl.data.shards.inputs import SourceSamples
+from distcl.data.shards.writer import write_shards
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
-from distcl.job import execute
 from distcl.models import create_model
 from distcl.training.build import assemble
 from distcl.training.trainer import ContinuousTrainer
@@ -26,7 +27,7 @@ JOB = (
     "stream.options.domain=where", "model.name=decoder", "model.loss=next_token",
     "model.options.dim=8", "model.options.heads=2", "model.options.depth=1",
     "optimizer.lr=0.5", "training.batch_size=7", "training.epochs=1",
-    "training.pretrain_epochs=1", "run.precision=fp64", "run.report=false",
+    "training.pretrain_epochs=1", "run.precision=fp64", "run.report=false", "tracking.kind=none",
 )  # fmt: skip
 
 
@@ -44,11 +45,64 @@ def config(path: Path, *more: str) -> Any:
     return load_config(None, overrides=[*JOB, f"stream.path={path}", *more], environ={})
 
 
-def steps(path: Path, out: Path, accumulates: tuple[int, ...]) -> list[Any]:
-    """Pretrain; return for each ``accumulate`` what each step drew here, and the weights."""
+WORLDS, MODES = (1, 2, 3), ("er", "base")
+IN_SHARDS = ("stream.source=shards", "stream.options={}")
+WAYS = {
+    "memory": (),
+    "indexed": IN_SHARDS,
+    "streamed": (*IN_SHARDS, "data.access=stream", "data.lanes=4", "data.shuffle_buffer=9"),
+}
+Found = dict[int, list[dict[str, Any]]]
+"""What each rank found, by the number of ranks."""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of texts, with shards of them beside it."""
+    folder = tmp_path_factory.mktemp("texts")
+    made = write(folder / "texts.jsonl")
+    write_shards(SourceSamples(config(made).stream), folder / "shards", 7)
+    return made
+
+
+@pytest.fixture(scope="module")
+def found(path: Path) -> Found:
+    return {world: run_ranks(world, everything, path, path.parent / str(world)) for world in WORLDS}
+
+
+def everything(path: Path, out: Path) -> dict[str, Any]:
+    """All that is to be compared, in one process a rank."""
     runtime = Runtime(config(path).run)
+    both = {mode: corrected(runtime, path, out / mode, mode) for mode in MODES}
+    return {"steps": steps(runtime, path, out / "steps")} | both | rounds(runtime, path, out)
+
+
+def rounds(runtime: Runtime, path: Path, out: Path) -> dict[str, Any]:
+    """Of texts in memory and in shards: draws, priorities, scores and weights of a round."""
+    more = (
+        "training.normalize=token",
+        "continual_learning.importance_weighting=true",
+        "continual_learning.update_mode=er",
+        "training.epochs=2",
+    )
+    found = {}
+    for name, way in WAYS.items():
+        chosen = config(path.parent / "shards" if way else path, *more, *way)
+        stream = create_stream(chosen.stream, chosen.run.seed, chosen.data)
+        trainer = ContinuousTrainer(assemble(chosen, runtime, stream, out / name), chosen)
+        trainer.pretrain(stream.experiences[0])
+        trainer.run_round(stream.experiences[1], "scheduled", stream.experiences)
+        module = runtime.strategy.unwrap(trainer.parts.model)
+        weights = {n: p.detach().numpy().copy() for n, p in module.named_parameters()}
+        draws = [r["draws_sha256"] for r in trainer.rounds]
+        found[name] = draws, trainer.rounds[0]["priority"], np.array(trainer.matrix.rows(), float), weights
+    return found
+
+
+def steps(runtime: Runtime, path: Path, out: Path) -> list[Any]:
+    """Pretrain; return for each ``accumulate`` what each step drew here, and the weights."""
     found = []
-    for accumulate in accumulates:
+    for accumulate in (1, 2, 3):
         chosen = config(path, "training.normalize=token", f"training.accumulate={accumulate}")
         stream = create_stream(chosen.stream, chosen.run.seed)
         parts = assemble(chosen, runtime, stream, out)
@@ -88,13 +142,11 @@ def dense(path: Path, drawn: list[list[int]]) -> dict[str, Any]:
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", WORLDS)
 def test_gradients_are_the_mean_over_all_tokens_of_the_global_batch(
-    world: int, tmp_path: Path
+    world: int, path: Path, found: Found
 ) -> None:
-    path = write(tmp_path / "texts.jsonl")
-    results = run_ranks(world, steps, path, tmp_path, (1, 2, 3))
-    for runs in zip(*results, strict=True):
+    for runs in zip(*(rank["steps"] for rank in found[world]), strict=True):
         drawn = [sum(parts, []) for parts in zip(*(seen for seen, _ in runs), strict=True)]
         expected = dense(path, drawn)
         for (_, weights), (name, value) in product(runs, expected.items()):
@@ -105,7 +157,7 @@ Note = dict[str, Any]
 """Of one step of a rank: ids and loss weights of its parts of the batches, current and history."""
 
 
-def corrected(path: Path, out: Path, mode: str) -> tuple[list[Note], Any, Any]:
+def corrected(runtime: Runtime, path: Path, out: Path, mode: str) -> tuple[list[Note], Any, Any]:
     """Run a round with priorities and their correction; what was read, weights before and after."""
     chosen = config(
         path,
@@ -118,7 +170,6 @@ def corrected(path: Path, out: Path, mode: str) -> tuple[list[Note], Any, Any]:
         "priority.target=union",
         "priority.signal=loss",
     )
-    runtime = Runtime(chosen.run)
     stream = create_stream(chosen.stream, chosen.run.seed)
     trainer = ContinuousTrainer(assemble(chosen, runtime, stream, out), chosen)
     trainer.pretrain(stream.experiences[0])
@@ -139,14 +190,13 @@ def corrected(path: Path, out: Path, mode: str) -> tuple[list[Note], Any, Any]:
     return notes, *weights
 
 
-@pytest.mark.parametrize("mode", ["er", "base"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("world", [1, 3])
 def test_corrected_losses_are_a_weighted_mean_over_all_tokens(
-    mode: str, world: int, tmp_path: Path
+    mode: str, world: int, path: Path, found: Found
 ) -> None:
     """By hand: Σ c Σ_t ℓ_t / Σ c n over current and history together, with unequal parts."""
-    path = write(tmp_path / "texts.jsonl")
-    results = run_ranks(world, corrected, path, tmp_path, mode)
+    results = [rank[mode] for rank in found[world]]
     chosen = config(path)
     stream = create_stream(chosen.stream, chosen.run.seed)
     model = create_model(chosen.model, stream.spec, 0).double()
@@ -168,25 +218,17 @@ def test_corrected_losses_are_a_weighted_mean_over_all_tokens(
         optimizer.step()
     assert np.std(spread) > 0.02 and (history > 0) == (mode == "er")
     for (_, _, after), (name, value) in product(results, model.named_parameters()):
-        found = value.detach().numpy()
-        np.testing.assert_allclose(after[name], found, atol=1e-10, rtol=0, err_msg=name)
+        np.testing.assert_allclose(after[name], value.detach().numpy(), atol=1e-10, rtol=0, err_msg=name)
 
 
-def job(path: Path, out: Path) -> Any:
-    more = (
-        "training.normalize=token",
-        "continual_learning.importance_weighting=true",
-        "continual_learning.update_mode=er",
-        "training.epochs=2",
-    )
-    return execute("train", config(path, *more), out)
-
-
-def test_a_job_over_texts_draws_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
-    path = write(tmp_path / "texts.jsonl")
-    found = [run_ranks(w, job, path, tmp_path / str(w))[0] for w in (1, 2, 3)]
-    draws = [[r["draws_sha256"] for r in summary["rounds"]] for summary in found]
-    assert draws[0] == draws[1] == draws[2] and len(draws[0]) == 1
-    assert found[0]["rounds"][0]["priority"]
-    for other in found[1:]:
-        np.testing.assert_allclose(other["accuracy"][-1], found[0]["accuracy"][-1], atol=1e-9)
+def test_a_job_over_texts_draws_the_same_on_any_number_of_ranks_and_from_shards(
+    found: Found,
+) -> None:
+    first = found[1][0]
+    assert first["memory"][1]
+    for world, way in product(WORLDS, WAYS):
+        like, other = first[way if way == "streamed" else "memory"], found[world][0][way]
+        assert other[0] == like[0] and len(like[0]) == 1
+        np.testing.assert_allclose(other[2], like[2], atol=1e-9)
+        for name, value in like[3].items():
+            np.testing.assert_allclose(other[3][name], value, atol=1e-9, err_msg=name)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from distcl.checkpoint.export import evaluate, export
 from distcl.config.load import load_config
+from distcl.data.shards.inputs import SourceSamples
+from distcl.data.shards.writer import write_shards
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
@@ -90,9 +92,18 @@ UPDATERS = {
 }
 
 
-def test_updaters_draw_and_learn_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
-    path = write(tmp_path / "texts.jsonl")
-    one, three = (run_ranks(w, learned, path, tmp_path / str(w), UPDATERS)[0] for w in (1, 3))
+def test_updaters_draw_and_learn_the_same_on_any_number_of_ranks_and_from_shards(
+    tmp_path: Path,
+) -> None:
+    path, folder = write(tmp_path / "texts.jsonl"), tmp_path / "shards"
+    config = load_config(None, [*JOB, f"stream.path={path}"], environ={})
+    write_shards(SourceSamples(config.stream), folder, 7)
+    shards = ("stream.source=shards", "stream.options={}", f"stream.path={folder}")
+    runs = UPDATERS | {"shards": (*UPDATERS["er"], *shards)}
+    one, three = (run_ranks(w, learned, path, tmp_path / str(w), runs)[0] for w in (1, 3))
+    assert one["shards"][0] == one["er"][0]
+    for key, value in one["er"][1].items():
+        np.testing.assert_array_equal(one["shards"][1][key], value)
     for name, (draws, weights) in one.items():
         assert three[name][0] == draws, name
         for key, value in weights.items():
@@ -138,16 +149,26 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The folder of texts and of the run of one process, and its summary."""
+    folder = tmp_path_factory.mktemp("alone")
+    path = write(folder / "texts.jsonl")
+    plain = {"run": ("continual_learning.update_mode=ewc_online",)}
+    return folder, run_ranks(1, job, path, folder / "1", plain)[0]["run"]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_trains_it_as_one_process_does(layout: str, tmp_path: Path) -> None:
+def test_every_layout_trains_it_as_one_process_does(
+    layout: str, alone: tuple[Path, Any], tmp_path: Path
+) -> None:
     if "zero" in layout:
         pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
-    path = write(tmp_path / "texts.jsonl")
-    plain = {"run": ("continual_learning.update_mode=ewc_online",)}
-    one = run_ranks(1, job, path, tmp_path / "1", plain)[0]["run"]
+    folder, one = alone
+    path = folder / "texts.jsonl"
     two = run_ranks(2, job, path, tmp_path / "2", {"run": LAYOUTS[layout]})[0]["run"]
     np.testing.assert_allclose(two["accuracy"][-1], one["accuracy"][-1], atol=0.02)
-    names = [tmp_path / w / "run/checkpoints/final.safetensors" for w in "12"]
+    names = [at / "run/checkpoints/final.safetensors" for at in (folder / "1", tmp_path / "2")]
     weights = [load_file(name) for name in names]
     assert weights[0].keys() == weights[1].keys() and "lm_head.weight" not in weights[0]
     for name, tensor in weights[0].items():

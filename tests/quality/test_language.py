@@ -8,28 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.spawn import distcl
+from tests.forked import compare
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(600)
 def test_prioritized_and_uniform_replay_are_compared_in_bits_per_byte(tmp_path: Path) -> None:
-    command = (
-        "compare",
+    done = compare(
         str(ROOT / "configs" / "lm.toml"),
         "--vs",
         "continual_learning.importance_weighting=false",
         "--seeds",
         "3",
-        "--quiet",
         "--out",
         str(tmp_path / "out"),
         *("--set", "stream.options.max_bytes=8000"),
         *("--set", "model.options={dim = 32, depth = 1, heads = 2, length = 64}"),
     )
-    done = distcl(*command, timeout=590)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert re.search(
         r"(is better here by|uniform minus prioritized sampling is) [+-]?\d\.\d+ bits per byte",
         done.stdout,

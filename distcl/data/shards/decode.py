@@ -22,6 +22,7 @@ from distcl.data.transforms import Sample, Transforms, arrays_of
 from distcl.errors import DataError
 
 _NUMBER = re.compile(rb"\s*(\d+|-[1-9]\d*)\s*")  # int() would take 1_0, +1 and more
+_TWO = re.compile(r"(\w+)\*([1-9]\d*)\+(\w+)")
 
 
 def decode(ext: str, data: bytes) -> Any:
@@ -67,8 +68,14 @@ def decode_sample(
 def label_of(members: Mapping[str, bytes], label: str) -> int:
     """Return the label of a sample. ``label``: the member that has it, cls or json:FIELD.
 
-    Raises DataError if there is none, or if it is not an integer in [0, MAX_CLASSES).
+    MEMBER*N+MEMBER makes one number of two, the second below N. Raises DataError if there is none,
+    or if it is not an integer in [0, MAX_CLASSES).
     """
+    if both := _TWO.fullmatch(label):
+        first, second = label_of(members, both[1]), label_of(members, both[3])
+        if second >= int(both[2]):
+            raise DataError(f"its label is {second}, but shards.json says at most {both[2]} - 1")
+        return first * int(both[2]) + second
     ext, _, field = label.partition(":")
     if ext not in members:
         others = ", ".join(f"'{ext}'" for ext in members)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distcl.data.shards.manifest import MANIFEST, Texts
 from distcl.data.shards.tar import read_members
 from distcl.errors import ConfigError, DataError
 from distcl.types import Ids
@@ -72,6 +73,28 @@ def assign_groups(sources: Sequence[ShardSource], how: str, concepts: int) -> No
                     f"{source.name} has samples of {foreign[0]!r}, which training samples have not"
                 )
             source.groups[known] = [numbers[v] for v in given]
+
+
+def assign_domains(sources: Sequence[ShardSource], texts: Texts, concepts: int) -> None:
+    """Set ``groups`` of the sources of all splits to the domains of their texts. Local.
+
+    Raises ConfigError if these are not ``concepts``, or not known before shards are read.
+    """
+    names = texts.domains
+    if len(names) != concepts:
+        raise ConfigError(
+            f"{sources[0].name} has {len(names)} domains ({', '.join(names[:8])}), but the stream "
+            f"has {concepts} experiences (stream.experiences); {_KEY} = 'shards' makes others"
+        )
+    for source in sources:
+        groups = source.column() // max(texts.classes, 1)
+        if (most := int(groups.max())) >= len(names):
+            raise DataError(
+                f"{source.name}: sample {groups.argmax()} has domain {most}, but {MANIFEST} names "
+                f"{len(names)}"
+            )
+        source.groups = groups.astype(np.min_scalar_type(-len(names)))
+        source.group_names = names
 
 
 def _values(source: ShardSource, field: str, time: bool) -> list[Any]:

@@ -31,7 +31,7 @@ from distcl.data.shards.manifest import (
     MANIFEST,
     Manifest,
     Shard,
-    known_names,
+    known_manifest,
     numbered,
     read_shards,
     write_manifest,
@@ -242,6 +242,8 @@ def index_folder(
     tars, problems = archives(folder)
     if problems and not skip:
         raise DataError(problems[0])
+    known = known_manifest(folder, label)
+    label = known.label if known.texts else label
     following = {"train": 0, "test": 0}
     shards = []
     for tar in tars:
@@ -261,7 +263,7 @@ def index_folder(
             )
         if tell is not None:
             tell(tar.name, len(builder))
-    manifest = numbered(label, shards, known_names(folder))
+    manifest = numbered(label, shards, known.class_names, known.texts)
     write_manifest(folder, manifest)
     return manifest, problems
 

@@ -26,8 +26,9 @@ from distcl.data.shards.index import (
     open_index,
     place_of,
 )
-from distcl.data.shards.manifest import MANIFEST, Shard, read_shards
+from distcl.data.shards.manifest import MANIFEST, Shard, Texts, read_shards
 from distcl.data.shards.tar import key_of, refused
+from distcl.data.shards.texts import TokenStack, decode_tokens, info_of_texts
 from distcl.data.sources.arrays import stratified
 from distcl.data.sources.npy import Array
 from distcl.data.transforms import Sample, Stack, Transforms
@@ -54,15 +55,22 @@ class ShardSource:
     ``usable``: bool [N], False for samples known to be bad; None if all are sound. With
     ``data.on_bad_sample = "skip"``, a sample that turns out bad in ``read`` is replaced by the next
     sound one, and ``Batch.ids`` has that one's id. Otherwise DataError names shard,
-    member and id.
+    member and id. With ``texts`` batches are those of :class:`data.sources.tokens.TokenSource`.
     """
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], data: DataConfig, name: str = "shards"
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        data: DataConfig,
+        name: str = "shards",
+        texts: Texts | None = None,
     ) -> None:
         self.name = name
         self.groups: Groups | None = None
         """The concept of each sample by row; None: no restriction."""
+        self.group_names: list[str] = []
+        """Names of the concepts; empty: they have none."""
         self.class_names: list[str] = []
         """Names of the classes by label, from ``shards.json``; empty: not known."""
         self.shards = list(shards)
@@ -74,8 +82,9 @@ class ShardSource:
         """What is known to be bad, in words; filled by opening, with ``on_bad_sample = "skip"``."""
         self._folder = folder
         self._data = data
-        self._transforms = Transforms(data.transforms)
-        self._stack = Stack(name)
+        self._transforms = Transforms(data.transforms if texts is None else ())
+        self._texts = texts
+        self._stack = Stack(name) if texts is None else TokenStack(texts)
         self._archives = _Archives(folder)
         self._firsts = _firsts(shards)
         self._rows: Ids | None = None  # row of the split for each id; None: the same
@@ -119,24 +128,26 @@ class ShardSource:
     @property
     def usable(self) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
         """Which samples can be used, bool [N]; None: all."""
-        return self._column() >= 0 if self.problems else None
+        return self.column() >= 0 if self.problems else None
 
     @property
     def info(self) -> SourceInfo:
         """See :class:`distcl.types.SourceInfo`."""
-        return SourceInfo(
+        info = SourceInfo(
             self.name,
-            labels=lambda: self._column().clip(0),
+            labels=lambda: self.column().clip(0),
             class_names=self.class_names,
             usable=lambda: self.usable,
             groups=self.groups,
+            group_names=self.group_names,
             live_seconds=self.live_seconds,
             replaces=self.replaces,
             transformed=True,
         )
+        return info if self._texts is None else info_of_texts(info, self._texts)
 
-    def _column(self) -> Ids:
-        """Return the labels [N], -1 for samples that are not usable."""
+    def column(self) -> Ids:
+        """Return what the index has as labels [N], -1 for samples that are not usable."""
         labels = np.full(int(self._firsts[-1]), -1)
         for begin, end, index in zip(self._firsts, self._firsts[1:], self._indexes, strict=False):
             if index is not None:
@@ -151,7 +162,7 @@ class ShardSource:
     def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:
         """Split into (train, test), as :meth:`data.sources.arrays.ArraySource.holdout` does."""
         parts = copy.copy(self), copy.copy(self)
-        rows = stratified(self._column() + 1, fraction, self.name)  # bad ones: a class of their own
+        rows = stratified(self.column() + 1, fraction, self.name)  # bad ones: a class of their own
         for part, ids in zip(parts, rows, strict=True):
             part._rows = ids if self._rows is None else self._rows[ids]
             part.groups = None if self.groups is None else self.groups[ids]
@@ -188,6 +199,8 @@ class ShardSource:
         """Read samples by id, in the order asked. Local. Raises DataError naming a bad sample."""
         ids = checked_rows(ids, len(self), self.name)
         if len(ids) == 0:
+            if self._empty is None and self._texts is not None:
+                self._empty = self._stack([], ids)
             if self._empty is None:
                 usable = self.usable
                 first = np.zeros(1, np.int64) if usable is None else np.flatnonzero(usable)[:1]
@@ -230,6 +243,8 @@ class ShardSource:
         extent, word = self._archives.read(shard.name, self._indexes[number], row)
         try:
             key, members = indexed_members(extent, word, self._data.verify)
+            if self._texts is not None:
+                return decode_tokens(members, word >> 32, self._texts)
             return decode_sample(members, word >> 32, self._transforms, key, id_)
         except DataError as error:
             where = place_of(shard.name, key_of(extent), shard.first_id + row)

@@ -6,6 +6,7 @@ a bad sample where a source refuses the whole, and image files stay as they are.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,14 +17,17 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from distcl import registry
 from distcl.config import DataConfig, StreamConfig
+from distcl.config.files import file_stamp
 from distcl.config.paths import reachable
 from distcl.data.images import IMAGES
 from distcl.data.shards.decode import decode, label_of, npy_bytes
 from distcl.data.shards.index import archives, is_archive, split_of
-from distcl.data.shards.manifest import known_names
+from distcl.data.shards.manifest import known_manifest
 from distcl.data.shards.tar import scan
+from distcl.data.shards.texts import texts_of, token_members
 from distcl.data.shards.writer import Members, Samples
 from distcl.data.sources.arrays import ArraySource, npz_splits
+from distcl.data.sources.tokens import TokenSource
 from distcl.data.stream import create_sources
 from distcl.data.transforms import arrays_of
 from distcl.errors import DataError, UsageError
@@ -84,7 +88,7 @@ class ArraySamples(Samples):
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        return [_stamp(self._path), split, begin, end]
+        return [file_stamp(self._path), split, begin, end]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`data.shards.writer.Samples`. [H, W] becomes [1, H, W], as in ``arrays``."""
@@ -109,9 +113,11 @@ class TarSamples(Samples):
         skip: bool = False,
         problems: Sequence[str] = (),
     ) -> None:
+        known = known_manifest(tars[0].parent, label)
+        label = known.label if known.texts else label
         super().__init__({"label": label, "archives": str(source.resolve())}, label)
         self.problems += problems
-        self.class_names = known_names(tars[0].parent)
+        self.class_names, self.texts = known.class_names, known.texts
         self._places: dict[str, list[tuple[Path, int, int]]] = {"train": [], "test": []}
         """Of each split the archives, with the numbers of their first samples and of the next."""
         for tar in tars:
@@ -129,7 +135,7 @@ class TarSamples(Samples):
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        return [(_stamp(tar), first) for tar, first, _ in self._parts(split, begin, end)]
+        return [(file_stamp(tar), first) for tar, first, _ in self._parts(split, begin, end)]
 
     def _parts(self, split: str, begin: int, end: int) -> list[tuple[Path, int, int]]:
         return [p for p in self._places[split] if p[1] < end and begin < p[2]]
@@ -191,7 +197,7 @@ class ImageSamples(Samples):
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
-        return [(_stamp(file), label) for file, label in self._files[split][begin:end]]
+        return [(file_stamp(file), label) for file, label in self._files[split][begin:end]]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`data.shards.writer.Samples`. Every image is decoded once, to be sure."""
@@ -215,7 +221,10 @@ def _ext_of(file: Path) -> str:
 
 
 class SourceSamples(Samples):
-    """A registered or a user's source, by a StreamConfig: ``npy`` members of x, and ``cls``."""
+    """A registered or a user's source, by a StreamConfig: ``npy`` members of x, and ``cls``.
+
+    Of texts: :func:`distcl.data.shards.texts.token_members`.
+    """
 
     def __init__(self, config: StreamConfig) -> None:
         super().__init__(config.model_dump(mode="json"))
@@ -223,15 +232,27 @@ class SourceSamples(Samples):
         self._parts = dict(zip(("train", "test"), parts, strict=True))
         self.class_names = list(info_of(parts[0]).class_names)
         self.sizes = {split: len(part) for split, part in self._parts.items()}
+        texts = [part for part in parts if isinstance(part, TokenSource)]
+        if len(texts) == len(parts):
+            self.texts = texts_of(*texts)
+            self.label = self.texts.label
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""
+        if self.texts:
+            digest = hashlib.sha256()
+            for members in self.read(split, begin, end):
+                digest.update(b"".join(members.values()))
+            return digest.hexdigest()
         paths = [Path(text) for text in self.origin.values() if isinstance(text, str)]
-        return [[_stamp(path) for path in paths if path.is_file()], self.sizes, begin, end]
+        return [[file_stamp(path) for path in paths if path.is_file()], self.sizes, begin, end]
 
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`distcl.data.shards.writer.Samples`."""
         part = self._parts[split]
+        if self.texts:
+            yield from (token_members(part, row, self.texts) for row in range(begin, end))
+            return
         for start in range(begin, end, _CHUNK):
             ids = np.arange(start, min(start + _CHUNK, end))
             batch = part.read(ids)
@@ -246,9 +267,3 @@ def _name(path: tuple[Any, ...]) -> str:
     """Return the ext of a leaf of x: npy, or NAME.npy where x has several."""
     names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
     return ".".join([*names, "npy"])
-
-
-def _stamp(path: Path) -> dict[str, Any]:
-    """Return what tells a file from another one of its name."""
-    stat = path.stat()
-    return {"path": str(path.resolve()), "bytes": stat.st_size, "time": stat.st_mtime_ns}

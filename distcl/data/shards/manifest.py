@@ -46,36 +46,65 @@ class Shard:
     classes: _Number = 0
 
 
+@dataclass(frozen=True, slots=True, config={"extra": "forbid"})
+class Texts:
+    """Samples are token ids, in ``input_ids.npy``, below ``tokens``, of ``tokenizer``.
+
+    ``longest``: how many the longest sample has, if ``packed`` each; padding is ``end``.
+    ``classes``: how many labels ``cls`` may have; 0: there are none, the tokens are the targets.
+    ``domains``: names by the number in ``domain``; empty: there are none.
+    """
+
+    tokens: _Number
+    tokenizer: _Text
+    end: _Number
+    longest: _Number
+    packed: Annotated[bool, Field(strict=True)]
+    classes: _Number = 0
+    domains: list[_Text] = Field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """What the index has of a sample: its label, its domain, or of both one number."""
+        if not self.classes:
+            return "domain"
+        return f"domain*{self.classes}+cls" if self.domains else "cls"
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """The contents of ``shards.json``. ``label``: the member with labels, cls or json:FIELD.
 
-    ``class_names``: of the labels 0, 1, …; empty: not known.
+    ``class_names``: of the labels 0, 1, …; empty: not known. ``texts``: None if they are none.
     """
 
     label: _Text
     shards: list[Shard]
     class_names: list[_Text] = Field(default_factory=list)
+    texts: Texts | None = None
 
     def split(self, name: str) -> list[Shard]:
         """Return the shards of a split, in the order of their ids."""
         return [shard for shard in self.shards if shard.split == name]
 
 
-def numbered(label: str, shards: Sequence[Shard], class_names: Sequence[str] = ()) -> Manifest:
+def numbered(
+    label: str,
+    shards: Sequence[Shard],
+    class_names: Sequence[str] = (),
+    texts: Texts | None = None,
+) -> Manifest:
     """Return a manifest of these shards, their first ids set by their order."""
     placed, following = [], dict.fromkeys((s.split for s in shards), 0)
     for shard in shards:
         placed.append(replace(shard, first_id=following[shard.split]))
         following[shard.split] += shard.samples
-    return Manifest(label, placed, list(class_names))
+    return Manifest(label, placed, list(class_names), texts)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``shards.json``, whole or not at all."""
-    found = asdict(manifest)
-    if not manifest.class_names:
-        del found["class_names"]
+    found = {key: value for key, value in asdict(manifest).items() if value or key == "shards"}
     write_atomically(folder / MANIFEST, json.dumps(found, indent=1) + "\n", sync=True)
 
 
@@ -84,8 +113,12 @@ def read_shards(folder: Path) -> Manifest:
     path = folder / MANIFEST
     try:
         manifest = TypeAdapter(Manifest).validate_python(json.loads(path.read_bytes()))
-        if manifest != numbered(manifest.label, manifest.shards, manifest.class_names):
+        if manifest != numbered(
+            manifest.label, manifest.shards, manifest.class_names, manifest.texts
+        ):
             raise ValueError("first_id is not the sum of the samples before")
+        if manifest.texts and manifest.texts.label != manifest.label:
+            raise ValueError(f"label of such texts is '{manifest.texts.label}'")
     except FileNotFoundError:
         has_no = f"has no {MANIFEST}; {INDEX_ONLY} {folder}"
         what = has_no if folder.exists() else "does not exist"
@@ -101,9 +134,9 @@ def read_shards(folder: Path) -> Manifest:
     return manifest
 
 
-def known_names(folder: Path) -> list[str]:
-    """Return the names of the classes that a folder's manifest has, if it has one. Local."""
+def known_manifest(folder: Path, label: str) -> Manifest:
+    """Return a folder's manifest; one of no shards, with this label, if it has none. Local."""
     try:
-        return read_shards(folder).class_names
+        return read_shards(folder)
     except DataError:
-        return []
+        return Manifest(label, [])

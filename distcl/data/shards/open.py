@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
-from distcl.data.shards.experiences import assign_groups
+from distcl.data.shards.experiences import assign_domains, assign_groups
 from distcl.data.shards.index import index_path
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.manifest import MANIFEST, Manifest, read_shards
@@ -26,7 +26,9 @@ def shards(
 ) -> tuple[ShardSource, ShardSource]:
     """Return (train, test) of the folder of shards ``stream.path``, by its ``shards.json``.
 
-    Folders without test shards hold out ``stream.test_fraction`` of each class.
+    What ``distcl shard`` made of texts is read as the source of these; their domains are the
+    experiences, unless ``experiences`` says otherwise. Folders without test shards hold out
+    ``stream.test_fraction`` of each class.
 
     ``experiences``: which samples make an experience. Empty: all; ``shards``: equal ranges of the
     shards, in their order; ``key:FIELD``: those of one value of a field of their JSON, in sorted
@@ -51,14 +53,17 @@ def shards(
     found: list[ShardSource] = []
     for split in ("train", "test"):
         if part := manifest.split(split):
-            name = f"'{folder}' ({split})"
+            name, texts = f"'{folder}' ({split})", manifest.texts
             if access == "stream":
-                found.append(StreamedSource(folder, part, data, manifest.label, url, name))
+                label = manifest.label
+                found.append(StreamedSource(folder, part, data, label, url, name, texts))
             else:
-                found.append(ShardSource(folder, part, data, name))
+                found.append(ShardSource(folder, part, data, name, texts))
+    concepts = min(config.recurring or config.experiences, config.experiences)
     if experiences:
-        concepts = min(config.recurring or config.experiences, config.experiences)
         assign_groups(found, experiences, concepts)
+    elif manifest.texts and manifest.texts.domains:
+        assign_domains(found, manifest.texts, concepts)
     for source in found:
         source.class_names = manifest.class_names
     train, test = found if len(found) == 2 else found[0].holdout(config.test_fraction)

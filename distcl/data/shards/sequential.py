@@ -14,12 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 from distcl.config import DataConfig
 from distcl.data.shards.decode import decode_sample, label_of
-from distcl.data.shards.index import index_path, place_of
+from distcl.data.shards.index import index_path, labels_in, place_of
 from distcl.data.shards.indexed import ShardSource
-from distcl.data.shards.manifest import MANIFEST, Shard
+from distcl.data.shards.manifest import MANIFEST, Shard, Texts
 from distcl.data.shards.tar import BLOCK, Extent, Forwards, Member, grouped, open_archive, walk
+from distcl.data.shards.texts import decode_tokens
+from distcl.data.sources.npy import open_npy
 from distcl.data.transforms import Sample
 from distcl.errors import ConfigError, DataError
 from distcl.types import Ids, SourceInfo
@@ -50,10 +54,11 @@ class StreamedSource(ShardSource):
         label: str,
         url: str,
         name: str,
+        texts: Texts | None = None,
     ) -> None:
         self._label = label
         self._url = url
-        super().__init__(folder, shards, data, name)
+        super().__init__(folder, shards, data, name, texts)
         self._cursors: list[_Cursor] = []  # the last one used is last
         self._process = os.getpid()  # whose they are
 
@@ -67,9 +72,25 @@ class StreamedSource(ShardSource):
     @property
     def info(self) -> SourceInfo:
         """Labels and faults are known by reading only; classes, if ``shards.json`` has them all."""
-        known = [shard.classes for shard in self.shards]
-        classes = max(known) if all(known) else 0
-        return replace(super().info, labels=None, usable=None, classes=classes, sequential=True)
+        info, known = super().info, [shard.classes for shard in self.shards]
+        classes = info.classes or (max(known) if all(known) else 0)
+        return replace(info, labels=None, usable=None, classes=classes, sequential=True)
+
+    def column(self) -> Ids:
+        """See ShardSource: there must be indexes all the same. Raises ConfigError, DataError."""
+        found = []
+        for shard in self.shards:
+            path = index_path(self._folder / shard.name)
+            if not path.exists():
+                raise ConfigError(
+                    f"{self.name}: domains are known by the index, and there is no '{path}'; "
+                    "stream.options.experiences = 'shards' does without"
+                )
+            index = open_npy(path)
+            if index.dtype != np.dtype("<i8") or index.shape != (2, shard.samples + 1):
+                raise DataError(f"'{path}' is damaged, or of another number of samples")
+            found.append(labels_in(index))
+        return np.concatenate(found)
 
     def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:
         """Refuse it: what to hold out cannot be chosen without an index."""
@@ -92,6 +113,8 @@ class StreamedSource(ShardSource):
             if 0 < shard.classes <= label:
                 most = shard.classes - 1
                 raise DataError(f"its label is {label}, but {MANIFEST} says at most {most}")
+            if self._texts is not None:
+                return decode_tokens(extent.members, label, self._texts)
             return decode_sample(extent.members, label, self._transforms, extent.key, id_)
         except DataError as error:
             raise DataError(f"{place_of(shard.name, extent.key, id_)}: {error}") from error

@@ -27,11 +27,13 @@ from distcl.data.shards.manifest import (
     MANIFEST,
     Manifest,
     Shard,
+    Texts,
     numbered,
     read_shards,
     write_manifest,
 )
 from distcl.data.shards.tar import END, member_bytes
+from distcl.data.shards.texts import joined_texts
 from distcl.data.sources.npy import open_npy
 from distcl.errors import DataError, UsageError
 
@@ -54,6 +56,8 @@ class Samples(ABC):
         """The number of samples of each split, train before test."""
         self.class_names: list[str] = []
         """Names of the labels 0, 1, …; empty: not known."""
+        self.texts: Texts | None = None
+        """What tokens they are, if they are texts."""
         self.problems: list[str] = []
         """What of the input is damaged, and passed over."""
         self.skipped: list[str] = []
@@ -122,18 +126,18 @@ def write_shards(
         if tell is not None:
             tell(part.stem, part.end - part.begin)
     whole = [shard for part in parts for shard in done[part]]
-    manifest = _manifest(samples.label, whole, samples.class_names, problems)
+    manifest = _manifest(samples, whole, samples.class_names, problems)
     write_manifest(folder, manifest)
     (folder / _PLAN).unlink()
     return manifest
 
 
 def _manifest(
-    label: str, shards: list[Shard], names: list[str], problems: list[str] | None
+    samples: Samples, shards: list[Shard], names: list[str], problems: list[str] | None
 ) -> Manifest:
     if not shards and problems:
         raise DataError(f"not one sample is sound; {problems[0]}")
-    return numbered(label, shards, names)
+    return numbered(samples.label, shards, names, samples.texts)
 
 
 def append_shards(
@@ -158,6 +162,7 @@ def append_shards(
             f"'{folder}' has the classes {', '.join(old)}, but what is to be added has "
             f"{', '.join(new)}: labels would mean other classes"
         )
+    samples.texts = joined_texts(folder, manifest.texts, samples.texts)
     job = _Job(samples, folder, max_bytes, problems is not None)
     for split, size in samples.sizes.items():
         for begin in range(0, size, per_shard):
@@ -168,7 +173,7 @@ def append_shards(
             found, bad = job.write(part)
             if problems is not None:
                 problems += bad
-            manifest = _manifest(manifest.label, [*manifest.shards, *found], old, problems)
+            manifest = _manifest(samples, [*manifest.shards, *found], old, problems)
             write_manifest(folder, manifest)
             if tell is not None:
                 tell(part.stem, part.end - part.begin)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distcl.config import StreamConfig
+from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import MAX_CLASSES
 from distcl.data.sources.huggingface import load_splits
-from distcl.data.sources.text import bytes_of
+from distcl.data.sources.text import bytes_of, stamps_of
+from distcl.data.sources.token_cache import cached
 from distcl.data.sources.tokens import (
     Tokenizer,
     Tokens,
@@ -36,6 +38,7 @@ Record = tuple[str, Mapping[str, Any]]
 @checked("stream")
 def jsonl(
     config: StreamConfig,
+    data: DataConfig | None = None,
     text: str = "text",
     label: str = "",
     domain: str = "",
@@ -56,14 +59,16 @@ def jsonl(
     if not config.path:
         raise ConfigError("stream.source = 'jsonl' needs stream.path, a file")
     known = create_tokenizer(tokenizer, end)
-    texts = _Texts(f"'{reachable(config.path)}'", text, label, domain, length, known)
-    texts.take(_lines(config.path))
-    return texts.source(config).holdout(config.test_fraction)
+    file = reachable(config.path)
+    texts = _Texts(f"'{file}'", text, label, domain, length, known)
+    found = texts.source(config, data, lambda: _lines(file), lambda: stamps_of([file]))
+    return found.holdout(config.test_fraction)
 
 
 @checked("stream")
 def hf_text(
     config: StreamConfig,
+    data: DataConfig | None = None,
     text: str = "text",
     tokens: str = "",
     label: str = "",
@@ -94,7 +99,6 @@ def hf_text(
     known: Tokenizer | None = None if tokens else create_tokenizer(tokenizer, end)
     texts = _Texts(f"'{config.path}'", tokens or text, label, domain, length, known)
     wanted = {"tokens" if tokens else "text": texts.text, "label": label, "domain": domain}
-    counts = []
     for split, rows in splits.items():
         for option, column in wanted.items():
             if column and column not in rows.column_names:
@@ -103,25 +107,27 @@ def hf_text(
                     f"{nearest(column, rows.column_names)}; it has {', '.join(rows.column_names)} "
                     f"(stream.options.{option})"
                 )
-        before = len(texts.parts)
-        columns = [column for column in wanted.values() if column]
-        texts.take(
-            _rows(
-                rows.select_columns(list(dict.fromkeys(columns))).with_format(None),
-                f"'{config.path}', {split}",
+    columns = list(dict.fromkeys(column for column in wanted.values() if column))
+
+    def records() -> Iterator[Record]:
+        for split, rows in splits.items():
+            yield from _rows(
+                rows.select_columns(columns).with_format(None), f"'{config.path}', {split}"
             )
-        )
-        counts.append(len(texts.parts) - before)
-    features = next(iter(splits.values())).features
-    source = texts.source(config, tuple(getattr(features.get(label), "names", None) or ()))
-    if len(counts) == 1:
+
+    def stamps() -> Any:
+        return [(split, len(rows), rows._fingerprint) for split, rows in splits.items()]
+
+    first, *others = splits.values()
+    names = tuple(getattr(first.features.get(label), "names", None) or ())
+    source = texts.source(config, data, records, stamps, names)
+    if not others:
         return source.holdout(config.test_fraction)
     rows = np.arange(len(source))
-    return source.part(rows[: counts[0]]), source.part(rows[counts[0] :])
+    return source.part(rows[: len(first)]), source.part(rows[len(first) :])
 
 
-def _lines(path: str) -> Iterator[Record]:
-    file = reachable(path)
+def _lines(file: Path) -> Iterator[Record]:
     for number, line in enumerate(bytes_of(file).splitlines(), 1):
         if not line.strip():
             continue
@@ -158,7 +164,7 @@ class _Texts:
     groups: list[Any] = field(default_factory=list)
     cut: int = 0
 
-    def take(self, records: Iterator[Record]) -> None:
+    def _take(self, records: Iterator[Record]) -> None:
         """Take in records. Raises DataError saying where one is that cannot be a sample."""
         for where, fields in records:
             tokens = self._tokens(where, self._field(where, fields, self.text))
@@ -205,8 +211,41 @@ class _Texts:
             raise DataError(f"{where}: token id {found.max()} is not below {MAX_CLASSES}")
         return found.astype(np.int32)
 
-    def source(self, config: StreamConfig, class_names: tuple[str, ...] = ()) -> TokenSource:
-        """Return all that was taken as one source. Raises ConfigError if domains do not fit."""
+    def source(
+        self,
+        config: StreamConfig,
+        data: DataConfig | None,
+        records: Callable[[], Iterator[Record]],
+        stamps: Callable[[], Any],
+        class_names: tuple[str, ...] = (),
+    ) -> TokenSource:
+        """Return all records as one source, or what is kept of them: ``stamps`` tell them apart.
+
+        Raises ConfigError if domains do not fit, DataError naming a record that is no sample.
+        """
+        what = {
+            "source": [config.source, self.name, stamps() if data and data.cache else None],
+            "fields": [self.text, self.label, self.domain],
+            "length": self.length,
+            "tokenizer": self.known and [self.known.name, self.known.end],
+        }
+
+        def make() -> TokenSource:
+            self._take(records())
+            return self._made(class_names)
+
+        made = cached(data, what, make)
+        names = made.info.group_names
+        concepts = min(config.recurring or config.experiences, config.experiences)
+        if self.domain and len(names) != concepts:
+            raise ConfigError(
+                f"{self.name} has {len(names)} values of '{self.domain}' "
+                f"({', '.join(names[:8])}), but the stream has {concepts} experiences "
+                "(stream.experiences)"
+            )
+        return made
+
+    def _made(self, class_names: tuple[str, ...]) -> TokenSource:
         if not self.parts:
             raise DataError(f"{self.name} has no samples")
         if self.cut:
@@ -234,13 +273,6 @@ class _Texts:
             info = replace(info, classes=0, labels=numbers, class_names=names or class_names)
         if self.domain:
             names, numbers = _numbered(self.groups, f"{self.name}, field '{self.domain}'", False)
-            concepts = min(config.recurring or config.experiences, config.experiences)
-            if len(names) != concepts:
-                raise ConfigError(
-                    f"{self.name} has {len(names)} values of '{self.domain}' "
-                    f"({', '.join(names[:8])}), but the stream has {concepts} experiences "
-                    "(stream.experiences)"
-                )
             info = replace(info, groups=numbers, group_names=names)
         end = 0 if self.known is None else self.known.end
         return TokenSource(tokens, sizes.cumsum() - sizes, sizes, end, False, info)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import glob
 import logging
+import sys
 import sysconfig
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import NonNegativeInt
 
-from distcl.config import StreamConfig
+from distcl.config import DataConfig, StreamConfig
+from distcl.config.files import file_stamp
 from distcl.config.paths import reachable
+from distcl.data.sources.token_cache import cached
 from distcl.data.sources.tokens import (
+    Tokenizer,
     Tokens,
     TokenSource,
     check_length,
@@ -34,6 +39,7 @@ Document = tuple[str, bytes]
 @checked("stream")
 def text(
     config: StreamConfig,
+    data: DataConfig | None = None,
     length: int = 128,
     tokenizer: str = "bytes",
     end: str = "",
@@ -65,12 +71,36 @@ def text(
             f"{concepts} experiences (stream.experiences, stream.options.domains)"
         )
     known = create_tokenizer(tokenizer, end)
+    what = {
+        "source": "text",
+        "path": config.path,
+        "domains": {
+            name: (data and data.cache and stamps_of(files)) or sys.version
+            for name, files in found.items()
+        },
+        "cut": [length, pack, max_bytes],
+        "tokenizer": [known.name, known.end],
+    }
+    made = cached(data, what, lambda: _made(config, found, known, length, pack, max_bytes))
+    return made.holdout(config.test_fraction)
+
+
+def _made(
+    config: StreamConfig,
+    found: dict[str, list[Path]],
+    known: Tokenizer,
+    length: int,
+    pack: bool,
+    max_bytes: int,
+) -> TokenSource:
+    """Read the files of each domain; none: it is built in."""
     parts: list[Tokens] = []
     starts: list[Ids] = []
     lengths: list[Ids] = []
     groups: list[Ids] = []
     at = 0
-    for k, (name, documents) in enumerate(found.items()):
+    for k, (name, files) in enumerate(found.items()):
+        documents = _files(files) if files else _BUILT_IN[name]()
         within = _up_to(documents, max_bytes, name) if max_bytes else documents
         pieces = [encoded(known, where, content) for where, content in within]
         sizes = [sum(map(len, pieces))] if pack else [len(document) for document in pieces]
@@ -96,7 +126,7 @@ def text(
     )
     tokens = np.concatenate(parts)
     cuts = np.concatenate(starts), np.concatenate(lengths)
-    return TokenSource(tokens, *cuts, known.end, pack, info).holdout(config.test_fraction)
+    return TokenSource(tokens, *cuts, known.end, pack, info)
 
 
 def _cut(sizes: Ids, length: int, pack: bool) -> tuple[Ids, Ids]:
@@ -127,25 +157,25 @@ def _up_to(documents: Iterator[Document], most: int, name: str) -> Iterator[Docu
         left -= len(content)
 
 
-def _domains(config: StreamConfig, wanted: list[str]) -> dict[str, Iterator[Document]]:
-    """Return the documents of each domain by its name."""
+def _domains(config: StreamConfig, wanted: list[str]) -> dict[str, list[Path]]:
+    """Return the files of each domain by its name; of what is built in, none."""
     base = reachable(config.path or ".")
     if wanted:
-        return {
-            name: _BUILT_IN[name]() if name in _BUILT_IN else _files(_matching(base, name))
-            for name in wanted
-        }
+        return {name: [] if name in _BUILT_IN else _matching(base, name) for name in wanted}
     if not config.path:
         raise ConfigError("source 'text' needs stream.path or stream.options.domains")
     if not base.exists():
         raise DataError(f"stream.path: there is no '{base}'")
     if base.is_file():
-        return {base.name: _files([base])}
+        return {base.name: [base]}
     within = sorted(path for path in base.iterdir() if not path.name.startswith("."))
     found = [path for path in within if path.is_dir()] or within
     if not found:
         raise DataError(f"'{base}' holds no files")
-    return {path.name: _files(_below(path)) for path in found}
+    domains = {path.name: _below(path) for path in found}
+    for name in (name for name, files in domains.items() if not files):
+        raise DataError(f"domain '{name}' has no files in '{base}'")
+    return domains
 
 
 def _matching(base: Path, pattern: str) -> list[Path]:
@@ -175,6 +205,14 @@ def bytes_of(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}") from None
+
+
+def stamps_of(paths: list[Path]) -> list[dict[str, Any]]:
+    """Return what tells whether files change; DataError if one cannot be read."""
+    try:
+        return [file_stamp(path) for path in paths]
+    except OSError as error:
+        raise DataError(f"'{error.filename}' cannot be read: {error.strerror}") from None
 
 
 def _files(paths: list[Path]) -> Iterator[Document]:

@@ -14,7 +14,7 @@ import torch
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import stratified
 from distcl.errors import ConfigError, DataError
-from distcl.types import IGNORED, Batch, Ids, SourceInfo
+from distcl.types import IGNORED, Batch, Ids, PyTree, SourceInfo
 
 Tokens = npt.NDArray[np.integer[Any]]
 
@@ -113,6 +113,22 @@ def encoded(tokenizer: Tokenizer, where: str, content: bytes) -> Tokens:
     return np.append(found.astype(kind), np.array([tokenizer.end], dtype=kind))
 
 
+def side_by_side(
+    tokens: Tokens, starts: Ids, lengths: Ids, width: int, end: int
+) -> tuple[PyTree, torch.Tensor]:
+    """Return (x, y) of stretches [B] of ``tokens``, see :class:`TokenSource`.
+
+    ``width``: the length of each; 0: they may be unequal.
+    """
+    places = np.arange(width or lengths.max(initial=0))
+    there = places < lengths[:, None]
+    rows = np.where(there, starts[:, None] + places, 0)
+    found = np.where(there, tokens[rows], end).astype(np.int64)
+    x, y = torch.from_numpy(found), torch.from_numpy(np.where(there, found, IGNORED))
+    mask = torch.from_numpy(there.astype(np.int64))
+    return (x if width else {"input_ids": x, "attention_mask": mask}), y
+
+
 class TokenSource:
     """Samples are stretches of one array of tokens; ids are rows.
 
@@ -129,7 +145,7 @@ class TokenSource:
         if not len(starts):
             raise DataError(f"{info.name}: there are no samples")
         self._tokens, self._starts, self._lengths = tokens, starts, lengths
-        self._end, self._packed, self.info = end, packed, info
+        self.end, self.packed, self.info = end, packed, info
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -142,21 +158,21 @@ class TokenSource:
             raise DataError(
                 f"{self.info.name}: there is no sample {ids[outside][0]} (0…{len(self) - 1})"
             )
-        lengths = self._lengths[ids]
-        width = int(self._lengths[0] if self._packed else lengths.max(initial=0))
-        places = np.arange(width)
-        there = places < lengths[:, None]
-        rows = np.where(there, self._starts[ids][:, None] + places, 0)
-        tokens = np.where(there, self._tokens[rows], self._end).astype(np.int64)
-        x = torch.from_numpy(tokens)
+        width = int(self._lengths[0]) if self.packed else 0
+        x, y = side_by_side(self._tokens, self._starts[ids], self._lengths[ids], width, self.end)
         labels = self.info.known_labels()
         if labels is not None:
             y = torch.from_numpy(labels[ids])
-        else:
-            y = torch.from_numpy(np.where(there, tokens, IGNORED))
-        mask = torch.from_numpy(there.astype(np.int64))
-        whole = x if self._packed else {"input_ids": x, "attention_mask": mask}
-        return Batch(torch.from_numpy(ids), whole, y, len(ids))
+        return Batch(torch.from_numpy(ids), x, y, len(ids))
+
+    @property
+    def arrays(self) -> tuple[Tokens, Ids, Ids]:
+        """All tokens [M], and where samples begin and how long they are, int64 [N]."""
+        return self._tokens, self._starts, self._lengths
+
+    def stored(self, row: int) -> Tokens:
+        """Return the tokens [T] of a sample, of the type they are stored in. Local."""
+        return self._tokens[self._starts[row] :][: self._lengths[row]]
 
     def part(self, rows: Ids) -> TokenSource:
         """Return a source of some of the samples, over the same tokens."""
@@ -167,7 +183,7 @@ class TokenSource:
             groups=None if groups is None else groups[rows],
         )
         return TokenSource(
-            self._tokens, self._starts[rows], self._lengths[rows], self._end, self._packed, info
+            self._tokens, self._starts[rows], self._lengths[rows], self.end, self.packed, info
         )
 
     def holdout(self, fraction: float) -> tuple[TokenSource, TokenSource]:

@@ -26,8 +26,8 @@ def compare(
     vs: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SECTION.KEY=VALUE[; …]",
-            help="A variant: the keys in which it differs. Repeatable.",
+            metavar="[NAME:] SECTION.KEY=VALUE[; …]",
+            help="A variant: the keys in which it differs, and what it is called. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -78,6 +78,10 @@ def compare(
     from distcl.reporting.verdict import conclude, difference_table, table, write_json
 
     variants = [comparing.Variant(AS_GIVEN), *map(comparing.parse_variant, vs)]
+    called = [variant.name for variant in dict.fromkeys(variants)]
+    for name in called:
+        if called.count(name) > 1:
+            raise UsageError(f"--vs: two variants are called '{name}'")
     overrides = tuple(sets or [])
     for variant in variants:  # refuse it here, not in the middle
         load_config(path, [*overrides, *variant.overrides])

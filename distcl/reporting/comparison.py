@@ -113,11 +113,16 @@ class Plan:
 
 
 def parse_variant(text: str) -> Variant:
-    """Read a variant: ``section.key=value``, several of them with semicolons between."""
-    parts = tuple(part.strip() for part in text.split(";") if part.strip())
-    if not parts:
-        raise UsageError(f"--vs '{text}': must have the form section.key=value")
-    return Variant("; ".join(parts), parts)
+    """Read a variant: ``section.key=value``, several of them with semicolons between.
+
+    ``NAME: `` before them is what it is called.
+    """
+    name, colon, keys = text.partition(":")
+    named = bool(colon) and "=" not in name
+    parts = tuple(part.strip() for part in (keys if named else text).split(";") if part.strip())
+    if not parts or (named and not name.strip()):
+        raise UsageError(f"--vs '{text}': must have the form section.key=value, or NAME: and that")
+    return Variant(name.strip() if named else "; ".join(parts), parts)
 
 
 def run_plan(plan: Plan, tell: Callable[[str], None], start: Start | None = None) -> list[Arm]:

@@ -183,6 +183,10 @@ def test_what_a_run_came_to_is_read_from_its_summary():
 
 def test_a_variant_may_set_several_keys():
     assert parse_variant("a.b=1; c.d = 'x'").overrides == ("a.b=1", "c.d = 'x'")
+    assert parse_variant("er, gated: a.b=1; c.d=2") == Variant("er, gated", ("a.b=1", "c.d=2"))
+    assert parse_variant("a.b=http://x").name == "a.b=http://x"
+    with pytest.raises(UsageError, match="NAME: and that"):
+        parse_variant("er: ")
     with pytest.raises(UsageError, match="must have the form"):
         parse_variant(" ; ")
 

@@ -54,3 +54,12 @@ def mnist(
         y = np.where(wrong, (y + rng.integers(1, CLASSES, len(y))) % CLASSES, y)
     held_out = found["y_test"].astype(np.int64)
     return ArraySource(x[:, None], y), ArraySource(found["x_test"][:, None], held_out)
+
+
+def shared(config: StreamConfig, name: str = "letter") -> tuple[ArraySource, ArraySource]:
+    """Return (train, test) of ``NAME.npz`` in ../shared/data, beside MNIST's."""
+    names = ("x_train", "y_train", "x_test", "y_test")
+    found = open_npz(USUAL.with_name(f"{name}.npz"), names, ())
+    return ArraySource(found["x_train"], found["y_train"]), ArraySource(
+        found["x_test"], found["y_test"]
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from distcl.config.reference import RECOMMENDED
@@ -12,24 +13,38 @@ FRESH = tuple(range(100, 120))
 
 FIVE = tuple(range(100, 105))
 
+FIRST = tuple(range(5))
+"""Seeds of a study that chooses."""
+
 UNIFORM: tuple[str, ...] = ()
 PUBLISHED = ("continual_learning.importance_weighting=true",)
 GUARDED = (*PUBLISHED, "priority.guard=auto")
 
 
-def recommended(**changes: object) -> tuple[str, ...]:
-    """Return the keys that ``distcl init`` sets, with changes of ``priority``."""
-    sections = {name: dict(keys) for name, keys in RECOMMENDED.items()}
-    del sections["continual_learning"]["update_mode"]
-    alpha = changes.pop("alpha", None)
-    if alpha is not None:
-        sections["continual_learning"]["importance_alpha"] = alpha
-    sections["priority"] |= changes
-    return tuple(
-        f"{section}.{key}={json.dumps(value)}"
-        for section, keys in sections.items()
-        for key, value in keys.items()
+_EARLIER = {
+    **RECOMMENDED["priority"],
+    **{"pool": 2000, "max_replay": 1.0, "draw": "systematic", "gate": 0.0},
+}
+"""``priority`` as ``distcl init`` wrote it before there was a gate."""
+
+
+def recommended(alpha: float = 2.0, **changes: object) -> tuple[str, ...]:
+    """Return the recipe of the studies that were run before there was a gate, with changes."""
+    return (
+        "continual_learning.importance_weighting=true",
+        f"continual_learning.importance_alpha={alpha}",
+        *_keys("priority", {**_EARLIER, **changes}),
     )
+
+
+def gated() -> tuple[str, ...]:
+    """Return how ``distcl init`` has history drawn."""
+    learning = {k: v for k, v in RECOMMENDED["continual_learning"].items() if k != "update_mode"}
+    return *_keys("continual_learning", learning), *_keys("priority", RECOMMENDED["priority"])
+
+
+def _keys(section: str, values: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(f"{section}.{key}={json.dumps(value)}" for key, value in values.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,26 @@ STREAMS = {
     "split": ("stream.drift=split",),
     "affine": ("stream.drift=affine",),
 }
+
+_LETTER = (
+    *("stream.source=benchmarks.quality.data:shared", "stream.options.name=letter"),
+    *("stream.drift=split", "stream.samples_per_experience=2800"),
+    *("model.options.hidden=[64]", "training.batch_size=20"),
+)
+_MNIST_1D = (
+    *("stream.source=benchmarks.quality.data:shared", "stream.options.name=mnist1d"),
+    *("stream.drift=permute", "stream.samples_per_experience=2400"),
+    *("model.options.hidden=[64, 64]", "training.batch_size=30", "optimizer.lr=0.4"),
+)
+GATE_STREAMS = {
+    "rotated": (*STREAMS["rotated"], "optimizer.lr=0.4"),
+    "split": (*STREAMS["split"], "optimizer.lr=0.2"),
+    "letters, split": (*_LETTER, "optimizer.lr=0.8"),
+    "letters, split, 4 epochs": (*_LETTER, "optimizer.lr=0.4", "training.epochs=4"),
+    "MNIST-1D, permuted": _MNIST_1D,
+    "MNIST-1D, permuted, 5 epochs": (*_MNIST_1D, "training.epochs=5"),
+}
+"""Whose rates were chosen for uniform replay elsewhere."""
 
 RATES = {
     f"{rate:g}{', decayed' if decay == 'linear' else ''}": (
@@ -267,6 +302,23 @@ SUITES = {
                 _tuned(name),
             )
             for name in STREAMS
+        ),
+    ),
+    "gate": Suite(
+        "The gate: entropy, where it stands down",
+        "What `distcl init` writes, against uniform replay and the earlier recipe, on seeds that "
+        "choose; all with the moving average of the weights (training.ema = 0.98). Letters: 26 "
+        "classes that come in five parts. MNIST-1D: forty numbers a sample, of which the model "
+        "stays unsure. Streams and rates are those of the study that found the gate: this confirms "
+        "that it is built as it was found, and no more.",
+        tuple(
+            Study(
+                name,
+                {"uniform": UNIFORM, "gate": gated(), "earlier": recommended()},
+                FIRST,
+                ("training.ema=0.98", *keys),
+            )
+            for name, keys in GATE_STREAMS.items()
         ),
     ),
     "rates_papers": Suite(

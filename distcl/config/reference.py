@@ -12,6 +12,7 @@ from distcl.config import Config
 from distcl.config.load import ENV_PREFIX, SECTIONS, allowed, to_toml
 
 RECOMMENDED: dict[str, dict[str, Any]] = {
+    "training": {"ema": 0.98},
     "continual_learning": {
         "update_mode": "er",
         "importance_weighting": True,
@@ -21,15 +22,15 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
         "signal": "entropy",
         "source": "online",
         "refresh_steps": 10,
-        "pool": 2000,
-        "max_replay": 1.0,
         "target": "history",
-        "draw": "systematic",
+        "draw": "credit",
+        "gate": 0.6,
         "min_ess": 0.5,
         "min_score": 1e-4,
     },
 }
-"""What ``distcl init`` sets: replay whose history is drawn by the entropy that training tells."""
+"""What ``distcl init`` sets: replay whose history is drawn by the entropy that training tells,
+uniformly where that tells nothing; and the mean of a round's weights."""
 
 COMMON: dict[str, tuple[str, ...]] = {
     "run": ("seed", "precision"),
@@ -48,8 +49,8 @@ COMMON: dict[str, tuple[str, ...]] = {
 """Keys that ``distcl init`` writes beside those of ``RECOMMENDED``."""
 
 _INIT_HEAD = """\
-# With '#' before it, a key is at its default; without, set to what is recommended: replay whose
-# history is drawn by the entropy that training saw. When that helps is in docs/METHOD.md.
+# With '#' before it, a key is at its default; without, set to what is recommended: replay that is
+# drawn by entropy where that tells something, and the mean of the weights. See docs/METHOD.md.
 """
 _INIT_TAIL = "# All keys: distcl init --all, or docs/CONFIG.md.\n"
 

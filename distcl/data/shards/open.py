@@ -56,13 +56,18 @@ def shards(
                 found.append(StreamedSource(folder, part, data, manifest.label, url, name))
             else:
                 found.append(ShardSource(folder, part, data, name))
+    if experiences and not config.stated:
+        raise ConfigError(
+            "stream.experiences and stream.options.experiences both say what makes an experience; "
+            "leave one out"
+        )
     if experiences:
-        concepts = min(config.recurring or config.experiences, config.experiences)
+        concepts = config.concepts
         assign_groups(found, experiences, concepts)
     for source in found:
         source.class_names = manifest.class_names
     train, test = found if len(found) == 2 else found[0].holdout(config.test_fraction)
-    if live_seconds and (config.experiences > 1 or experiences):
+    if live_seconds and (config.stated != 1 or experiences):
         raise ConfigError("stream.options.live_seconds needs stream.experiences = 1")
     train.live_seconds = live_seconds
     return train, test

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_map
 
@@ -13,7 +16,7 @@ from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.ids import checked_rows
 from distcl.data.images import decode_image, pixels
-from distcl.data.sources.arrays import stratified
+from distcl.data.sources.grouping import held_out
 from distcl.data.transforms import Sample, Stack, Transforms, arrays_of, to_tensor
 from distcl.errors import ConfigError, DataError
 from distcl.registry import nearest
@@ -42,11 +45,11 @@ def hf(
     """
     found = load_splits(config, train, test, name, revision)
     transforms = Transforms(data.transforms if data else ())
-    source, *held_out = (
+    source, *held = (
         HFSource(rows, image, label, f"'{config.path}', {split}", transforms)
         for split, rows in found.items()
     )
-    return (source, held_out[0]) if held_out else source.holdout(config.test_fraction)
+    return (source, held[0]) if held else source.holdout(config)
 
 
 def load_splits(
@@ -120,6 +123,7 @@ class HFSource:
                     f"{where} has no column '{column}'{nearest(column, split.features)}; it has "
                     f"{', '.join(split.features)} (stream.options.{key})"
                 )
+        self._split = split
         self._where, self._image, self._label = where, image, label
         self._is_image = type(split.features[image]).__name__ == "Image"
         self._transforms = transforms or Transforms()
@@ -129,7 +133,14 @@ class HFSource:
         self._rows = columns.with_format("numpy", **kept)  # images as they are
         names = getattr(split.features[label], "names", None) or ()
         self.labels = _labels(split, label, where)
-        self.info = SourceInfo(where, self.labels, class_names=names, transformed=True)
+        others = (n for n, f in split.features.items() if type(f).__name__ != "Image")
+        self.info = SourceInfo(
+            where,
+            self.labels,
+            class_names=names,
+            columns={n: partial(_values_of, split, n) for n in others},
+            transformed=True,
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -181,13 +192,24 @@ class HFSource:
         except (DataError, ValueError, OSError, SyntaxError) as error:
             raise DataError(f"{self._where}: sample {id_}: {error}") from error
 
-    def holdout(self, fraction: float) -> tuple[HFSource, HFSource]:
-        """Split into sources (train, test), ``fraction`` of each class in test."""
-        labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels
+    def holdout(self, config: StreamConfig) -> tuple[HFSource, HFSource]:
+        """Split into (train, test), ``test_fraction`` of each class of each experience in test."""
         given = self._image, self._label, self._where, self._transforms
-        parts = stratified(labels, fraction, self._where)
-        train, test = (HFSource(self._rows.select(part), *given) for part in parts)
+        *parts, infos = held_out(config, self.info, len(self))
+        train, test = (HFSource(self._split.select(part), *given) for part in parts)
+        for source, info in zip((train, test), infos, strict=True):
+            source.info = replace(
+                source.info, groups=info.groups, group_names=info.group_names, grouped=info.grouped
+            )
         return train, test
+
+
+def _values_of(split: Any, column: str) -> npt.NDArray[Any]:
+    """Return the values of a column; dates, and texts, as they are."""
+    values = split.data.column(column)
+    if split._indices is not None:
+        values = values.take(split._indices.column(0))
+    return np.asarray(values.to_numpy())
 
 
 def _labels(split: Any, label: str, where: str) -> Ids | None:

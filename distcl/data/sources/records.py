@@ -13,6 +13,7 @@ import numpy as np
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import MAX_CLASSES
+from distcl.data.sources.grouping import numbered
 from distcl.data.sources.huggingface import load_splits
 from distcl.data.sources.text import bytes_of
 from distcl.data.sources.tokens import (
@@ -56,6 +57,7 @@ def jsonl(
     if not config.path:
         raise ConfigError("stream.source = 'jsonl' needs stream.path, a file")
     known = create_tokenizer(tokenizer, end)
+    domain = domain or _key(config)
     texts = _Texts(f"'{reachable(config.path)}'", text, label, domain, length, known)
     texts.take(_lines(config.path))
     return texts.source(config).holdout(config.test_fraction)
@@ -90,6 +92,7 @@ def hf_text(
         raise ConfigError(
             f"stream.options.tokens = '{tokens}' are token ids; they need no tokenizer"
         )
+    domain = domain or _key(config)
     splits = load_splits(config, train, test, name, revision)
     known: Tokenizer | None = None if tokens else create_tokenizer(tokenizer, end)
     texts = _Texts(f"'{config.path}'", tokens or text, label, domain, length, known)
@@ -118,6 +121,11 @@ def hf_text(
         return source.holdout(config.test_fraction)
     rows = np.arange(len(source))
     return source.part(rows[: counts[0]]), source.part(rows[counts[0] :])
+
+
+def _key(config: StreamConfig) -> str:
+    """Return the field of ``stream.experiences = "key:FIELD"``."""
+    return config.grouping[2] if config.grouping[0] == "key" else ""
 
 
 def _lines(path: str) -> Iterator[Record]:
@@ -233,15 +241,21 @@ class _Texts:
             names, numbers = _numbered(self.labels, f"{self.name}, field '{self.label}'", True)
             info = replace(info, classes=0, labels=numbers, class_names=names or class_names)
         if self.domain:
-            names, numbers = _numbered(self.groups, f"{self.name}, field '{self.domain}'", False)
-            concepts = min(config.recurring or config.experiences, config.experiences)
-            if len(names) != concepts:
+            by_key = config.grouping[0] == "key"
+            if by_key:
+                (numbers,), names = numbered([self.groups], [self.name])
+            else:
+                what = f"{self.name}, field '{self.domain}'"
+                names, numbers = _numbered(self.groups, what, False)
+            concepts = config.concepts
+            if concepts and len(names) != concepts:
                 raise ConfigError(
                     f"{self.name} has {len(names)} values of '{self.domain}' "
                     f"({', '.join(names[:8])}), but the stream has {concepts} experiences "
                     "(stream.experiences)"
                 )
-            info = replace(info, groups=numbers, group_names=names)
+            grouped = str(config.experiences) if by_key else ""
+            info = replace(info, groups=numbers, group_names=names, grouped=grouped)
         end = 0 if self.known is None else self.known.end
         return TokenSource(tokens, sizes.cumsum() - sizes, sizes, end, False, info)
 

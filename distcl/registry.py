@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import json
 import pkgutil
 import reprlib
 import sys
@@ -162,6 +163,24 @@ def check(kind: str, name: str) -> str:
     )
 
 
+GIVEN = ("config", "data")
+"""Parameters of a source's factory that are no options."""
+
+
+def options_of(kind: str, name: str) -> list[tuple[str, str]]:
+    """Return the options of a part: name, and default as TOML would have it, "" where needed."""
+    found = []
+    for option in inspect.signature(resolve(kind, name)).parameters.values():
+        if option.name in GIVEN or option.kind is option.VAR_KEYWORD:
+            continue
+        default = option.default
+        if isinstance(default, tuple):
+            default = list(default)
+        shown = "" if default is option.empty else json.dumps(default)
+        found.append((option.name, shown if shown != "null" else "none"))
+    return found
+
+
 def resolve(kind: str, name: str) -> Factory:
     """Return the factory of a part, importing its module. Raises ConfigError naming what fails."""
     check(kind, name)
@@ -199,7 +218,9 @@ def create(kind: str, name: str, *args: Any, options: dict[str, Any] | None = No
     known = known[len(args) :]
     for key in options:
         if key not in known and not takes_any:
-            raise ConfigError(f"{kind} '{name}' has no option '{key}'{nearest(key, known)}")
+            shown = ", ".join(name for name in known if name not in GIVEN) or "none"
+            near = nearest(key, known) or ""
+            raise ConfigError(f"{kind} '{name}' has no option '{key}'{near}; it takes: {shown}")
     try:
         signature.bind(*args, **options)
     except TypeError as error:

@@ -22,6 +22,12 @@ from distcl.errors import ConfigError, DataError
 from distcl.registry import nearest
 from distcl.types import Batch, Ids, SourceInfo
 
+_FILES = {
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
+    ".arrow": "arrow", ".txt": "text",
+}  # fmt: skip
+"""Builders of the package datasets for single files, by suffix."""
+
 
 def hf(
     config: StreamConfig,
@@ -35,10 +41,10 @@ def hf(
 ) -> tuple[HFSource, HFSource]:
     """Return (train, test) of the dataset at ``stream.path``.
 
-    The path is a folder that ``save_to_disk`` wrote, a folder of data files (images, Parquet, …),
-    or a name on the hub, there with ``name`` (of a configuration) and ``revision``. ``image`` and
-    ``label``: columns of x and y; ``train`` and ``test``: splits. Without a test split,
-    ``test_fraction`` of each class is held out.
+    The path is a folder that ``save_to_disk`` wrote, a folder of data files (images, Parquet, …), a
+    file of rows (CSV, JSON, Parquet, Arrow), or a name on the hub, there with ``name`` (of a
+    configuration) and ``revision``. ``image`` and ``label``: columns of x and y; ``train`` and
+    ``test``: splits. Without a test split, ``test_fraction`` of each class is held out.
 
     Raises ConfigError if the extra is not installed or a split or column is not there, DataError
     naming the dataset if it cannot be loaded.
@@ -84,10 +90,18 @@ def _load(source: str, path: str, name: str | None, revision: str | None) -> dic
     folder = reachable(path).absolute()  # it takes "data:x" for a URL
     if folder.exists() and "::" in str(folder):
         raise DataError(f"the package datasets cannot open '{folder}': '::' has a meaning to it")
+    kind = _FILES.get(folder.suffix.lower(), "")
+    if not folder.exists() and (kind or path.startswith(("/", ".", "~"))):
+        raise DataError(f"stream.path: there is no '{folder}'")
+    if folder.is_file() and not kind:
+        raise DataError(f"'{folder}' is no file that {source} reads: {', '.join(_FILES)}")
     saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
     try:
         if saved:
             found = datasets.load_from_disk(str(folder))
+        elif folder.is_file():  # never looked up on the hub
+            more = {"delimiter": "\t"} if folder.suffix.lower() == ".tsv" else {}
+            found = datasets.load_dataset(kind, data_files=str(folder), **more)
         else:
             where = str(folder) if folder.exists() else path
             found = datasets.load_dataset(where, name, revision=revision)

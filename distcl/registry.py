@@ -69,7 +69,7 @@ _TABLE = (
     ("detector", "ensemble", "monitoring.detectors:ensemble", "a vote among several detectors"),
     ("source", "digits", "data.sources.arrays:digits", "1,797 handwritten digits"),
     ("source", "arrays", "data.sources.arrays:arrays", "x and y from .npz or .npy files"),
-    ("source", "table", "data.sources.table:table", "rows of CSV or Parquet files"),
+    ("source", "table", "data.sources.table:table_rows", "rows of CSV or Parquet files"),
     ("source", "folder", "data.sources.folder:folder", "class folders of images"),
     ("source", "torch", "data.sources.own:torch", "a dataset of torch's that your function makes"),
     ("source", "mnist", "data.sources.vision:mnist", "MNIST and its like: IDX files, or an .npz"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -225,12 +225,9 @@ class SourceInfo:
 
     ``usable``: bool [N], leaves bad samples out of all experiences. ``groups``: int64 [N], or what
     can be indexed as such an array: the concept that each sample belongs to; None: to all.
-    ``group_names``: by concept. Labels and ``usable`` may also be functions that return them, so
-    that they are not held in between.
-
-    ``columns``: what else is known of each sample, by name: values [N], or a function that returns
-    them; what ``stream.experiences`` may go by. ``grouped``: its value, if ``groups`` are by it.
-
+    ``group_names``: by concept. Labels and ``usable`` may also be functions that return them.
+    ``columns``: by name, values [N], or functions that return them, by which ``stream.experiences``
+    may go; ``grouped``: its value, if ``groups`` are by it.
     ``sequential``: it is best read from front to back, and that is the stream order;
     ``shards_of(ids)`` then returns the part [B] of each, and how many parts can be read side by
     side. ``live_seconds``: how long to wait for more samples at its end; ``arrived()`` then returns
@@ -277,24 +274,6 @@ class SourceInfo:
     def known_usable(self) -> Mask | None:
         """Return which samples are not known to be bad, [N]; None: all."""
         return self.usable() if callable(self.usable) else self.usable
-
-    def column(self, name: str) -> Any:
-        """Return the values [N] of a column; KeyError if it is not there."""
-        found = self.columns[name]
-        return found() if callable(found) else found
-
-    def part(self, rows: Ids) -> SourceInfo:
-        """Return what holds of some of the samples: those of ``rows``, by row."""
-        taken = {
-            key: None if known is None else known[rows]
-            for key, known in (
-                ("labels", self.known_labels()),
-                ("usable", self.known_usable()),
-                ("groups", self.groups),
-            )
-        }
-        columns = {name: self.column(name)[rows] for name in self.columns}
-        return replace(self, **taken, columns=columns)  # type: ignore[arg-type]
 
 
 _OF_INFO = ("groups", "usable", "sequential", "live_seconds", "replaces", "transformed")

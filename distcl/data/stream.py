@@ -16,8 +16,8 @@ from distcl.data.general import General
 from distcl.data.ids import BLOCK, blocks, in_runs
 from distcl.data.labels import SourceSplit, data_spec, groups_in
 from distcl.data.loader import as_source
-from distcl.data.sources.grouping import grouped
-from distcl.data.sources.joined import joined
+from distcl.data.sources.grouping import regrouped
+from distcl.data.sources.joined import join_sources
 from distcl.data.sources.npy import check_files
 from distcl.data.transforms import Transformed, Transforms
 from distcl.errors import ConfigError, DataError
@@ -58,7 +58,7 @@ def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Sour
     """
     if config.listed:
         trains, tests = zip(*(create_sources(each, data) for each in config.listed), strict=True)
-        return joined(config, trains), joined(config, tests)
+        return join_sources(config, trains), join_sources(config, tests)
     transforms = Transforms(data.transforms)
     check_files(config)
     options = dict(config.options)
@@ -111,7 +111,7 @@ class DriftStream:
     ) -> None:
         self._train, self._test = self.sources = as_source(train), as_source(test)
         splits = SourceSplit(self._train, "train"), SourceSplit(self._test, "test")
-        infos = grouped(config, [s.info for s in splits], [len(s.source) for s in splits])
+        infos = regrouped(config, [s.info for s in splits], [len(s.source) for s in splits])
         for split, info in zip(splits, infos, strict=True):
             split.info = info
         self.spec = data_spec(*splits)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -205,8 +205,8 @@ def to_rgb() -> Transform:
 
 
 def to_grey() -> Transform:
-    """Give images one channel: of colours their luma (ITU-R 601), as Pillow takes it."""
-    weights = np.array([0.299, 0.587, 0.114], dtype=np.float32)[:, None, None]
+    """Give images one channel: of colours their luma (ITU-R 601)."""
+    weights = np.array([[[0.299]], [[0.587]], [[0.114]]], dtype=np.float32)
 
     def grey(image: Array) -> Array:
         if not 1 <= len(image) <= 4:
@@ -324,19 +324,14 @@ class Stack:
 def first_sound(
     read: Callable[[int], Sample], id_: int, number: int, replaces: bool, name: str
 ) -> tuple[int, Sample]:
-    """Return (id, sample) of ``number``: of the next one that can be read, if that ``replaces``.
-
-    ``read`` raises DataError on a bad one. Raises it too, naming the source, if all are bad.
-    """
-    try:
-        return id_, read(id_)
-    except DataError:
-        if not replaces:
-            raise
-    for step in range(1, number):
+    """Return (id, sample), of the next of ``number`` that can be read if one may be replaced."""
+    for step in range(number):
         other = (id_ + step) % number
-        with suppress(DataError):
+        try:
             return other, read(other)
+        except DataError:
+            if not replaces:
+                raise
     raise DataError(f"{name}: not one sample can be read")
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
-from distcl.data.ids import checked_rows
+from distcl.data.ids import checked_rows, info_part
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
 from distcl.data.transforms import to_tensor
 from distcl.errors import ConfigError, DataError
@@ -111,7 +111,7 @@ class ArraySource:
         part._y = self._y[ids] if part.labels is None else part.labels
         part._rows = ids if self._rows is None else self._rows[ids]
         part.groups = None if self.groups is None else self.groups[ids]
-        part._info = self._info.part(ids)
+        part._info = info_part(self._info, ids)
         return part
 
 

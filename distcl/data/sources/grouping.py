@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distcl.config import StreamConfig
+from distcl.data.ids import column_of, info_part
 from distcl.data.sources.arrays import stratified
 from distcl.errors import ConfigError, DataError
 from distcl.registry import nearest
@@ -19,7 +20,7 @@ _UNITS = {"year": "Y", "month": "M", "day": "D", "hour": "h"}
 _STRETCHES = int(StreamConfig.model_fields["experiences"].default)
 
 
-def grouped(
+def regrouped(
     config: StreamConfig, infos: Sequence[SourceInfo], sizes: Sequence[int]
 ) -> list[SourceInfo]:
     """Return what splits (train first) say, with the groups that ``stream.experiences`` asks for.
@@ -54,7 +55,7 @@ def grouped(
         values = [_values(info, column, str(how)) for info in infos]
         if kind == "time":
             values = [_periods(v, unit, info.name) for v, info in zip(values, infos, strict=True)]
-        found, names = numbered(values, [info.name for info in infos])
+        found, names = group_values(values, [info.name for info in infos])
     return [
         replace(info, groups=groups, group_names=names, grouped=str(how))
         for info, groups in zip(infos, found, strict=True)
@@ -68,7 +69,7 @@ def held_out(
 
     ``stream.test_fraction`` of each class of each experience is held out.
     """
-    (info,) = grouped(config, [info], [size])
+    (info,) = regrouped(config, [info], [size])
     labels, strata = info.known_labels(), np.zeros(size, dtype=np.int64)
     if info.groups is not None:
         strata = np.asarray(info.groups[:])
@@ -84,10 +85,10 @@ def held_out(
                 f"experience {bare[0] + 1} ({info.group_names[bare[0]]}) of {info.name} has no two "
                 "samples of one class, so none can be held out"
             )
-    return train, test, [info.part(train), info.part(test)]
+    return train, test, [info_part(info, train), info_part(info, test)]
 
 
-def numbered(values: Sequence[Any], names: Sequence[str]) -> tuple[list[Ids], tuple[str, ...]]:
+def group_values(values: Sequence[Any], names: Sequence[str]) -> tuple[list[Ids], tuple[str, ...]]:
     """Return the groups of splits, train first, of equal values [N] each, in order of the values.
 
     A value None is of no group, -1. ``names``: of the splits.
@@ -113,14 +114,14 @@ def moment(value: Any) -> float:
 def _values(info: SourceInfo, column: str, how: str) -> Any:
     """Return a column, by default the first of dates, as a list; None: a bad sample."""
     if not column:
-        column = next((n for n in info.columns if _is_dates(info.column(n))), "")
+        column = next((n for n in info.columns if _is_dates(column_of(info, n))), "")
         if not column:
             raise ConfigError(
                 f"stream.experiences = '{how}': {info.name} has no column of dates; name one as "
                 f"'{how}:COLUMN'"
             )
     try:
-        values = info.column(column)
+        values = column_of(info, column)
     except KeyError:
         has = f"it has {', '.join(info.columns)}" if info.columns else "it knows of none"
         near = nearest(column, info.columns)

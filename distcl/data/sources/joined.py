@@ -16,7 +16,7 @@ from distcl.errors import ConfigError, DataError
 from distcl.types import Batch, Ids, Source, info_of
 
 
-def joined(config: StreamConfig, sources: Sequence[Source]) -> JoinedSource:
+def join_sources(config: StreamConfig, sources: Sequence[Source]) -> JoinedSource:
     """Return the sources that ``stream.experiences`` lists as one, with a group for each."""
     names = [each.path and Path(each.path).stem for each in config.listed]
     if len(set(names)) < len(names):

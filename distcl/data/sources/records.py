@@ -13,7 +13,7 @@ import numpy as np
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import MAX_CLASSES
-from distcl.data.sources.grouping import numbered
+from distcl.data.sources.grouping import group_values
 from distcl.data.sources.huggingface import load_splits
 from distcl.data.sources.text import bytes_of
 from distcl.data.sources.tokens import (
@@ -243,7 +243,7 @@ class _Texts:
         if self.domain:
             by_key = config.grouping[0] == "key"
             if by_key:
-                (numbers,), names = numbered([self.groups], [self.name])
+                (numbers,), names = group_values([self.groups], [self.name])
             else:
                 what = f"{self.name}, field '{self.domain}'"
                 names, numbers = _numbered(self.groups, what, False)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import MAX_CLASSES, ArraySource
+from distcl.data.sources.columns import (
+    Values,
+    as_text,
+    dates,
+    matching_files,
+    numeric,
+    read_frame,
+    refuse,
+    whole,
+)
 from distcl.data.sources.grouping import held_out
 from distcl.errors import ConfigError, DataError
 from distcl.registry import checked, nearest
@@ -25,14 +33,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("distcl")
 
-_CSV, _PARQUET = (".csv", ".tsv"), (".parquet", ".pq")
-_PACKED = (".gz", ".bz2", ".xz", ".zst")
-
-Values = npt.NDArray[Any]
-
 
 @checked("stream")
-def table(
+def table_rows(
     config: StreamConfig,
     target: str | tuple[str, ...] = "",
     features: tuple[str, ...] = (),
@@ -89,8 +92,8 @@ def table(
         features, categories, targets, time, time_format, fill, by, (missing, separator)
     )
     base = reachable(config.path)
-    named = set(_matching(base, test)) if test else set()
-    parts = [reader.read(file) for file in _matching(base, files) if file not in named]
+    named = set(matching_files(base, test)) if test else set()
+    parts = [reader.read(file) for file in matching_files(base, files) if file not in named]
     if not parts:
         raise DataError(f"'{base}' has no files but those of stream.options.test")
     splits = [_ordered(parts)]
@@ -143,13 +146,13 @@ class _Reader:
     options: tuple[tuple[str, ...], str]
 
     def read(self, file: Path) -> _Rows:
-        """Return the rows of a file. Raises ConfigError or DataError, see :func:`table`."""
-        frame = _frame(file, *self.options)
+        """Return the rows of a file. Raises ConfigError or DataError, see :func:`table_rows`."""
+        frame = read_frame(file, *self.options)
         self._check(frame, file)
-        columns = {self.by: _whole(frame, self.by, file)} if self.by else {}
+        columns = {self.by: whole(frame, self.by, file)} if self.by else {}
         order = None
         if self.time:
-            order = _times(frame, self.time, self.time_format, file)
+            order = dates(frame, self.time, self.time_format, file)
             columns = {self.time: order} | {k: v for k, v in columns.items() if k != self.time}
         features = {
             name: self._category(frame, name, file)
@@ -157,12 +160,12 @@ class _Reader:
             else self._numbers(frame, name, file)
             for name in self.features
         }
-        targets = [_whole(frame, name, file) for name in self.targets]
+        targets = [whole(frame, name, file) for name in self.targets]
         for name, values in zip(self.targets, targets, strict=True):
             if values.dtype.kind in "Mm":
                 raise DataError(f"'{file}': column '{name}', the target, holds dates")
             if values.dtype.kind == "f" and not np.isfinite(values).all():
-                _refuse(file, int(np.isfinite(values).argmin()), name, "is infinite")
+                refuse(file, int(np.isfinite(values).argmin()), name, "is infinite")
         return _Rows(features, self.categories, targets, columns, order)
 
     def _check(self, frame: pd.DataFrame, file: Path) -> None:
@@ -198,7 +201,7 @@ class _Reader:
             raise ConfigError(f"'{file}' has no columns left to be features")
 
     def _numbers(self, frame: pd.DataFrame, name: str, file: Path) -> Values:
-        values = _numeric(frame[name], name, file)
+        values = numeric(frame[name], name, file)
         self._present(np.isnan(values), name, file)
         return values
 
@@ -206,147 +209,11 @@ class _Reader:
         lacking = frame[name].isna().to_numpy()
         self._present(lacking, name, file)
         pairs = zip(frame[name], lacking, strict=True)
-        return np.array([None if none else _text(value) for value, none in pairs], dtype=object)
+        return np.array([None if none else as_text(value) for value, none in pairs], dtype=object)
 
     def _present(self, lacking: Values, name: str, file: Path) -> None:
         if self.fill is None and lacking.any():
-            _refuse(file, int(lacking.argmax()), name, "is missing (stream.options.fill)")
-
-
-def _matching(base: Path, patterns: Sequence[str]) -> list[Path]:
-    """Return the file, or those in a folder that a pattern names, or all tables, by name."""
-    if base.is_file() and not patterns:
-        return [base]
-    if not base.exists():
-        raise DataError(f"stream.path: there is no '{base}'")
-    folder = base if base.is_dir() else base.parent
-    if not patterns:
-        found = [p for p in sorted(folder.iterdir()) if _suffix(p) and p.is_file()]
-        if not found:
-            raise DataError(f"'{folder}' has no {', '.join((*_CSV, *_PARQUET))} in it")
-        return [p for p in found if not p.name.startswith(".")]
-    every: list[Path] = []
-    for pattern in patterns:
-        some = sorted(glob.glob(str(reachable(pattern)), root_dir=folder, recursive=True))
-        some = [pattern] if (folder / reachable(pattern)).is_file() else some
-        if not some:
-            raise DataError(f"'{pattern}' matches no file in '{folder}' (stream.options)")
-        every += [folder / name for name in some if folder / name not in every]
-    return every
-
-
-def _suffix(file: Path) -> str:
-    name = file.name.lower()
-    for packed in _PACKED:
-        name = name.removesuffix(packed) if not name.endswith(_PARQUET) else name
-    return next((ending for ending in (*_CSV, *_PARQUET) if name.endswith(ending)), "")
-
-
-def _frame(file: Path, missing: Sequence[str], separator: str) -> pd.DataFrame:
-    suffix = _suffix(file)
-    if not suffix:
-        raise DataError(f"'{file}' is no table: {', '.join((*_CSV, *_PARQUET))} are read")
-    try:
-        import pandas as pd
-
-        if suffix in _PARQUET:
-            import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"stream.source = 'table' needs the package '{error.name}'; type: pip install "
-            "'distcl[table]'"
-        ) from None
-    try:
-        if suffix in _PARQUET:
-            return _parquet(file, missing)
-        given: dict[str, Any] = {"sep": "\t" if suffix == ".tsv" else separator}
-        header = pd.read_csv(file.absolute(), header=None, nrows=1, dtype=str, **given)
-        names = header.iloc[0].tolist()
-        if twice := [n for k, n in enumerate(names) if n in names[:k]]:
-            raise DataError(f"'{file}' has two columns '{twice[0]}'")
-        frame = pd.read_csv(
-            file.absolute(), keep_default_na=False, na_values=["", *missing], low_memory=False,
-            skip_blank_lines=len(names) > 1, **given,
-        )  # fmt: skip
-    except DataError:
-        raise
-    except Exception as error:  # whatever the libraries raise on a damaged file
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"'{file}' cannot be read: {reason}") from error
-    if len(frame) and not isinstance(frame.index, pd.RangeIndex):
-        raise DataError(f"'{file}' has rows of more fields than its header")
-    return frame
-
-
-def _parquet(file: Path, missing: Sequence[str]) -> pd.DataFrame:
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetFile
-
-    found = ParquetFile(str(file)).read()
-    for k, column in enumerate(found.schema):
-        if pa.types.is_decimal(column.type):
-            found = found.set_column(k, column.name, found.column(k).cast(pa.float64()))
-        elif pa.types.is_dictionary(column.type):
-            found = found.set_column(k, column.name, found.column(k).cast(column.type.value_type))
-    frame = found.to_pandas(ignore_metadata=True)
-    frame = frame[[name for name in frame if not name.startswith("__index_level_")]]
-    return frame.replace(list(missing), None) if missing else frame
-
-
-def _refuse(file: Path, row: int, name: str, what: str) -> NoReturn:
-    raise DataError(f"'{file}', row {row + 1}: column '{name}' {what}")
-
-
-def _text(value: Any) -> str:
-    """Return a value as the name of a category or class: 1.0 is 1."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _numeric(column: pd.Series, name: str, file: Path) -> Values:
-    """Return numbers, float64 [N], NaN where one is missing."""
-    import pandas as pd
-
-    kind = pd.api.types
-    if kind.is_datetime64_any_dtype(column) or kind.is_timedelta64_dtype(column):
-        raise DataError(f"'{file}': column '{name}' holds dates, no numbers (stream.options.time)")
-    found: Values = pd.to_numeric(column, errors="coerce").to_numpy(
-        dtype=np.float64, na_value=np.nan
-    )
-    wrong = np.isnan(found) & column.notna().to_numpy()
-    if wrong.any():
-        row = int(wrong.argmax())
-        what = f"is '{column.iloc[row]}', no number; name it in stream.options.categories, or leave"
-        _refuse(file, row, name, f"{what} it out (stream.options.features)")
-    if np.isinf(found).any():
-        _refuse(file, int(np.isinf(found).argmax()), name, "is infinite")
-    return found
-
-
-def _whole(frame: pd.DataFrame, name: str, file: Path) -> Values:
-    """Return a column as it is; DataError names a row where it is missing."""
-    lacking = frame[name].isna().to_numpy()
-    if lacking.any():
-        _refuse(file, int(lacking.argmax()), name, "is missing")
-    values: Values = frame[name].to_numpy()
-    return values
-
-
-def _times(frame: pd.DataFrame, name: str, form: str, file: Path) -> Values:
-    """Return dates, datetime64 [N] in UTC, or numbers."""
-    import pandas as pd
-
-    column = frame[name]
-    _whole(frame, name, file)
-    if pd.api.types.is_numeric_dtype(column) and not form:
-        return _numeric(column, name, file)
-    if form:
-        column = column.astype(str)
-    found = pd.to_datetime(column, format=form or "ISO8601", utc=True, errors="coerce")
-    if found.isna().any():
-        row = int(found.isna().to_numpy().argmax())
-        wanted = f"'{form}'" if form else "ISO (stream.options.time_format)"
-        _refuse(file, row, name, f"is '{column.iloc[row]}', no date of the form {wanted}")
-    return np.asarray(found.dt.tz_localize(None).to_numpy())
+            refuse(file, int(lacking.argmax()), name, "is missing (stream.options.fill)")
 
 
 def _ordered(parts: Sequence[_Rows]) -> _Rows:
@@ -394,10 +261,10 @@ def _targets(splits: Sequence[_Rows], task: str, name: str) -> tuple[list[Values
         raise ConfigError("stream.options.target: classification needs one column")
     columns = [split.targets[0].tolist() for split in splits]
     if any(isinstance(v, str) for column in columns for v in column):
-        columns = [[*map(_text, column)] for column in columns]
+        columns = [[*map(as_text, column)] for column in columns]
     known = sorted({v for column in columns for v in column}, key=lambda v: (str(type(v)), v))
     numbers = {value: k for k, value in enumerate(known)}
-    return [np.array([numbers[v] for v in c]) for c in columns], tuple(map(_text, known))
+    return [np.array([numbers[v] for v in c]) for c in columns], tuple(map(as_text, known))
 
 
 def _scaled(y: list[Values], train: Ids, standardize: bool) -> list[Values]:

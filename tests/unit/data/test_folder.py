@@ -42,7 +42,7 @@ def test_formats_and_modes_are_mixed_and_names_are_classes(photos):
     train, test = sources(photos)
     assert (len(train), len(test)) == (16, 4)
     assert list(info_of(train).class_names) == ["cat", "dog"]
-    files = info_of(train).column("file").tolist()
+    files = info_of(train).columns["file"].tolist()
     ids = RNG.permutation(16)
     batch = train.read(ids)
     assert batch.x.shape == (16, 3, 8, 6) and batch.ids.tolist() == ids.tolist()
@@ -58,7 +58,7 @@ def test_grey_and_a_size_and_transforms_after_them(photos):
     train, _ = sources(photos, DataConfig(transforms=["flip"]), mode="grey", size=[4, 5])
     assert train.read(np.arange(3)).x.shape == (3, 1, 4, 5)
     grey, _ = sources(photos, mode="grey")
-    file = info_of(grey).column("file").tolist()[3]
+    file = info_of(grey).columns["file"].tolist()[3]
     batch = grey.read(np.array([3]))
     stored = Image.open(photos / "cat" / file).convert("L")
     np.testing.assert_allclose(batch.x[0, 0] * 255, np.asarray(stored), atol=0.6)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import json
 import pkgutil
 import reprlib
 import sys
@@ -68,6 +69,9 @@ _TABLE = (
     ("detector", "ensemble", "monitoring.detectors:ensemble", "a vote among several detectors"),
     ("source", "digits", "data.sources.arrays:digits", "1,797 handwritten digits"),
     ("source", "arrays", "data.sources.arrays:arrays", "x and y from .npz or .npy files"),
+    ("source", "table", "data.sources.table:table_rows", "rows of CSV or Parquet files"),
+    ("source", "folder", "data.sources.folder:folder", "class folders of images"),
+    ("source", "torch", "data.sources.own:torch", "a dataset of torch's that your function makes"),
     ("source", "mnist", "data.sources.vision:mnist", "MNIST and its like: IDX files, or an .npz"),
     ("source", "cifar10", "data.sources.vision:cifar10", "CIFAR-10, binary version"),
     ("source", "cifar100", "data.sources.vision:cifar100", "CIFAR-100, binary version"),
@@ -78,6 +82,7 @@ _TABLE = (
     ("source", "shards", "data.shards.open:shards", "a folder of WebDataset shards"),
     ("transform", "resize", "data.transforms:resize", "images scaled to one size"),
     ("transform", "to_rgb", "data.transforms:to_rgb", "images of three channels"),
+    ("transform", "to_grey", "data.transforms:to_grey", "images of one channel"),
     ("transform", "crop", "data.transforms:crop", "a square of each image"),
     ("transform", "flip", "data.transforms:flip", "half of training images mirrored"),
     ("transform", "normalize", "data.transforms:normalize", "minus mean, by deviation"),
@@ -158,6 +163,24 @@ def check(kind: str, name: str) -> str:
     )
 
 
+GIVEN = ("config", "data")
+"""Parameters of a source's factory that are no options."""
+
+
+def options_of(kind: str, name: str) -> list[tuple[str, str]]:
+    """Return the options of a part: name, and default as TOML would have it, "" where needed."""
+    found = []
+    for option in inspect.signature(resolve(kind, name)).parameters.values():
+        if option.name in GIVEN or option.kind is option.VAR_KEYWORD:
+            continue
+        default = option.default
+        if isinstance(default, tuple):
+            default = list(default)
+        shown = "" if default is option.empty else json.dumps(default)
+        found.append((option.name, shown if shown != "null" else "none"))
+    return found
+
+
 def resolve(kind: str, name: str) -> Factory:
     """Return the factory of a part, importing its module. Raises ConfigError naming what fails."""
     check(kind, name)
@@ -195,7 +218,9 @@ def create(kind: str, name: str, *args: Any, options: dict[str, Any] | None = No
     known = known[len(args) :]
     for key in options:
         if key not in known and not takes_any:
-            raise ConfigError(f"{kind} '{name}' has no option '{key}'{nearest(key, known)}")
+            shown = ", ".join(name for name in known if name not in GIVEN) or "none"
+            near = nearest(key, known) or ""
+            raise ConfigError(f"{kind} '{name}' has no option '{key}'{near}; it takes: {shown}")
     try:
         signature.bind(*args, **options)
     except TypeError as error:

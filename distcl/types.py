@@ -225,9 +225,9 @@ class SourceInfo:
 
     ``usable``: bool [N], leaves bad samples out of all experiences. ``groups``: int64 [N], or what
     can be indexed as such an array: the concept that each sample belongs to; None: to all.
-    ``group_names``: by concept. Labels and ``usable`` may also be functions that return them, so
-    that they are not held in between.
-
+    ``group_names``: by concept. Labels and ``usable`` may also be functions that return them.
+    ``columns``: by name, values [N], or functions that return them, by which ``stream.experiences``
+    may go; ``grouped``: its value, if ``groups`` are by it.
     ``sequential``: it is best read from front to back, and that is the stream order;
     ``shards_of(ids)`` then returns the part [B] of each, and how many parts can be read side by
     side. ``live_seconds``: how long to wait for more samples at its end; ``arrived()`` then returns
@@ -249,6 +249,8 @@ class SourceInfo:
     usable: Mask | Callable[[], Mask | None] | None = None
     groups: Any = None
     group_names: Sequence[str] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    grouped: str = ""
     sequential: bool = False
     live_seconds: float = 0.0
     replaces: bool = False

@@ -67,6 +67,28 @@ def _jsonl(folder: Path) -> Path:
     return folder / "notes.jsonl"
 
 
+def _table(folder: Path) -> Path:
+    pytest.importorskip("pandas", reason="the extra 'table' is not installed")
+    rng = np.random.default_rng(0)
+    days = [f"2024-0{k % 3 + 1}-{k % 28 + 1:02}T{k % 24:02}:00" for k in range(500)]
+    states = ["ok" if k % 5 else "bad" for k in range(500)]
+    lines = [f"{days[k]},{rng.random()},{'abc'[k % 3]},{states[k]}" for k in range(500)]
+    (folder / "sensor.csv").write_text("\n".join(["when,heat,site,state", *lines]))
+    return folder / "sensor.csv"
+
+
+def _folder(folder: Path) -> Path:
+    image = pytest.importorskip("PIL.Image", reason="the extra 'data' is not installed")
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / "photos" / name).mkdir(parents=True)
+        for k in range(80):  # sizes, modes and formats mixed
+            shape = (9 + k % 3, 10, 3) if k % 2 else (9, 11)
+            pixels = image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+            pixels.save(folder / "photos" / name / f"{k}.{('png', 'jpg')[k % 5 > 2]}")
+    return folder / "photos"
+
+
 FILES: dict[str, Callable[[Path], Path]] = {
     "mnist": _mnist,
     "cifar10": _cifar10,
@@ -74,6 +96,8 @@ FILES: dict[str, Callable[[Path], Path]] = {
     "arrays": _arrays,
     "hf": _hf,
     "jsonl": _jsonl,
+    "table": _table,
+    "folder": _folder,
 }
 """Writes small files of the right format into a folder and returns stream.path."""
 
@@ -81,6 +105,7 @@ SMALL_NET = ["model.options.width=4", "stream.samples_per_experience=40"]
 LESS = {
     "cifar10-binary": SMALL_NET,
     "cifar10": SMALL_NET,
+    "folder": ["stream.options.size=12", "data.workers=0", "stream.samples_per_experience=60"],
     "lora": ["stream.options.max_bytes=9000", "model.lora.r=2"],
     "lm": ["stream.options.max_bytes=9000", "model.options.dim=16", "model.options.depth=1"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated
 
@@ -75,9 +76,24 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def list_parts() -> None:
+def list_parts(
+    kind: Annotated[str, typer.Argument(metavar="[KIND]", help="Parts of one kind.")] = "",
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="One part: what it is, and its options.")
+    ] = "",
+) -> None:
     """Print every registered part, with a line of description."""
-    for kind in registry.kinds():
-        say(f"{kind}")
-        for part in registry.parts(kind):
+    kinds = registry.kinds()
+    if kind and kind not in kinds:
+        near = registry.nearest(kind, kinds)
+        raise UsageError(f"there is no kind '{kind}'{near}; there are {', '.join(kinds)}")
+    if name:
+        doc = inspect.getdoc(registry.resolve(kind, name)) or ""
+        say(doc.replace("``", ""))
+        for option, default in registry.options_of(kind, name) if kind == "source" else ():
+            say(f"  {option:<20} {default or 'must be given'}")
+        return
+    for each in [kind] if kind else kinds:
+        say(f"{each}")
+        for part in registry.parts(each):
             say(f"  {part.name:<16} {part.description}")

@@ -13,13 +13,8 @@ from distcl.config.continual import (
     MonitorConfig,
     PriorityConfig,
 )
-from distcl.config.learning import (
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    StreamConfig,
-    TrainingConfig,
-)
+from distcl.config.learning import ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
+from distcl.config.stream import StreamConfig
 from distcl.config.system import CheckpointConfig, DataConfig, ParallelConfig, TrackingConfig
 
 __all__ = [

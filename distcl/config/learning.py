@@ -1,15 +1,13 @@
-"""The sections of what learns, and from what: the stream, the model and plain training."""
+"""The sections of the run, of what learns, and of plain training."""
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distcl.config.base import Section, Table, known
 from distcl.config.paths import PathText
-from distcl.registry import nearest
 
 
 class RunConfig(Section):
@@ -35,112 +33,6 @@ class RunConfig(Section):
         description="a collective that takes longer ends the run on all ranks; after half of it "
         "the log names the rank that hangs, and where",
     )
-
-
-class StreamConfig(Section):
-    """Where samples come from, and how they drift."""
-
-    source: str = Field(
-        "digits",
-        description="digits, arrays, mnist, cifar10, cifar100, hf, text, jsonl, hf_text, shards, "
-        "or your own",
-    )
-    path: PathText = Field(
-        "",
-        description="arrays, mnist: an .npz; arrays: a folder of x.npy and y.npy; mnist, cifar10, "
-        "cifar100: the folder of the files; hf, hf_text: a folder, or a name on the hub; text: a "
-        "folder of files or folders; jsonl: a file; shards: their folder",
-    )
-    options: dict[str, Any] = Field({}, description="keyword arguments of the source's factory")
-    general: dict[str, Any] = Field(
-        {},
-        description="source, path, options, … (keys as here) of general data: samples that "
-        "no experience has and no drift changes, replayed from the first round on",
-    )
-    sha256: dict[str, str] = Field(
-        {}, description="SHA-256 that files must have, by name, relative to path; hexadecimal"
-    )
-    test_fraction: float = Field(
-        0.2, gt=0, lt=1, description="share held out per class where there is no test split"
-    )
-    drift: str | list[str] = Field("rotate", description="drift schedule, or several, in order")
-    drift_options: dict[str, dict[str, Any]] = Field(
-        {}, description="keyword arguments of a drift schedule, by its name"
-    )
-    experiences: int = Field(5, ge=1, description="number of experiences in the stream")
-    recurring: int = Field(
-        0, ge=0, description="K: experience e has concept e mod K, so concepts come again; 0: never"
-    )
-    samples_per_experience: int = Field(
-        0, ge=0, description="training samples of an experience; 0: all that the source has"
-    )
-    severity: float = Field(
-        1.0, ge=0, description="strength of the drift, relative to the schedule's own default"
-    )
-    transition_fraction: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of an experience whose samples may still come from the concept before; "
-        "0: an abrupt drift",
-    )
-
-    @field_validator("source")
-    @classmethod
-    def _source(cls, value: str) -> str:
-        return known("source", value)
-
-    @field_validator("drift")
-    @classmethod
-    def _drift(cls, value: str | list[str]) -> str | list[str]:
-        for name in [value] if isinstance(value, str) else value:
-            known("drift", name)
-        return value
-
-    @field_validator("sha256")
-    @classmethod
-    def _sha256(cls, value: dict[str, str]) -> dict[str, str]:
-        for name, digest in value.items():
-            if not re.fullmatch("[0-9a-fA-F]{64}", digest):
-                raise ValueError(f"'{digest}' of '{name}' is not 64 hexadecimal digits")
-        return value
-
-    @model_validator(mode="after")
-    def _drift_options(self) -> StreamConfig:
-        for name in self.drift_options:
-            if name not in self.drifts:
-                raise ValueError(
-                    f"stream.drift_options.{name}: '{name}' is not in stream.drift = {self.drift!r}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _general_keys(self) -> StreamConfig:
-        keys = ("source", "path", "options", "sha256", "test_fraction", "experiences")
-        for key in self.general:
-            if key not in keys:
-                raise ValueError(f"stream.general.{key}: unknown key{nearest(key, keys)}")
-        try:
-            made = self.general_data
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(("stream.general", *map(str, first["loc"])))
-            raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
-        if made is not None and "source" not in self.general:
-            raise ValueError("stream.general needs a source")
-        return self
-
-    @property
-    def general_data(self) -> StreamConfig | None:
-        """What ``general`` says, as a stream of one experience without drift; None: nothing."""
-        if not self.general:
-            return None
-        return StreamConfig.model_validate({"drift": "none", "experiences": 1, **self.general})
-
-    @property
-    def drifts(self) -> list[str]:
-        """The drift schedules as a list, in the order they are applied."""
-        return [self.drift] if isinstance(self.drift, str) else list(self.drift)
 
 
 class LoraOptions(Table):

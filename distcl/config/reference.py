@@ -8,6 +8,7 @@ from typing import Any
 
 import tomlkit
 
+from distcl import registry
 from distcl.config import Config
 from distcl.config.load import ENV_PREFIX, SECTIONS, allowed, to_toml
 
@@ -71,6 +72,13 @@ names; an argument that the factory does not take is an error.
 """
 
 
+_OPTIONS_HEAD = """\
+## Options of the sources
+
+Keys of `[stream.options]` and their defaults; `distcl list source NAME` says what they mean.
+"""
+
+
 def template(every: bool = False) -> str:
     """Return a TOML file of common keys, or ``every`` one: set as recommended, or commented out."""
     defaults = tomllib.loads(to_toml(Config()))
@@ -106,7 +114,15 @@ def reference() -> str:
             default = _toml(defaults[section][key])
             lines.append(f"| `{key}` | `{default}` | {allowed(section, key)} | {meaning} |")
         blocks.append("\n".join(lines) + "\n")
-    return "\n".join(blocks)
+    lines = [_OPTIONS_HEAD, "| source | options |", "|---|---|"]
+    for part in registry.parts("source"):
+        options = registry.options_of("source", part.name)
+        given = ", ".join(
+            f"`{name} = {default}`" if default else f"`{name}`, which must be given"
+            for name, default in options
+        )
+        lines.append(f"| `{part.name}` | {given or 'none'} |")
+    return "\n".join([*blocks, "\n".join(lines) + "\n"])
 
 
 def _title(doc: str | None) -> str:

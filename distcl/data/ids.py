@@ -1,8 +1,9 @@
-"""Ids kept as runs of consecutive ones, and where an id is among others."""
+"""Ids kept as runs of consecutive ones, where an id is among others, and what some rows have."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from distcl.errors import DataError
-from distcl.types import Ids, as_tensor, frozen
+from distcl.types import Ids, SourceInfo, as_tensor, frozen
 
 BLOCK = 1 << 16  # ids looked at together
 _FEW = 16  # ids a run, on average, from which on a search of runs is the faster one
@@ -215,3 +216,21 @@ def checked_rows(ids: Ids, number: int, name: str) -> Ids:
         bad = ids[(ids < 0) | (ids >= number)][0]
         raise DataError(f"{name}: there is no sample {bad} (0…{number - 1})")
     return ids
+
+
+def column_of(info: SourceInfo, name: str) -> Any:
+    """Return the values [N] of one of a source's columns; KeyError if it is not there."""
+    found = info.columns[name]
+    return found() if callable(found) else found
+
+
+def info_part(info: SourceInfo, rows: Ids) -> SourceInfo:
+    """Return what holds of some of a source's samples: those of ``rows``, by row."""
+    labels, usable = info.known_labels(), info.known_usable()
+    return replace(
+        info,
+        labels=None if labels is None else labels[rows],
+        usable=None if usable is None else usable[rows],
+        groups=None if info.groups is None else info.groups[rows],
+        columns={name: column_of(info, name)[rows] for name in info.columns},
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_flatten
 
+from distcl.config import StreamConfig
 from distcl.data.sources.arrays import MAX_CLASSES
 from distcl.errors import ConfigError, DataError
 from distcl.types import IGNORED, Batch, DataSpec, Ids, Mask, Source, SourceInfo, info_of
@@ -140,6 +142,22 @@ class SourceSplit:
         labels = self.labels if self.usable is None else self.labels[self.usable]
         there = np.flatnonzero(np.bincount(labels))
         return () if len(there) == classes else tuple(there.tolist())
+
+
+def groups_in(splits: Sequence[SourceSplit], config: StreamConfig) -> int:
+    """Return the number of concepts: what the configuration states, else that of the groups.
+
+    Raises ConfigError if a group would be in no experience.
+    """
+    groups = [s.info.groups for s in splits if isinstance(s.info.groups, np.ndarray)]
+    number = 1 + max((int(g.max()) for g in groups), default=0)
+    if config.concepts and number > config.concepts:
+        raise ConfigError(
+            f"{splits[0].info.name or 'the source'} has {number} groups, but the stream "
+            f"{config.concepts} concepts (stream.experiences, or stream.recurring): write "
+            "stream.experiences = 'groups'"
+        )
+    return config.concepts or number
 
 
 def data_spec(train: SourceSplit, test: SourceSplit) -> DataSpec:

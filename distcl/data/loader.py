@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -17,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from distcl.data.ids import checked_rows
 from distcl.data.transforms import training_view
-from distcl.errors import DataError, DistclError, UserCodeError, told
-from distcl.types import Batch, Ids, PyTree, Source, info_of
+from distcl.errors import DataError, DistclError, UserCodeError, named, told
+from distcl.types import Batch, Ids, PyTree, Source, SourceInfo, info_of
 
 T = TypeVar("T")
 
@@ -219,46 +220,99 @@ def iterate_chunks(source: Source, ids: Ids, size: int) -> Iterator[Batch]:
 def as_source(data: Source | Dataset[Any]) -> Source:
     """Return ``data`` if it is a source, else a source over a map-style dataset of (x, y) pairs.
 
-    Ids are then positions; tensors keep their types. A TensorDataset is read by index, any other
-    dataset sample by sample. Raises DataError if ``data`` is neither, or has no samples.
+    Ids are then positions; tensors keep their types. An attribute ``groups`` [N] of a dataset is
+    the concept of each sample, ``classes`` the names of the classes, if they are texts. A
+    TensorDataset is read by index, any other dataset sample by sample. Raises DataError if ``data``
+    is neither, or has no samples.
     """
-    return data if isinstance(data, Source) else _DatasetSource(data)
+    return data if isinstance(data, Source) else DatasetSource(data)
 
 
-class _DatasetSource:
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self._name = type(dataset).__name__
+class DatasetSource:
+    """A source over a map-style dataset, see :func:`as_source`; ``info``: what is known of it.
+
+    What the dataset raises becomes UserCodeError naming the sample; a sample that is no pair, or of
+    another shape than the first, DataError.
+    """
+
+    def __init__(self, dataset: Dataset[Any], info: SourceInfo | None = None) -> None:
+        name = type(dataset).__name__
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-            raise DataError(
-                f"{self._name} is neither a Source nor a map-style dataset of (x, y) pairs"
-            )
+            raise DataError(f"{name} is neither a Source nor a map-style dataset of (x, y) pairs")
         self._dataset = dataset
-        self._len = len(dataset)
-        if self._len == 0:
-            raise DataError(f"{self._name} has no samples")
+        if info is None:
+            names, columns = getattr(dataset, "classes", ()), getattr(dataset, "columns", {})
+            texts = isinstance(names, list | tuple) and all(isinstance(n, str) for n in names)
+            groups = getattr(dataset, "groups", None)
+            info = SourceInfo(
+                name,
+                class_names=names if texts else (),
+                groups=groups if groups is None else np.asarray(groups),
+                columns=columns if isinstance(columns, Mapping) else {},
+            )
+        self.info = info
+        self._rows: Ids | None = None  # position in the dataset of each id; None: the same
+        self._shapes = ""  # of the first sample that was read
+        self._size = len(dataset)
+        if self._size == 0:
+            raise DataError(f"{name} has no samples")
 
     def __len__(self) -> int:
-        return self._len
+        return self._size if self._rows is None else len(self._rows)
+
+    def part(self, rows: Ids, info: SourceInfo) -> DatasetSource:
+        """Return a source of some of the samples, of which ``info`` holds."""
+        part = DatasetSource(self._dataset, info)
+        part._rows, part._shapes = rows, self._shapes
+        return part
 
     def read(self, ids: Ids) -> Batch:
         """See :meth:`distcl.types.Source.read`."""
-        ids = checked_rows(ids, self._len, self._name)
+        ids = checked_rows(ids, len(self), self.info.name)
         if len(ids) == 0:
             one = self.read(np.zeros(1, dtype=np.int64))
             x, y = tree_map(lambda t: t[:0], (one.x, one.y))
             return Batch(torch.from_numpy(ids), x, y)
-        pair = self._pair(ids)
-        if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise DataError(f"{self._name}: a sample must be a pair (x, y)")
-        return Batch(torch.from_numpy(ids), pair[0], pair[1], len(ids))
+        x, y = self._pair(ids if self._rows is None else self._rows[ids])
+        return Batch(torch.from_numpy(ids), x, y, len(ids))
 
-    def _pair(self, ids: Ids) -> Any:
+    def _pair(self, rows: Ids) -> tuple[PyTree, PyTree]:
         if isinstance(self._dataset, TensorDataset):
-            return self._dataset[torch.from_numpy(ids)]
-        samples = [self._dataset[i] for i in ids.tolist()]
+            pair = self._dataset[torch.from_numpy(rows)]
+            if len(pair) != 2:
+                raise DataError(f"{self.info.name}: a sample must be a pair (x, y)")
+            return pair[0], pair[1]
+        samples = [self._sample(row) for row in rows.tolist()]
         try:
-            return default_collate(samples)
-        except (TypeError, RuntimeError) as error:
+            x, y = default_collate(samples)
+        except (TypeError, RuntimeError, KeyError, ValueError) as error:
+            with suppress(TypeError):  # of what cannot be a batch by itself either
+                for row, sample in zip(rows.tolist(), samples, strict=True):
+                    self._check(row, default_collate([sample]))
             raise DataError(
-                f"{self._name}: samples {ids.tolist()[:8]} do not make a batch ({error})"
+                f"{self.info.name}: samples {rows.tolist()[:8]} do not make a batch ({error})"
             ) from error
+        self._check(rows[0], (x, y))
+        return x, y
+
+    def _check(self, row: int, batch: tuple[PyTree, PyTree]) -> None:
+        """Raise DataError naming the sample if a batch is not of the shapes of the first ever."""
+        x, y = tree_map(lambda t: list(t.shape[1:]) if hasattr(t, "shape") else t, tuple(batch))
+        found = f"x {x}, y {y}"
+        self._shapes = self._shapes or found
+        if found != self._shapes:
+            raise DataError(
+                f"{self.info.name}: sample {row} has shapes {found}, but others {self._shapes}"
+            )
+
+    def _sample(self, row: int) -> Any:
+        try:
+            sample = self._dataset[row]
+        except DistclError:
+            raise
+        except Exception as error:  # whatever a user's dataset raises
+            text = told(error) or named(error)
+            raise UserCodeError(f"{self.info.name}, sample {row}: {text}") from error
+        if not isinstance(sample, list | tuple) or len(sample) != 2:
+            raise DataError(f"{self.info.name}: a sample must be a pair (x, y), see sample {row}")
+        return sample

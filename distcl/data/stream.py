@@ -14,8 +14,10 @@ from distcl.config import DataConfig, StreamConfig
 from distcl.data.drift import Drift, require_classes
 from distcl.data.general import General
 from distcl.data.ids import BLOCK, blocks, in_runs
-from distcl.data.labels import SourceSplit, data_spec
+from distcl.data.labels import SourceSplit, data_spec, groups_in
 from distcl.data.loader import as_source
+from distcl.data.sources.grouping import regrouped
+from distcl.data.sources.joined import join_sources
 from distcl.data.sources.npy import check_files
 from distcl.data.transforms import Transformed, Transforms
 from distcl.errors import ConfigError, DataError
@@ -54,6 +56,9 @@ def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Sour
     :class:`distcl.types.Source` for what it returns. Files in ``stream.sha256`` are checked first.
     ``data.transforms`` apply to every source. Raises ConfigError or DataError.
     """
+    if config.listed:
+        trains, tests = zip(*(create_sources(each, data) for each in config.listed), strict=True)
+        return join_sources(config, trains), join_sources(config, tests)
     transforms = Transforms(data.transforms)
     check_files(config)
     options = dict(config.options)
@@ -72,7 +77,7 @@ def create_sources(config: StreamConfig, data: DataConfig) -> tuple[Source, Sour
 
 
 class DriftStream:
-    """A stream (:class:`distcl.types.Stream`): ``config.experiences`` views of (train, test).
+    """A stream (:class:`distcl.types.Stream`): its experiences are views of (train, test).
 
     An id packs the experience and the row of the base source, and alone determines its sample:
     ``read`` gives the same bits for it in whatever batch it comes, but for random transforms. Ids
@@ -106,9 +111,13 @@ class DriftStream:
     ) -> None:
         self._train, self._test = self.sources = as_source(train), as_source(test)
         splits = SourceSplit(self._train, "train"), SourceSplit(self._test, "test")
+        infos = regrouped(config, [s.info for s in splits], [len(s.source) for s in splits])
+        for split, info in zip(splits, infos, strict=True):
+            split.info = info
         self.spec = data_spec(*splits)
-        self._config = config
-        self._concepts = min(config.recurring or config.experiences, config.experiences)
+        self._concepts = groups_in(splits, config)
+        count = config.stated or self._concepts
+        self._config = config = config.model_copy(update={"experiences": count})
         self._seed = seed
         drifts = self._create_drifts()
         if any(type(d).members is not Drift.members for d in drifts):
@@ -122,7 +131,7 @@ class DriftStream:
         self._members = [d.members for d in drifts if type(d).members is not Drift.members]
         self._apply = [d.apply for d in drifts if type(d).apply is not Drift.apply]
         gradual = config.transition_fraction > 0
-        self._older = np.zeros((config.experiences if gradual else 0, len(self._train)), np.bool_)
+        self._older = np.zeros((count if gradual else 0, len(self._train)), np.bool_)
         """Whether a row of an experience still comes from the concept before."""
         self._sorted: tuple[object, Ids] = (None, np.empty(0, dtype=np.int64))  # of one experience
         own = splits[0].info
@@ -139,7 +148,7 @@ class DriftStream:
             unusable=sum(int((~s.usable).sum()) for s in splits if s.usable is not None),
             general=None if self.general is None else self.general.ids,
         )
-        self.experiences = [self._experience(e, *splits) for e in range(config.experiences)]
+        self.experiences = [self._experience(e, *splits) for e in range(count)]
 
     def _create_drifts(self) -> list[Drift]:
         config = self._config
@@ -220,12 +229,12 @@ class DriftStream:
         """Return (base row [B], concept [B], is_test [B]) of ids; DataError if one is unknown."""
         experience, rows, test = unpack_ids(ids)
         sizes = np.where(test, len(self._test), len(self._train))
-        bad = (ids < 0) | (experience >= self._config.experiences) | (rows >= sizes)
+        bad = (ids < 0) | (experience >= len(self.experiences)) | (rows >= sizes)
         if bad.any():
             i = int(bad.argmax())
             raise DataError(
                 f"sample {ids[i]} is not in the stream: experience {experience[i] + 1} of "
-                f"{self._config.experiences}, {'test' if test[i] else 'train'} row {rows[i]} of "
+                f"{len(self.experiences)}, {'test' if test[i] else 'train'} row {rows[i]} of "
                 f"{sizes[i]}"
             )
         if len(self._older):

@@ -204,6 +204,18 @@ def to_rgb() -> Transform:
     return lambda sample: _on_images("to_rgb", sample, colour)
 
 
+def to_grey() -> Transform:
+    """Give images one channel: of colours their luma (ITU-R 601)."""
+    weights = np.array([[[0.299]], [[0.587]], [[0.114]]], dtype=np.float32)
+
+    def grey(image: Array) -> Array:
+        if not 1 <= len(image) <= 4:
+            raise DataError(f"an image of {len(image)} channels cannot become grey")
+        return image[:1] if len(image) < 3 else (image[:3] * weights).sum(0, keepdims=True)
+
+    return lambda sample: _on_images("to_grey", sample, grey)
+
+
 def _on_images(name: str, sample: Sample, function: Callable[[Array], Array]) -> Sample:
     """Apply ``function`` to every array [C, H, W]; there must be one."""
     arrays = {e: v for e, v in sample.items() if e != "cls" and isinstance(v, np.ndarray)}
@@ -251,11 +263,14 @@ def arrays_of(sample: Sample) -> Sample:
 class Stack:
     """Makes batches of samples that are alike: all have the shapes and types of the first ever.
 
-    ``name`` is the source's; ``keep_integers``: see :func:`to_tensor`, for one array alone.
+    ``name`` is the source's; ``keep_integers``: see :func:`to_tensor`, for one array alone. ``of``:
+    how messages name a sample.
     """
 
-    def __init__(self, name: str, keep_integers: bool = False) -> None:
-        self._name = name
+    def __init__(
+        self, name: str, keep_integers: bool = False, of: Callable[[int], str] = "sample {}".format
+    ) -> None:
+        self._name, self._of = name, of
         self._keep = keep_integers
         self._first: tuple[int, dict[str, tuple[Any, ...]]] | None = None  # id; shapes and types
 
@@ -290,9 +305,10 @@ class Stack:
 
     def _refuse(self, id_: int, kinds: dict[str, tuple[Any, ...]]) -> NoReturn:
         first, like = self._first or (id_, kinds)
+        one, other = self._of(id_), self._of(first)
         if ("" in kinds) != ("" in like):
             has = [f"{len(some)} array{'s' * (len(some) > 1)}" for some in (kinds, like)]
-            raise DataError(f"{self._name}: sample {id_} has {has[0]}, but sample {first} {has[1]}")
+            raise DataError(f"{self._name}: {one} has {has[0]}, but {other} {has[1]}")
         ext = min(e for e in kinds.keys() | like.keys() if kinds.get(e) != like.get(e))
         both = kinds.get(ext), like.get(ext)
         told = ["is missing" if k is None else f"has shape {k[0]} and type {k[1]}" for k in both]
@@ -301,10 +317,22 @@ class Stack:
             ways = ["to_rgb"] if both[0][0][0] != both[1][0][0] else []
             ways += ["resize"] if both[0][0][1:] != both[1][0][1:] else []
             need = f"data.transforms has {' and '.join(ways)}" if ways else need
-        what = f"'{ext}' of sample" if ext else "sample"
-        raise DataError(
-            f"{self._name}: {what} {id_} {told[0]}, but of sample {first} it {told[1]}; {need}"
-        )
+        what = f"'{ext}' of {one}" if ext else one
+        raise DataError(f"{self._name}: {what} {told[0]}, but of {other} it {told[1]}; {need}")
+
+
+def first_sound(
+    read: Callable[[int], Sample], id_: int, number: int, replaces: bool, name: str
+) -> tuple[int, Sample]:
+    """Return (id, sample), of the next of ``number`` that can be read if one may be replaced."""
+    for step in range(number):
+        other = (id_ + step) % number
+        try:
+            return other, read(other)
+        except DataError:
+            if not replaces:
+                raise
+    raise DataError(f"{name}: not one sample can be read")
 
 
 class Transformed:

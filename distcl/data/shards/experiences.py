@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distcl.data.shards.manifest import MANIFEST, Texts
 from distcl.data.shards.tar import read_members
+from distcl.data.sources.grouping import moment
 from distcl.errors import ConfigError, DataError
 from distcl.types import Ids
 
@@ -36,6 +36,17 @@ class ByShard:
 
 Groups = Ids | ByShard
 """The group of each sample by row, int64: indexed by slices and arrays of rows."""
+
+
+class Fields(dict[str, Any]):
+    """The values of a field of the JSON of every sample, read as they are asked for."""
+
+    def __init__(self, source: ShardSource) -> None:
+        super().__init__()
+        self._source = source
+
+    def __missing__(self, field: str) -> Any:
+        return np.array([*_values(self._source, field, False), None], dtype=object)[:-1]
 
 
 def assign_groups(sources: Sequence[ShardSource], how: str, concepts: int) -> None:
@@ -78,10 +89,11 @@ def assign_groups(sources: Sequence[ShardSource], how: str, concepts: int) -> No
 def assign_domains(sources: Sequence[ShardSource], texts: Texts, concepts: int) -> None:
     """Set ``groups`` of the sources of all splits to the domains of their texts. Local.
 
-    Raises ConfigError if these are not ``concepts``, or not known before shards are read.
+    Raises ConfigError if these are not ``concepts`` (0: as many as there are), or not known before
+    shards are read.
     """
     names = texts.domains
-    if len(names) != concepts:
+    if concepts and len(names) != concepts:
         raise ConfigError(
             f"{sources[0].name} has {len(names)} domains ({', '.join(names[:8])}), but the stream "
             f"has {concepts} experiences (stream.experiences); {_KEY} = 'shards' makes others"
@@ -108,7 +120,7 @@ def _values(source: ShardSource, field: str, time: bool) -> list[Any]:
             continue
         try:
             value = json.loads(members["json"])[field]
-            found.append(_time(value) if time else value)
+            found.append(moment(value) if time else value)
             hash(value)
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(
@@ -116,13 +128,6 @@ def _values(source: ShardSource, field: str, time: bool) -> list[Any]:
                 f"({type(error).__name__}: {error})"
             ) from None
     return found
-
-
-def _time(value: Any) -> float:
-    if isinstance(value, str):
-        moment = datetime.fromisoformat(value)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    return float(value)
 
 
 def _keys(values: list[Any], concepts: int, how: str) -> list[Any]:

@@ -8,7 +8,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_map
 from distcl.config import DataConfig
 from distcl.data.ids import checked_rows
 from distcl.data.shards.decode import decode_sample
+from distcl.data.shards.experiences import Fields
 from distcl.data.shards.index import (
     changed_rows,
     indexed_members,
@@ -31,7 +31,7 @@ from distcl.data.shards.tar import key_of, refused
 from distcl.data.shards.texts import TokenStack, decode_tokens, info_of_texts
 from distcl.data.sources.arrays import stratified
 from distcl.data.sources.npy import Array
-from distcl.data.transforms import Sample, Stack, Transforms
+from distcl.data.transforms import Sample, Stack, Transforms, first_sound
 from distcl.errors import DataError
 from distcl.types import Batch, Ids, PyTree, SourceInfo
 
@@ -140,6 +140,7 @@ class ShardSource:
             usable=lambda: self.usable,
             groups=self.groups,
             group_names=self.group_names,
+            columns=Fields(self),
             live_seconds=self.live_seconds,
             replaces=self.replaces,
             transformed=True,
@@ -208,7 +209,12 @@ class ShardSource:
                 self._empty = tree_map(lambda t: t[:0], (one.x, one.y))
             return Batch(torch.from_numpy(ids), *self._empty)
         unique, back = np.unique(ids, return_inverse=True)
-        found = [self._sample(*place) for place in self._places(unique)]
+        places = {place[0]: place for place in self._places(unique)}
+
+        def decoded(id_: int) -> Sample:
+            return self._decoded(*(places.get(id_) or self._places(np.array([id_]))[0]))
+
+        found = [first_sound(decoded, id_, len(self), self.replaces, self.name) for id_ in places]
         got = np.array([i for i, _ in found])
         x, y = self._stack([sample for _, sample in found], got)
         if len(unique) < len(ids) or (np.diff(ids) < 0).any():
@@ -223,19 +229,6 @@ class ShardSource:
         numbers = np.searchsorted(self._firsts, rows, side="right") - 1
         rows = rows - self._firsts[numbers]
         return list(zip(ids.tolist(), numbers.tolist(), rows.tolist(), strict=True))
-
-    def _sample(self, id_: int, number: int, row: int) -> tuple[int, Sample]:
-        """Return (id, decoded sample): of another id where the one asked is bad and may be."""
-        try:
-            return id_, self._decoded(id_, number, row)
-        except DataError:
-            if not self.replaces:
-                raise
-        for step in range(1, len(self)):
-            other = (id_ + step) % len(self)
-            with suppress(DataError):
-                return other, self._decoded(*self._places(np.array([other]))[0])
-        raise DataError(f"{self.name}: not one sample can be read")
 
     def _decoded(self, id_: int, number: int, row: int) -> Sample:
         """Return a sample's arrays by ext, and its label; DataError names shard, member and id."""

@@ -19,7 +19,6 @@ from distcl import registry
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.files import file_stamp
 from distcl.config.paths import reachable
-from distcl.data.images import IMAGES
 from distcl.data.shards.decode import decode, label_of, npy_bytes
 from distcl.data.shards.index import archives, is_archive, split_of
 from distcl.data.shards.manifest import known_manifest
@@ -28,12 +27,12 @@ from distcl.data.shards.texts import texts_of, token_members
 from distcl.data.shards.writer import Members, Samples
 from distcl.data.sources.arrays import ArraySource, npz_splits
 from distcl.data.sources.tokens import TokenSource
+from distcl.data.sources.folder import ext_of, image_files
 from distcl.data.stream import create_sources
 from distcl.data.transforms import arrays_of
 from distcl.errors import DataError, UsageError
 from distcl.types import info_of
 
-_TEST_FOLDERS = ("test", "val", "valid", "validation")
 _CHUNK = 256
 
 
@@ -165,33 +164,7 @@ class ImageSamples(Samples):
 
     def __init__(self, folder: Path) -> None:
         super().__init__({"folder": str(folder.resolve())})
-        inside = {p.name: p for p in _visible(folder) if p.is_dir()}
-        splits, skipped = {"train": folder}, list[Path]()
-        if "train" in inside:
-            tests = [inside[name] for name in _TEST_FOLDERS if name in inside]
-            splits = {"train": inside["train"], **({"test": tests[0]} if tests else {})}
-            skipped += [p for p in _visible(folder) if p not in splits.values()]
-        self._files: dict[str, list[tuple[Path, int]]] = {}
-        for split, root in splits.items():
-            names = [p.name for p in _visible(root) if p.is_dir()]
-            self.class_names = self.class_names or names
-            if unknown := set(names) - set(self.class_names):
-                raise DataError(f"class '{min(unknown)}' of '{root}' is not among those of train")
-            if not names:
-                raise DataError(
-                    f"'{root}' has no class folders with images ({', '.join(IMAGES)}) in them"
-                )
-            skipped += [p for p in _visible(root) if not p.is_dir()]
-            files = self._files[split] = []
-            for name in names:
-                entries = _visible(root / name)
-                images = [p for p in entries if _ext_of(p) in IMAGES and p.is_file()]
-                if not images:
-                    raise DataError(
-                        f"class '{root / name}' has no images ({', '.join(IMAGES)}) in it"
-                    )
-                files += [(image, self.class_names.index(name)) for image in images]
-                skipped += sorted(set(entries) - set(images))
+        self._files, self.class_names, skipped = image_files(folder)
         self.skipped += [str(path.relative_to(folder)) for path in skipped]
         self.sizes = {split: len(files) for split, files in self._files.items()}
 
@@ -202,22 +175,13 @@ class ImageSamples(Samples):
     def read(self, split: str, begin: int, end: int) -> Iterator[Members]:
         """See :class:`data.shards.writer.Samples`. Every image is decoded once, to be sure."""
         for file, label in self._files[split][begin:end]:
-            ext = _ext_of(file).replace("jpeg", "jpg")
+            ext = ext_of(file).replace("jpeg", "jpg")
             try:
                 data = file.read_bytes()
                 decode(ext, data)
             except (DataError, OSError) as error:
                 raise DataError(f"'{file}': {error}") from error
             yield {ext: data, "cls": b"%d" % label}
-
-
-def _visible(folder: Path) -> list[Path]:
-    """Return what is in a folder, in order of name, but for what begins with a dot."""
-    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
-
-
-def _ext_of(file: Path) -> str:
-    return file.suffix.lower().removeprefix(".")
 
 
 class SourceSamples(Samples):

@@ -59,15 +59,19 @@ def shards(
                 found.append(StreamedSource(folder, part, data, label, url, name, texts))
             else:
                 found.append(ShardSource(folder, part, data, name, texts))
-    concepts = min(config.recurring or config.experiences, config.experiences)
+    if experiences and not config.stated:
+        raise ConfigError(
+            "stream.experiences and stream.options.experiences both say what makes an experience; "
+            "leave one out"
+        )
     if experiences:
-        assign_groups(found, experiences, concepts)
+        assign_groups(found, experiences, config.concepts)
     elif manifest.texts and manifest.texts.domains:
-        assign_domains(found, manifest.texts, concepts)
+        assign_domains(found, manifest.texts, config.concepts)
     for source in found:
         source.class_names = manifest.class_names
     train, test = found if len(found) == 2 else found[0].holdout(config.test_fraction)
-    if live_seconds and (config.experiences > 1 or experiences):
+    if live_seconds and (config.stated != 1 or experiences):
         raise ConfigError("stream.options.live_seconds needs stream.experiences = 1")
     train.live_seconds = live_seconds
     return train, test

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distcl.config import StreamConfig
 from distcl.config.paths import reachable
-from distcl.data.ids import checked_rows
+from distcl.data.ids import checked_rows, info_part
 from distcl.data.sources.npy import Array, npz_keys, open_npy, open_npz
 from distcl.data.transforms import to_tensor
 from distcl.errors import ConfigError, DataError
@@ -34,15 +35,19 @@ class ArraySource:
     inside a pytree, and beside several labels a sample, signed integers and booleans (token ids,
     masks) keep their type; beside several labels, [N, T] of uint16 or uint32 becomes int64.
     ``labels``: int64 [N]; None if there is not one a sample.
-    ``groups``: the concept that each sample belongs to, int64 [N]; None: to all.
+    ``groups``: the concept that each sample belongs to, int64 [N]; None: to all. ``info``: what
+    else is known of the samples.
 
     Raises DataError naming ``name``, and the row where one is at fault, on unequal lengths, no
     samples, values that are NaN or infinite, types that are not numbers, and labels that are not
     integers in [0, MAX_CLASSES), or of several, at least one of them and -100.
     """
 
-    def __init__(self, x: PyTree, y: npt.ArrayLike, name: str = "arrays") -> None:
+    def __init__(
+        self, x: PyTree, y: npt.ArrayLike, name: str = "arrays", info: SourceInfo | None = None
+    ) -> None:
         self.name = name
+        self._info = info or SourceInfo()
         y = np.asarray(y)
         self._several = y.dtype.kind in "iu" and y[:1].size > 1
         one = y.dtype.kind != "f" and not self._several
@@ -59,8 +64,9 @@ class ArraySource:
     @property
     def info(self) -> SourceInfo:
         """See :class:`distcl.types.SourceInfo`."""
-        positions = self._positions
-        return SourceInfo(self.name, self.labels, groups=self.groups, positions=positions)
+        groups = self._info.groups if self.groups is None else self.groups
+        own = {"name": self.name, "labels": self.labels, "positions": self._positions}
+        return replace(self._info, groups=groups, **own)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self._y)
@@ -105,6 +111,7 @@ class ArraySource:
         part._y = self._y[ids] if part.labels is None else part.labels
         part._rows = ids if self._rows is None else self._rows[ids]
         part.groups = None if self.groups is None else self.groups[ids]
+        part._info = info_part(self._info, ids)
         return part
 
 
@@ -144,9 +151,13 @@ def arrays(config: StreamConfig, experiences: str = "") -> tuple[ArraySource, Ar
     found = _from_folder(path) if path.is_dir() else npz_splits(path)
     splits = [ArraySource(_as_samples(x, name), y, name) for x, y, name in found]
     if experiences:
-        concepts = min(config.recurring or config.experiences, config.experiences)
+        if not config.stated:
+            raise ConfigError(
+                "stream.experiences and stream.options.experiences both say what makes an "
+                "experience; leave one out"
+            )
         for split in splits:
-            split.groups = np.arange(len(split)) * concepts // len(split)
+            split.groups = np.arange(len(split)) * config.concepts // len(split)
     if len(splits) == 1:
         return splits[0].holdout(config.test_fraction)
     return splits[0], splits[1]

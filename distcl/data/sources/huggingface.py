@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils._pytree import tree_map
 
@@ -13,11 +16,17 @@ from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.ids import checked_rows
 from distcl.data.images import decode_image, pixels
-from distcl.data.sources.arrays import stratified
+from distcl.data.sources.grouping import held_out
 from distcl.data.transforms import Sample, Stack, Transforms, arrays_of, to_tensor
 from distcl.errors import ConfigError, DataError
 from distcl.registry import nearest
 from distcl.types import Batch, Ids, SourceInfo
+
+_FILES = {
+    ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet",
+    ".arrow": "arrow", ".txt": "text",
+}  # fmt: skip
+"""Builders of the package datasets for single files, by suffix."""
 
 
 def hf(
@@ -32,21 +41,21 @@ def hf(
 ) -> tuple[HFSource, HFSource]:
     """Return (train, test) of the dataset at ``stream.path``.
 
-    The path is a folder that ``save_to_disk`` wrote, a folder of data files (images, Parquet, …),
-    or a name on the hub, there with ``name`` (of a configuration) and ``revision``. ``image`` and
-    ``label``: columns of x and y; ``train`` and ``test``: splits. Without a test split,
-    ``test_fraction`` of each class is held out.
+    The path is a folder that ``save_to_disk`` wrote, a folder of data files (images, Parquet, …), a
+    file of rows (CSV, JSON, Parquet, Arrow), or a name on the hub, there with ``name`` (of a
+    configuration) and ``revision``. ``image`` and ``label``: columns of x and y; ``train`` and
+    ``test``: splits. Without a test split, ``test_fraction`` of each class is held out.
 
     Raises ConfigError if the extra is not installed or a split or column is not there, DataError
     naming the dataset if it cannot be loaded.
     """
     found = load_splits(config, train, test, name, revision)
     transforms = Transforms(data.transforms if data else ())
-    source, *held_out = (
+    source, *held = (
         HFSource(rows, image, label, f"'{config.path}', {split}", transforms)
         for split, rows in found.items()
     )
-    return (source, held_out[0]) if held_out else source.holdout(config.test_fraction)
+    return (source, held[0]) if held else source.holdout(config)
 
 
 def load_splits(
@@ -81,10 +90,18 @@ def _load(source: str, path: str, name: str | None, revision: str | None) -> dic
     folder = reachable(path).absolute()  # it takes "data:x" for a URL
     if folder.exists() and "::" in str(folder):
         raise DataError(f"the package datasets cannot open '{folder}': '::' has a meaning to it")
+    kind = _FILES.get(folder.suffix.lower(), "")
+    if not folder.exists() and (kind or path.startswith(("/", ".", "~"))):
+        raise DataError(f"stream.path: there is no '{folder}'")
+    if folder.is_file() and not kind:
+        raise DataError(f"'{folder}' is no file that {source} reads: {', '.join(_FILES)}")
     saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
     try:
         if saved:
             found = datasets.load_from_disk(str(folder))
+        elif folder.is_file():  # never looked up on the hub
+            more = {"delimiter": "\t"} if folder.suffix.lower() == ".tsv" else {}
+            found = datasets.load_dataset(kind, data_files=str(folder), **more)
         else:
             where = str(folder) if folder.exists() else path
             found = datasets.load_dataset(where, name, revision=revision)
@@ -120,6 +137,7 @@ class HFSource:
                     f"{where} has no column '{column}'{nearest(column, split.features)}; it has "
                     f"{', '.join(split.features)} (stream.options.{key})"
                 )
+        self._split = split
         self._where, self._image, self._label = where, image, label
         self._is_image = type(split.features[image]).__name__ == "Image"
         self._transforms = transforms or Transforms()
@@ -129,7 +147,14 @@ class HFSource:
         self._rows = columns.with_format("numpy", **kept)  # images as they are
         names = getattr(split.features[label], "names", None) or ()
         self.labels = _labels(split, label, where)
-        self.info = SourceInfo(where, self.labels, class_names=names, transformed=True)
+        others = (n for n, f in split.features.items() if type(f).__name__ != "Image")
+        self.info = SourceInfo(
+            where,
+            self.labels,
+            class_names=names,
+            columns={n: partial(_values_of, split, n) for n in others},
+            transformed=True,
+        )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -181,13 +206,24 @@ class HFSource:
         except (DataError, ValueError, OSError, SyntaxError) as error:
             raise DataError(f"{self._where}: sample {id_}: {error}") from error
 
-    def holdout(self, fraction: float) -> tuple[HFSource, HFSource]:
-        """Split into sources (train, test), ``fraction`` of each class in test."""
-        labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels
+    def holdout(self, config: StreamConfig) -> tuple[HFSource, HFSource]:
+        """Split into (train, test), ``test_fraction`` of each class of each experience in test."""
         given = self._image, self._label, self._where, self._transforms
-        parts = stratified(labels, fraction, self._where)
-        train, test = (HFSource(self._rows.select(part), *given) for part in parts)
+        *parts, infos = held_out(config, self.info, len(self))
+        train, test = (HFSource(self._split.select(part), *given) for part in parts)
+        for source, info in zip((train, test), infos, strict=True):
+            source.info = replace(
+                source.info, groups=info.groups, group_names=info.group_names, grouped=info.grouped
+            )
         return train, test
+
+
+def _values_of(split: Any, column: str) -> npt.NDArray[Any]:
+    """Return the values of a column; dates, and texts, as they are."""
+    values = split.data.column(column)
+    if split._indices is not None:
+        values = values.take(split._indices.column(0))
+    return np.asarray(values.to_numpy())
 
 
 def _labels(split: Any, label: str, where: str) -> Ids | None:

@@ -14,6 +14,7 @@ import numpy as np
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import MAX_CLASSES
+from distcl.data.sources.grouping import group_values
 from distcl.data.sources.huggingface import load_splits
 from distcl.data.sources.text import bytes_of, stamps_of
 from distcl.data.sources.token_cache import cached
@@ -59,7 +60,7 @@ def jsonl(
     if not config.path:
         raise ConfigError("stream.source = 'jsonl' needs stream.path, a file")
     known = create_tokenizer(tokenizer, end)
-    file = reachable(config.path)
+    file, domain = reachable(config.path), domain or _key(config)
     texts = _Texts(f"'{file}'", text, label, domain, length, known)
     found = texts.source(config, data, lambda: _lines(file), lambda: stamps_of([file]))
     return found.holdout(config.test_fraction)
@@ -95,6 +96,7 @@ def hf_text(
         raise ConfigError(
             f"stream.options.tokens = '{tokens}' are token ids; they need no tokenizer"
         )
+    domain = domain or _key(config)
     splits = load_splits(config, train, test, name, revision)
     known: Tokenizer | None = None if tokens else create_tokenizer(tokenizer, end)
     texts = _Texts(f"'{config.path}'", tokens or text, label, domain, length, known)
@@ -125,6 +127,11 @@ def hf_text(
         return source.holdout(config.test_fraction)
     rows = np.arange(len(source))
     return source.part(rows[: len(first)]), source.part(rows[len(first) :])
+
+
+def _key(config: StreamConfig) -> str:
+    """Return the field of ``stream.experiences = "key:FIELD"``."""
+    return config.grouping[2] if config.grouping[0] == "key" else ""
 
 
 def _lines(file: Path) -> Iterator[Record]:
@@ -223,7 +230,9 @@ class _Texts:
 
         Raises ConfigError if domains do not fit, DataError naming a record that is no sample.
         """
+        grouped = str(config.experiences) if config.grouping[0] == "key" else ""
         what = {
+            "grouped": grouped,
             "source": [config.source, self.name, stamps() if data and data.cache else None],
             "fields": [self.text, self.label, self.domain],
             "length": self.length,
@@ -232,12 +241,12 @@ class _Texts:
 
         def make() -> TokenSource:
             self._take(records())
-            return self._made(class_names)
+            return self._made(class_names, grouped)
 
         made = cached(data, what, make)
         names = made.info.group_names
-        concepts = min(config.recurring or config.experiences, config.experiences)
-        if self.domain and len(names) != concepts:
+        concepts = config.concepts
+        if self.domain and concepts and len(names) != concepts:
             raise ConfigError(
                 f"{self.name} has {len(names)} values of '{self.domain}' "
                 f"({', '.join(names[:8])}), but the stream has {concepts} experiences "
@@ -245,7 +254,7 @@ class _Texts:
             )
         return made
 
-    def _made(self, class_names: tuple[str, ...]) -> TokenSource:
+    def _made(self, class_names: tuple[str, ...], grouped: str) -> TokenSource:
         if not self.parts:
             raise DataError(f"{self.name} has no samples")
         if self.cut:
@@ -272,8 +281,12 @@ class _Texts:
             names, numbers = _numbered(self.labels, f"{self.name}, field '{self.label}'", True)
             info = replace(info, classes=0, labels=numbers, class_names=names or class_names)
         if self.domain:
-            names, numbers = _numbered(self.groups, f"{self.name}, field '{self.domain}'", False)
-            info = replace(info, groups=numbers, group_names=names)
+            if grouped:
+                (numbers,), names = group_values([self.groups], [self.name])
+            else:
+                what = f"{self.name}, field '{self.domain}'"
+                names, numbers = _numbered(self.groups, what, False)
+            info = replace(info, groups=numbers, group_names=names, grouped=grouped)
         end = 0 if self.known is None else self.known.end
         return TokenSource(tokens, sizes.cumsum() - sizes, sizes, end, False, info)
 

@@ -64,8 +64,8 @@ def text(
     """
     check_length(length)
     found = _domains(config, list(domains))
-    concepts = min(config.recurring or config.experiences, config.experiences)
-    if len(found) != concepts:
+    concepts = config.concepts
+    if concepts and len(found) != concepts:
         raise ConfigError(
             f"source 'text' has {len(found)} domains ({', '.join(found)}), but the stream has "
             f"{concepts} experiences (stream.experiences, stream.options.domains)"

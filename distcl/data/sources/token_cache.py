@@ -23,7 +23,10 @@ from distcl.errors import ConfigError, DataError
 from distcl.types import SourceInfo
 
 _FORMAT = 1
-_WORDS = ("name", "classes", "class_names", "group_names", "varies", "tokens", "tokenizer")
+_WORDS = (
+    *("name", "classes", "class_names", "group_names", "grouped", "varies", "tokens"),
+    "tokenizer",
+)
 
 log = logging.getLogger("distcl")
 

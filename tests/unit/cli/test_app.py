@@ -287,6 +287,16 @@ def test_list_prints_every_part_with_its_description(distcl_command):
             assert [part.name, part.description] in lines
 
 
+def test_list_shows_what_a_source_takes(distcl_command):
+    code, out, _ = distcl_command("list", "source", "table")
+    assert code == 0 and out.startswith("Return (train, test) of the rows of CSV files")
+    assert ["separator", '","'] in [line.split() for line in out.splitlines()]
+    code, out, _ = distcl_command("list", "source", "torch")
+    assert "dataset must be given" in " ".join(out.split())
+    code, _, err = distcl_command("list", "sorce")
+    assert code == 2 and "no kind 'sorce', did you mean 'source'?" in err
+
+
 def test_doctor_finds_nothing_broken_here(distcl_command):
     code, out, err = distcl_command("doctor")
     assert (code, err) == (0, "")

@@ -140,3 +140,19 @@ def test_without_the_extra_the_error_says_what_to_type(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what the import system does for "absent"
     with pytest.raises(ConfigError, match="source = 'hf' needs the package 'datasets'; type: pip"):
         create_stream(StreamConfig(source="hf", path="x"), 0)
+
+
+def test_a_file_is_read_from_the_disk_and_never_looked_up(tmp_path, monkeypatch):
+    lines = ["x,label,site", *(f"{k / 4},{k % 2},{'ab'[k // 2 % 2]}" for k in range(40))]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    keys = {"source": "hf", "options": {"image": "x"}, "experiences": "key:site"}
+    made = create_stream(StreamConfig(path=str(tmp_path / "rows.csv"), **keys), 0)
+    assert [e.name for e in made.experiences] == ["a", "b"]
+    assert [len(e.test) for e in made.experiences] == [4, 4]
+    values = made.read(made.experiences[1].train).x * 4
+    assert set((values.long() // 2 % 2).tolist()) == {1}
+    monkeypatch.chdir(tmp_path)
+    for path, message in (("other.csv", "there is no"), ("notes.md", "is no file that")):
+        (tmp_path / "notes.md").write_text("no table")
+        with pytest.raises(DataError, match=message):
+            create_stream(StreamConfig(path=path, **keys), 0)

@@ -193,7 +193,7 @@ def test_a_position_out_of_range_is_named(bad):
 
 def test_datasets_that_are_no_source_are_refused():
     ids = np.array([1, 2])
-    with pytest.raises(DataError, match=r"Ragged: samples \[1, 2\] do not make a batch"):
+    with pytest.raises(DataError, match=r"Ragged: sample 2 has shapes x \[2\], y \[\], but"):
         as_source(Ragged()).read(ids)
     with pytest.raises(DataError, match="Triples: a sample must be a pair"):
         as_source(Triples()).read(ids)

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Anchor": "distcl.parallel.anchor",
     "Batch": "distcl.types",
+    "Callback": "distcl.training.callbacks",
     "Config": "distcl.config",
     "ContinuousTrainer": "distcl.training.trainer",
     "DistributedWeightedSampler": "distcl.sampling.sampler",

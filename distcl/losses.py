@@ -81,6 +81,7 @@ def create_loss(name: str) -> UnreducedLoss:
         return found
     reduces = "reduction" in inspect.signature(found).parameters
     options = {"reduction": "none"} if reduces else {}
+    reduces |= getattr(found, "reduction", None) == "none"  # a module of torch's that is made
     criterion = found(**options) if isinstance(found, type) else partial(found, **options)
 
     def checked(outputs: PyTree, y: PyTree) -> torch.Tensor:

@@ -73,6 +73,7 @@ class ContinuousTrainer:
         if self.stage is None:
             self.stage = self._begin(experience, trigger, held_out)  # steps 1 to 3
 
+        self.parts.callbacks.on_round_begin(self.stage.number, self.stage.experience)
         self.loop.run(self.stage)  # 4. steps
 
         clock = time.perf_counter()
@@ -171,6 +172,7 @@ class ContinuousTrainer:
             self.stage.steps = loader.steps(self.training.pretrain_epochs)
             foresee_stage(self.parts, self.stage, self.training.accumulate)
         stage = self.stage
+        self.parts.callbacks.on_round_begin(0, stage.experience)
         self.loop.run(stage)
         clock = time.perf_counter()
         self._commit(stage.experience)
@@ -205,6 +207,9 @@ class ContinuousTrainer:
             shown = " ".join("–" if value is None else f"{value:.3f}" for value in row)
             what = "R²" if name == "r2" else name
             self._say(f"[{what}] after round {len(self.rounds)}: {shown}")
+        if seen:
+            report = self.rounds[-1] if self.rounds else self.pretraining or {}
+            self.parts.callbacks.on_round_end(len(self.rounds), report, list(rows[self.metric]))
         return rows[self.metric]
 
     def lead(self, experiences: Sequence[Experience]) -> float:

@@ -94,6 +94,7 @@ def start(  # noqa: D417 the command is for those below
     given = {"model": model, "source": stream, "loss": loss, "optimizer": optimizer}
     given |= {"score": score, "updater": updater, "signal": signal}
     with with_parts(load_config(config, overrides), given) as loaded:
+        refuse_absent(loaded)
         chosen = out or loaded.run.out
         folder = expanded(chosen) if chosen else Path("runs", named)
         loaded = loaded.replace(**{"run.out": str(folder)})
@@ -114,12 +115,21 @@ def start(  # noqa: D417 the command is for those below
         )
 
 
+def refuse_absent(config: Config) -> None:
+    """Raise ConfigError naming an object that the configuration names and nobody has given."""
+    for kind, key in PARTS.items():
+        section, _, name = key.partition(".")
+        now = getattr(getattr(config, section), name)
+        for one in [now] if isinstance(now, str) else now:
+            if one.startswith(registry.OBJECT):
+                registry.resolve(kind, one)
+
+
 @contextmanager
 def with_parts(config: Config, given: Mapping[str, Any]) -> Iterator[Config]:
     """Give the configuration that names these parts, objects or names by kind; None: its own.
 
-    Objects are known by their names inside. Raises ConfigError where it names one that is not
-    given.
+    Objects are known by their names inside. Raises ConfigError where they do not fit it.
     """
     held: list[tuple[str, str, Any]] = []
     values: dict[str, Any] = {}
@@ -155,12 +165,6 @@ def with_parts(config: Config, given: Mapping[str, Any]) -> Iterator[Config]:
             if isinstance(some, list) and (key != "model.score" or len(some) == 1):
                 values[key] = some[0]
         config = config.replace(**values)
-        for kind, key in PARTS.items():
-            section, _, name = key.partition(".")
-            now = getattr(getattr(config, section), name)
-            for one in [now] if isinstance(now, str) else now:
-                if one.startswith(registry.OBJECT):
-                    registry.resolve(kind, one)
         yield config
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from distcl.checkpoint.export import assemble_trained, configuration
-from distcl.config import StreamConfig
+from distcl.config import Config, StreamConfig
 from distcl.config.files import write_atomically
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
@@ -33,26 +34,45 @@ def write_predictions(
     data: StreamConfig | None = None,
     warn: Callable[[str], None] = log.warning,
 ) -> tuple[int, Path]:
-    """Write what a run's weights say of the held-out samples of every experience. Collective.
+    """Write :func:`predictions_of` to a file; return N and the file of the weights. Collective.
 
-    ``data``: another stream than the run's; its samples are read as the run's ``[data]`` says. The
-    .npz has ids int64 [N], experience int64 [N] (from 1), outputs [N, ...] as ``what`` says, and y
-    [N, ...] where it is one tensor; in the order of experiences, and the same at any number of
-    ranks. ``probs`` and ``labels`` of several positions have the classes last; of ``bce`` they
-    are of each label. ``warn``: see :func:`distcl.checkpoint.export.find`.
+    Only rank 0 keeps the outputs on the way.
+    """
+    arrays, weights = predictions_of(path, what, data, None, out, warn=warn)
+    return len(arrays["ids"]), weights
 
-    Returns N and the file of the weights. Raises UsageError if ``out`` is there, or no .npz;
+
+def predictions_of(
+    path: Path,
+    what: What = "logits",
+    data: StreamConfig | None = None,
+    config: Config | None = None,
+    out: Path | None = None,
+    drop: Collection[str] = (),
+    warn: Callable[[str], None] = log.warning,
+) -> tuple[dict[str, npt.NDArray[Any]], Path]:
+    """Return what a run's weights say of the held-out samples of every experience. Collective.
+
+    ``data``: another stream than the run's; its samples are read as the run's ``[data]`` says.
+    ``config``: the run's, with its objects; None: what the folder holds. The arrays, without those
+    that ``drop`` names, are ids int64 [N], experience int64 [N] (from 1), outputs [N, ...] as
+    ``what`` says, and y [N, ...] where it is one tensor; in the order of experiences, and the same
+    on every rank, at any number of ranks. ``probs`` and ``labels`` of several positions have the
+    classes last; of ``bce`` they are of each label. Rank 0 writes them to ``out``, an .npz; other
+    ranks then have the ids alone. ``warn``: see :func:`distcl.checkpoint.export.find`.
+
+    Returns them and the file of the weights. Raises UsageError if ``out`` is there, or no .npz;
     ConfigError if ``what`` is not defined on the outputs; DataError where samples do not fit.
     """
-    if out.suffix != ".npz":
+    if out is not None and out.suffix != ".npz":
         raise UsageError(f"'{out}' must end in .npz")
-    config = configuration(path)
+    config = config or configuration(path)
     runtime = Runtime(config.run, config.parallel, config.training)
     with runtime.guard():
         fault = ""
-        if out.exists():
+        if out is not None and out.exists():
             fault = f"'{out}' exists; give another file"
-        elif not out.parent.is_dir():
+        elif out is not None and not out.parent.is_dir():
             fault = f"there is no folder '{out.parent}' to write '{out.name}' in"
         if fault := runtime.broadcast(fault):
             raise UsageError(fault)
@@ -66,15 +86,14 @@ def write_predictions(
         found: dict[str, list[Any]] = {}
         for experience in stream.experiences:
             columns = _predicted(parts.forward, stream, experience.test, size, say)
-            if runtime.is_main:
-                columns["experience"] = torch.full_like(columns["ids"], experience.index + 1)
-                for name, values in columns.items():
+            columns["experience"] = torch.full_like(columns["ids"], experience.index + 1)
+            for name, values in columns.items():
+                if name not in drop and (name == "ids" or out is None or runtime.is_main):
                     found.setdefault(name, []).append(values.cpu().numpy())
-        if runtime.is_main:
-            arrays = {name: np.concatenate(some) for name, some in found.items()}
+        arrays = {name: np.concatenate(some) for name, some in found.items()}
+        if out is not None and runtime.is_main:
             write_atomically(out, lambda part: _save(part, arrays))
-        rows = sum(len(experience.test) for experience in stream.experiences)
-    return rows, weights
+    return arrays, weights
 
 
 def _predicted(

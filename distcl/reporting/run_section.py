@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -59,8 +59,8 @@ class RunSection:
     top: list[tuple[str, list[list[str]]]]
 
 
-def run_section(run: Run, index: int) -> RunSection:
-    """Return the part of a run; ``index``: its place in the page, from 0."""
+def plots_of(run: Run) -> list[Plot]:
+    """Return the plots that there are of a run."""
     drawn: list[Plot | None] = [
         _matrix(run),
         _forgetting(run),
@@ -70,8 +70,13 @@ def run_section(run: Run, index: int) -> RunSection:
         _most_drawn(run),
         _times(run),
     ]
+    return [plot for plot in drawn if plot is not None]
+
+
+def run_section(run: Run, index: int) -> RunSection:
+    """Return the part of a run; ``index``: its place in the page, from 0."""
     prefix = f"{index + 1:02d}-{re.sub(r'[^A-Za-z0-9_.]+', '-', run.name)}-"
-    found = [Plot(prefix + p.name, p.title, p.note, p.figure) for p in drawn if p is not None]
+    found = [replace(plot, name=prefix + plot.name) for plot in plots_of(run)]
     return RunSection(
         run=run,
         facts=_facts(run),

@@ -62,7 +62,8 @@ class Net(nn.Module):
 
 
 def brier(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (outputs.softmax(1) - nn.functional.one_hot(y, 3)).square().sum(1)
+    away: torch.Tensor = outputs.softmax(1) - nn.functional.one_hot(y, 3)
+    return away.square().sum(1)
 
 
 brier.higher_is_better = False  # type: ignore[attr-defined]
@@ -74,7 +75,8 @@ class Margin:
 
     def score(self, batch: Any, now: Any, anchor: Any) -> torch.Tensor:
         first, second = now.logits.softmax(1).topk(2, dim=1).values.unbind(1)
-        return 1 - (first - second)
+        closeness: torch.Tensor = 1 - (first - second)
+        return closeness
 
 
 class PullBack(Updater):

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -108,7 +109,7 @@ class OpenedRun:
     def metrics(self) -> Any:
         """Return the lines of metrics.jsonl: a pandas DataFrame, a list of dicts without pandas."""
         try:
-            import pandas
+            pandas: Any = import_module("pandas")
         except ImportError:
             return list(self._run.lines)
         return pandas.DataFrame(self._run.lines)

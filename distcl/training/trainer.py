@@ -15,6 +15,7 @@ from distcl.priority.guard import Judgement
 from distcl.priority.round_weights import RoundWeights
 from distcl.sampling.round_loader import EMPTY
 from distcl.training.accuracy_matrix import Entry, Matrices
+from distcl.training.class_scores import class_report, count_confusions
 from distcl.training.evaluation import Evaluator
 from distcl.training.foresight import foresee_stage
 from distcl.training.optimizer import OptimizerSlices, reset
@@ -54,6 +55,8 @@ class ContinuousTrainer:
         self.rounds: list[dict[str, Any]] = []
         self.pretraining: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0
+        self.classes: dict[str, Any] | None = None
+        """What the last evaluation says of classes, see :func:`class_report`."""
         self.stage: Stage | None = None
         self._between_rounds = config.optimizer.between_rounds
         self._guarded = config.priority.guard == "auto"
@@ -187,7 +190,11 @@ class ContinuousTrainer:
         6. evaluate. ``seen``: how many of the columns have been trained on.
         """
         clock = time.perf_counter()
-        found = [self.measure(e) for e in experiences]
+        found, counts = [], []
+        for e in experiences:
+            found.append(self.measure(e))
+            counts.append(count_confusions(self._evaluator.pairs, self.parts.stream.spec.classes))
+        self.classes = class_report(counts, seen, self.parts.stream.spec.class_names)
         rows = {name: [one[k] for one in found] for k, name in enumerate(self.parts.scores)}
         self.matrices.append(rows, seen)
         seconds = time.perf_counter() - clock
@@ -200,6 +207,9 @@ class ContinuousTrainer:
             for e, value in zip(experiences, row, strict=True)
             if value is not None
         }
+        if self.classes is not None and self.classes["by_experience"] is not None:
+            told = zip(self.classes["names"], self.classes["accuracy"], strict=True)
+            values |= {f"class_accuracy/{name}": v for name, v in told if v is not None}
         if not self.leading.higher_is_better:
             values["higher_is_better"] = False  # so that a run that is not over can be read
         self.parts.tracker.log({"round": len(self.rounds), **values}, self.loop.steps)
@@ -240,6 +250,7 @@ class ContinuousTrainer:
             "pretraining": self.pretraining,
             "evaluate_seconds": self.evaluate_seconds,
             "trained": self.parts.updater.trained,
+            "classes": self.classes,
             "stage": None if stage is None else stage.state_dict(),
             "loader": None if stage is None else loader.state_dict(stage.done),
         }
@@ -249,6 +260,7 @@ class ContinuousTrainer:
         self.rounds, self.pretraining = state["rounds"], state["pretraining"]
         self.evaluate_seconds = state["evaluate_seconds"]
         self.parts.updater.trained = state["trained"]
+        self.classes = state.get("classes")  # of before there were any
         if state["stage"] is not None:
             self.stage = Stage.from_state(state["stage"])
             self.parts.loader.load_state_dict(state["loader"])

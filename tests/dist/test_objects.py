@@ -174,6 +174,31 @@ def test_all_objects_train_and_go_on(world: int, tmp_path: Path) -> None:
         assert f'"<object> {__name__}:{name}"' in text
     assert '"<object> torch.nn.modules.loss:CrossEntropyLoss"' in text
     assert 'drift = "none"' in text
+    check_classes(tmp_path / "a")
+
+
+def check_classes(folder: Path) -> None:
+    """Compare what is told of classes with what the model says of every held-out sample."""
+    run = distcl.open_run(folder, model=net())
+    model, told = run.load_model(), run.summary["classes"]
+    counts, every = torch.zeros(3, 3).long(), []
+    for _, held_out in pairs():
+        with torch.no_grad():
+            predicted = model(held_out.x).argmax(1)
+        mine = torch.zeros(3, 3).long()
+        for true, other in zip(held_out.y.tolist(), predicted.tolist(), strict=True):
+            mine[true, other] += 1
+        counts += mine
+        every.append((mine.diagonal() / mine.sum(1)).tolist())
+    assert told["names"] == ["0", "1", "2"]
+    assert told["confusion"] == counts.tolist()
+    torch.testing.assert_close(told["accuracy"], (counts.diagonal() / counts.sum(1)).tolist())
+    torch.testing.assert_close(told["by_experience"], every)
+    last = run._run.lines[-1]
+    assert [last[f"class_accuracy/{k}"] for k in range(3)] == told["accuracy"]
+    text = run.report().read_text()
+    assert "which class is taken for which" in text
+    assert "Accuracy of each class" in text
 
 
 def test_the_command_line_says_what_an_object_needs(tmp_path: Path) -> None:
@@ -250,7 +275,7 @@ class Odd:
 def test_what_is_no_part_is_told(
     given: dict[str, Any], config: Any, kind: Any, says: str, tmp_path: Path
 ) -> None:
-    given = {"model": Net(), "stream": pairs()} | given
+    given = {"model": Net(), "stream": pairs(), **given}
     weighted = {"continual_learning": {"importance_weighting": True}}
     with pytest.raises(kind, match=says):
         distcl.train(weighted | config, tmp_path / "run", **given)

@@ -44,7 +44,7 @@ def test_what_a_run_says(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = opened.metrics()
     assert lines[-1]["round"] == 2
     assert opened.plot().get_axes()
-    with pytest.raises(UsageError, match="has no plot 'acc'; it has accuracy, forgetting, loss"):
+    with pytest.raises(UsageError, match="has no plot 'acc'; it has accuracy, forgetting, confusion"):
         opened.plot("acc")
     assert opened.report() == run / "report.html"
     assert (run / "report.html").is_file()

@@ -150,8 +150,9 @@ class OpenedRun:
         """Return what the weights say of samples, the same on every rank. Collective.
 
         ``data``: a map-style dataset of (x, y), or x alone as a tensor or array [N, ...]; None for
-        the held-out samples of every experience. ``what``: logits, probs or labels; ``out``: an
-        .npz file that it is written to as well. The result has ``outputs`` [N, ...], ``ids`` [N],
+        the held-out samples of every experience. ``what``: logits, probs, labels, or
+        embedding, the input of the linear layer that runs last; ``out``: an .npz or .parquet file
+        that it is written to as well. The result has ``outputs`` [N, ...], ``ids`` [N],
         ``experience`` [N] (from 1) and, where it is a tensor and given, ``y`` [N, ...].
 
         Raises DataError where samples do not fit the model, ConfigError where ``what`` has no

@@ -95,6 +95,9 @@ def test_predictions_are_those_of_the_model_at_any_number_of_ranks(
         arrays = opened.predict(bare, "labels")
         assert set(arrays) == {"ids", "experience", "outputs"}
         np.testing.assert_array_equal(arrays["outputs"], probs.argmax(1))
+    inside = opened.predict(data, "embedding")["outputs"]
+    with torch.no_grad():
+        np.testing.assert_allclose(inside, model.body(data.x), atol=1e-6)
     held_out = opened.predict()
     assert held_out["experience"].tolist() == [1] * 11 + [2] * 20 + [3] * 8
     with pytest.raises(DataError, match=r"have shape \[5\], but .* on \[6\]"):
@@ -106,6 +109,16 @@ def test_predictions_are_those_of_the_model_at_any_number_of_ranks(
     checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
     newest = distcl.open_run(checkpoint, model=net(), stream=pairs())
     np.testing.assert_array_equal(newest.predict(data, "probs")["outputs"], found[0]["outputs"])
+
+
+def test_a_parquet_file_has_the_same(run: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    opened = distcl.open_run(run, model=net(), stream=pairs())
+    arrays = opened.predict(Points(29, 1), out=tmp_path / "x.parquet")
+    table = parquet.read_table(tmp_path / "x.parquet")
+    assert table.column_names == ["ids", "outputs", "y", "experience"]
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(np.array(table[name].to_pylist(), values.dtype), values)
 
 
 def test_a_run_of_names_needs_no_objects(tmp_path: Path) -> None:

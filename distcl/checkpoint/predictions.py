@@ -124,7 +124,10 @@ def _predicted(
             )
         if logits.is_floating_point():
             logits = logits.to(forward.runtime.dtype)
-        columns = {"ids": batch.ids.to(logits.device), "outputs": say(logits, batch.y)}
+        outputs = say(logits, batch.y)
+        if outputs.is_floating_point():
+            outputs = outputs.to(forward.runtime.dtype)
+        columns = {"ids": batch.ids.to(logits.device), "outputs": outputs}
         if isinstance(batch.y, torch.Tensor):
             columns["y"] = batch.y
         for name, values in columns.items():

@@ -97,7 +97,7 @@ def test_predictions_are_those_of_the_model_at_any_number_of_ranks(
         np.testing.assert_array_equal(arrays["outputs"], probs.argmax(1))
     inside = opened.predict(data, "embedding")["outputs"]
     with torch.no_grad():
-        np.testing.assert_allclose(inside, model.body(data.x), atol=1e-6)
+        np.testing.assert_allclose(inside, model.get_submodule("body")(data.x), atol=1e-6)
     held_out = opened.predict()
     assert held_out["experience"].tolist() == [1] * 11 + [2] * 20 + [3] * 8
     with pytest.raises(DataError, match=r"have shape \[5\], but .* on \[6\]"):

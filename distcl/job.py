@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,7 @@ def execute(
     allow_changed: Collection[str] = (),
     overwrite: bool = False,
     numbered: bool = False,
+    callbacks: Sequence[object] = (),
 ) -> dict[str, Any]:
     """Run a command and return its summary (the same on every rank). Collective.
 
@@ -58,7 +59,8 @@ def execute(
     auto goes on, in the run's own folder, from the newest checkpoint that verifies, if there is
     one; else the path of a checkpoint. ``allow_changed``: keys of the configuration that may differ
     from the checkpoint's, and "data", if those may. ``tell`` shows the user one message, on rank 0,
-    if another rank fails; then the process exits.
+    if another rank fails; then the process exits. ``callbacks``: see
+    :class:`distcl.training.callbacks.Callback`.
 
     Raises the errors of ``distcl.errors``; ``OUT/status.json`` says how it ended.
     """
@@ -83,7 +85,7 @@ def execute(
         with runtime.guard():
             check_ranks(config, runtime)
             with folder.open(resume, overwrite, runtime.broadcast) as settled:
-                job = Job(command, settled, runtime, folder, progress)
+                job = Job(command, settled, runtime, folder, progress, callbacks)
                 log.info(runtime.about)
                 runtime.watchdog.write_to(folder.path / "log.txt")
                 if folder.path != out:
@@ -108,12 +110,14 @@ class Job:
         runtime: Runtime,
         folder: RunFolder,
         progress: Progress | None,
+        callbacks: Sequence[object] = (),
     ) -> None:
         self._command = command
         self._config = config
         self._runtime = runtime
         self._folder = folder
         self._progress = progress
+        self._callbacks = callbacks
         self.tracker: Tracker = Trackers()
         self._store = CheckpointStore(
             runtime,
@@ -195,7 +199,9 @@ class Job:
         if runtime.is_main:
             stages = len(stream.experiences) if self._command == "train" else 0
             progress = FolderProgress(self._progress or Quiet(), self._folder.path, stages)
-        parts = assemble(config, runtime, stream, self._folder.path, progress, path is not None)
+        resume = path is not None
+        to = self._folder.path
+        parts = assemble(config, runtime, stream, to, progress, resume, self._callbacks)
         self.tracker = parts.tracker
         keeper = Keeper(
             runtime,

@@ -81,6 +81,7 @@ def create_loss(name: str) -> UnreducedLoss:
         return found
     reduces = "reduction" in inspect.signature(found).parameters
     options = {"reduction": "none"} if reduces else {}
+    reduces |= getattr(found, "reduction", None) == "none"  # a module of torch's that is made
     criterion = found(**options) if isinstance(found, type) else partial(found, **options)
 
     def checked(outputs: PyTree, y: PyTree) -> torch.Tensor:
@@ -170,7 +171,7 @@ def per_sample_error(outputs: PyTree, y: PyTree, loss_name: str) -> torch.Tensor
             return (wrong if wrong.ndim == 1 else wrong.flatten(1).any(1)).to(outputs.dtype)
         if loss is next_token:
             outputs, y = _foretold(outputs, y)
-        if loss in (cross_entropy, next_token) or _are_scores_of(outputs, y):
+        if loss in (cross_entropy, next_token) or are_scores_of(outputs, y):
             if y.shape == outputs.shape:
                 return _mean_positions((outputs.argmax(1) != y.argmax(1)).to(outputs.dtype))
             last = outputs if loss is next_token else _classes_last(outputs, y)
@@ -238,7 +239,7 @@ def one_by_one(
     ), lambda values: (values.view_as(y) * there).flatten(1).sum(1) / number
 
 
-def _are_scores_of(outputs: PyTree, y: PyTree) -> bool:
+def are_scores_of(outputs: PyTree, y: PyTree) -> bool:
     """Tell whether outputs are scores of classes for integer labels y [B, ...]."""
     if not (isinstance(outputs, torch.Tensor) and isinstance(y, torch.Tensor)):
         return False

@@ -1,7 +1,8 @@
 """Every pluggable part by name: one line a part. Nothing here imports torch.
 
 A name that holds a colon, ``package.module:attribute``, is a user's own part; so is one given to
-:func:`register`. Resolving imports only the module that the name points to.
+:func:`register`, and an object that a run was given, ``<object> package.module:Class``, while
+:func:`objects` lends it that name. Resolving imports only the module that the name points to.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import pkgutil
 import reprlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -123,16 +125,23 @@ _TABLE = (
     ("model", "resnet18", "models.reference:ResNet18", "ResNet-18 with a stem for small images"),
     ("model", "vit_tiny", "models.reference:ViT", "small vision transformer"),
     ("model", "decoder", "models.reference:Decoder", "small causal transformer over token ids"),
+    ("optimizer", "sgd", "torch.optim:SGD", "stochastic gradient descent"),
+    ("optimizer", "adam", "torch.optim:Adam", "adaptive moments"),
+    ("optimizer", "adamw", "torch.optim:AdamW", "Adam with decoupled weight decay"),
     ("loss", "cross_entropy", "losses:cross_entropy", "softmax cross entropy of classes"),
     ("loss", "next_token", "losses:next_token", "each token, foretold by those before it"),
     ("loss", "mse", "losses:mse", "squared difference"),
     ("loss", "bce", "losses:bce", "binary cross entropy of logits"),
 )
-"""Kind, name, where it lies in this package, and what it is."""
+"""Kind, name, where it lies in this package (or torch), and what it is."""
 
 _parts: dict[tuple[str, str], RegisteredPart] = {
-    (k, n): RegisteredPart(k, n, f"distcl.{t}", d) for k, n, t, d in _TABLE
+    (k, n): RegisteredPart(k, n, t if t.startswith("torch.") else f"distcl.{t}", d)
+    for k, n, t, d in _TABLE
 }
+
+OBJECT = "<object> "
+"""What the name of an object begins with that a run was given in place of a name."""
 
 
 def register(kind: str, name: str, factory: str | Factory, description: str = "") -> None:
@@ -140,6 +149,27 @@ def register(kind: str, name: str, factory: str | Factory, description: str = ""
     if kind not in kinds():
         raise ConfigError(f"register: unknown kind '{kind}'{nearest(kind, kinds())}")
     _parts[kind, name] = RegisteredPart(kind, name, factory, description)
+
+
+@contextmanager
+def objects(given: Sequence[tuple[str, Factory]]) -> Iterator[list[str]]:
+    """Let objects, (kind, object), be parts inside; gives the name of each, in their order.
+
+    That is ``<object> package.module:name``, of a function or class itself, else of the class.
+    """
+    before, names = dict(_parts), list[str]()
+    for kind, part in given:
+        named = getattr(part, "func", part)  # of functools.partial
+        named = named if hasattr(named, "__name__") else type(named)
+        name = f"{OBJECT}{named.__module__}:{named.__name__}"
+        user_packages.add(named.__module__.partition(".")[0])
+        _parts[kind, name] = RegisteredPart(kind, name, part, "an object given to this run")
+        names.append(name)
+    try:
+        yield names
+    finally:
+        _parts.clear()
+        _parts.update(before)
 
 
 def kinds() -> list[str]:
@@ -184,6 +214,12 @@ def options_of(kind: str, name: str) -> list[tuple[str, str]]:
 def resolve(kind: str, name: str) -> Factory:
     """Return the factory of a part, importing its module. Raises ConfigError naming what fails."""
     check(kind, name)
+    if name.startswith(OBJECT) and (kind, name) not in _parts:
+        keyword = "stream" if kind == "source" else kind
+        raise ConfigError(
+            f"{kind} '{name.removeprefix(OBJECT)}' was given as an object, which no file holds: go "
+            f"on in Python, where it is given again as {keyword}=… (distcl.train, distcl.open_run)"
+        )
     target = _parts[kind, name].target if (kind, name) in _parts else name
     if not isinstance(target, str):
         return target

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import save_file
+from torch import nn
 
 from distcl.checkpoint.reader import load_weights
 from distcl.checkpoint.store import MODEL, SHARED, load, newest_good, read_manifest, verify
@@ -18,12 +20,15 @@ from distcl.config.load import load_config, to_toml
 from distcl.data.stream import create_stream
 from distcl.distributed.runtime import Runtime
 from distcl.errors import CheckpointError
+from distcl.models.build import create_model, load_pretrained
 from distcl.models.lora import ADAPTER_KEY, split_adapter
 from distcl.models.transformers import CONFIG_KEY
 from distcl.models.weights import WeightsFile
+from distcl.registry import OBJECT, resolve
 from distcl.training.build import assemble
 from distcl.training.parts import Parts
 from distcl.training.trainer import ContinuousTrainer
+from distcl.types import DataSpec
 
 log = logging.getLogger("distcl")
 
@@ -121,6 +126,24 @@ def assemble_trained(
     parts = assemble(quiet, runtime, stream, path)
     load_weights(parts.forward.partition, weights)
     return parts, quiet, weights
+
+
+def trained_model(path: Path, config: Config, warn: Callable[[str], None]) -> nn.Module:
+    """Return the model that ``config`` names with a run's weights, on the CPU, in eval. Local.
+
+    A module that was given as an object needs no stream. ``warn``: see :func:`find`.
+    """
+    weights, x, spec = find(path, warn), None, DataSpec((), 0)
+    there = config.model.name.startswith(OBJECT) and resolve("model", config.model.name)
+    if not isinstance(there, nn.Module):
+        stream = create_stream(config.stream, config.run.seed, config.data)
+        spec, x = stream.spec, stream.read(np.asarray(stream.experiences[0].test[:2])).x
+    plain = config.model.model_copy(update={"pretrained": "", "pretrained_skip": []})
+    model = create_model(plain, spec, config.run.seed, x)
+    if config.run.precision == "fp64":
+        model.double()
+    load_pretrained(model, weights)
+    return model.eval()
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:

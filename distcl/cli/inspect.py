@@ -37,7 +37,10 @@ def evaluate_run(
 def predict(
     path: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", parser=expanded)],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE.npz", help="The file to write.", parser=expanded)
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="The file to write, .npz or .parquet.", parser=expanded
+        ),
     ],
     data: Annotated[
         str,
@@ -51,14 +54,17 @@ def predict(
     ] = "",
     sets: Overrides = None,
     what: Annotated[
-        Literal["logits", "probs", "labels"],
-        typer.Option(help="Outputs as they are, probabilities of the classes, or classes."),
+        Literal["logits", "probs", "labels", "embedding"],
+        typer.Option(
+            help="Outputs as they are, probabilities of the classes, classes, or the input of the "
+            "linear layer that runs last."
+        ),
     ] = "logits",
     quiet: Quiet = False,
 ) -> None:
-    """Write what a run's weights, or a checkpoint's, say of every held-out sample, as an .npz.
+    """Write what a run's weights, or a checkpoint's, say of every held-out sample, in a file.
 
-    Its arrays: ids, experience (from 1), outputs, and y.
+    Its arrays, or columns: ids, experience (from 1), outputs, and y.
     """
     if sets and not data:
         raise UsageError("--set describes --data SOURCE, which is not given")

@@ -135,7 +135,11 @@ class ParameterGroup(Table):
 class OptimizerConfig(Section):
     """The optimizer."""
 
-    name: Literal["sgd", "adam", "adamw"] = Field("sgd", description="torch's optimizer")
+    name: str = Field(
+        "sgd",
+        description="sgd, adam, adamw, or package.module:function of the parameters, which sets "
+        "its own rates",
+    )
     lr: float = Field(0.05, gt=0, description="learning rate")
     min_lr: float = Field(
         0.0,
@@ -171,6 +175,16 @@ class OptimizerConfig(Section):
         "none", description="how the learning rate falls towards min_lr within every round"
     )
 
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        return known("optimizer", value)
+
+    @property
+    def own(self) -> bool:
+        """Whether it is the user's, to which rates and moments are no concern of this section."""
+        return self.name not in ("sgd", "adam", "adamw")
+
     @field_validator("groups")
     @classmethod
     def _groups(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -182,6 +196,13 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _used(self) -> OptimizerConfig:
+        for key in ("lr", "min_lr", "momentum", "nesterov", "betas", "weight_decay", "groups"):
+            value = getattr(self, key)
+            if self.own and value != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"optimizer.{key} = {value} is for sgd, adam and adamw; '{self.name}' sets its "
+                    "own"
+                )
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"optimizer.betas: {beta} is not from 0 to below 1")

@@ -109,7 +109,7 @@ def load_with_origins(
     raw: dict[str, dict[str, Any]] = {}
     origins: dict[str, str] = {}
     if isinstance(path, Config):
-        raw, environ = path.model_dump(), {}
+        raw, environ = path.model_dump(exclude_unset=True), {}
     elif isinstance(path, Mapping):
         tree = {
             str(name): {str(key): deepcopy(value) for key, value in keys.items()}

@@ -76,6 +76,11 @@ class Runtime:
         run, parallel = run or RunConfig(), parallel or ParallelConfig()
         launch = adopt(os.environ)
         started = check_launch(os.environ, parallel.processes)
+        if started > 1 and _left:
+            raise UsageError(
+                f"the {started} processes of this launch have had their run, and their group is "
+                "gone: start them anew for each further run, prediction or evaluation"
+            )
         training = training or TrainingConfig()
         check_launcher(run, parallel, training)
         if run.precision == "fp16" and not torch.cuda.is_available():

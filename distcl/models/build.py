@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ log = logging.getLogger("distcl")
 def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = None) -> nn.Module:
     """Build the configured model on the CPU, in float32. Local; equal on every rank.
 
-    A factory is called as ``factory(spec, **options)``; ``timm:NAME`` is a model of the package
+    A factory is called as ``factory(spec, **options)``; of a module there is made a copy;
+    ``timm:NAME`` is a model of the package
     timm, ``hf:AutoModelFor…`` one of transformers. Weights depend on ``seed`` alone and the global
     random numbers are left as they were. Then ``model.pretrained``, if given, is loaded, adapters
     of ``model.lora`` are added, and what ``model.freeze`` names is frozen.
@@ -53,7 +55,7 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = Non
             name = config.name.removeprefix(PREFIX)
             model = create_transformer(name, spec, config.options)
         else:
-            model = registry.create("model", config.name, spec, options=config.options)
+            model = _made(config, spec)
         if not isinstance(model, nn.Module):
             raise ConfigError(
                 f"model '{config.name}' must return a torch.nn.Module, not {type(model).__name__}"
@@ -76,6 +78,21 @@ def create_model(config: ModelConfig, spec: DataSpec, seed: int, x: PyTree = Non
         load_pretrained(model, path, config.pretrained_skip)
     freeze(model, config.freeze)
     return model
+
+
+def _made(config: ModelConfig, spec: DataSpec) -> Any:
+    """Return what a factory makes, or a copy of a module that is there, which stays as it is."""
+    found = registry.resolve("model", config.name)
+    if not isinstance(found, nn.Module):
+        return registry.create("model", config.name, spec, options=config.options)
+    if config.options:
+        raise ConfigError(f"model.options are for a factory, but '{config.name}' is made already")
+    try:
+        return deepcopy(found).cpu()
+    except RuntimeError as error:  # a tensor that is the result of others has no copy
+        raise ConfigError(
+            f"model '{config.name}' cannot be copied ({error}): give a function that makes one"
+        ) from error
 
 
 def _logits_alone(module: nn.Module, args: Any, outputs: Any) -> Any:

@@ -140,6 +140,7 @@ class Monitor:
             if fired is not None and self._due is None:
                 self.drifts.append(fired + late)  # where it could be known
                 self._say(f"[drift] at stream position {fired + late}")
+                self.trainer.parts.callbacks.on_drift(fired + late)
                 self._due = _Due(fired, fired + self.config.collect + 1)
             if self.watched == len(self._order):
                 more = self._live.wait(self._show_waiting)

@@ -121,6 +121,28 @@ def matrix(rows: Matrix, names: Sequence[str], words: Words, marked: Sequence[in
 
 
 @_styled
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """Heat map of what each class, a row, is taken for; colours are shares of the row."""
+    values = np.array(counts, dtype=float)
+    size = len(values)
+    shares = values / np.maximum(values.sum(1, keepdims=True), 1)
+    figure, axes = _figure(1.0 + max(0.31 * min(size, 12), 0.09 * size))
+    axes.pcolormesh(shares, cmap=_HEAT, vmin=0, vmax=1, rasterized=size > 30)
+    if size <= 12:
+        for i, j in np.ndindex(size, size):
+            color = "white" if shares[i, j] > 0.45 else "black"
+            place: Any = {"ha": "center", "va": "center", "fontsize": 7, "color": color}
+            axes.text(j + 0.5, i + 0.5, f"{values[i, j]:.0f}", **place)
+    axes.set(xlim=(0, size), ylim=(size, 0), xlabel="predicted")
+    ticks, names = [k + 0.5 for k in range(size)], [name[:24] for name in names]
+    turned = 90 if size > 20 or max(map(len, names)) > 3 else 0
+    axes.set_xticks(ticks, names, rotation=turned)
+    _bare(axes, names, ticks)
+    axes.tick_params(labelsize=7 if size <= 30 else 4)
+    return figure
+
+
+@_styled
 def forgetting(values: Sequence[Entry], words: Words) -> Figure:
     """Bars: points, or what the score is in, lost of each experience since it was known best."""
     figure, axes = _figure(2.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -59,19 +59,25 @@ class RunSection:
     top: list[tuple[str, list[list[str]]]]
 
 
-def run_section(run: Run, index: int) -> RunSection:
-    """Return the part of a run; ``index``: its place in the page, from 0."""
+def plots_of(run: Run) -> list[Plot]:
+    """Return the plots that there are of a run."""
     drawn: list[Plot | None] = [
         _matrix(run),
         _forgetting(run),
+        _confusion(run),
         _watched(run),
         _loss(run),
         *(_weights(run, part) for part in _PARTS),
         _most_drawn(run),
         _times(run),
     ]
+    return [plot for plot in drawn if plot is not None]
+
+
+def run_section(run: Run, index: int) -> RunSection:
+    """Return the part of a run; ``index``: its place in the page, from 0."""
     prefix = f"{index + 1:02d}-{re.sub(r'[^A-Za-z0-9_.]+', '-', run.name)}-"
-    found = [Plot(prefix + p.name, p.title, p.note, p.figure) for p in drawn if p is not None]
+    found = [replace(plot, name=prefix + plot.name) for plot in plots_of(run)]
     return RunSection(
         run=run,
         facts=_facts(run),
@@ -86,7 +92,7 @@ def run_section(run: Run, index: int) -> RunSection:
             for report in run.rounds
             if report.get("guard", {}).get("words")
         ],
-        scores=[_further(one) for one in further_scores(run.summary)],
+        scores=[_further(one) for one in further_scores(run.summary)] + _by_class(run),
         top=_top(run),
     )
 
@@ -142,6 +148,21 @@ def _forgetting(run: Run) -> Plot | None:
         note = f"{name} after the last round minus the best before it; below zero: improved."
     figure = plots.forgetting(values, run.words)
     return Plot("forgetting", "forgetting of each experience", note, figure)
+
+
+def _confusion(run: Run) -> Plot | None:
+    told = run.summary.get("classes") or {}
+    if not told.get("confusion"):
+        return None
+    pairs = zip(told["accuracy"], told["names"], strict=True)
+    known = [(value, name) for value, name in pairs if value is not None]
+    worst = ", ".join(f"{name} {value:.0%}" for value, name in sorted(known)[:3])
+    note = (
+        "Held-out samples of all experiences trained on, after the last round. Rows: true classes; "
+        f"colour: share of the row. Lowest accuracy of a class (its recall): {worst}."
+    )
+    figure = plots.confusion(told["confusion"], told["names"])
+    return Plot("confusion", "which class is taken for which", note, figure)
 
 
 def _watched(run: Run) -> Plot | None:
@@ -246,6 +267,19 @@ def _further(one: Summary) -> tuple[str, list[str], list[list[str]]]:
         for name, row in zip(row_names(one), rows, strict=True)
     ]
     return f"{words.label}: {told}", header, cells
+
+
+def _by_class(run: Run) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return a line on the accuracy of each class and its table, or nothing."""
+    told = run.summary.get("classes") or {}
+    if not told.get("by_experience"):
+        return []
+    columns = [told["names"]]
+    for values in (told["accuracy"], *told["by_experience"]):
+        columns.append([_number(value, "{:.1%}") for value in values])
+    header = ["class", "all", *(str(k + 1) for k in range(len(told["by_experience"])))]
+    line = "Accuracy of each class (its recall) after the last round; all: experiences trained on"
+    return [(line, header, [list(cells) for cells in zip(*columns, strict=True)])]
 
 
 def _top(run: Run) -> list[tuple[str, list[list[str]]]]:

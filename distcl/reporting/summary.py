@@ -63,6 +63,7 @@ def summarize(
         "drifts": [] if monitor is None else monitor.drifts,
         "bad_samples": trainer.bad.count,
         "class_names": list(trainer.parts.stream.spec.class_names),
+        "classes": trainer.classes,
         "pretrain": trainer.pretraining,
         "evaluate_seconds": trainer.evaluate_seconds,
         "compute": {

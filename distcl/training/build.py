@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from distcl.config import Config
 from distcl.config.load import to_toml
@@ -26,10 +28,12 @@ from distcl.priority.population import Dealer
 from distcl.priority.round_weights import RoundWeighter
 from distcl.priority.scoring import Scorer
 from distcl.priority.signals import create_signal
+from distcl.registry import OBJECT
 from distcl.sampling.composition import Mix
 from distcl.sampling.draws import Permutations
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking import create_tracker
+from distcl.training.callbacks import Callbacks
 from distcl.training.dry_run import DryRun
 from distcl.training.optimizer import create_optimizer
 from distcl.training.parts import Parts
@@ -64,6 +68,7 @@ def assemble(
     out: Path,
     progress: Progress | None = None,
     resume: bool = False,
+    callbacks: Sequence[object] = (),
 ) -> Parts:
     """Build every part of a trainer. Collective. ``resume``: keep what trackers have written."""
     seed = config.run.seed
@@ -102,6 +107,8 @@ def assemble(
     scores = create_scores(config.model, stream.spec)
     dry = DryRun(config, runtime, stream, tried, scored if importance else None, scores)
     raw = create_model(config.model, stream.spec, seed, dry.x)
+    if config.model.name.startswith(OBJECT):
+        make_equal(runtime, raw)
     dry.before(raw)
     names = [name for name, p in raw.named_parameters() if p.requires_grad]
     model, optimizer = runtime.prepare_training(
@@ -180,7 +187,23 @@ def assemble(
         recorder=RoundRecorder(runtime, out / "draws", tracker, loader, forward, updater),
         progress=shown,
         scores=scores,
+        callbacks=Callbacks(callbacks),
     )
+
+
+def make_equal(runtime: Runtime, model: nn.Module) -> None:
+    """Give a module of each rank's own rank 0's weights and buffers. Collective.
+
+    Raises ConfigError, on every rank, if they have not the same names and shapes.
+    """
+    state = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    every = runtime.gather_objects(shapes)
+    for rank, other in enumerate(every):
+        if other != every[0]:
+            raise ConfigError(f"the model given on rank {rank} is another one than on rank 0")
+    for tensor in state.values() if runtime.world_size > 1 else ():
+        tensor.copy_(runtime.broadcast(tensor))
 
 
 def create_judges(config: Config, spec: DataSpec) -> tuple[UnreducedLoss, PrioritySignal]:

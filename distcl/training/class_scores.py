@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from distcl.errors import ConfigError
+from distcl.losses import are_scores_of
 from distcl.training.scores import NotScored, Score, one_class_a_target
 from distcl.types import DataSpec, Outputs, PyTree
 
@@ -122,6 +127,72 @@ class AurocScore(Score):
     def chance(self) -> float | None:
         """See :meth:`Score.chance`."""
         return 0.5
+
+
+MOST_CLASSES = 1000
+"""Classes up to which the accuracy on each is told."""
+MOST_CONFUSED = 100
+"""Classes up to which it is told what they are taken for, and by experience."""
+
+
+def class_pairs(outputs: Outputs, y: PyTree, loss: str) -> torch.Tensor:
+    """Return the predicted and the true class of each sample, float64 [B, 2]; [B, 0] of no classes.
+
+    A label below 0 counts for nothing.
+    """
+    logits = outputs.logits
+    if isinstance(logits, torch.Tensor) and logits.ndim == 2 and logits.shape[1] > 1:
+        soft = isinstance(y, torch.Tensor) and y.shape == logits.shape and loss == "cross_entropy"
+        if soft or (are_scores_of(logits, y) and y.ndim == 1):
+            true = y.argmax(1) if soft else y
+            return torch.stack([logits.argmax(1), true], 1).double()
+    return outputs.loss.new_empty((len(outputs.loss), 0), dtype=torch.float64)
+
+
+def count_confusions(pairs: torch.Tensor, classes: int) -> npt.NDArray[np.int64] | None:
+    """Return how often each class, a row, is taken for which, int64 [C, C]; None: not to be told.
+
+    C is ``classes``, more if others are predicted. ``pairs`` [N, 2] are of :func:`class_pairs`.
+    """
+    if pairs.shape[1:] != (2,) or len(pairs) == 0:
+        return None
+    predicted, true = pairs.long().cpu().numpy().T
+    predicted, true = predicted[true >= 0], true[true >= 0]
+    size = int(max(classes, predicted.max(initial=0) + 1, true.max(initial=0) + 1))
+    if size > MOST_CLASSES:
+        return None
+    counts = np.bincount(true * size + predicted, minlength=size * size)
+    return counts.reshape(size, size).astype(np.int64)
+
+
+def class_report(
+    found: Sequence[npt.NDArray[np.int64] | None], seen: int, names: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return what is told of classes, plain values; None if there are none, or too many.
+
+    ``found``: the counts of each experience; ``seen``: how many of them, from the first, have been
+    trained on: ``accuracy`` [C] of a class (the share of its samples that are right: its recall;
+    None: it has none), and ``confusion`` [C, C] are over their held-out samples together.
+    ``by_experience``: accuracies [E][C]. With more than ``MOST_CONFUSED`` classes both are None.
+    """
+    known = [counts for counts in found if counts is not None]
+    if not known or len(known) < len(found):
+        return None
+    size = max(map(len, known))
+    every = [np.pad(counts, (0, size - len(counts))) for counts in known]
+    whole = sum(every[:seen] or every, np.zeros((size, size), np.int64))
+    few = size <= MOST_CONFUSED
+    return {
+        "names": [names[k] if k < len(names) else str(k) for k in range(size)],
+        "accuracy": _recall(whole),
+        "by_experience": [_recall(counts) for counts in every] if few else None,
+        "confusion": whole.tolist() if few else None,
+    }
+
+
+def _recall(counts: npt.NDArray[np.int64]) -> list[float | None]:
+    pairs = zip(counts.diagonal().tolist(), counts.sum(1).tolist(), strict=True)
+    return [right / number if number else None for right, number in pairs]
 
 
 def _refuse_positions(name: str, spec: DataSpec) -> None:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from distcl.errors import ConfigError, DivergenceError
 from distcl.parallel.inference import ShardedForward
 from distcl.training.accuracy_matrix import Entry
+from distcl.training.class_scores import class_pairs
 from distcl.training.scores import NotScored, Score
 from distcl.types import Experience, Outputs, PyTree, Source
 
@@ -29,6 +30,8 @@ class Evaluator:
         self._source = source
         self._scores = scores
         self._size = size
+        self.pairs = torch.empty(0, 0)
+        """What :func:`class_pairs` returned of the samples scored last."""
 
     def score(self, experience: Experience, when: str) -> list[Entry]:
         """Return every score of the held-out samples, in their order. Collective.
@@ -38,17 +41,19 @@ class Evaluator:
         A further one is None then, with a word in the log: it must not decide on a run.
         """
         widths: list[int] = []
+        loss = next(iter(self._scores.values())).loss
 
         def measure(outputs: Outputs, y: PyTree) -> torch.Tensor:
             rows = [score.rows(outputs, y).double() for score in self._scores.values()]
+            rows.append(class_pairs(outputs, y, loss))
             widths[:] = [part.shape[1] for part in rows]
             return torch.cat(rows, 1)
 
         found = self._forward.per_sample(self._source, experience.test, self._size, measure)
         if not widths:  # no samples
-            found, widths = found.double().reshape(0, 0), [0] * len(self._scores)
+            found, widths = found.double().reshape(0, 0), [0] * (len(self._scores) + 1)
         values: list[Entry] = []
-        parts = torch.split(found, widths, 1)
+        *parts, self.pairs = torch.split(found, widths, 1)
         for (name, score), rows in zip(self._scores.items(), parts, strict=True):
             why, value = "", math.nan
             try:

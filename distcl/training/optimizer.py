@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from distcl import registry
 from distcl.config import OptimizerConfig
 from distcl.config.learning import ParameterGroup
 from distcl.errors import ConfigError
@@ -24,31 +25,42 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer of the configuration over ``params``. Local.
 
-    ``names``: of the parameters, in their order; ``optimizer.groups`` goes by them. Raises
-    ConfigError for a group that none is in.
+    ``names``: of the parameters, in their order; ``optimizer.groups`` goes by them. A user's own is
+    a function of the list of parameters. Raises ConfigError for a group that none is in, or an own
+    one that is no optimizer of all parameters.
     """
     fused = config.fused or None  # None: torch decides
     what: Any = params
     if config.groups:
         what = parameter_groups(config, dict(zip(names, params, strict=True)))
+    factory = registry.resolve("optimizer", config.name)
+    if config.own:
+        return _own(factory, config.name, list(params))
+    options: dict[str, Any] = {"betas": tuple(config.betas)}
     if config.name == "sgd":
-        return torch.optim.SGD(
-            what,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=fused,
-        )
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    first, second = config.betas
-    return kind(
-        what,
-        lr=config.lr,
-        betas=(first, second),
-        weight_decay=config.weight_decay,
-        fused=fused,
+        options = {"momentum": config.momentum, "nesterov": config.nesterov}
+    made: torch.optim.Optimizer = factory(
+        what, lr=config.lr, weight_decay=config.weight_decay, fused=fused, **options
     )
+    return made
+
+
+def _own(
+    factory: Callable[..., Any], name: str, params: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return the optimizer that the user's function makes of exactly these parameters."""
+    made = factory(params)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer '{name}' must return a torch.optim.Optimizer, not {type(made).__name__}"
+        )
+    held = {id(p) for group in made.param_groups for p in group["params"]}
+    if held != {id(p) for p in params}:
+        raise ConfigError(
+            f"optimizer '{name}' has {len(held)} parameters, not the {len(params)} that it was "
+            "given; model.freeze names those that are not to train"
+        )
+    return made
 
 
 def parameter_groups(

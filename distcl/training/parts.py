@@ -16,6 +16,7 @@ from distcl.parallel.inference import ShardedForward
 from distcl.priority.scoring import Scorer
 from distcl.sampling.round_loader import RoundLoader
 from distcl.tracking.tracker import Tracker
+from distcl.training.callbacks import Callbacks
 from distcl.training.round_report import RoundRecorder
 from distcl.training.scores import Score
 from distcl.types import Progress, Stream
@@ -42,3 +43,4 @@ class Parts:
     progress: Progress
     scores: Mapping[str, Score]
     """By the names that they are told by; the first leads."""
+    callbacks: Callbacks

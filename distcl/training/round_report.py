@@ -150,15 +150,24 @@ class RoundRecorder:
 
 
 def row_values(
-    rows: Mapping[str, Sequence[Entry]], experiences: Sequence[Experience], higher_is_better: bool
+    rows: Mapping[str, Sequence[Entry]],
+    experiences: Sequence[Experience],
+    higher_is_better: bool,
+    classes: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return a row of each score as trackers take it; the leading one says which way is better."""
+    """Return a row of each score as trackers take it; the leading one says which way is better.
+
+    ``classes``: see :func:`distcl.training.class_scores`; the accuracy of each, where they are few.
+    """
     values: dict[str, Any] = {
         f"{name}/{e.index + 1}": value
         for name, row in rows.items()
         for e, value in zip(experiences, row, strict=True)
         if value is not None
     }
+    if classes is not None and classes["by_experience"] is not None:
+        told = zip(classes["names"], classes["accuracy"], strict=True)
+        values |= {f"class_accuracy/{name}": v for name, v in told if v is not None}
     if not higher_is_better:
         values["higher_is_better"] = False  # so that a run that is not over can be read
     return values

@@ -92,6 +92,7 @@ class StepLoop:
             self.samples += batch.total
             watch.add(result)
             parts.loader.round.look(stage.done, result.ids, result.losses)
+            parts.callbacks.on_step(self.steps, result.losses)
             if stage.done % self._poll_steps == 0 or stage.done == stage.steps:
                 self._poll(stage, watch, rate)
 

@@ -15,6 +15,7 @@ from distcl.priority.guard import Judgement
 from distcl.priority.round_weights import RoundWeights
 from distcl.sampling.round_loader import EMPTY
 from distcl.training.accuracy_matrix import Entry, Matrices
+from distcl.training.class_scores import class_report, count_confusions
 from distcl.training.evaluation import Evaluator
 from distcl.training.foresight import foresee_stage
 from distcl.training.optimizer import OptimizerSlices, reset
@@ -55,6 +56,8 @@ class ContinuousTrainer:
         self.rounds: list[dict[str, Any]] = []
         self.pretraining: dict[str, Any] | None = None
         self.evaluate_seconds = 0.0
+        self.classes: dict[str, Any] | None = None
+        """What the last evaluation says of classes, see :func:`class_report`."""
         self.stage: Stage | None = None
         self._between_rounds = config.optimizer.between_rounds
         self._guarded = config.priority.guard == "auto"
@@ -74,6 +77,7 @@ class ContinuousTrainer:
         if self.stage is None:
             self.stage = self._begin(experience, trigger, held_out)  # steps 1 to 3
 
+        self.parts.callbacks.on_round_begin(self.stage.number, self.stage.experience)
         self.loop.run(self.stage)  # 4. steps
 
         clock = time.perf_counter()
@@ -176,6 +180,7 @@ class ContinuousTrainer:
             self.stage.steps = loader.steps(self.training.pretrain_epochs)
             foresee_stage(self.parts, self.stage, self.training.accumulate)
         stage = self.stage
+        self.parts.callbacks.on_round_begin(0, stage.experience)
         self.loop.run(stage)
         clock = time.perf_counter()
         self._commit(stage.experience)
@@ -191,19 +196,26 @@ class ContinuousTrainer:
         6. evaluate. ``seen``: how many of the columns have been trained on.
         """
         clock = time.perf_counter()
-        found = [self.measure(e) for e in experiences]
+        found, counts = [], []
+        for e in experiences:
+            found.append(self.measure(e))
+            counts.append(count_confusions(self._evaluator.pairs, self.parts.stream.spec.classes))
+        self.classes = class_report(counts, seen, self.parts.stream.spec.class_names)
         rows = {name: [one[k] for one in found] for k, name in enumerate(self.parts.scores)}
         self.matrices.append(rows, seen)
         seconds = time.perf_counter() - clock
         self.evaluate_seconds += seconds
         if self.rounds:
             self.rounds[-1]["evaluate_seconds"] = seconds
-        values = row_values(rows, experiences, self.leading.higher_is_better)
+        values = row_values(rows, experiences, self.leading.higher_is_better, self.classes)
         self.parts.tracker.log({"round": len(self.rounds), **values}, self.loop.steps)
         for name, row in rows.items():
             shown = " ".join("–" if value is None else f"{value:.3f}" for value in row)
             what = "R²" if name == "r2" else name
             self._say(f"[{what}] after round {len(self.rounds)}: {shown}")
+        if seen:
+            report = self.rounds[-1] if self.rounds else self.pretraining or {}
+            self.parts.callbacks.on_round_end(len(self.rounds), report, list(rows[self.metric]))
         return rows[self.metric]
 
     def lead(self, experiences: Sequence[Experience]) -> float:
@@ -234,6 +246,7 @@ class ContinuousTrainer:
             "pretraining": self.pretraining,
             "evaluate_seconds": self.evaluate_seconds,
             "trained": self.parts.updater.trained,
+            "classes": self.classes,
             "stage": None if stage is None else stage.state_dict(),
             "loader": None if stage is None else loader.state_dict(stage.done),
         }
@@ -243,6 +256,7 @@ class ContinuousTrainer:
         self.rounds, self.pretraining = state["rounds"], state["pretraining"]
         self.evaluate_seconds = state["evaluate_seconds"]
         self.parts.updater.trained = state["trained"]
+        self.classes = state.get("classes")  # of before there were any
         if state["stage"] is not None:
             self.stage = Stage.from_state(state["stage"])
             self.parts.loader.load_state_dict(state["loader"])

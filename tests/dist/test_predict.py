@@ -129,7 +129,7 @@ def test_other_data_than_the_runs_have_its_classes(run: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "code", "says"),
     [
-        (("--out", "x.npy"), 2, "'x.npy' must end in .npz"),
+        (("--out", "x.npy"), 2, "'x.npy' must end in .npz or .parquet"),
         (("--out", "no/x.npz"), 2, "there is no folder 'no' to write 'x.npz' in"),
         (("--out", "x.npz", "--set", "stream.path=a"), 2, "--set describes --data SOURCE"),
         (("--out", "x.npz", "--data", "some.npz"), 2, "an .npz is --data arrays --set"),

@@ -50,6 +50,7 @@ def folder(tmp_path, monkeypatch):
 def run(path, *more):
     own = load_config(path)
     sets = [s for s in SMALL if not (s.startswith("model.options") and own.model.name != "mlp")]
+    sets = [s for s in sets if not (s.startswith("optimizer.lr") and own.optimizer.own)]
     command = "run" if "(distcl run)" in path.read_text() else "train"
     sets += WATCHED if command == "run" else ()
     return execute(command, load_config(path, [*sets, *more]), path.parent / "out")

@@ -26,8 +26,8 @@ from distcl.data.shards.tar import scan
 from distcl.data.shards.texts import texts_of, token_members
 from distcl.data.shards.writer import Members, Samples
 from distcl.data.sources.arrays import ArraySource, npz_splits
-from distcl.data.sources.tokens import TokenSource
 from distcl.data.sources.folder import ext_of, image_files
+from distcl.data.sources.tokens import TokenSource
 from distcl.data.stream import create_sources
 from distcl.data.transforms import arrays_of
 from distcl.errors import DataError, UsageError

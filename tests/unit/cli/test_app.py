@@ -54,7 +54,8 @@ def job(monkeypatch):
     job.asked = []
     job.act = lambda display, tell: None
 
-    def execute(command, config, out, progress, tell, resume, allowed, overwrite, numbered):
+    def execute(command, config, out, progress, tell, resume, allowed, overwrite, numbered, **more):
+        assert more == {"callbacks": ()}
         job.asked.append((command, config, out, progress))
         job.resumed, job.folder = (resume, allowed), (overwrite, numbered)
         job.act(progress, tell)

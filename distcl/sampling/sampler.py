@@ -206,7 +206,8 @@ class DistributedWeightedSampler(RoundSampler):
                 "DistributedWeightedSampler already gives each rank its part of every batch: make "
                 "it without rank and world_size and prepare a DataLoader with batch_sampler="
                 "distcl.GlobalView(sampler, accelerator); or leave its DataLoader out of "
-                "accelerator.prepare, and move batches with .to(accelerator.device)"
+                "accelerator.prepare, and move batches with .to(accelerator.device). Lightning and "
+                "Fabric need use_distributed_sampler=False"
             )
         size: int = self.global_batch_size
         return size

@@ -184,14 +184,16 @@ class PrioritizedMixin(_Trainer):  # type: ignore[misc]
         squared error for labels that are not integers. Local, and called without gradients.
         """
         if (told := outputs.get("log_probs")) is not None:
-            return -told.sum(1) / outputs["label_mask"].sum(1).clamp(min=1)
+            losses: torch.Tensor = -told.sum(1) / outputs["label_mask"].sum(1).clamp(min=1)
+            return losses
         if (logits := outputs.get("logits")) is None:
             raise UsageError(
                 f"each sample's loss is taken from logits; the outputs have {', '.join(outputs)}: "
                 "override sample_losses"
             )
         if labels.is_floating_point():
-            return (logits.reshape(labels.shape) - labels).square().reshape(len(labels), -1).mean(1)
+            losses = (logits.reshape(labels.shape) - labels).square()
+            return losses.reshape(len(labels), -1).mean(1)
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "get_base_model"):  # of peft
             model = model.get_base_model()

@@ -163,7 +163,7 @@ class PrioritizedMixin(_Trainer):  # type: ignore[misc]
     the first micro-step that no loader has read ahead, rounded up to a multiple of the window:
     ``every`` x ``gradient_accumulation_steps`` micro-steps, or as many as are read ahead. Logs have
     ``effective_sample_size``, a share. Checkpoints have ``priorities.pt``, and a resume in
-    mid-epoch, with as many processes, goes on exactly; the first ``train()`` and each further one
+    mid-epoch goes on exactly; the first ``train()`` and each further one
     begin uniformly.
 
     An epoch is ``len(train_dataset)`` draws, rounded up to whole global batches. The dataset needs

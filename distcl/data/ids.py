@@ -215,3 +215,10 @@ def checked_rows(ids: Ids, number: int, name: str) -> Ids:
         bad = ids[(ids < 0) | (ids >= number)][0]
         raise DataError(f"{name}: there is no sample {bad} (0…{number - 1})")
     return ids
+
+
+def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return a rank's part [start, stop) of a global batch: sizes within one, larger ones first."""
+    each, extra = divmod(size, world_size)
+    start = rank * each + min(rank, extra)
+    return start, start + each + (rank < extra)

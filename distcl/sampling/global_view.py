@@ -7,7 +7,7 @@ from typing import Any, Protocol, SupportsIndex
 
 from torch.utils.data import Sampler
 
-from distcl.distributed.runtime import part_of
+from distcl.data.ids import part_of
 from distcl.errors import UsageError
 from distcl.sampling.sampler import DistributedWeightedSampler
 

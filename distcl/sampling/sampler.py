@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from torch.utils.data import Sampler
 
-from distcl.distributed.runtime import part_of
+from distcl.data.ids import part_of
 from distcl.errors import UsageError
 from distcl.sampling.epoch_plan import DRAWS, DrawOptions, EpochPlan
 from distcl.sampling.groups import ArrayLike, Group, Part, ids_at, own, packed, unpacked

@@ -40,6 +40,7 @@ _PUBLIC = {
     "Config": "distcl.config",
     "ContinuousTrainer": "distcl.training.trainer",
     "DistributedWeightedSampler": "distcl.sampling.sampler",
+    "GlobalView": "distcl.sampling.global_view",
     "Monitor": "distcl.monitoring.monitor",
     "Runtime": "distcl.distributed.runtime",
     "compute_sample_priorities": "distcl.priority.scoring",

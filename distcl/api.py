@@ -140,14 +140,12 @@ def with_parts(config: Config, given: Mapping[str, Any]) -> Iterator[Config]:
         if several and kind == "source":
             from distcl.data.pairs import source_of
 
-            count = len(part)
-            if "experiences" in config.stream.model_fields_set:
-                count = config.stream.experiences
-            if count != len(part):
+            said = config.stream.experiences
+            if "experiences" in config.stream.model_fields_set and said != len(part):
                 raise ConfigError(
-                    f"stream.experiences = {count}, but stream= has {len(part)} pairs; leave it out"
+                    f"stream.experiences = {said!r}, but stream= has {len(part)} pairs; leave it out"
                 )
-            values["stream.experiences"] = count
+            values["stream.experiences"] = len(part)
             if "drift" not in config.stream.model_fields_set:
                 values["stream.drift"] = "none"
             part, several = source_of(part), False

@@ -234,3 +234,10 @@ def info_part(info: SourceInfo, rows: Ids) -> SourceInfo:
         groups=None if info.groups is None else info.groups[rows],
         columns={name: column_of(info, name)[rows] for name in info.columns},
     )
+
+
+def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return a rank's part [start, stop) of a global batch: sizes within one, larger ones first."""
+    each, extra = divmod(size, world_size)
+    start = rank * each + min(rank, extra)
+    return start, start + each + (rank < extra)

@@ -284,10 +284,3 @@ def raise_together(runtime: Runtime, error: DistclError | None) -> None:
     for found in runtime.gather_objects(error):
         if found is not None:
             raise found
-
-
-def part_of(size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """Return a rank's part [start, stop) of a global batch: sizes within one, larger ones first."""
-    each, extra = divmod(size, world_size)
-    start = rank * each + min(rank, extra)
-    return start, start + each + (rank < extra)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from distcl.data.ids import part_of
 from distcl.data.loader import as_source
 from distcl.distributed.memory import give_back, large_arrays
-from distcl.distributed.runtime import Runtime, part_of, raise_together
+from distcl.distributed.runtime import Runtime, raise_together
 from distcl.errors import ConfigError, DistclError, DivergenceError
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.inference import ShardedForward

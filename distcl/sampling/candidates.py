@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map_only
 
+from distcl.data.ids import part_of
 from distcl.data.transforms import training_view
-from distcl.distributed.runtime import part_of
 from distcl.priority.round_weights import Shape
 from distcl.priority.scoring import Scorer
 from distcl.priority.weighting import Weights, WeightVector

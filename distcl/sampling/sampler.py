@@ -7,12 +7,12 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from operator import attrgetter
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from distcl.distributed.runtime import part_of
+from distcl.data.ids import part_of
 from distcl.errors import UsageError
 from distcl.sampling.epoch_plan import DRAWS, Credit, DrawOptions, EpochPlan
 from distcl.sampling.groups import ArrayLike, Group, Part, ids_at, own, packed, unpacked
@@ -51,6 +51,11 @@ class RoundSampler(Sampler[list[int]]):
             self.round_index, self.epoch = round_index, 0
             self._restart()
 
+    @property
+    def sampler(self) -> Self:
+        """Itself: Accelerate, Lightning and Fabric look here for ``set_epoch``."""
+        return self
+
     @abstractmethod
     def _restart(self, step: int = 0) -> None:
         """Let go of what is drawn: the next iteration begins at ``step``."""
@@ -76,11 +81,9 @@ class DistributedWeightedSampler(RoundSampler):
     proportion to the groups' draws (at least one), mixed evenly; groups without weights go through
     one permutation after another.
 
-    As with torch's DistributedSampler, call ``set_epoch`` before each epoch. Accelerate must not
-    shard it again: ``accelerator.prepare`` of its DataLoader raises UsageError at world_size > 1;
-    leave the loader out and move batches with ``.to(accelerator.device)``. On one process the
-    batches stay, but its loader counts epochs itself: when resuming, set
-    ``loader.iteration = sampler.epoch``.
+    As with torch's DistributedSampler, call ``set_epoch`` before each epoch. Nothing must shard it
+    again: for ``accelerator.prepare`` there is :class:`GlobalView`; a loader of a sampler with
+    several ranks raises UsageError there.
 
     Args:
         batch_size: samples of a global batch, over all ranks; at least ``world_size``.
@@ -204,9 +207,11 @@ class DistributedWeightedSampler(RoundSampler):
         """The global batch size, on one process. With several, what reads this shards again."""
         if self.world_size > 1:
             raise UsageError(
-                "DistributedWeightedSampler already gives each rank its part of every batch: leave "
-                "its DataLoader out of accelerator.prepare, and move batches with "
-                ".to(accelerator.device)"
+                "DistributedWeightedSampler already gives each rank its part of every batch: make "
+                "it without rank and world_size and prepare a DataLoader with batch_sampler="
+                "distcl.GlobalView(sampler, accelerator); or leave its DataLoader out of "
+                "accelerator.prepare, and move batches with .to(accelerator.device). Lightning and "
+                "Fabric need use_distributed_sampler=False"
             )
         size: int = self.global_batch_size
         return size

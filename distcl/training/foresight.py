@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from distcl.config import Config
-from distcl.distributed.runtime import part_of
+from distcl.data.ids import part_of
 from distcl.errors import ConfigError
 from distcl.sampling.composition import Mix
 from distcl.training.parts import Parts

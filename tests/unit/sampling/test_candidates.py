@@ -12,8 +12,8 @@ from torch import nn
 
 from distcl import Anchor, Runtime
 from distcl.config import PriorityConfig
+from distcl.data.ids import part_of
 from distcl.data.loader import as_source
-from distcl.distributed.runtime import part_of
 from distcl.losses import mse
 from distcl.parallel.inference import ShardedForward
 from distcl.parallel.partition import create_partition

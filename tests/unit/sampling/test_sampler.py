@@ -341,7 +341,7 @@ def test_accelerate_does_not_shard_on_one_process() -> None:
 def test_accelerate_cannot_shard_a_second_time(split_batches: bool) -> None:
     Accelerator(cpu=True)
     loader = DataLoader(Rows(), batch_sampler=ranks(2, ids=100)[1])
-    with pytest.raises(UsageError, match=r"leave its DataLoader out of accelerator\.prepare"):
+    with pytest.raises(UsageError, match=r"GlobalView\(sampler, accelerator\); or leave its"):
         prepare_data_loader(loader, num_processes=2, process_index=1, split_batches=split_batches)
 
 

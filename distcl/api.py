@@ -143,7 +143,8 @@ def with_parts(config: Config, given: Mapping[str, Any]) -> Iterator[Config]:
             said = config.stream.experiences
             if "experiences" in config.stream.model_fields_set and said != len(part):
                 raise ConfigError(
-                    f"stream.experiences = {said!r}, but stream= has {len(part)} pairs; leave it out"
+                    f"stream.experiences = {said!r}, but stream= has {len(part)} pairs; leave it "
+                    "out"
                 )
             values["stream.experiences"] = len(part)
             if "drift" not in config.stream.model_fields_set:

@@ -36,6 +36,7 @@ _KEPT = {  # what a matrix and its baselines are of
     "model.score_options": "its scores",
     "stream.experiences": "its experiences",
 }
+_SWITCHES = dict.fromkeys(("training.ema", "training.swa"), "a mean of the weights, or none")
 
 Say = Callable[[str], None]
 """Shows one line to the user, on rank 0."""
@@ -59,8 +60,10 @@ def check_config(
             if before == now:
                 continue
             change = f"{name}: {before!r} -> {now!r}"
-            if name in _KEPT:
-                raise ConfigError(f"'{path}': {change}: a run keeps {_KEPT[name]}; begin anew")
+            switched = bool(before) != bool(now)
+            kept = _KEPT.get(name) or (_SWITCHES.get(name) if switched else None)
+            if kept:
+                raise ConfigError(f"'{path}': {change}: a run keeps {kept}; begin anew")
             if name in allowed or name.startswith(HARMLESS):
                 say(f"[resume] changed since the checkpoint: {change}")
             else:

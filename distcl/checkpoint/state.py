@@ -107,7 +107,10 @@ class _Updater:
         same = saved.same_layout
         state = saved.own if same else self.updater.merged(saved.states, saved.cut)
         self.updater.load_state_dict(state)
-        self.updater.load_state_dict(cloned(self.updater.state_dict()))  # out of the files
+        state = cloned(self.updater.state_dict())  # out of the files
+        for key in self.updater.sliced:
+            state[key] = self.updater.partition.placed(state[key])
+        self.updater.load_state_dict(state)
 
 
 def registered(job: JobState, trainer: ContinuousTrainer, monitor: Monitor | None) -> Registered:

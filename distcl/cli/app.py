@@ -57,7 +57,8 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except BaseException as error:  # the outermost place: a model may raise SystemExit(0), too
-        if isinstance(error.__context__, BrokenPipeError):  # who reads has had enough: | head
+        piped = isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+        if piped and "torch.distributed" not in sys.modules:  # who reads has had enough: | head
             sys.exit(1)
         fail(error)
     leave(code or 0)

@@ -118,23 +118,23 @@ class WeightAverage:
         """Restore my slices of what was saved on any number of ranks. Local."""
         state = saved.own or saved.states[0]
         self._steps, self._shown = state["steps"], state["shown"]
-        self._other = _mine(saved, state["other"], "other")
-        self._kept = None if state["kept"] is None else _mine(saved, state["kept"], "kept")
+        self._other = self._mine(saved, state["other"], "other")
+        self._kept = None if state["kept"] is None else self._mine(saved, state["kept"], "kept")
 
+    def _mine(self, saved: SavedSlices, held: Held, key: str) -> Held:
+        """Return my slices of what is held under ``key``, and its buffers. Local.
 
-def _mine(saved: SavedSlices, held: Held, key: str) -> Held:
-    """Return my slices of what is held under ``key``, and its buffers, as ``held`` has them. Local.
-
-    On another number of ranks they are the mean of those that the ranks had.
-    """
-    if not held:
-        return {}
-    every = [held] if saved.own is not None else [state[key] for state in saved.states]
-    buffers = {n: torch.stack([h["buffers"][n] for h in every]).mean(0) for n in held["buffers"]}
-    return {
-        "weights": {n: t.clone() for n, t in saved.cut(key, "weights").items()},
-        "buffers": buffers,
-    }
+        On another number of ranks these are the mean of those that the ranks had.
+        """
+        if not held:
+            return {}
+        every = [held] if saved.own is not None else [state[key] for state in saved.states]
+        buffers = {
+            name: torch.stack([h["buffers"][name] for h in every]).mean(0).to(now.device)
+            for name, now in self._partition.moving().items()
+        }
+        weights = {n: t.clone() for n, t in saved.cut(key, "weights").items()}
+        return {"weights": self._partition.placed(weights), "buffers": buffers}
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

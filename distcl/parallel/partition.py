@@ -86,6 +86,11 @@ class Partition(OwnedGradients, SteppedParameters):
         """Return those of :meth:`owned` that are parameters. Local."""
         return self._slices()
 
+    def placed(self, slices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return slices of :meth:`owned`, read from a file, where those are. Local."""
+        mine = self.owned()
+        return {name: values.to(mine[name].device) for name, values in slices.items()}
+
     def moving(self) -> dict[str, torch.Tensor]:
         """Return the floating-point buffers that change in training, whole, live. Local."""
         return {n: b for n, b in self._moving.items() if b.is_floating_point()}

@@ -282,8 +282,9 @@ def weigh(shape: Shape, scored: list[WeightVector | None], report: bool = True) 
         if report:
             for name, part in result.parts.items():
                 result.report[name] |= {"ess_fraction": part.ess(), "top_share": part.top_share()}
-            for name, share in zip(result.parts, opened, strict=False):
-                result.report[name]["gate"] = share
+            if gate:
+                for name, share in zip(result.parts, opened, strict=True):
+                    result.report[name]["gate"] = share
     return result
 
 

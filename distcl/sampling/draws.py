@@ -122,32 +122,40 @@ def credit(
 ) -> Integers:
     """Draw ``n`` positions in proportion to the weights, nearly without replacement over draws.
 
-    Each of N samples earns w_i / sum w of k draws, and the k with most credit are drawn and pay 1
-    each (between 0.7 and 1.3, at random, so that no order repeats itself); at most N / 2 at a time.
-    So a sample comes again when it has earned it, and equal weights make something close to one
-    permutation after another. Weights above N / k means are drawn every time and no oftener, zero
-    weights never; but small ones may have credit left from the time when they were larger.
-    ``held``: the credit of earlier draws, float64 [N], changed in place; None: random, in [0, 1).
+    Each of N samples earns w_i / sum w of k draws, at most 1, and the k with most credit are drawn
+    and pay 1 each (between 0.7 and 1.3, at random, so that no order repeats itself); k is at most
+    N / 2. So a sample comes again when it has earned it, and equal weights make something close to
+    one permutation after another. Weights above N / k means are drawn every time and no oftener,
+    zero weights never; but small ones may have credit left from when they were larger. Of n > N
+    draws the whole parts of n w_i / sum w are drawn first. ``held``: the credit of earlier draws,
+    float64 [N], changed in place; None: random, in [0, 1).
     """
     _check_number(n)
     array = check_weights(weights)
-    share = array / array.max()
-    share /= share.sum()
     held = rng.random(array.size) if held is None else held
-    never = share == 0
-    number = array.size - int(np.count_nonzero(never))
-    found: list[Integers] = []
+    positive = np.flatnonzero(array)
+    share = array[positive] / array.max()
+    share /= share.sum()
+    mine, found = held[positive], [np.empty(0, np.int64)]
+    if many := n > positive.size:
+        earned = share * n
+        whole = np.floor(earned).astype(np.int64)
+        found, n = [np.repeat(np.arange(whole.size), whole)], n - int(whole.sum())
+        share = (earned - whole) / max(n, 1)
     while n:
-        k = min(n, max(1, number // 2))
-        held += share * k
-        offered = np.where(never, -np.inf, held) if number < array.size else held
-        least = np.partition(offered, array.size - k)[array.size - k]
-        chosen = np.flatnonzero(offered >= least)[:k]
-        held[chosen] -= 0.7 + 0.6 * rng.random(k)
+        k = min(n, max(1, positive.size // 2))
+        mine += np.minimum(share * k, 1.0)
+        least = np.partition(mine, mine.size - k)[mine.size - k]
+        chosen = np.flatnonzero(mine >= least)[:k]
+        mine[chosen] -= 0.7 + 0.6 * rng.random(k)
         rng.shuffle(chosen)
         found.append(chosen)
         n -= k
-    return np.concatenate([np.empty(0, np.int64), *found])
+    held[positive] = mine
+    drawn = np.concatenate(found)
+    if many:
+        rng.shuffle(drawn)
+    return positive[drawn]
 
 
 def uniform(number: int, n: int, rng: np.random.Generator) -> Positions:

@@ -108,7 +108,8 @@ class EpochPlan:
                 f"{window} steps, drawn up to step {self._next * window}"
             )
         for g in self._credit:
-            if not np.array_equal(groups[g].ids, self.schedule[-1][1][g].ids):
+            before, now = self.schedule[-1][1][g].ids, groups[g].ids
+            if now is not before and not np.array_equal(now, before):
                 raise UsageError("draw = 'credit' keeps what each id has earned: give the same ids")
         self.schedule.append((first, groups))
 
@@ -166,6 +167,9 @@ class EpochPlan:
 
     def credit_at(self, step: int) -> Credit:
         """Return the credit that a resume at ``step`` needs; none of other draws."""
+        window = self.options.window
+        if window and self.options.draw == "credit" and self._index(step) > self._next:
+            self.window((self._index(step) - 1) * window)  # steps before it were taken
         return self._credit_before.get(self._index(step), self._credit)
 
     def _draw(self, index: int, credit: Credit) -> Window:

@@ -93,7 +93,7 @@ class DistributedWeightedSampler(RoundSampler):
         world_size: number of processes.
         seed: from 0 to 2**64 - 1.
         draw: ``multinomial``, ``systematic``, ``without_replacement`` or ``credit``, see draws.py;
-            of credit, windows go on with what is earned, so ids must stay the same.
+            of credit, windows of an epoch go on with what is earned, so ids must stay the same.
         round_index: see ``set_round``.
         drop_last: leave out a smaller last batch.
         stream: keeps apart samplers that share a seed, such as current and history data.
@@ -249,7 +249,8 @@ class DistributedWeightedSampler(RoundSampler):
     def plan_digest(self, steps: int | None = None) -> str:
         """Return the SHA-256, in hex, of the ids of the first ``steps`` global batches (or all).
 
-        As little-endian int64; equal on every rank. In windows, by the weights known now.
+        As little-endian int64; equal on every rank. In windows, by the weights known now; of
+        ``credit``, not once a window is gone (UsageError).
         """
         digest, window = hashlib.sha256(), self.options.window
         steps = len(self) if steps is None else steps
@@ -271,7 +272,7 @@ class DistributedWeightedSampler(RoundSampler):
         step = self._handed_out if consumed is None else consumed
         if not 0 <= step <= len(self):
             raise ValueError(f"consumed must be from 0 to {len(self)} steps, not {step}")
-        earned = {g: as_tensor(held) for g, held in self._plan.credit_at(step).items()}
+        earned = {g: as_tensor(held.copy()) for g, held in self._plan.credit_at(step).items()}
         return {
             **asdict(self.options),
             **({"credit": earned} if earned else {}),

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distcl import registry
 from distcl.config import Config
 from distcl.config.load import to_toml
 from distcl.data.replay_buffer import ReplayBuffer
 from distcl.data.transforms import Transforms
 from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError
-from distcl.losses import create_loss
+from distcl.losses import bce, create_loss
 from distcl.models import create_model
 from distcl.parallel.anchor import Anchor
 from distcl.parallel.average import WeightAverage
@@ -229,7 +230,8 @@ def check_priority(
     p, mode = config.priority, config.continual_learning.update_mode
     replays = takes_history or config.continual_learning.mix_historic_data
     online, candidates = p.source == "online", p.source == "candidates"
-    once, ahead = p.draw == "without_replacement", 2 * config.data.workers
+    once, credit = p.draw == "without_replacement", p.draw == "credit"
+    ahead = 2 * config.data.workers
     other = "source = 'candidates'" if candidates else f"draw = '{p.draw}'"
     works_not = "does not work with priority."
     refused = (
@@ -260,13 +262,14 @@ def check_priority(
             "refreshes",
         ),
         (
-            p.gate and (p.signal != "entropy" or config.model.loss == "bce"),
+            p.gate
+            and (p.signal != "entropy" or registry.resolve("loss", config.model.loss) is bce),
             f"priority.gate = {p.gate:g} {works_not}signal = '{p.signal}' and model.loss = "
             f"'{config.model.loss}': it compares the mean entropy of classes with the largest "
             "there can be, ln C",
         ),
         (
-            p.draw == "credit" and (p.pool > 0 or sequential),
+            credit and (p.pool > 0 or sequential),
             f"priority.draw = 'credit' {works_not}"
             + (
                 "a stream of shards; use data.access = 'indexed'"
@@ -290,7 +293,7 @@ def check_priority(
             "target = 'union', or an update_mode that takes history batches",
         ),
         (
-            p.correction and (candidates or once),
+            p.correction and (candidates or once or credit),
             f"priority.correction = {p.correction} {works_not}{other}, whose draws have no "
             "probabilities of their own",
         ),

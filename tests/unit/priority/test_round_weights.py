@@ -136,6 +136,7 @@ REFUSED: list[tuple[tuple[str, ...], str, str]] = [
         "priority.draw = 'credit'",
         "pool = 50",
     ),
+    (("draw=credit", "correction=0.5"), "priority.correction = 0.5", "draw = 'credit'"),
     (("source=candidates", "correction=0.5"), "priority.correction = 0.5", "source = 'candidates'"),
     (
         ("draw=without_replacement", "correction=0.5"),

@@ -411,13 +411,13 @@ def test_credit_is_earned_by_weight_and_paid_by_draws() -> None:
     w = np.random.default_rng(1).random(23) + 0.05
     held = np.random.default_rng(2).random(23)
     mine = held.copy()
-    for window, n in enumerate((7, 30, 0, 11)):
+    for window, n in enumerate((7, 20, 0, 11)):
         rng = draws.generator(9, window)
         found = draws.credit(w, n, draws.generator(9, window), held)
         wanted: list[int] = []
         while len(wanted) < n:
             k = min(n - len(wanted), 11)
-            mine += w / w.sum() * k
+            mine += np.minimum(w / w.sum() * k, 1)
             best = sorted(np.argsort(mine)[-k:])
             mine[best] -= 0.7 + 0.6 * rng.random(k)
             order = np.array(best)
@@ -436,3 +436,16 @@ def test_credit_draws_in_proportion_and_seldom_twice() -> None:
         counts += np.bincount(drawn, minlength=50)
     assert (np.abs(counts - 4000 * w / w.sum()) < 4).all()  # of independent draws: 9 of 80
     assert draws.credit([0.0, 1.0, 0.0], 5, draws.generator(1)).tolist() == [1] * 5
+    counts = np.bincount(draws.credit(w, 1030, draws.generator(6)), minlength=50)
+    assert (np.abs(counts - 1030 * w / w.sum()) < 2).all()
+
+
+def test_credit_is_not_hoarded_by_what_is_drawn_every_time() -> None:
+    w, held, late = np.ones(100), np.zeros(100), 0
+    w[3] = 99.0  # half of all draws, but one of ten at a time
+    for window in range(300):
+        weights = w if window < 100 else np.ones(100)
+        drawn = draws.credit(weights, 10, draws.generator(7, window), held)
+        assert (3 in drawn) or window >= 100
+        late += window >= 100 and 3 in drawn
+    assert 15 <= late <= 25  # of 200 windows, a tenth

@@ -108,8 +108,8 @@ class EpochPlan:
                 f"{window} steps, drawn up to step {self._next * window}"
             )
         for g in self._credit:
-            before, now = self.schedule[-1][1][g].ids, groups[g].ids
-            if now is not before and not np.array_equal(now, before):
+            was, now = self.schedule[-1][1][g].ids, groups[g].ids
+            if now is not was and not np.array_equal(now, was):
                 raise UsageError("draw = 'credit' keeps what each id has earned: give the same ids")
         self.schedule.append((first, groups))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from distcl.data.bad_samples import BadSamples
+from distcl.distributed.memory import give_back
 from distcl.errors import DivergenceError
 from distcl.priority.guard import HeldOut, Judgement, judge
 from distcl.priority.round_weights import RoundWeights
@@ -20,25 +23,34 @@ def compute_priorities(
     stage: Stage,
     history: Ids,
     bad: BadSamples,
-    held_out: HeldOut,
+    held_out: HeldOut | None,
     guarded: bool,
-) -> tuple[RoundWeights, Judgement]:
-    """Return the weights that a round begins with, and what the guard says of them. Collective.
+) -> RoundWeights:
+    """Return the weights that a round begins with; tell of them in its report. Collective.
 
-    ``held_out``: see :func:`held_out_errors`. ``guarded``: doubts make the round uniform. Raises
-    DivergenceError or ConfigError naming signal and sample id for a bad score.
+    ``held_out``: see :func:`held_out_errors`; None: draws are uniform. ``guarded``: doubts make the
+    round uniform. Raises DivergenceError or ConfigError naming signal and sample id for a bad
+    score.
     """
-    number, current = stage.number, stage.experience.train
-    try:
-        weights = parts.loader.weigh(number, current, history, parts.updater.uses_hist_batch)
-        bad.silence(*((part.ids, part.values) for part in weights.parts.values()))
-        judged = judge(parts.runtime, guarded, weights, held_out)
-    except DivergenceError as error:
-        raise DivergenceError(f"before step 1 of round {number}: {error}") from error
+    clock, weights, judged = time.perf_counter(), RoundWeights(), Judgement()
+    if held_out is not None:
+        number, current = stage.number, stage.experience.train
+        try:
+            weights = parts.loader.weigh(number, current, history, parts.updater.uses_hist_batch)
+            bad.silence(*((part.ids, part.values) for part in weights.parts.values()))
+            judged = judge(parts.runtime, guarded, weights, held_out)
+        except DivergenceError as error:
+            raise DivergenceError(f"before step 1 of round {number}: {error}") from error
     if judged.uniform:
         note = f"[guard] uniform draws in this round: {'; '.join(judged.doubts)}"
         weights = weights.stand_down(note)
-    return weights, judged
+    report = stage.report
+    report["scored"] = parts.forward.forwards - report["before"][0]
+    report["weighted"] = bool(weights.parts) or any(weights.chosen)
+    report["judged"] = asdict(judged)
+    give_back()  # arrays of all samples came and went
+    report["priority_seconds"] = time.perf_counter() - clock
+    return weights
 
 
 def held_out_errors(

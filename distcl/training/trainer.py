@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from distcl.config import Config
 from distcl.data.bad_samples import BadSamples
-from distcl.distributed.memory import give_back
-from distcl.priority.guard import Judgement
 from distcl.priority.round_weights import RoundWeights
 from distcl.sampling.round_loader import EMPTY
 from distcl.training.accuracy_matrix import Entry, Matrices
@@ -101,7 +99,6 @@ class ContinuousTrainer:
             reset(self.parts.optimizer)
 
         weights = self._priorities(stage, held_out)  # 1. priorities
-
         self.announce(experience)
         if self.training.accept == "improves":
             with self.parts.average.shown():
@@ -109,7 +106,6 @@ class ContinuousTrainer:
         updater.cl_preprocessing()  # 2. anchor: theta_star <- w_now, after the priorities
         if not stage.report["weighted"]:  # the updater may have found bad samples
             stage.experience = self.bad.clear(self.history, experience)
-
         train, history = stage.experience.train, self.history.ids()
         loader.rebuild(stage.number, train, history, weights, updater.uses_hist_batch)  # 3. sampler
         stage.steps = loader.steps() if updater.trains else 0
@@ -120,21 +116,13 @@ class ContinuousTrainer:
 
     def _priorities(self, stage: Stage, held_out: Sequence[Experience]) -> RoundWeights:
         """Return the weights that a round begins with; tell of them in its report."""
-        clock, weights, judged = time.perf_counter(), RoundWeights(), Judgement()
+        errors = None  # draws are uniform
         if self.parts.updater.trains and self.continual.importance_weighting:
             errors = held_out_errors(self.matrix, held_out, self.leading)
-            history = self.history.ids()
-            weights, judged = compute_priorities(
-                self.parts, stage, history, self.bad, errors, self._guarded
-            )
+        history = self.history.ids()
+        weights = compute_priorities(self.parts, stage, history, self.bad, errors, self._guarded)
         for line in weights.lines():
             self._say(line)
-        report = stage.report
-        report["scored"] = self.parts.forward.forwards - report["before"][0]
-        report["weighted"] = bool(weights.parts) or any(weights.chosen)
-        report["judged"] = asdict(judged)
-        give_back()  # arrays of all samples came and went
-        report["priority_seconds"] = time.perf_counter() - clock
         return weights
 
     def _accepts(self, stage: Stage, held_out: Sequence[Experience]) -> bool:
@@ -144,10 +132,9 @@ class ContinuousTrainer:
             return True
         with self.parts.average.shown():
             after = self.lead(held_out)
-        model = self.parts.runtime.strategy.unwrap(self.parts.model)
         higher = self.leading.higher_is_better
         accepted = bool(after >= before if higher else after <= before)
-        self.undo.settle(accepted, model.buffers())
+        self.undo.settle(accepted)
         if not accepted:
             self._say(
                 f"[accept] round {stage.number} is taken back: mean {self.metric} on held-out data "

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
-
-import torch
 
 from distcl.training.optimizer import OptimizerSlices, cloned
 from distcl.training.parts import Parts
@@ -31,13 +28,11 @@ class Undo:
         self._parts.average.keep()
         self._table = cloned(self._parts.loader.ledger_state())
 
-    def settle(self, better: bool, buffers: Iterable[torch.Tensor]) -> None:
-        """Let the round stay if it is ``better``; else make everything what it was. Collective.
-
-        ``buffers``: all of the model's.
-        """
+    def settle(self, better: bool) -> None:
+        """Let the round stay if it is ``better``; else make everything what it was. Collective."""
         if not better:
-            self._parts.anchor.put_back(buffers)
+            model = self._parts.runtime.strategy.unwrap(self._parts.model)
+            self._parts.anchor.put_back(model.buffers())
             self._parts.average.put_back()
             self._optimizer.put_back()
             self._parts.loader.load_ledger(self._table)

@@ -270,6 +270,7 @@ def test_the_commented_file_sets_the_recommended_recipe_and_nothing_else(toml):
     assert load(toml(template())) == loaded
     assert len(template().splitlines()) <= 60
     recipe = {
+        "training": {"ema": 0.98},
         "continual_learning": {
             "update_mode": "er",
             "importance_weighting": True,
@@ -279,10 +280,9 @@ def test_the_commented_file_sets_the_recommended_recipe_and_nothing_else(toml):
             "signal": "entropy",
             "source": "online",
             "refresh_steps": 10,
-            "pool": 2000,
-            "max_replay": 1.0,
             "target": "history",
-            "draw": "systematic",
+            "draw": "credit",
+            "gate": 0.6,
             "min_ess": 0.5,
             "min_score": 1e-4,
         },

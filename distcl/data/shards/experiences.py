@@ -120,6 +120,8 @@ def _values(source: ShardSource, field: str, time: bool) -> list[Any]:
             continue
         try:
             value = json.loads(members["json"])[field]
+            if value is None or value != value:
+                raise ValueError(f"it is {value}")
             found.append(moment(value) if time else value)
             hash(value)
         except (KeyError, ValueError, TypeError) as error:

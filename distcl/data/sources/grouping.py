@@ -134,7 +134,11 @@ def _values(info: SourceInfo, column: str, how: str) -> Any:
         values = values.astype(np.int64) / 1e6
     else:
         values = values.tolist() if isinstance(values, np.ndarray) else list(values)
-        bad = (k for k, v in enumerate(values) if v != v or isinstance(v, list | dict))
+        bad = (
+            k
+            for k, v in enumerate(values)
+            if v != v or isinstance(v, list | dict) or (v is None and not info.replaces)
+        )
         wrong = np.array([*bad], dtype=np.int64)
     if len(wrong):
         raise DataError(f"{info.name}: sample {wrong[0]} has no usable '{column}'")

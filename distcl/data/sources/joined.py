@@ -70,6 +70,7 @@ class JoinedSource:
             columns={},
             tokens=max(info.tokens for info in infos),
             varies=any(info.varies for info in infos),
+            replaces=any(info.replaces for info in infos),
             positions=None,
             transformed=True,
         )
@@ -97,11 +98,12 @@ class JoinedSource:
         except (ConfigError, RuntimeError, ValueError, KeyError) as error:
             raise DataError(f"stream.experiences: {self.info.name}: {error}") from error
         back = torch.from_numpy(np.argsort(np.concatenate(places), kind="stable"))
-        x, y = tree_map(lambda t: t.index_select(0, back), (whole.x, whole.y))
-        return Batch(torch.from_numpy(ids), x, y, len(ids))
+        read, x, y = tree_map(lambda t: t.index_select(0, back), (whole.ids, whole.x, whole.y))
+        return Batch(read, x, y, len(ids))
 
     def _part(self, k: int, rows: Ids) -> Batch:
         batch = self._sources[k].read(rows)
+        batch = replace(batch, ids=batch.ids + int(self._firsts[k]))  # others than asked, maybe
         if not isinstance(batch.y, torch.Tensor) or batch.y.ndim != 1:
             return batch
         return replace(batch, y=torch.from_numpy(self._renumbered(k, batch.y.numpy())))

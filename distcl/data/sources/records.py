@@ -189,7 +189,10 @@ class _Texts:
                     raise DataError(f"{where}: label {value} is out of range (0…{MAX_CLASSES - 1})")
                 self.labels.append(value)
             if self.domain:
-                self.groups.append(self._field(where, fields, self.domain))
+                value = self._field(where, fields, self.domain)
+                if value is None or value != value or isinstance(value, list | dict):
+                    raise DataError(f"{where}: '{self.domain}' is {value!r}, no domain")
+                self.groups.append(value)
             self.cut += len(tokens) > self.length
             self.parts.append(tokens[: self.length])
 

@@ -107,6 +107,8 @@ def test_values_that_are_missing_or_only_held_out_are_named():
         stream("key:site", source(np.arange(9), columns={"site": np.array([*"aaaaaaaaz"], object)}))
     with pytest.raises(DataError, match="here: sample 2 has no usable 'site'"):
         stream("key:site", columns={"site": np.array([1.0, 2.0, np.nan])})
+    with pytest.raises(DataError, match="here: sample 1 has no usable 'site'"):
+        stream("key:site", columns={"site": np.array(["a", None, "b"], object)})
 
 
 def test_a_list_of_sources_is_an_experience_each_with_classes_by_name(tmp_path):
@@ -166,6 +168,14 @@ def test_lines_of_json_go_by_a_field(tmp_path):
 def test_a_wrong_value_of_the_key_is_named(value, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [f"stream.experiences={value}"])
+
+
+@pytest.mark.parametrize("value", ["null", "NaN", "[1]"])
+def test_a_line_without_a_usable_field_is_named(value, tmp_path):
+    path = tmp_path / "n.jsonl"
+    path.write_text(f'{{"text": "ab", "site": "a"}}\n{{"text": "cd", "site": {value}}}')
+    with pytest.raises(DataError, match=r"n\.jsonl', line 2: 'site' is .*, no domain"):
+        create_stream(StreamConfig(source="jsonl", path=str(path), experiences="key:site"), 0)
 
 
 def test_own_experiences_drift_by_themselves():

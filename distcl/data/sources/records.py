@@ -60,7 +60,7 @@ def jsonl(
     if not config.path:
         raise ConfigError("stream.source = 'jsonl' needs stream.path, a file")
     known = create_tokenizer(tokenizer, end)
-    file, domain = reachable(config.path), domain or _key(config)
+    file, domain = reachable(config.path), _domain(config, domain)
     texts = _Texts(f"'{file}'", text, label, domain, length, known)
     found = texts.source(config, data, lambda: _lines(file), lambda: stamps_of([file]))
     return found.holdout(config.test_fraction)
@@ -96,7 +96,7 @@ def hf_text(
         raise ConfigError(
             f"stream.options.tokens = '{tokens}' are token ids; they need no tokenizer"
         )
-    domain = domain or _key(config)
+    domain = _domain(config, domain)
     splits = load_splits(config, train, test, name, revision)
     known: Tokenizer | None = None if tokens else create_tokenizer(tokenizer, end)
     texts = _Texts(f"'{config.path}'", tokens or text, label, domain, length, known)
@@ -129,9 +129,15 @@ def hf_text(
     return source.part(rows[: len(first)]), source.part(rows[len(first) :])
 
 
-def _key(config: StreamConfig) -> str:
-    """Return the field of ``stream.experiences = "key:FIELD"``."""
-    return config.grouping[2] if config.grouping[0] == "key" else ""
+def _domain(config: StreamConfig, domain: str) -> str:
+    """Return the option ``domain``, or else the field of ``stream.experiences = "key:FIELD"``."""
+    key = config.grouping[2] if config.grouping[0] == "key" else ""
+    if domain and key not in ("", domain):
+        raise ConfigError(
+            f"stream.experiences = '{config.experiences}' and stream.options.domain = '{domain}' "
+            "both say what makes an experience; leave one out"
+        )
+    return domain or key
 
 
 def _lines(file: Path) -> Iterator[Record]:

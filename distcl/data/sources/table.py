@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,7 +109,8 @@ def table_rows(
     else:
         *found, infos = held_out(config, infos[0], len(splits[0]))
         rows, splits, y = found, splits * 2, y * 2
-    x = _features(splits, rows, standardize, fill)
+    x, columns = _features(splits, rows, standardize, fill)
+    infos = [replace(info, features=columns) for info in infos]
     if y[0].dtype.kind == "f":
         y = _scaled(y, rows[0], standardize_target)
     train, held = (
@@ -269,7 +270,9 @@ def _targets(splits: Sequence[_Rows], task: str, name: str) -> tuple[list[Values
 
 def _scaled(y: list[Values], train: Ids, standardize: bool) -> list[Values]:
     """Return targets of regression, float32, or say that they are far from 0 and 1."""
-    mean, deviation = y[0][train].mean(0), y[0][train].std(0)
+    rows = y[0][train]
+    flat = np.ptp(rows, 0) == 0  # its mean may be off by a rounding, and not equal to it
+    mean, deviation = np.where(flat, rows[0], rows.mean(0)), np.where(flat, 0, rows.std(0))
     if standardize:
         y = [(part - mean) / np.where(deviation > 0, deviation, 1.0) for part in y]
     elif max(np.abs(mean).max(), deviation.max()) > 10:
@@ -286,9 +289,13 @@ def _labels_of(y: Values) -> Ids | None:
 
 def _features(
     splits: Sequence[_Rows], rows: Sequence[Ids], standardize: bool, fill: Any
-) -> list[Values]:
-    """Return x of train and of test, float32 [N, D]; what is learned is of training rows alone."""
+) -> tuple[list[Values], tuple[str, ...]]:
+    """Return x of train and of test, float32 [N, D], and the names [D] of its columns.
+
+    What is learned is of training rows alone.
+    """
     parts: list[list[Values]] = [[], []]
+    names: list[str] = []
     for name in splits[0].features:
         train, test = (split.features[name][r] for split, r in zip(splits, rows, strict=True))
         if name in splits[0].categories:
@@ -296,16 +303,20 @@ def _features(
             foreign = sorted({v for v in test.tolist() if v is not None} - {*values})
             if foreign:
                 log.info("[data] '%s' is %s in no training row: all zeros", name, foreign[:8])
+            names += [f"{name}={value}" for value in values]
             both = [part[:, None] == np.array(values, dtype=object) for part in (train, test)]
         else:
+            names.append(name)
             there = train[~np.isnan(train)]
             instead = fill if fill != "mean" else there.mean() if len(there) else 0.0
             both = [part[:, None] for part in (train, test)]
             if fill is not None:
                 both = [np.where(np.isnan(part), instead, part) for part in both]
             if standardize:
-                mean, deviation = both[0].mean(), both[0].std()
-                both = [(part - mean) / (deviation or 1.0) for part in both]
+                mean, deviation = both[0].mean(), both[0].std() or 1.0
+                if np.ptp(both[0]) == 0:  # the mean may be off by a rounding
+                    mean, deviation = both[0][0], 1.0
+                both = [(part - mean) / deviation for part in both]
         for k in (0, 1):
             parts[k].append(both[k].astype(np.float32))
-    return [np.concatenate(part, 1) for part in parts]
+    return [np.concatenate(part, 1) for part in parts], tuple(names)

@@ -170,6 +170,21 @@ def test_a_wrong_value_of_the_key_is_named(value, message):
         load_config(None, [f"stream.experiences={value}"])
 
 
+def test_a_field_and_a_domain_are_not_both_given(tmp_path):
+    (tmp_path / "n.jsonl").write_text('{"text": "ab", "site": "a", "kind": "b"}')
+    config = StreamConfig(
+        source="jsonl", path=str(tmp_path / "n.jsonl"), experiences="key:site",
+        options={"domain": "kind"},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"'key:site' and stream\.options\.domain = 'kind' both"):
+        create_stream(config, 0)
+
+
+def test_texts_of_a_list_have_one_tokenizer():
+    with pytest.raises(DataError, match="tokenizer of here is other, that of here is bytes"):
+        JoinedSource([source(np.arange(9), tokenizer=t) for t in ("bytes", "other")], ["a", "b"])
+
+
 @pytest.mark.parametrize("value", ["null", "NaN", "[1]"])
 def test_a_line_without_a_usable_field_is_named(value, tmp_path):
     path = tmp_path / "n.jsonl"

@@ -218,3 +218,38 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
     with pytest.raises(DataError, match=r"bad\.parquet' cannot be read"):
         pytest.importorskip("pyarrow")
         sources(str(tmp_path / "bad.parquet"), **keys)
+
+
+@pytest.mark.parametrize("task", ["heat", "flat"])
+def test_a_constant_column_is_0_and_held_out_values_stay_near(tmp_path, task):
+    write(tmp_path, ROWS.assign(flat=0.1), "a.csv")
+    write(tmp_path, ROWS[:9].assign(flat=0.3), "b.csv")
+    features = ["flat", "load"] if task == "heat" else ["load"]
+    more = {"target": task, "features": features, "categories": None, "time": None}
+    train, test = sources(
+        str(tmp_path), experiences=1, test=["b.csv"], standardize_target=True, **more
+    )
+    of = (lambda s: everything(s).x[:, 0]) if task == "heat" else (lambda s: everything(s).y)
+    assert (of(train) == 0).all()
+    np.testing.assert_allclose(of(test), 0.2, rtol=1e-6)
+
+
+def test_tables_of_a_list_have_the_same_columns_in_one_order(tmp_path):
+    a = write(tmp_path, ROWS[["heat", "load", "state"]], "a.csv")
+    b = write(tmp_path, ROWS[["load", "heat", "state"]], "b.csv")
+    c = write(tmp_path, ROWS[["heat", "site", "state"]][ROWS["site"] == "7"], "c.csv")
+    d = write(tmp_path, ROWS[["heat", "site", "state"]][ROWS["site"] != "7"][:120:2], "d.csv")
+
+    def listed(*paths, **options):
+        each = [{"path": p, "source": "table", "options": {"target": "state"} | options}
+                for p in paths]  # fmt: skip
+        return create_stream(StreamConfig(source="table", experiences=each), 0)
+
+    with pytest.raises(DataError, match=r"b\.csv' has feature 'load' where .*a\.csv' has 'heat'"):
+        listed(a, b)
+    assert listed(a, b, features=["heat", "load"]).spec.x_shape == (2,)
+    with pytest.raises(DataError, match=r"x \[|samples of .*d\.csv' are"):
+        listed(c, d, categories=["site"])
+    ROWS[["heat", "site", "state"]][ROWS["site"] == "north"].to_csv(d, index=False)
+    with pytest.raises(DataError, match=r"d\.csv' has feature 'site=north' where .*'site=7'"):
+        listed(c, d, categories=["site"])

@@ -14,7 +14,7 @@ import numpy as np
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import MAX_CLASSES
-from distcl.data.sources.grouping import group_values
+from distcl.data.sources.grouping import group_values, has_value
 from distcl.data.sources.huggingface import load_splits
 from distcl.data.sources.text import bytes_of, stamps_of
 from distcl.data.sources.token_cache import cached
@@ -196,7 +196,7 @@ class _Texts:
                 self.labels.append(value)
             if self.domain:
                 value = self._field(where, fields, self.domain)
-                if value is None or value != value or isinstance(value, list | dict):
+                if not has_value(value):
                     raise DataError(f"{where}: '{self.domain}' is {value!r}, no domain")
                 self.groups.append(value)
             self.cut += len(tokens) > self.length

@@ -15,7 +15,9 @@ from distcl.config.paths import reachable
 from distcl.data.sources.arrays import MAX_CLASSES, ArraySource
 from distcl.data.sources.columns import (
     Values,
+    as_dates,
     as_text,
+    check_classes,
     dates,
     matching_files,
     numeric,
@@ -89,7 +91,7 @@ def table_rows(
         )
     by = by if kind in ("key", "time") else ""
     reader = _Reader(
-        features, categories, targets, time, time_format, fill, by, (missing, separator)
+        features, categories, targets, time, time_format, fill, by, kind, task, (missing, separator)
     )
     base = reachable(config.path)
     named = set(matching_files(base, test)) if test else set()
@@ -99,6 +101,9 @@ def table_rows(
     splits = [_ordered(parts)]
     if named:
         splits.append(_ordered([reader.read(file) for file in sorted(named)]))
+    if any(isinstance(v, str) for split in splits for v in split.columns.get(by, ())):
+        for split in splits:  # of one file they may be numbers, and texts of another
+            split.columns[by] = np.array([*map(as_text, split.columns[by])], dtype=object)
     y, names = _targets(splits, task, str(base))
     infos = [
         SourceInfo(f"'{base}'", _labels_of(y[k]), class_names=names, columns=split.columns)
@@ -144,17 +149,23 @@ class _Reader:
     time_format: str
     fill: Any
     by: str
+    kind: str
+    task: str
     options: tuple[tuple[str, ...], str]
 
     def read(self, file: Path) -> _Rows:
         """Return the rows of a file. Raises ConfigError or DataError, see :func:`table_rows`."""
         frame = read_frame(file, *self.options)
         self._check(frame, file)
-        columns = {self.by: whole(frame, self.by, file)} if self.by else {}
+        columns = {}
         order = None
         if self.time:
-            order = dates(frame, self.time, self.time_format, file)
-            columns = {self.time: order} | {k: v for k, v in columns.items() if k != self.time}
+            order = columns[self.time] = dates(frame, self.time, self.time_format, file)
+        if self.by and self.kind == "key":
+            columns[self.by] = whole(frame, self.by, file)
+        elif self.kind == "time":
+            name = self.by or self.time
+            columns[name] = as_dates(dates(frame, name, self.time_format, file), name, file)
         features = {
             name: self._category(frame, name, file)
             if name in self.categories
@@ -167,6 +178,7 @@ class _Reader:
                 raise DataError(f"'{file}': column '{name}', the target, holds dates")
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 refuse(file, int(np.isfinite(values).argmin()), name, "is infinite")
+            check_classes(values, self.task == "auto", name, file)
         return _Rows(features, self.categories, targets, columns, order)
 
     def _check(self, frame: pd.DataFrame, file: Path) -> None:

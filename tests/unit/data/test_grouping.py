@@ -9,7 +9,9 @@ from torch.utils.data import TensorDataset
 
 from distcl.config import StreamConfig
 from distcl.config.load import load_config
+from distcl.data.ids import column_of, info_part
 from distcl.data.sources.arrays import ArraySource
+from distcl.data.sources.grouping import regrouped
 from distcl.data.sources.joined import JoinedSource
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
@@ -105,10 +107,27 @@ def test_what_a_source_cannot_be_cut_by_is_named(experiences, info, message):
 def test_values_that_are_missing_or_only_held_out_are_named():
     with pytest.raises(DataError, match="here has samples of 'z', which training samples have not"):
         stream("key:site", source(np.arange(9), columns={"site": np.array([*"aaaaaaaaz"], object)}))
-    with pytest.raises(DataError, match="here: sample 2 has no usable 'site'"):
-        stream("key:site", columns={"site": np.array([1.0, 2.0, np.nan])})
-    with pytest.raises(DataError, match="here: sample 1 has no usable 'site'"):
-        stream("key:site", columns={"site": np.array(["a", None, "b"], object)})
+
+
+@pytest.mark.parametrize(
+    ("experiences", "column", "message"),
+    [
+        ("key:site", np.array([1.0, 2.0, np.nan]), "here: sample 2 has no usable 'site'"),
+        ("key:site", ["a", None, "b"], "here: sample 1 has no usable 'site'"),
+        ("key:site", [1, 2, [3]], "here: sample 2 has no usable 'site'"),
+        ("key:site", [1, 2], "its column 'site' has 2 values; one for each of the 3 samples"),
+        ("key:site", lambda: [1, 2], "its column 'site' has 2 values; one for each of the 3"),
+        (
+            "time:week:site",
+            [1, 2, 1.7e12],
+            "170+.0 of sample 2 is no date: .*are they milliseconds",
+        ),
+    ],
+)
+def test_a_column_without_a_value_for_each_sample_is_named(experiences, column, message):
+    info = SourceInfo("here", columns={"site": column})
+    with pytest.raises(DataError, match=message):
+        regrouped(StreamConfig(experiences=experiences), [info], [3])
 
 
 def test_a_list_of_sources_is_an_experience_each_with_classes_by_name(tmp_path):
@@ -178,6 +197,13 @@ def test_a_field_and_a_domain_are_not_both_given(tmp_path):
     )  # fmt: skip
     with pytest.raises(ConfigError, match=r"'key:site' and stream\.options\.domain = 'kind' both"):
         create_stream(config, 0)
+
+
+def test_columns_of_some_rows_are_read_when_they_are_asked_for():
+    info = info_part(SourceInfo(columns={"a": lambda: 1 / 0, "b": lambda: DAY}), np.array([3, 1]))
+    np.testing.assert_array_equal(column_of(info, "b"), DAY[[3, 1]])
+    with pytest.raises(ZeroDivisionError):
+        column_of(info, "a")
 
 
 def test_texts_of_a_list_have_one_tokenizer():

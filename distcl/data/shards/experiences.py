@@ -118,6 +118,10 @@ def _values(source: ShardSource, field: str, time: bool) -> list[Any]:
         except DataError:
             found.append(None)
             continue
+        if "json" not in members:
+            raise DataError(
+                f"{source.name}, sample '{key}', id {id_}: it has no json, where '{field}' would be"
+            )
         try:
             value = json.loads(members["json"])[field]
             if value is None or value != value:

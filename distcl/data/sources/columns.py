@@ -94,6 +94,7 @@ def _check_names(names: Sequence[str], file: Path) -> None:
 
 
 def _parquet(file: Path, missing: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -106,7 +107,8 @@ def _parquet(file: Path, missing: Sequence[str]) -> pd.DataFrame:
             found = found.set_column(k, column.name, found.column(k).cast(column.type.value_type))
     frame = found.to_pandas(ignore_metadata=True)
     frame = frame[[name for name in frame if not name.startswith("__index_level_")]]
-    return frame.replace(list(missing), None) if missing else frame
+    numbers = pd.to_numeric(pd.Series([*missing], dtype=object), errors="coerce").dropna()
+    return frame.replace([*missing, *numbers], None) if missing else frame
 
 
 def refuse(file: Path, row: int, name: str, what: str) -> NoReturn:

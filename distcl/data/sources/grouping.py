@@ -167,7 +167,10 @@ def _values(info: SourceInfo, size: int, column: str, how: str) -> Any:
     if _is_dates(values):
         values = values.astype("datetime64[us]")
         wrong = np.flatnonzero(np.isnat(values))
-        values = values.astype(np.int64) / 1e6
+        if how.startswith("key"):
+            values = np.datetime_as_string(values, unit="auto").tolist()
+        else:
+            values = values.astype(np.int64) / 1e6
     else:
         values = values.tolist() if isinstance(values, np.ndarray) else list(values)
         bad = (

@@ -94,13 +94,14 @@ def table_rows(
         features, categories, targets, time, time_format, fill, by, kind, task, (missing, separator)
     )
     base = reachable(config.path)
-    named = set(matching_files(base, test)) if test else set()
-    parts = [reader.read(file) for file in matching_files(base, files) if file not in named]
+    named = {file.resolve(): file for file in matching_files(base, test)} if test else {}
+    found = [file for file in matching_files(base, files) if file.resolve() not in named]
+    parts = [reader.read(file) for file in found]
     if not parts:
         raise DataError(f"'{base}' has no files but those of stream.options.test")
     splits = [_ordered(parts)]
     if named:
-        splits.append(_ordered([reader.read(file) for file in sorted(named)]))
+        splits.append(_ordered([reader.read(file) for file in sorted(named.values())]))
     if any(isinstance(v, str) for split in splits for v in split.columns.get(by, ())):
         for split in splits:  # of one file they may be numbers, and texts of another
             split.columns[by] = np.array([*map(as_text, split.columns[by])], dtype=object)
@@ -112,8 +113,8 @@ def table_rows(
     if named:
         rows = [np.arange(len(split)) for split in splits]
     else:
-        *found, infos = held_out(config, infos[0], len(splits[0]))
-        rows, splits, y = found, splits * 2, y * 2
+        *rows, infos = held_out(config, infos[0], len(splits[0]))
+        splits, y = splits * 2, y * 2
     x, columns = _features(splits, rows, standardize, fill)
     infos = [replace(info, features=columns) for info in infos]
     if y[0].dtype.kind == "f":

@@ -10,12 +10,14 @@ from torch.utils.data import TensorDataset
 from distcl.config import StreamConfig
 from distcl.config.load import load_config
 from distcl.data.ids import column_of, info_part
+from distcl.data.shards.inputs import SourceSamples
 from distcl.data.sources.arrays import ArraySource
 from distcl.data.sources.grouping import regrouped
 from distcl.data.sources.joined import JoinedSource
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.types import SourceInfo, unpack_ids
+from tests.files import shard_folder
 
 N, N_TEST = 90, 30
 RNG = np.random.default_rng(0)
@@ -187,6 +189,28 @@ def test_lines_of_json_go_by_a_field(tmp_path):
 def test_a_wrong_value_of_the_key_is_named(value, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [f"stream.experiences={value}"])
+
+
+def test_shards_hold_out_of_each_class_of_each_value_of_a_key(tmp_path):
+    folder = shard_folder(tmp_path / "s", [6] * 4, facts=True)
+    config = StreamConfig(source="shards", path=str(folder), experiences="key:site")
+    made = create_stream(config, 0)
+    assert [e.name for e in made.experiences] == ["0", "1"]
+    for k, e in enumerate(made.experiences):
+        x = made.read(np.concatenate([e.train, e.test])).x[:, 0]
+        assert sorted(x.tolist()) == list(range(k, 24, 2))
+        assert sorted(made.read(e.test).y.tolist()) == [0, 1, 2]
+    bare = config.model_copy(update={"path": str(shard_folder(tmp_path / "b", [6]))})
+    with pytest.raises(DataError, match="sample '0000', id 0: it has no json, where 'site' would"):
+        create_stream(bare, 0)
+
+
+def test_texts_of_several_sources_are_no_shards(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name * 600)
+    each = [{"path": str(tmp_path / name)} for name in "ab"]
+    with pytest.raises(ConfigError, match="lists several sources of texts"):
+        SourceSamples(StreamConfig(source="text", experiences=each))
 
 
 def test_a_field_and_a_domain_are_not_both_given(tmp_path):

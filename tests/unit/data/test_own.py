@@ -34,6 +34,8 @@ class Rows(Dataset):
             raise KeyError("no such file")
         if self.fault == "shape" and k == 11:
             return torch.zeros(5), k % 3
+        if self.fault == "lone":
+            return X[k], torch.tensor([k % 3])
         if self.fault == "label":
             return X[k], k - 4
         if self.fault == "triple":
@@ -85,6 +87,11 @@ def test_a_pair_is_train_and_held_out_and_options_are_keywords():
     assert [len(e.test) for e in made.experiences] == [4] * 3
     assert sorted(unpack_ids(made.experiences[0].train)[1]) == list(range(20))
     assert stream("one", fault="regression").spec.classes == 0
+
+
+def test_a_list_of_one_label_is_told(caplog):
+    assert stream("one", fault="lone").spec.y_shape == (1,)
+    assert "Rows: y is a tensor [1], which counts as several labels" in caplog.text
 
 
 def test_columns_may_be_lists_and_tensors():

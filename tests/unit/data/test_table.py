@@ -302,3 +302,22 @@ def test_lists_and_columns_of_one_name_in_parquet_are_named(tmp_path):
     pq.write_table(pa.table([[1, 2], [3, 4]], names=["a", "a"]), path)
     with pytest.raises(DataError, match=r"rows\.parquet' has two columns 'a'"):
         sources(path, target="a", **none)
+
+
+def test_held_out_files_missing_numbers_and_keys_that_are_dates(tmp_path):
+    (tmp_path / "k").mkdir()
+    for name in "ab":
+        write(tmp_path / "k", ROWS, f"{name}.csv")
+    none = {"categories": None, "time": None, "features": ["load"]}
+    found = sources(
+        str(tmp_path / "k"), experiences=1, files=["*.csv"], test=["../k/b.csv"], **none
+    )
+    assert [len(s) for s in found] == [N, N]
+    day = pd.to_datetime(ROWS["when"]).dt.floor("60D")
+    frame = ROWS.assign(load=np.where(np.arange(N) % 3, ROWS["load"], -999), day=day)
+    path = write(tmp_path, frame, "rows.parquet")
+    made = create_stream(
+        config(path, "key:day", missing=["-999"], fill=0, standardize=False, **none), 0
+    )
+    assert made.read(made.experiences[0].train).x.min() >= 0
+    assert [e.name for e in made.experiences] == sorted({f"{d:%Y-%m-%d}" for d in day})

@@ -234,12 +234,11 @@ class SourceInfo:
     how many have come, and ``grow(n)`` takes in n of them and returns the length before.
 
     ``tokens``: x are token ids below this, of ``tokenizer`` ("": not known); ``longest``: how many
-    the longest sample has. ``varies``: samples, as texts, are of unequal lengths.
-    ``positions``: of several labels a sample, one more than the largest, and a sample that has none
-    but its first, as messages name it, or ""; without it, every sample is read to learn these.
-
-    ``replaces``: ``read`` may put its next sound sample in the place of a bad one, and tells so by
-    the batch's ids. ``transformed``: it applies ``data.transforms`` itself.
+    the longest sample has. ``varies``: samples, as texts, are of unequal lengths. ``features``: the
+    names of the columns of x. ``positions``: of several labels a sample, one more than the largest,
+    and a sample that has none but its first, as messages name it, or ""; without it, every sample
+    is read to learn these. ``replaces``: ``read`` may put its next sound sample in the place of a
+    bad one, and tells so by the batch's ids. ``transformed``: it applies transforms itself.
     """
 
     name: str = ""
@@ -258,6 +257,7 @@ class SourceInfo:
     tokenizer: str = ""
     longest: int = 0
     varies: bool = False
+    features: tuple[str, ...] = ()
     positions: tuple[int, str] | None = None
     transformed: bool = False
     unusable: int = 0

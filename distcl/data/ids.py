@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -220,8 +221,19 @@ def checked_rows(ids: Ids, number: int, name: str) -> Ids:
 
 def column_of(info: SourceInfo, name: str) -> Any:
     """Return the values [N] of one of a source's columns; KeyError if it is not there."""
-    found = info.columns[name]
-    return found() if callable(found) else found
+    return _array_of(info.columns[name])
+
+
+def _array_of(column: Any) -> npt.NDArray[Any]:
+    found = column() if callable(column) else column
+    if isinstance(found, list | tuple):  # each value as it is
+        return np.array([*found, None], dtype=object)[:-1]
+    return np.asarray(found)
+
+
+def _rows_of(column: Any, rows: Ids) -> npt.NDArray[Any]:
+    found: npt.NDArray[Any] = _array_of(column)[rows]
+    return found
 
 
 def info_part(info: SourceInfo, rows: Ids) -> SourceInfo:
@@ -232,7 +244,10 @@ def info_part(info: SourceInfo, rows: Ids) -> SourceInfo:
         labels=None if labels is None else labels[rows],
         usable=None if usable is None else usable[rows],
         groups=None if info.groups is None else info.groups[rows],
-        columns={name: column_of(info, name)[rows] for name in info.columns},
+        columns={
+            name: partial(_rows_of, values, rows) if callable(values) else _rows_of(values, rows)
+            for name, values in info.columns.items()
+        },
     )
 
 

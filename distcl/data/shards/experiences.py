@@ -118,8 +118,14 @@ def _values(source: ShardSource, field: str, time: bool) -> list[Any]:
         except DataError:
             found.append(None)
             continue
+        if "json" not in members:
+            raise DataError(
+                f"{source.name}, sample '{key}', id {id_}: it has no json, where '{field}' would be"
+            )
         try:
             value = json.loads(members["json"])[field]
+            if value is None or value != value:
+                raise ValueError(f"it is {value}")
             found.append(moment(value) if time else value)
             hash(value)
         except (KeyError, ValueError, TypeError) as error:

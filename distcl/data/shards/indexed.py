@@ -71,6 +71,8 @@ class ShardSource:
         """The concept of each sample by row; None: no restriction."""
         self.group_names: list[str] = []
         """Names of the concepts; empty: they have none."""
+        self.grouped = ""
+        """The value of ``stream.experiences`` that the concepts are by."""
         self.class_names: list[str] = []
         """Names of the classes by label, from ``shards.json``; empty: not known."""
         self.shards = list(shards)
@@ -140,6 +142,7 @@ class ShardSource:
             usable=lambda: self.usable,
             groups=self.groups,
             group_names=self.group_names,
+            grouped=self.grouped,
             columns=Fields(self),
             live_seconds=self.live_seconds,
             replaces=self.replaces,
@@ -162,12 +165,18 @@ class ShardSource:
 
     def holdout(self, fraction: float) -> tuple[ShardSource, ShardSource]:
         """Split into (train, test), as :meth:`data.sources.arrays.ArraySource.holdout` does."""
-        parts = copy.copy(self), copy.copy(self)
-        rows = stratified(self.column() + 1, fraction, self.name)  # bad ones: a class of their own
-        for part, ids in zip(parts, rows, strict=True):
-            part._rows = ids if self._rows is None else self._rows[ids]
-            part.groups = None if self.groups is None else self.groups[ids]
-        return parts
+        train, test = stratified(self.column() + 1, fraction, self.name)  # bad: a class of its own
+        return self.part(train), self.part(test)
+
+    def part(self, rows: Ids, info: SourceInfo | None = None) -> ShardSource:
+        """Return a source of some of the samples, with the groups of ``info``, or its own."""
+        part = copy.copy(self)
+        part._rows = rows if self._rows is None else self._rows[rows]
+        part.groups = None if self.groups is None else self.groups[rows]
+        if info is not None:
+            part.groups, part.grouped = info.groups, info.grouped
+            part.group_names = list(info.group_names)
+        return part
 
     def arrived(self) -> int:
         """Return how many samples ``shards.json`` has by now that this source has not. Local."""

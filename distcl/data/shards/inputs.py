@@ -30,7 +30,7 @@ from distcl.data.sources.folder import ext_of, image_files
 from distcl.data.sources.tokens import TokenSource
 from distcl.data.stream import create_sources
 from distcl.data.transforms import arrays_of
-from distcl.errors import DataError, UsageError
+from distcl.errors import ConfigError, DataError, UsageError
 from distcl.types import info_of
 
 _CHUNK = 256
@@ -200,6 +200,11 @@ class SourceSamples(Samples):
         if len(texts) == len(parts):
             self.texts = texts_of(*texts)
             self.label = self.texts.label
+        elif config.listed and info_of(parts[0]).tokens:
+            raise ConfigError(
+                "stream.experiences lists several sources of texts, which cannot be written as "
+                "one: write the shards of each by itself"
+            )
 
     def stamp(self, split: str, begin: int, end: int) -> Any:
         """See :class:`distcl.data.shards.writer.Samples`."""

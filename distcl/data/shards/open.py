@@ -12,6 +12,7 @@ from distcl.data.shards.index import index_path
 from distcl.data.shards.indexed import ShardSource
 from distcl.data.shards.manifest import MANIFEST, Manifest, read_shards
 from distcl.data.shards.sequential import StreamedSource
+from distcl.data.sources.grouping import held_out
 from distcl.errors import ConfigError, DataError
 
 log = logging.getLogger("distcl")
@@ -28,7 +29,8 @@ def shards(
 
     What ``distcl shard`` made of texts is read as the source of these; their domains are the
     experiences, unless ``experiences`` says otherwise. Folders without test shards hold out
-    ``stream.test_fraction`` of each class.
+    ``stream.test_fraction`` of each class; of each class of each experience, if
+    ``stream.experiences`` are by key or time.
 
     ``experiences``: which samples make an experience. Empty: all; ``shards``: equal ranges of the
     shards, in their order; ``key:FIELD``: those of one value of a field of their JSON, in sorted
@@ -70,6 +72,9 @@ def shards(
         assign_domains(found, manifest.texts, config.concepts)
     for source in found:
         source.class_names = manifest.class_names
+    if len(found) == 1 and config.grouping[0] in ("key", "time"):
+        *rows, infos = held_out(config, found[0].info, len(found[0]))
+        found = [found[0].part(r, info) for r, info in zip(rows, infos, strict=True)]
     train, test = found if len(found) == 2 else found[0].holdout(config.test_fraction)
     if live_seconds and (config.stated != 1 or experiences):
         raise ConfigError("stream.options.live_seconds needs stream.experiences = 1")

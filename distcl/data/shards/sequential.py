@@ -101,7 +101,10 @@ class StreamedSource(ShardSource):
 
     def extents(self, ids: Ids) -> Iterator[bytes]:
         """Refuse it: experiences by key or time need an index."""
-        raise ConfigError("stream.options.experiences by key or time needs indexed access")
+        raise ConfigError(
+            "stream.experiences (or stream.options.experiences) by key or time needs indexed "
+            "access (data.access)"
+        )
 
     def _decoded(self, id_: int, number: int, row: int) -> Sample:
         shard = self.shards[number]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distcl.config.paths import reachable
+from distcl.data.sources.grouping import NO_SECONDS, YEARS
 from distcl.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ def read_frame(file: Path, missing: Sequence[str], separator: str) -> pd.DataFra
         given: dict[str, Any] = {"sep": "\t" if suffix == ".tsv" else separator}
         header = pd.read_csv(file.absolute(), header=None, nrows=1, dtype=str, **given)
         names = header.iloc[0].tolist()
-        if twice := [n for k, n in enumerate(names) if n in names[:k]]:
-            raise DataError(f"'{file}' has two columns '{twice[0]}'")
+        _check_names(names, file)
         frame = pd.read_csv(
             file.absolute(), keep_default_na=False, na_values=["", *missing], low_memory=False,
             skip_blank_lines=len(names) > 1, **given,
@@ -88,11 +88,18 @@ def read_frame(file: Path, missing: Sequence[str], separator: str) -> pd.DataFra
     return frame
 
 
+def _check_names(names: Sequence[str], file: Path) -> None:
+    if twice := [n for k, n in enumerate(names) if n in names[:k]]:
+        raise DataError(f"'{file}' has two columns '{twice[0]}'")
+
+
 def _parquet(file: Path, missing: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
     found = ParquetFile(str(file)).read()
+    _check_names(found.column_names, file)
     for k, column in enumerate(found.schema):
         if pa.types.is_decimal(column.type):
             found = found.set_column(k, column.name, found.column(k).cast(pa.float64()))
@@ -100,7 +107,8 @@ def _parquet(file: Path, missing: Sequence[str]) -> pd.DataFrame:
             found = found.set_column(k, column.name, found.column(k).cast(column.type.value_type))
     frame = found.to_pandas(ignore_metadata=True)
     frame = frame[[name for name in frame if not name.startswith("__index_level_")]]
-    return frame.replace(list(missing), None) if missing else frame
+    numbers = pd.to_numeric(pd.Series([*missing], dtype=object), errors="coerce").dropna()
+    return frame.replace([*missing, *numbers], None) if missing else frame
 
 
 def refuse(file: Path, row: int, name: str, what: str) -> NoReturn:
@@ -140,6 +148,33 @@ def whole(frame: pd.DataFrame, name: str, file: Path) -> Values:
         refuse(file, int(lacking.argmax()), name, "is missing")
     values: Values = frame[name].to_numpy()
     return values
+
+
+def check_classes(values: Values, mixed: bool, name: str, file: Path) -> None:
+    """Refuse values that are no class, and, if ``mixed``, numbers of which some are none."""
+    import pandas as pd
+
+    if values.dtype.kind != "O":
+        return
+    lists = np.array([not isinstance(value, Hashable) for value in values])
+    if lists.any():
+        refuse(file, int(lists.argmax()), name, "is a list")
+    texts = pd.to_numeric(pd.Series(values), errors="coerce").isna().to_numpy()
+    if mixed and texts.any() and not texts.all():
+        row = int(texts.argmax())
+        what = f"is '{values[row]}', no number, but others are; name it in stream.options.missing"
+        refuse(file, row, name, f"{what}, or say stream.options.task = 'classification'")
+
+
+def as_dates(values: Values, name: str, file: Path) -> Values:
+    """Return dates, or numbers of seconds, as dates."""
+    if values.dtype.kind == "M":
+        return values
+    far = ~((values >= YEARS[0]) & (values < YEARS[1]))
+    if far.any():
+        row = int(far.argmax())
+        refuse(file, row, name, f"is {values[row]:.0f} seconds, no date: {NO_SECONDS}")
+    return (values * 1e6).astype("datetime64[us]")
 
 
 def dates(frame: pd.DataFrame, name: str, form: str, file: Path) -> Values:

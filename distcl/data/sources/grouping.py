@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ from distcl.registry import nearest
 from distcl.types import Ids, SourceInfo
 
 _UNITS = {"year": "Y", "month": "M", "day": "D", "hour": "h"}
+YEARS = -62135596800, 253402300800
+"""Seconds from which on, and before which, the years of dates are 1 to 9999."""
+NO_SECONDS = "beyond the year 9999; seconds are needed, are they milliseconds?"
 _STRETCHES = int(StreamConfig.model_fields["experiences"].default)
 
 
@@ -31,6 +34,8 @@ def regrouped(
     """
     how = config.experiences
     kind, unit, column = config.grouping
+    for info, size in zip(infos, sizes, strict=True):
+        _check_sizes(info, size)
     if not kind or all(info.grouped == how for info in infos):
         return list(infos)
     if kind == "groups":
@@ -52,7 +57,7 @@ def regrouped(
         names = tuple(f"part {k + 1}" for k in range(parts))
         found = [np.arange(n) * parts // n for n in sizes]
     else:
-        values = [_values(info, column, str(how)) for info in infos]
+        values = [_values(info, n, column, str(how)) for info, n in zip(infos, sizes, strict=True)]
         if kind == "time":
             values = [_periods(v, unit, info.name) for v, info in zip(values, infos, strict=True)]
         found, names = group_values(values, [info.name for info in infos])
@@ -104,14 +109,44 @@ def group_values(values: Sequence[Any], names: Sequence[str]) -> tuple[list[Ids]
 
 
 def moment(value: Any) -> float:
-    """Return a time, a number of seconds or ISO text (UTC, if it says no zone), in seconds."""
+    """Return a time, a number of seconds, a date or ISO text (UTC without a zone), in seconds."""
     if isinstance(value, str):
-        found = datetime.fromisoformat(value)
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+        value = datetime.fromisoformat(value)
+    elif isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
     return float(value)
 
 
-def _values(info: SourceInfo, column: str, how: str) -> Any:
+def has_value(value: Any) -> bool:
+    """Whether a value can say where a sample belongs: it is not missing, no NaN, and no list."""
+    return value is not None and isinstance(value, Hashable) and bool(value == value)
+
+
+def _check_sizes(info: SourceInfo, size: int) -> None:
+    """Raise DataError if groups, or columns that are there, are not one for each sample."""
+    if isinstance(info.groups, np.ndarray):
+        shape, kind = info.groups.shape, info.groups.dtype
+        if shape != (size,) or kind.kind not in "iub":
+            raise DataError(
+                f"{info.name}: its groups have shape {shape} and type {kind}; one integer for each "
+                f"of the {size} samples is needed"
+            )
+    for name, values in info.columns.items():
+        if not callable(values):
+            _check_size(info.name, name, values, size)
+
+
+def _check_size(source: str, column: str, values: Any, size: int) -> None:
+    if len(values) != size:
+        raise DataError(
+            f"{source}: its column '{column}' has {len(values)} values; one for each of the {size} "
+            "samples is needed"
+        )
+
+
+def _values(info: SourceInfo, size: int, column: str, how: str) -> Any:
     """Return a column, by default the first of dates, as a list; None: a bad sample."""
     if not column:
         column = next((n for n in info.columns if _is_dates(column_of(info, n))), "")
@@ -128,13 +163,19 @@ def _values(info: SourceInfo, column: str, how: str) -> Any:
         raise ConfigError(
             f"stream.experiences = '{how}': {info.name} has no column '{column}'{near}; {has}"
         ) from None
+    _check_size(info.name, column, values, size)
     if _is_dates(values):
         values = values.astype("datetime64[us]")
         wrong = np.flatnonzero(np.isnat(values))
-        values = values.astype(np.int64) / 1e6
+        if how.startswith("key"):
+            values = np.datetime_as_string(values, unit="auto").tolist()
+        else:
+            values = values.astype(np.int64) / 1e6
     else:
         values = values.tolist() if isinstance(values, np.ndarray) else list(values)
-        bad = (k for k, v in enumerate(values) if v != v or isinstance(v, list | dict))
+        bad = (
+            k for k, v in enumerate(values) if not (has_value(v) or (v is None and info.replaces))
+        )
         wrong = np.array([*bad], dtype=np.int64)
     if len(wrong):
         raise DataError(f"{info.name}: sample {wrong[0]} has no usable '{column}'")
@@ -154,6 +195,10 @@ def _periods(values: Any, unit: str, name: str) -> list[str | None]:
         except (TypeError, ValueError, OverflowError):
             raise DataError(f"{name}: {value!r} of sample {k} is no date") from None
     known = np.isfinite(seconds)
+    far = known & ~((seconds >= YEARS[0]) & (seconds < YEARS[1]))
+    if far.any():
+        k = int(far.argmax())
+        raise DataError(f"{name}: {values[k]!r} of sample {k} is no date: {NO_SECONDS}")
     whole = np.floor(np.where(known, seconds, 0)).astype(np.int64)
     if unit != "week":
         periods = whole.astype("datetime64[s]").astype(f"datetime64[{_UNITS[unit]}]").astype(str)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from distcl.config import StreamConfig
 from distcl.data.ids import checked_rows
 from distcl.errors import ConfigError, DataError
-from distcl.types import Batch, Ids, Source, info_of
+from distcl.types import Batch, Ids, Source, SourceInfo, info_of
 
 
 def join_sources(config: StreamConfig, sources: Sequence[Source]) -> JoinedSource:
@@ -48,6 +48,7 @@ class JoinedSource:
                     f"stream.experiences: samples of {info.name} are {shape}, but those of "
                     f"{infos[0].name} {shapes[0]}"
                 )
+            _check_same(infos[0], info)
         sizes = [len(source) for source in sources]
         self._firsts = np.cumsum([0, *sizes])
         named = [tuple(info.class_names) for info in infos]
@@ -70,6 +71,7 @@ class JoinedSource:
             columns={},
             tokens=max(info.tokens for info in infos),
             varies=any(info.varies for info in infos),
+            replaces=any(info.replaces for info in infos),
             positions=None,
             transformed=True,
         )
@@ -97,14 +99,30 @@ class JoinedSource:
         except (ConfigError, RuntimeError, ValueError, KeyError) as error:
             raise DataError(f"stream.experiences: {self.info.name}: {error}") from error
         back = torch.from_numpy(np.argsort(np.concatenate(places), kind="stable"))
-        x, y = tree_map(lambda t: t.index_select(0, back), (whole.x, whole.y))
-        return Batch(torch.from_numpy(ids), x, y, len(ids))
+        read, x, y = tree_map(lambda t: t.index_select(0, back), (whole.ids, whole.x, whole.y))
+        return Batch(read, x, y, len(ids))
 
     def _part(self, k: int, rows: Ids) -> Batch:
         batch = self._sources[k].read(rows)
+        batch = replace(batch, ids=batch.ids + int(self._firsts[k]))  # others than asked, maybe
         if not isinstance(batch.y, torch.Tensor) or batch.y.ndim != 1:
             return batch
         return replace(batch, y=torch.from_numpy(self._renumbered(k, batch.y.numpy())))
+
+
+def _check_same(first: SourceInfo, other: SourceInfo) -> None:
+    """Raise DataError if columns or token ids of two sources mean different things."""
+    for ours, theirs in zip(first.features, other.features, strict=False):
+        if ours != theirs:
+            raise DataError(
+                f"stream.experiences: {other.name} has feature '{theirs}' where {first.name} has "
+                f"'{ours}': name them in one order (stream.options.features)"
+            )
+    if first.tokenizer and other.tokenizer and first.tokenizer != other.tokenizer:
+        raise DataError(
+            f"stream.experiences: the tokenizer of {other.name} is {other.tokenizer}, that of "
+            f"{first.name} is {first.tokenizer}: give both the same (options.tokenizer)"
+        )
 
 
 def _shapes(source: Source) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from distcl.data.sources.arrays import MAX_CLASSES
 from distcl.data.sources.grouping import held_out
 from distcl.errors import ConfigError, DataError
 from distcl.types import SourceInfo
+
+log = logging.getLogger("distcl")
 
 _CHUNK = 1024
 
@@ -79,6 +82,11 @@ def _source(dataset: Any, name: str, labels: str) -> DatasetSource:
             )
         _check_names(source.info, int(y.max()), int(y.argmax()))
         source.info = replace(source.info, labels=y.astype(np.int64))
+    elif y.dtype.kind in "iu" and y.shape == (len(source), 1):
+        log.warning(
+            "[data] %s: y is a tensor [1], which counts as several labels a sample; for one, give "
+            "a number", source.info.name
+        )  # fmt: skip
     return source
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from distcl.config import DataConfig, StreamConfig
 from distcl.config.paths import reachable
 from distcl.data.sources.arrays import MAX_CLASSES
-from distcl.data.sources.grouping import group_values
+from distcl.data.sources.grouping import group_values, has_value
 from distcl.data.sources.huggingface import load_splits
 from distcl.data.sources.text import bytes_of, stamps_of
 from distcl.data.sources.token_cache import cached
@@ -60,7 +60,7 @@ def jsonl(
     if not config.path:
         raise ConfigError("stream.source = 'jsonl' needs stream.path, a file")
     known = create_tokenizer(tokenizer, end)
-    file, domain = reachable(config.path), domain or _key(config)
+    file, domain = reachable(config.path), _domain(config, domain)
     texts = _Texts(f"'{file}'", text, label, domain, length, known)
     found = texts.source(config, data, lambda: _lines(file), lambda: stamps_of([file]))
     return found.holdout(config.test_fraction)
@@ -96,7 +96,7 @@ def hf_text(
         raise ConfigError(
             f"stream.options.tokens = '{tokens}' are token ids; they need no tokenizer"
         )
-    domain = domain or _key(config)
+    domain = _domain(config, domain)
     splits = load_splits(config, train, test, name, revision)
     known: Tokenizer | None = None if tokens else create_tokenizer(tokenizer, end)
     texts = _Texts(f"'{config.path}'", tokens or text, label, domain, length, known)
@@ -129,9 +129,15 @@ def hf_text(
     return source.part(rows[: len(first)]), source.part(rows[len(first) :])
 
 
-def _key(config: StreamConfig) -> str:
-    """Return the field of ``stream.experiences = "key:FIELD"``."""
-    return config.grouping[2] if config.grouping[0] == "key" else ""
+def _domain(config: StreamConfig, domain: str) -> str:
+    """Return the option ``domain``, or else the field of ``stream.experiences = "key:FIELD"``."""
+    key = config.grouping[2] if config.grouping[0] == "key" else ""
+    if domain and key not in ("", domain):
+        raise ConfigError(
+            f"stream.experiences = '{config.experiences}' and stream.options.domain = '{domain}' "
+            "both say what makes an experience; leave one out"
+        )
+    return domain or key
 
 
 def _lines(file: Path) -> Iterator[Record]:
@@ -189,7 +195,10 @@ class _Texts:
                     raise DataError(f"{where}: label {value} is out of range (0…{MAX_CLASSES - 1})")
                 self.labels.append(value)
             if self.domain:
-                self.groups.append(self._field(where, fields, self.domain))
+                value = self._field(where, fields, self.domain)
+                if not has_value(value):
+                    raise DataError(f"{where}: '{self.domain}' is {value!r}, no domain")
+                self.groups.append(value)
             self.cut += len(tokens) > self.length
             self.parts.append(tokens[: self.length])
 

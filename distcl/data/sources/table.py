@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,9 @@ from distcl.config.paths import reachable
 from distcl.data.sources.arrays import MAX_CLASSES, ArraySource
 from distcl.data.sources.columns import (
     Values,
+    as_dates,
     as_text,
+    check_classes,
     dates,
     matching_files,
     numeric,
@@ -89,16 +91,20 @@ def table_rows(
         )
     by = by if kind in ("key", "time") else ""
     reader = _Reader(
-        features, categories, targets, time, time_format, fill, by, (missing, separator)
+        features, categories, targets, time, time_format, fill, by, kind, task, (missing, separator)
     )
     base = reachable(config.path)
-    named = set(matching_files(base, test)) if test else set()
-    parts = [reader.read(file) for file in matching_files(base, files) if file not in named]
+    named = {file.resolve(): file for file in matching_files(base, test)} if test else {}
+    found = [file for file in matching_files(base, files) if file.resolve() not in named]
+    parts = [reader.read(file) for file in found]
     if not parts:
         raise DataError(f"'{base}' has no files but those of stream.options.test")
     splits = [_ordered(parts)]
     if named:
-        splits.append(_ordered([reader.read(file) for file in sorted(named)]))
+        splits.append(_ordered([reader.read(file) for file in sorted(named.values())]))
+    if any(isinstance(v, str) for split in splits for v in split.columns.get(by, ())):
+        for split in splits:  # of one file they may be numbers, and texts of another
+            split.columns[by] = np.array([*map(as_text, split.columns[by])], dtype=object)
     y, names = _targets(splits, task, str(base))
     infos = [
         SourceInfo(f"'{base}'", _labels_of(y[k]), class_names=names, columns=split.columns)
@@ -107,9 +113,10 @@ def table_rows(
     if named:
         rows = [np.arange(len(split)) for split in splits]
     else:
-        *found, infos = held_out(config, infos[0], len(splits[0]))
-        rows, splits, y = found, splits * 2, y * 2
-    x = _features(splits, rows, standardize, fill)
+        *rows, infos = held_out(config, infos[0], len(splits[0]))
+        splits, y = splits * 2, y * 2
+    x, columns = _features(splits, rows, standardize, fill)
+    infos = [replace(info, features=columns) for info in infos]
     if y[0].dtype.kind == "f":
         y = _scaled(y, rows[0], standardize_target)
     train, held = (
@@ -143,17 +150,23 @@ class _Reader:
     time_format: str
     fill: Any
     by: str
+    kind: str
+    task: str
     options: tuple[tuple[str, ...], str]
 
     def read(self, file: Path) -> _Rows:
         """Return the rows of a file. Raises ConfigError or DataError, see :func:`table_rows`."""
         frame = read_frame(file, *self.options)
         self._check(frame, file)
-        columns = {self.by: whole(frame, self.by, file)} if self.by else {}
+        columns = {}
         order = None
         if self.time:
-            order = dates(frame, self.time, self.time_format, file)
-            columns = {self.time: order} | {k: v for k, v in columns.items() if k != self.time}
+            order = columns[self.time] = dates(frame, self.time, self.time_format, file)
+        if self.by and self.kind == "key":
+            columns[self.by] = whole(frame, self.by, file)
+        elif self.kind == "time":
+            name = self.by or self.time
+            columns[name] = as_dates(dates(frame, name, self.time_format, file), name, file)
         features = {
             name: self._category(frame, name, file)
             if name in self.categories
@@ -166,6 +179,7 @@ class _Reader:
                 raise DataError(f"'{file}': column '{name}', the target, holds dates")
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 refuse(file, int(np.isfinite(values).argmin()), name, "is infinite")
+            check_classes(values, self.task == "auto", name, file)
         return _Rows(features, self.categories, targets, columns, order)
 
     def _check(self, frame: pd.DataFrame, file: Path) -> None:
@@ -269,7 +283,9 @@ def _targets(splits: Sequence[_Rows], task: str, name: str) -> tuple[list[Values
 
 def _scaled(y: list[Values], train: Ids, standardize: bool) -> list[Values]:
     """Return targets of regression, float32, or say that they are far from 0 and 1."""
-    mean, deviation = y[0][train].mean(0), y[0][train].std(0)
+    rows = y[0][train]
+    flat = np.ptp(rows, 0) == 0  # its mean may be off by a rounding, and not equal to it
+    mean, deviation = np.where(flat, rows[0], rows.mean(0)), np.where(flat, 0, rows.std(0))
     if standardize:
         y = [(part - mean) / np.where(deviation > 0, deviation, 1.0) for part in y]
     elif max(np.abs(mean).max(), deviation.max()) > 10:
@@ -286,9 +302,13 @@ def _labels_of(y: Values) -> Ids | None:
 
 def _features(
     splits: Sequence[_Rows], rows: Sequence[Ids], standardize: bool, fill: Any
-) -> list[Values]:
-    """Return x of train and of test, float32 [N, D]; what is learned is of training rows alone."""
+) -> tuple[list[Values], tuple[str, ...]]:
+    """Return x of train and of test, float32 [N, D], and the names [D] of its columns.
+
+    What is learned is of training rows alone.
+    """
     parts: list[list[Values]] = [[], []]
+    names: list[str] = []
     for name in splits[0].features:
         train, test = (split.features[name][r] for split, r in zip(splits, rows, strict=True))
         if name in splits[0].categories:
@@ -296,16 +316,20 @@ def _features(
             foreign = sorted({v for v in test.tolist() if v is not None} - {*values})
             if foreign:
                 log.info("[data] '%s' is %s in no training row: all zeros", name, foreign[:8])
+            names += [f"{name}={value}" for value in values]
             both = [part[:, None] == np.array(values, dtype=object) for part in (train, test)]
         else:
+            names.append(name)
             there = train[~np.isnan(train)]
             instead = fill if fill != "mean" else there.mean() if len(there) else 0.0
             both = [part[:, None] for part in (train, test)]
             if fill is not None:
                 both = [np.where(np.isnan(part), instead, part) for part in both]
             if standardize:
-                mean, deviation = both[0].mean(), both[0].std()
-                both = [(part - mean) / (deviation or 1.0) for part in both]
+                mean, deviation = both[0].mean(), both[0].std() or 1.0
+                if np.ptp(both[0]) == 0:  # the mean may be off by a rounding
+                    mean, deviation = both[0][0], 1.0
+                both = [(part - mean) / deviation for part in both]
         for k in (0, 1):
             parts[k].append(both[k].astype(np.float32))
-    return [np.concatenate(part, 1) for part in parts]
+    return [np.concatenate(part, 1) for part in parts], tuple(names)

@@ -74,10 +74,10 @@ def text(
     what = {
         "source": "text",
         "path": config.path,
-        "domains": {
-            name: (data and data.cache and stamps_of(files)) or sys.version
+        "domains": [
+            [name, (data and data.cache and stamps_of(files)) or sys.version]
             for name, files in found.items()
-        },
+        ],
         "cut": [length, pack, max_bytes],
         "tokenizer": [known.name, known.end],
     }

@@ -22,7 +22,7 @@ from distcl.data.sources.tokens import TokenSource
 from distcl.errors import ConfigError, DataError
 from distcl.types import SourceInfo
 
-_FORMAT = 1
+_FORMAT = 2
 _WORDS = (
     *("name", "classes", "class_names", "group_names", "grouped", "varies", "tokens"),
     "tokenizer",

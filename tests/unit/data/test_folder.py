@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from distcl.config import DataConfig, StreamConfig
+from distcl.data.sources.joined import JoinedSource
 from distcl.data.stream import create_sources, create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.types import info_of
@@ -106,3 +107,15 @@ def test_bad_images_are_skipped_where_that_is_asked_for(photos):
             batch = made.read(ids)
             assert len(batch) == len(ids)
     assert len(made.info.replaced) == 6  # in both experiences
+
+
+def test_a_bad_image_of_one_of_several_folders_is_replaced_and_told(photos):
+    (photos / "cat" / "5.jpg").write_bytes(b"no image")
+    bad, _ = sources(photos, DataConfig(on_bad_sample="skip"))
+    sound, _ = sources(photos)
+    row = info_of(bad).columns["file"].tolist().index("5.jpg")
+    both = JoinedSource([sound, bad], ["sound", "bad"])
+    assert both.info.replaces
+    batch = both.read(np.array([len(sound) + row, 1, len(sound) + row + 1]))
+    assert batch.ids.tolist() == [len(sound) + row + 1, 1, len(sound) + row + 1]
+    assert batch.x[0].equal(batch.x[2])

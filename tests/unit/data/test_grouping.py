@@ -9,11 +9,15 @@ from torch.utils.data import TensorDataset
 
 from distcl.config import StreamConfig
 from distcl.config.load import load_config
+from distcl.data.ids import column_of, info_part
+from distcl.data.shards.inputs import SourceSamples
 from distcl.data.sources.arrays import ArraySource
+from distcl.data.sources.grouping import regrouped
 from distcl.data.sources.joined import JoinedSource
 from distcl.data.stream import DriftStream, create_stream
 from distcl.errors import ConfigError, DataError
 from distcl.types import SourceInfo, unpack_ids
+from tests.files import shard_folder
 
 N, N_TEST = 90, 30
 RNG = np.random.default_rng(0)
@@ -105,8 +109,27 @@ def test_what_a_source_cannot_be_cut_by_is_named(experiences, info, message):
 def test_values_that_are_missing_or_only_held_out_are_named():
     with pytest.raises(DataError, match="here has samples of 'z', which training samples have not"):
         stream("key:site", source(np.arange(9), columns={"site": np.array([*"aaaaaaaaz"], object)}))
-    with pytest.raises(DataError, match="here: sample 2 has no usable 'site'"):
-        stream("key:site", columns={"site": np.array([1.0, 2.0, np.nan])})
+
+
+@pytest.mark.parametrize(
+    ("experiences", "column", "message"),
+    [
+        ("key:site", np.array([1.0, 2.0, np.nan]), "here: sample 2 has no usable 'site'"),
+        ("key:site", ["a", None, "b"], "here: sample 1 has no usable 'site'"),
+        ("key:site", [1, 2, [3]], "here: sample 2 has no usable 'site'"),
+        ("key:site", [1, 2], "its column 'site' has 2 values; one for each of the 3 samples"),
+        ("key:site", lambda: [1, 2], "its column 'site' has 2 values; one for each of the 3"),
+        (
+            "time:week:site",
+            [1, 2, 1.7e12],
+            "170+.0 of sample 2 is no date: .*are they milliseconds",
+        ),
+    ],
+)
+def test_a_column_without_a_value_for_each_sample_is_named(experiences, column, message):
+    info = SourceInfo("here", columns={"site": column})
+    with pytest.raises(DataError, match=message):
+        regrouped(StreamConfig(experiences=experiences), [info], [3])
 
 
 def test_a_list_of_sources_is_an_experience_each_with_classes_by_name(tmp_path):
@@ -166,6 +189,58 @@ def test_lines_of_json_go_by_a_field(tmp_path):
 def test_a_wrong_value_of_the_key_is_named(value, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [f"stream.experiences={value}"])
+
+
+def test_shards_hold_out_of_each_class_of_each_value_of_a_key(tmp_path):
+    folder = shard_folder(tmp_path / "s", [6] * 4, facts=True)
+    config = StreamConfig(source="shards", path=str(folder), experiences="key:site")
+    made = create_stream(config, 0)
+    assert [e.name for e in made.experiences] == ["0", "1"]
+    for k, e in enumerate(made.experiences):
+        x = made.read(np.concatenate([e.train, e.test])).x[:, 0]
+        assert sorted(x.tolist()) == list(range(k, 24, 2))
+        assert sorted(made.read(e.test).y.tolist()) == [0, 1, 2]
+    bare = config.model_copy(update={"path": str(shard_folder(tmp_path / "b", [6]))})
+    with pytest.raises(DataError, match="sample '0000', id 0: it has no json, where 'site' would"):
+        create_stream(bare, 0)
+
+
+def test_texts_of_several_sources_are_no_shards(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name * 600)
+    each = [{"path": str(tmp_path / name)} for name in "ab"]
+    with pytest.raises(ConfigError, match="lists several sources of texts"):
+        SourceSamples(StreamConfig(source="text", experiences=each))
+
+
+def test_a_field_and_a_domain_are_not_both_given(tmp_path):
+    (tmp_path / "n.jsonl").write_text('{"text": "ab", "site": "a", "kind": "b"}')
+    config = StreamConfig(
+        source="jsonl", path=str(tmp_path / "n.jsonl"), experiences="key:site",
+        options={"domain": "kind"},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"'key:site' and stream\.options\.domain = 'kind' both"):
+        create_stream(config, 0)
+
+
+def test_columns_of_some_rows_are_read_when_they_are_asked_for():
+    info = info_part(SourceInfo(columns={"a": lambda: 1 / 0, "b": lambda: DAY}), np.array([3, 1]))
+    np.testing.assert_array_equal(column_of(info, "b"), DAY[[3, 1]])
+    with pytest.raises(ZeroDivisionError):
+        column_of(info, "a")
+
+
+def test_texts_of_a_list_have_one_tokenizer():
+    with pytest.raises(DataError, match="tokenizer of here is other, that of here is bytes"):
+        JoinedSource([source(np.arange(9), tokenizer=t) for t in ("bytes", "other")], ["a", "b"])
+
+
+@pytest.mark.parametrize("value", ["null", "NaN", "[1]"])
+def test_a_line_without_a_usable_field_is_named(value, tmp_path):
+    path = tmp_path / "n.jsonl"
+    path.write_text(f'{{"text": "ab", "site": "a"}}\n{{"text": "cd", "site": {value}}}')
+    with pytest.raises(DataError, match=r"n\.jsonl', line 2: 'site' is .*, no domain"):
+        create_stream(StreamConfig(source="jsonl", path=str(path), experiences="key:site"), 0)
 
 
 def test_own_experiences_drift_by_themselves():

@@ -20,7 +20,11 @@ class Rows(Dataset):
         self.targets = [k % 3 for k in range(n)]
         if classes:
             self.classes = classes
-        self.columns = {"site": np.array(["a", "b"])[np.arange(n) // 7 % 2]}
+        site = np.array(["a", "b"])[np.arange(n) // 7 % 2]
+        self.columns = {"site": site, "list": site.tolist(), "ones": torch.arange(n) // 7 % 2}
+        if fault in ("column", "groups"):
+            self.columns["site"] = site[: -1 if fault == "column" else n]
+            self.groups = None if fault == "column" else site
 
     def __len__(self):
         return self.n
@@ -30,6 +34,8 @@ class Rows(Dataset):
             raise KeyError("no such file")
         if self.fault == "shape" and k == 11:
             return torch.zeros(5), k % 3
+        if self.fault == "lone":
+            return X[k], torch.tensor([k % 3])
         if self.fault == "label":
             return X[k], k - 4
         if self.fault == "triple":
@@ -83,6 +89,18 @@ def test_a_pair_is_train_and_held_out_and_options_are_keywords():
     assert stream("one", fault="regression").spec.classes == 0
 
 
+def test_a_list_of_one_label_is_told(caplog):
+    assert stream("one", fault="lone").spec.y_shape == (1,)
+    assert "Rows: y is a tensor [1], which counts as several labels" in caplog.text
+
+
+def test_columns_may_be_lists_and_tensors():
+    wanted = [e.train.tolist() for e in stream("one", "key:site").experiences]
+    for column in ("list", "ones"):
+        made = stream("one", f"key:{column}")
+        assert [e.train.tolist() for e in made.experiences] == wanted
+
+
 @pytest.mark.parametrize(
     ("function", "options", "error", "message"),
     [
@@ -91,6 +109,13 @@ def test_a_pair_is_train_and_held_out_and_options_are_keywords():
         ("one", {"fault": "label"}, DataError, "Rows, sample 0: label -4 is out of range"),
         ("one", {"fault": "triple"}, DataError, r"a sample must be a pair \(x, y\), see sample 0"),
         ("one", {"fault": "text"}, DataError, "Rows, sample 0: y is a "),
+        ("one", {"fault": "column"}, DataError, "Rows: its column 'site' has 59 values; .* 60 s"),
+        (
+            "one",
+            {"fault": "groups"},
+            DataError,
+            r"Rows: its groups have shape \(60,\) and type <U1",
+        ),
         ("one", {"classes": ["x", "y"]}, DataError, "sample 2: label 2 .* 2 names of classes"),
         ("one", {"labels": "target"}, ConfigError, "Rows has no attribute 'target'"),
         ("one", {"m": 3}, TypeError, "unexpected keyword"),

@@ -218,3 +218,106 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
     with pytest.raises(DataError, match=r"bad\.parquet' cannot be read"):
         pytest.importorskip("pyarrow")
         sources(str(tmp_path / "bad.parquet"), **keys)
+
+
+@pytest.mark.parametrize("task", ["heat", "flat"])
+def test_a_constant_column_is_0_and_held_out_values_stay_near(tmp_path, task):
+    write(tmp_path, ROWS.assign(flat=0.1), "a.csv")
+    write(tmp_path, ROWS[:9].assign(flat=0.3), "b.csv")
+    features = ["flat", "load"] if task == "heat" else ["load"]
+    more = {"target": task, "features": features, "categories": None, "time": None}
+    train, test = sources(
+        str(tmp_path), experiences=1, test=["b.csv"], standardize_target=True, **more
+    )
+    of = (lambda s: everything(s).x[:, 0]) if task == "heat" else (lambda s: everything(s).y)
+    assert (of(train) == 0).all()
+    np.testing.assert_allclose(of(test), 0.2, rtol=1e-6)
+
+
+def test_tables_of_a_list_have_the_same_columns_in_one_order(tmp_path):
+    a = write(tmp_path, ROWS[["heat", "load", "state"]], "a.csv")
+    b = write(tmp_path, ROWS[["load", "heat", "state"]], "b.csv")
+    c = write(tmp_path, ROWS[["heat", "site", "state"]][ROWS["site"] == "7"], "c.csv")
+    d = write(tmp_path, ROWS[["heat", "site", "state"]][ROWS["site"] != "7"][:120:2], "d.csv")
+
+    def listed(*paths, **options):
+        each = [{"path": p, "source": "table", "options": {"target": "state"} | options}
+                for p in paths]  # fmt: skip
+        return create_stream(StreamConfig(source="table", experiences=each), 0)
+
+    with pytest.raises(DataError, match=r"b\.csv' has feature 'load' where .*a\.csv' has 'heat'"):
+        listed(a, b)
+    assert listed(a, b, features=["heat", "load"]).spec.x_shape == (2,)
+    with pytest.raises(DataError, match=r"x \[|samples of .*d\.csv' are"):
+        listed(c, d, categories=["site"])
+    ROWS[["heat", "site", "state"]][ROWS["site"] == "north"].to_csv(d, index=False)
+    with pytest.raises(DataError, match=r"d\.csv' has feature 'site=north' where .*'site=7'"):
+        listed(c, d, categories=["site"])
+
+
+def test_a_column_of_times_is_read_as_the_option_says_and_seconds_are_dates(tmp_path):
+    when = pd.to_datetime(ROWS["when"])
+    seconds = (when - pd.Timestamp(0)).dt.total_seconds().astype(int)
+    path = write(tmp_path, ROWS.assign(when=when.dt.strftime("%d/%m/%Y"), secs=seconds))
+    given = {"time": None, "features": ["heat"], "categories": None, "time_format": "%d/%m/%Y"}
+    wanted = ["2024-01", "2024-02", "2024-03"]
+    for how, more in (("month:when", given), ("month", {"time": "secs", "features": ["heat"]})):
+        made = create_stream(config(path, f"time:{how}", **{"categories": None} | more), 0)
+        assert [e.name for e in made.experiences] == wanted
+    write(tmp_path, ROWS.assign(secs=seconds * 1000))
+    with pytest.raises(DataError, match=r"row 1: column 'secs' is .*, are they milliseconds"):
+        sources(path, time="secs", experiences="time:week", categories=None, features=["heat"])
+    frame = ROWS.assign(when=when.dt.date, zone=when.dt.tz_localize("UTC"))
+    packed = write(tmp_path, frame, "rows.parquet")
+    for column in ("when", "zone"):
+        made = create_stream(
+            config(packed, f"time:month:{column}", **given | {"time_format": ""}), 0
+        )
+        assert [e.name for e in made.experiences] == wanted
+
+
+def test_one_text_among_numbers_is_no_class_and_keys_of_files_are_one_kind(tmp_path):
+    none = {"categories": None, "time": None, "experiences": 1, "features": ["load"]}
+    path = write(tmp_path, ROWS.assign(heat=["?", *ROWS["heat"][1:]]))
+    with pytest.raises(DataError, match=r"row 1: column 'heat' is '\?', no number, but others are"):
+        sources(path, target="heat", **none)
+    assert len(sources(path, target="heat", task="classification", **none)[0].info.class_names) > 9
+    (tmp_path / "k").mkdir()
+    for name, sites in (("a", [1, 2]), ("b", [1, "x"])):
+        write(tmp_path / "k", ROWS.assign(site=sites * (N // 2)), f"{name}.csv")
+    made = create_stream(config(str(tmp_path / "k"), "key:site", categories=None), 0)
+    assert [e.name for e in made.experiences] == ["1", "2", "x"]
+
+
+def test_lists_and_columns_of_one_name_in_parquet_are_named(tmp_path):
+    path = write(tmp_path, ROWS.assign(tags=[[1, 2]] * N), "rows.parquet")
+    none = {"categories": None, "time": None, "experiences": 1, "features": ["load"]}
+    with pytest.raises(DataError, match=r"row 1: column 'tags' is a list"):
+        sources(path, target="tags", **none)
+    with pytest.raises(DataError, match="sample 0 has no usable 'tags'"):
+        sources(path, **none | {"experiences": "key:tags"})
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table([[1, 2], [3, 4]], names=["a", "a"]), path)
+    with pytest.raises(DataError, match=r"rows\.parquet' has two columns 'a'"):
+        sources(path, target="a", **none)
+
+
+def test_held_out_files_missing_numbers_and_keys_that_are_dates(tmp_path):
+    (tmp_path / "k").mkdir()
+    for name in "ab":
+        write(tmp_path / "k", ROWS, f"{name}.csv")
+    none = {"categories": None, "time": None, "features": ["load"]}
+    found = sources(
+        str(tmp_path / "k"), experiences=1, files=["*.csv"], test=["../k/b.csv"], **none
+    )
+    assert [len(s) for s in found] == [N, N]
+    day = pd.to_datetime(ROWS["when"]).dt.floor("60D")
+    frame = ROWS.assign(load=np.where(np.arange(N) % 3, ROWS["load"], -999), day=day)
+    path = write(tmp_path, frame, "rows.parquet")
+    made = create_stream(
+        config(path, "key:day", missing=["-999"], fill=0, standardize=False, **none), 0
+    )
+    assert made.read(made.experiences[0].train).x.min() >= 0
+    assert [e.name for e in made.experiences] == sorted({f"{d:%Y-%m-%d}" for d in day})

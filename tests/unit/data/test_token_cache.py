@@ -122,3 +122,13 @@ def test_of_several_processes_one_makes_it_and_the_others_wait(tmp_path):
     for process in processes:
         process.join(60)
     assert len({size for size, _ in found}) == 1 and sum(maker for _, maker in found) == 1
+
+
+def test_domains_in_another_order_are_other_experiences(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(name * 40)
+    for order in (["a.txt", "b.txt"], ["b.txt", "a.txt"]):
+        stream = kept(config(tmp_path, length=8, domains=order), tmp_path / "cache")
+        assert [e.name for e in stream.experiences] == order
+        first = stream.read(stream.experiences[0].train)
+        assert chr(int(first.x.min())) == order[0][0]

@@ -88,6 +88,9 @@ def predictions_of(
         parts, config, weights = assemble_trained(path, config, runtime, warn)
         stream: Stream = parts.stream
         say = _meaning(what, config.model.loss, stream.spec)
+        if "y" in drop:  # it is not known, but how classes lie goes by its shape
+            meaning, shape = say, tuple(stream.spec.y_shape)
+            say = lambda logits, y: meaning(logits, logits.new_zeros(len(logits), *shape))  # noqa: E731
         if data is not None:
             stream = create_stream(data, config.run.seed, config.data)
             _check_fit(stream, parts.stream)

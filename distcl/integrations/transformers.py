@@ -31,7 +31,7 @@ _CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _FILE = "priorities.pt"
 _NOT_OURS = (
     "the training loader does not draw from the plan: get_train_dataloader must take its sampler "
-    "from _get_train_sampler"
+    "from _get_train_sampler, and train_dataset needs a length (no IterableDataset)"
 )
 
 
@@ -52,8 +52,20 @@ class Priorities:
     """See DistributedWeightedSampler."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UsageError(f"Priorities: every must be at least 1 step, not {self.every}")
+        share = "from 0 to 1"
+        for name, fits, limits in (
+            (
+                "every",
+                isinstance(self.every, int) and self.every >= 1,
+                "a number of steps, 1 or more",
+            ),
+            ("alpha", 0 <= self.alpha < np.inf, "0 or more"),
+            ("cap", self.cap == 0 or 1 <= self.cap < np.inf, "0 or at least 1"),
+            ("min_ess", 0 <= self.min_ess <= 1, share),
+            ("floor", 0 <= self.floor <= 1, share),
+        ):
+            if not fits:
+                raise UsageError(f"Priorities: {name} must be {limits}, not {getattr(self, name)}")
 
 
 class _Ids(Sampler[SupportsIndex]):

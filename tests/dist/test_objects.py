@@ -258,7 +258,7 @@ class Short:
         ({"model": 3}, {}, ConfigError, "model.name: int is not callable"),
         ({"model": nn.Linear(6, 3)}, {"model": {"options": {"a": 1}}}, ConfigError, "made already"),
         ({"model": lambda spec: 3}, {}, ConfigError, "must return a torch.nn.Module, not int"),
-        ({"stream": []}, {}, ConfigError, "stream.experiences is 0, but must be"),
+        ({"stream": []}, {}, ConfigError, "stream.experiences: it is 0, but must be"),
         ({"stream": pairs()}, {"stream": {"experiences": 5}}, ConfigError, "stream= has 3 pairs"),
         ({"stream": [Points(9, 0)]}, {}, DataError, r"experience 1 must be a pair \(train, held-"),
         ({"stream": [(Points(9, 0), Points(0, 0))]}, {}, DataError, "1: Points has no samples"),
@@ -266,6 +266,7 @@ class Short:
         ({"loss": nn.CrossEntropyLoss()}, {}, ConfigError, "a loss without unreduced form"),
         ({"optimizer": lambda p: 3}, {}, ConfigError, "must return a torch.optim.Optimizer, not"),
         ({"optimizer": lambda p: torch.optim.SGD(p[:1])}, {}, ConfigError, "not the 4 that it was"),
+        ({"optimizer": torch.optim.LBFGS}, {}, ConfigError, "LBFGS steps by a closure"),
         (
             {"optimizer": torch.optim.SGD},
             {"optimizer": {"lr": 0.1}},

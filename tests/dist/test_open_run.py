@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
 import distcl
 from distcl.checkpoint.predictions import write_predictions
@@ -149,6 +149,17 @@ def test_a_run_of_names_needs_no_objects(tmp_path: Path) -> None:
     opened = distcl.open_run(tmp_path / "run")
     assert opened.load_model()(torch.zeros(2, 1, 8, 8).double()).shape == (2, 10)
     assert write_predictions(tmp_path / "run", tmp_path / "x.npz")[0] == len(opened.predict()["y"])
+
+
+def test_several_labels_of_bare_samples(tmp_path: Path) -> None:
+    x = torch.randn(24, 2, 5)
+    data, model = TensorDataset(x, (x[:, 0] > 0).long()), nn.Conv1d(2, 3, 1)
+    quick = {"training": {"epochs": 1}, "run": {"report": False}}
+    distcl.train(quick, tmp_path / "run", model=model, stream=[(data, data)])
+    opened = distcl.open_run(tmp_path / "run", model=model, stream=[(data, data)])
+    labels = opened.predict(x, "labels")["outputs"]
+    assert labels.shape == (24, 5)
+    np.testing.assert_array_equal(labels, opened.predict(data, "labels")["outputs"])
 
 
 def test_the_documents_example_runs(

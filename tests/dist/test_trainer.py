@@ -212,6 +212,10 @@ def test_losses_are_those_of_the_model(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    for wrong in ({"alpha": -1}, {"floor": 2}, {"min_ess": 1.5}, {"cap": 0.5}, {"every": 2.5}):
+        (name,) = wrong
+        with pytest.raises(UsageError, match=f"Priorities: {name} must be .*, not {wrong[name]}"):
+            Priorities(**wrong)  # type: ignore[arg-type]
     for changed, says in (
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy = 'group_by_le"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),

@@ -55,7 +55,7 @@ def start(  # noqa: D417 the command is for those below
     score: Part | Sequence[Part] | None = None,
     updater: Part | None = None,
     signal: Part | None = None,
-    callbacks: Sequence[object] = (),
+    callbacks: Sequence[object] | None = (),
 ) -> dict[str, Any]:
     """Return what summary.json holds.
 
@@ -111,7 +111,7 @@ def start(  # noqa: D417 the command is for those below
             allow_changed,
             overwrite,
             numbered=not chosen,
-            callbacks=callbacks,
+            callbacks=callbacks or (),
         )
 
 
@@ -150,6 +150,11 @@ def with_parts(config: Config, given: Mapping[str, Any]) -> Iterator[Config]:
             if "drift" not in config.stream.model_fields_set:
                 values["stream.drift"] = "none"
             part, several = source_of(part), False
+        if several and (kind not in ("score", "source") or not part):
+            most = "at least one object" if kind == "score" else "one object"
+            raise ConfigError(
+                f"{PARTS[kind]}: give {most}, not a {type(part).__name__} of {len(part)}"
+            )
         for one in part if several else [part]:
             if not (isinstance(one, str) or callable(one)):
                 raise ConfigError(f"{PARTS[kind]}: {type(one).__name__} is not callable")

@@ -30,6 +30,7 @@ from distcl.reporting.run_folder import RunFolder
 from distcl.reporting.summary import draw_matrix, save_final, summarize
 from distcl.tracking.tracker import Tracker, Trackers
 from distcl.training.build import Quiet, assemble, check_ranks
+from distcl.training.callbacks import Callbacks
 from distcl.training.foresight import foresee_rounds
 from distcl.training.step_loop import Keeping
 from distcl.training.trainer import ContinuousTrainer
@@ -64,6 +65,7 @@ def execute(
 
     Raises the errors of ``distcl.errors``; ``OUT/status.json`` says how it ended.
     """
+    watched = Callbacks(callbacks)  # what is wrong with them is told before a folder is replaced
     runtime = Runtime(config.run, config.parallel, config.training)
     folder = RunFolder(out, config, runtime.is_main, command, numbered)
     job: Job | None = None
@@ -85,7 +87,7 @@ def execute(
         with runtime.guard():
             check_ranks(config, runtime)
             with folder.open(resume, overwrite, runtime.broadcast) as settled:
-                job = Job(command, settled, runtime, folder, progress, callbacks)
+                job = Job(command, settled, runtime, folder, progress, watched)
                 log.info(runtime.about)
                 runtime.watchdog.write_to(folder.path / "log.txt")
                 if folder.path != out:
@@ -110,7 +112,7 @@ class Job:
         runtime: Runtime,
         folder: RunFolder,
         progress: Progress | None,
-        callbacks: Sequence[object] = (),
+        callbacks: Callbacks,
     ) -> None:
         self._command = command
         self._config = config

@@ -162,6 +162,8 @@ def objects(given: Sequence[tuple[str, Factory]]) -> Iterator[list[str]]:
         named = getattr(part, "func", part)  # of functools.partial
         named = named if hasattr(named, "__name__") else type(named)
         name = f"{OBJECT}{named.__module__}:{named.__name__}"
+        while (kind, name) in before and before[kind, name].target is not part:
+            name += "'"  # another object of the same class is lent already
         user_packages.add(named.__module__.partition(".")[0])
         _parts[kind, name] = RegisteredPart(kind, name, part, "an object given to this run")
         names.append(name)

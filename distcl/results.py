@@ -71,15 +71,22 @@ class OpenedRun:
     def __init__(self, path: Path, given: Mapping[str, Any]) -> None:
         self.path = path
         self._given = given
+        self._read: Run | None = None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({str(self.path)!r}, {self._run.state})"
+        try:
+            state = self._run.state
+        except UsageError:
+            state = "checkpoint"
+        return f"{type(self).__name__}({str(self.path)!r}, {state})"
 
-    @cached_property
+    @property
     def _run(self) -> Run:
         from distcl.reporting.run_reader import read_run
 
-        return read_run(self.path)
+        if self._read is None or self._read.state != "done":  # it may have gone on
+            self._read = read_run(self.path)
+        return self._read
 
     def _parts(self) -> AbstractContextManager[Config]:
         return with_parts(self.config, self._given)
@@ -99,10 +106,11 @@ class OpenedRun:
     @property
     def matrix(self) -> Matrix:
         """The accuracy matrix (of the leading score), also of a run that is not over."""
-        rows, names = self._run.accuracy, self._run.row_names
+        run = self._run
+        rows, names = run.accuracy, run.row_names
         width = len(rows[0]) if rows else 0
         values = np.array(rows, dtype=np.float64).reshape(len(rows), width)
-        told = [str(one["name"]) for one in self.summary.get("experiences", [])]
+        told = [str(one["name"]) for one in run.summary.get("experiences", [])]
         columns = told if len(told) == width else [f"experience {k + 1}" for k in range(width)]
         return Matrix(values, names, columns)
 
@@ -123,7 +131,8 @@ class OpenedRun:
 
         found = {plot.name: plot.figure for plot in plots_of(self._run)}
         if name not in found:
-            raise UsageError(f"'{self.path}' has no plot '{name}'; it has {', '.join(found)}")
+            known = ", ".join(found) or "none yet"
+            raise UsageError(f"'{self.path}' has no plot '{name}'; it has {known}")
         return found[name]
 
     def report(self, out: str | Path | None = None) -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from distcl.distributed.runtime import Runtime
 from distcl.errors import ConfigError, DataError, UsageError
 from distcl.losses import bce, class_scores, judged_by
 from distcl.parallel.inference import ShardedForward
-from distcl.registry import resolve
+from distcl.registry import nearest, resolve
 from distcl.types import Batch, DataSpec, Ids, PyTree, Stream, info_of
 
 What = Literal["logits", "probs", "labels", "embedding"]
@@ -68,6 +68,9 @@ def predictions_of(
     Returns them and the file of the weights. Raises UsageError if ``out`` is there, or neither;
     ConfigError if ``what`` is not defined on the outputs; DataError where samples do not fit.
     """
+    if what not in (known := get_args(What)):
+        near = nearest(str(what), known)
+        raise UsageError(f"what = {what!r}{near}; there are {', '.join(known)}")
     if out is not None and out.suffix not in (".npz", ".parquet"):
         raise UsageError(f"'{out}' must end in .npz or .parquet")
     if out is not None and out.suffix == ".parquet" and find_spec("pyarrow") is None:
@@ -85,6 +88,9 @@ def predictions_of(
         parts, config, weights = assemble_trained(path, config, runtime, warn)
         stream: Stream = parts.stream
         say = _meaning(what, config.model.loss, stream.spec)
+        if "y" in drop:  # it is not known, but how classes lie goes by its shape
+            meaning, shape = say, tuple(stream.spec.y_shape)
+            say = lambda logits, y: meaning(logits, logits.new_zeros(len(logits), *shape))  # noqa: E731
         if data is not None:
             stream = create_stream(data, config.run.seed, config.data)
             _check_fit(stream, parts.stream)
@@ -147,11 +153,16 @@ def _predicted(
 def _watched_inputs(module: nn.Module) -> list[torch.Tensor]:
     """Return where, after each forward, the input [B, ...] of the linear layer run last is."""
     seen: list[torch.Tensor] = []
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+    def see(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen[:] = args[:1] or [named["input"]]
+
+    every = module.named_modules()
+    layers = [one for n, one in every if isinstance(one, nn.Linear) and ".lora_" not in n]
     if not layers:
         raise ConfigError("--what embedding is the input of the last linear layer; there is none")
     for layer in layers:
-        layer.register_forward_pre_hook(lambda _, args: seen.__setitem__(slice(None), args[:1]))
+        layer.register_forward_pre_hook(see, with_kwargs=True)
     return seen
 
 

@@ -64,12 +64,21 @@ class _Joined:
         sizes = [len(part) for part in parts]
         self._ends = np.cumsum(sizes)
         every = [info_of(part) for part in parts]
+        names = [info.class_names for info in every]
+        most = max(range(len(names)), key=lambda k: len(names[k]))
+        for k, some in enumerate(names, 1):
+            for i, (one, other) in enumerate(zip(some, names[most], strict=False)):
+                if one != other:
+                    raise DataError(
+                        f"stream: experience {k}'s class {i} is '{one}', experience "
+                        f"{most + 1}'s is '{other}'"
+                    )
         labels = [info.known_labels() for info in every]
         usable = [info.known_usable() for info in every]
         self.info = SourceInfo(
             labels=None if any(y is None for y in labels) else np.concatenate(labels),  # type: ignore[arg-type]
             classes=max(i.classes for i in every) if all(i.classes for i in every) else 0,
-            class_names=max((info.class_names for info in every), key=len),
+            class_names=names[most],
             usable=None
             if all(one is None for one in usable)
             else np.concatenate(

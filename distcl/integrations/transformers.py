@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
+_CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _FILE = "priorities.pt"
 _NOT_OURS = (
     "the training loader does not draw from the plan: get_train_dataloader must take its sampler "
-    "from _get_train_sampler"
+    "from _get_train_sampler, and train_dataset needs a length (no IterableDataset)"
 )
 
 
@@ -51,8 +52,20 @@ class Priorities:
     """See DistributedWeightedSampler."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UsageError(f"Priorities: every must be at least 1 step, not {self.every}")
+        share = "from 0 to 1"
+        for name, fits, limits in (
+            (
+                "every",
+                isinstance(self.every, int) and self.every >= 1,
+                "a number of steps, 1 or more",
+            ),
+            ("alpha", 0 <= self.alpha < np.inf, "0 or more"),
+            ("cap", self.cap == 0 or 1 <= self.cap < np.inf, "0 or at least 1"),
+            ("min_ess", 0 <= self.min_ess <= 1, share),
+            ("floor", 0 <= self.floor <= 1, share),
+        ):
+            if not fits:
+                raise UsageError(f"Priorities: {name} must be {limits}, not {getattr(self, name)}")
 
 
 class _Ids(Sampler[SupportsIndex]):
@@ -70,6 +83,7 @@ class _Ids(Sampler[SupportsIndex]):
 
     def __iter__(self) -> Iterator[SupportsIndex]:
         self._draws.read = True
+        self._draws.step = self._draws.sampler.first_step
         return chain.from_iterable(self._view)
 
     def set_epoch(self, epoch: int) -> None:
@@ -79,8 +93,11 @@ class _Ids(Sampler[SupportsIndex]):
 class _Draws:
     """What a training draws, and by which losses. The same on every process."""
 
-    def __init__(self, how: Priorities, number: int, sampler: DistributedWeightedSampler) -> None:
+    def __init__(
+        self, how: Priorities, number: int, sampler: DistributedWeightedSampler, each: int
+    ) -> None:
         self.how = how
+        self._rhythm = {"every": how.every, "gradient_accumulation_steps": each}
         self.sampler = sampler
         self.step = 0
         """Micro-steps of this epoch that were trained on."""
@@ -132,9 +149,13 @@ class _Draws:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs; call :meth:`gather` before."""
         sampler = self.sampler.state_dict(consumed=self.step)
-        return {"sampler": sampler, "table": self._table.state_dict(), "ess": self.ess}
+        state = {"sampler": sampler, "table": self._table.state_dict(), "ess": self.ess}
+        return state | {"rhythm": self._rhythm}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, saved in state.get("rhythm", {}).items():
+            if saved != (now := self._rhythm[name]):
+                raise UsageError(f"{_FILE} was saved with {name} = {saved}, not {now}")
         self.sampler.load_state_dict(state["sampler"])
         self._table.load_state_dict(state["table"])
         self.ess = state["ess"]
@@ -145,9 +166,6 @@ class _Refresh(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: PrioritizedMixin) -> None:
         self._trainer = trainer
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.begin_epoch(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.refresh(state.global_step)
@@ -181,7 +199,8 @@ class PrioritizedMixin(_Trainer):  # type: ignore[misc]
 
         Cross entropy, of language models the mean over a sample's tokens (labels of -100 left out,
         causal models shifted by one; trl's fused heads give ``log_probs`` of tokens, [B, T]);
-        squared error for labels that are not integers. Local, and called without gradients.
+        squared error for labels that are not integers, or, of several labels a sample, the mean of
+        their binary cross entropy. Local, and called without gradients.
         """
         if (told := outputs.get("log_probs")) is not None:
             losses: torch.Tensor = -told.sum(1) / outputs["label_mask"].sum(1).clamp(min=1)
@@ -191,13 +210,22 @@ class PrioritizedMixin(_Trainer):  # type: ignore[misc]
                 f"each sample's loss is taken from logits; the outputs have {', '.join(outputs)}: "
                 "override sample_losses"
             )
-        if labels.is_floating_point():
-            losses = (logits.reshape(labels.shape) - labels).square()
-            return losses.reshape(len(labels), -1).mean(1)
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if hasattr(model, "get_base_model"):  # of peft
             model = model.get_base_model()
-        if labels.ndim > 1 and type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        config = getattr(model, "config", None)
+        if labels.is_floating_point():
+            if getattr(config, "problem_type", None) == "multi_label_classification":
+                losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+            else:
+                losses = (logits.reshape(labels.shape) - labels).square()
+            return losses.reshape(len(labels), -1).mean(1)
+        causal = any(one.__name__ in _CAUSAL for one in type(model).__mro__) or (
+            getattr(model, "loss_type", None) in ("ForCausalLM", "ForConditionalGeneration")
+            and not getattr(config, "is_encoder_decoder", False)
+        )
+        if labels.ndim > 1 and causal:
+            logits = logits[:, -labels.shape[1] :]  # without a tuned prompt's
             logits, labels = logits[:, :-1], labels[:, 1:]
         flat = logits.reshape(-1, logits.shape[-1]).float()
         losses = F.cross_entropy(flat, labels.reshape(-1), reduction="none").view(len(labels), -1)
@@ -220,7 +248,8 @@ class PrioritizedMixin(_Trainer):  # type: ignore[misc]
         size = self._train_batch_size * (
             1 if accelerator.split_batches else accelerator.num_processes
         )
-        window = self.priorities.every * args.gradient_accumulation_steps
+        each = args.gradient_accumulation_steps
+        window = self.priorities.every * each
         sampler = DistributedWeightedSampler(
             size,
             window=max(window, self._ahead()),
@@ -228,7 +257,7 @@ class PrioritizedMixin(_Trainer):  # type: ignore[misc]
             draw=self.priorities.draw,
         )
         view = GlobalView(sampler, accelerator)
-        self._draws = _Draws(self.priorities, len(data), sampler)
+        self._draws = _Draws(self.priorities, len(data), sampler, each)
         return _Ids(view, self._draws)
 
     def _ahead(self) -> int:
@@ -240,11 +269,6 @@ class PrioritizedMixin(_Trainer):  # type: ignore[misc]
         if self._draws is None:
             raise UsageError(_NOT_OURS)
         return self._draws
-
-    def begin_epoch(self, global_step: int) -> None:
-        """Count micro-steps from where the Trainer begins. Local."""
-        draws, each = self._drawing(), self.args.gradient_accumulation_steps
-        draws.step = global_step % -(-len(draws.sampler) // each) * each
 
     def refresh(self, global_step: int) -> None:
         """Make the weights anew, if it is time to. Collective."""

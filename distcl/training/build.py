@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def assemble(
     out: Path,
     progress: Progress | None = None,
     resume: bool = False,
-    callbacks: Sequence[object] = (),
+    callbacks: Callbacks | None = None,
 ) -> Parts:
     """Build every part of a trainer. Collective. ``resume``: keep what trackers have written."""
     seed = config.run.seed
@@ -188,7 +187,7 @@ def assemble(
         recorder=RoundRecorder(runtime, out / "draws", tracker, loader, forward, updater),
         progress=shown,
         scores=scores,
-        callbacks=Callbacks(callbacks),
+        callbacks=callbacks or Callbacks(),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -41,11 +43,15 @@ _EVENTS = [name for name in vars(Callback) if name.startswith("on_")]
 
 
 class Callbacks(Callback):
-    """Calls the user's objects, in their order. Raises UsageError on one that watches nothing."""
+    """Calls the user's objects, in their order. Raises UsageError on what cannot be called."""
 
     def __init__(self, objects: Sequence[object] = ()) -> None:
+        if not isinstance(objects, Sequence):
+            raise UsageError(f"callbacks must be a list of objects, not {type(objects).__name__}")
         self._objects = list(objects)
         for one in self._objects:
+            if isinstance(one, type):
+                raise UsageError(f"callbacks: {one.__name__} is a class; give an object of it")
             names = [name for name in dir(one) if name.startswith("on_")]
             wrong = [name for name in names if name not in _EVENTS]
             if wrong or not names:
@@ -55,6 +61,15 @@ class Callbacks(Callback):
                 raise UsageError(
                     f"callbacks: {type(one).__name__} has {what}; there are {', '.join(_EVENTS)}"
                 )
+            for event in names:
+                wanted = [*inspect.signature(getattr(Callback, event)).parameters][1:]
+                try:
+                    inspect.signature(getattr(one, event)).bind(*wanted)
+                except (TypeError, ValueError) as error:
+                    raise UsageError(
+                        f"callbacks: {type(one).__name__}.{event} is called with "
+                        f"({', '.join(wanted)}): {error}"
+                    ) from error
 
     def _call(self, name: str, *values: Any) -> None:
         for one in self._objects:
@@ -67,11 +82,12 @@ class Callbacks(Callback):
 
     def on_step(self, step: int, losses: torch.Tensor) -> None:
         """See the base class."""
-        self._call("on_step", step, losses)
+        if self._objects:
+            self._call("on_step", step, losses.detach().clone())
 
     def on_round_end(self, number: int, report: dict[str, Any], scores: list[Entry]) -> None:
         """See the base class."""
-        self._call("on_round_end", number, report, scores)
+        self._call("on_round_end", number, deepcopy(report), list(scores))
 
     def on_drift(self, position: int) -> None:
         """See the base class."""

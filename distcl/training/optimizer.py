@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -53,6 +54,11 @@ def _own(
     if not isinstance(made, torch.optim.Optimizer):
         raise ConfigError(
             f"optimizer '{name}' must return a torch.optim.Optimizer, not {type(made).__name__}"
+        )
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"optimizer '{name}': {type(made).__name__} steps by a closure, and gets none here"
         )
     held = {id(p) for group in made.param_groups for p in group["params"]}
     if held != {id(p) for p in params}:

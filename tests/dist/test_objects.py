@@ -100,11 +100,13 @@ class Watch(distcl.Callback):
     def on_step(self, step: int, losses: torch.Tensor) -> None:
         assert not losses.requires_grad
         self.losses += len(losses)
+        losses.zero_()  # is ours: nothing of the run's changes
         if step == self.fails:
             raise ValueError("enough")
 
     def on_round_end(self, number: int, report: dict[str, Any], scores: list[Any]) -> None:
         self.seen.append(("end", number, report["steps"], scores))
+        report.clear()
 
     def on_drift(self, position: int) -> None:
         self.seen.append(("drift", position))
@@ -246,13 +248,17 @@ class Odd:
     def on_stepp(self) -> None: ...
 
 
+class Short:
+    def on_step(self, step: int) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("given", "config", "kind", "says"),
     [
         ({"model": 3}, {}, ConfigError, "model.name: int is not callable"),
         ({"model": nn.Linear(6, 3)}, {"model": {"options": {"a": 1}}}, ConfigError, "made already"),
         ({"model": lambda spec: 3}, {}, ConfigError, "must return a torch.nn.Module, not int"),
-        ({"stream": []}, {}, ConfigError, "stream.experiences is 0, but must be"),
+        ({"stream": []}, {}, ConfigError, "stream.experiences: it is 0, but must be"),
         ({"stream": pairs()}, {"stream": {"experiences": 5}}, ConfigError, "stream= has 3 pairs"),
         ({"stream": [Points(9, 0)]}, {}, DataError, r"experience 1 must be a pair \(train, held-"),
         ({"stream": [(Points(9, 0), Points(0, 0))]}, {}, DataError, "1: Points has no samples"),
@@ -260,15 +266,21 @@ class Odd:
         ({"loss": nn.CrossEntropyLoss()}, {}, ConfigError, "a loss without unreduced form"),
         ({"optimizer": lambda p: 3}, {}, ConfigError, "must return a torch.optim.Optimizer, not"),
         ({"optimizer": lambda p: torch.optim.SGD(p[:1])}, {}, ConfigError, "not the 4 that it was"),
+        ({"optimizer": torch.optim.LBFGS}, {}, ConfigError, "LBFGS steps by a closure"),
         (
             {"optimizer": torch.optim.SGD},
             {"optimizer": {"lr": 0.1}},
             ConfigError,
             "lr = 0.1 is for",
         ),
+        ({"model": [net(), net()]}, {}, ConfigError, "name: give one object, not a list of 2"),
+        ({"score": []}, {}, ConfigError, "model.score: give at least one object, not"),
         ({"score": [brier, brier]}, {}, ConfigError, "names '<object> .*:brier' twice"),
         ({"signal": Margin, "loss": "focal"}, {}, ConfigError, "unknown loss 'focal'"),
         ({"callbacks": [Odd()]}, {}, UsageError, "Odd has 'on_stepp', did you mean 'on_step'"),
+        ({"callbacks": Watch()}, {}, UsageError, "must be a list of objects, not Watch"),
+        ({"callbacks": [Watch]}, {}, UsageError, "callbacks: Watch is a class; give an object"),
+        ({"callbacks": [Short()]}, {}, UsageError, r"Short.on_step is called with \(step, losses\)"),
         ({"callbacks": [3]}, {}, UsageError, "int has none of its methods; there are on_round"),
     ],
 )
@@ -293,6 +305,17 @@ def test_a_samples_group_is_its_pair() -> None:
     assert torch.equal(batch.x[3:5], Points(65, 1).x[[0, 64]])
     assert info_of(train).groups[[0, 49, 50, 114, 115, 147]].tolist() == [0, 0, 1, 1, 2, 3]
     assert train.read(torch.empty(0).long().numpy()).x.shape == (0, 6)
+
+
+def test_classes_of_pairs_must_agree() -> None:
+    some = pairs()
+    for pair, names in zip(some, ([], ["cat", "dog"], ["cat", "dog", "eel"]), strict=True):
+        for one in pair:
+            one.classes = names  # type: ignore[attr-defined]
+    assert list(info_of(joined_pairs(some)[0]).class_names) == ["cat", "dog", "eel"]
+    some[1][1].classes = ["dog", "cat"]  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="2's class 0 is 'dog', experience 3's is 'cat'"):
+        joined_pairs(some)
 
 
 def test_help_shows_the_arguments() -> None:

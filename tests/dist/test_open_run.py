@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
 
 import distcl
 from distcl.checkpoint.predictions import write_predictions
@@ -50,6 +51,17 @@ def test_what_a_run_says(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (run / "report.html").is_file()
     with pytest.raises(CheckpointError, match="neither a run folder"):
         distcl.open_run(run.parent)
+
+
+def test_a_run_that_goes_on_is_read_again(tmp_path: Path) -> None:
+    status = tmp_path / "status.json"
+    (tmp_path / "config.toml").touch()
+    status.write_text('{"state": "running"}')
+    opened = distcl.open_run(tmp_path)
+    with pytest.raises(UsageError, match="has no plot 'accuracy'; it has none yet"):
+        opened.plot()
+    status.write_text('{"state": "done"}')
+    assert repr(opened).endswith(", done)")
 
 
 def test_metrics_are_a_frame_where_pandas_is(run: Path) -> None:
@@ -106,8 +118,14 @@ def test_predictions_are_those_of_the_model_at_any_number_of_ranks(
         opened.predict(3)
     with pytest.raises(UsageError, match="exists; give another file"):
         opened.predict(data, out=tmp_path / "1.npz")
+    with pytest.raises(UsageError, match="what = 'prob', did you mean 'probs'"):
+        opened.predict(data, "prob")  # type: ignore[arg-type]
+    split = [tuple(Subset(one, range(len(one))) for one in pair) for pair in pairs()]
+    with pytest.raises(DataError, match=r"have shape \[5\], but .* on \[6\]"):  # the run's own
+        distcl.open_run(run, model=net(), stream=split).predict(torch.ones(3, 5))
     checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
     newest = distcl.open_run(checkpoint, model=net(), stream=pairs())
+    assert repr(newest).endswith(", checkpoint)")
     np.testing.assert_array_equal(newest.predict(data, "probs")["outputs"], found[0]["outputs"])
 
 
@@ -131,6 +149,17 @@ def test_a_run_of_names_needs_no_objects(tmp_path: Path) -> None:
     opened = distcl.open_run(tmp_path / "run")
     assert opened.load_model()(torch.zeros(2, 1, 8, 8).double()).shape == (2, 10)
     assert write_predictions(tmp_path / "run", tmp_path / "x.npz")[0] == len(opened.predict()["y"])
+
+
+def test_several_labels_of_bare_samples(tmp_path: Path) -> None:
+    x = torch.randn(24, 2, 5)
+    data, model = TensorDataset(x, (x[:, 0] > 0).long()), nn.Conv1d(2, 3, 1)
+    quick = {"training": {"epochs": 1}, "run": {"report": False}}
+    distcl.train(quick, tmp_path / "run", model=model, stream=[(data, data)])
+    opened = distcl.open_run(tmp_path / "run", model=model, stream=[(data, data)])
+    labels = opened.predict(x, "labels")["outputs"]
+    assert labels.shape == (24, 5)
+    np.testing.assert_array_equal(labels, opened.predict(data, "labels")["outputs"])
 
 
 def test_the_documents_example_runs(

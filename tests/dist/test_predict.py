@@ -13,7 +13,7 @@ from torch import nn
 
 from distcl import load_config
 from distcl.checkpoint.export import export
-from distcl.checkpoint.predictions import What, write_predictions
+from distcl.checkpoint.predictions import What, _watched_inputs, write_predictions
 from distcl.data.stream import create_stream
 from distcl.errors import CheckpointError, ConfigError, DataError, UsageError
 from distcl.job import execute as run_job
@@ -45,6 +45,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("predict") / "run"
     execute("train", JOB, folder)
     return folder
+
+
+class Adapted(nn.Module):
+    """Its head is called by keyword, and its adapter comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.add_module("head_", nn.ModuleDict({"lora_A": nn.Linear(4, 2)}))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(input=x), self.get_submodule("head_.lora_A")(x + 1)
+
+
+def test_an_embedding_is_not_the_adapters() -> None:
+    module, x = Adapted(), torch.ones(2, 4)
+    seen = _watched_inputs(module)
+    module(x)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], x)
 
 
 def predicted(run: Path, out: Path, what: What = "logits", data: Any = None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,16 @@ from torch.utils.data import Dataset
 
 pytest.importorskip("transformers")
 
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from distcl.errors import UsageError
+from distcl.integrations import transformers
 from distcl.integrations.transformers import Priorities, PrioritizedTrainer
 from distcl.priority.weighting import WeightVector
 from distcl.sampling.sampler import DistributedWeightedSampler
@@ -154,7 +162,60 @@ def test_draws_follow_the_losses_and_a_resume_is_exact(
     assert 0.3 <= ranks[0]["ess"][-1] < 0.999
 
 
+class Leaves(TrainerCallback):
+    """Ends epoch 0 after a step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_epoch_stop = state.global_step == 1
+
+
+def test_losses_are_the_right_samples_after_an_epoch_that_is_left(tmp_path: Path) -> None:
+    trainer = make(tmp_path, 6, save_strategy="no")
+    trainer.add_callback(Leaves())
+    credited = []
+    observe = transformers._Draws.observe
+
+    def noted(draws: Any, losses: torch.Tensor, world: int) -> None:
+        credited.append(draws.sampler.global_batch(draws.step).tolist())
+        observe(draws, losses, world)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers._Draws, "observe", noted)
+        trainer.train()
+    assert credited == [ids for ids, _ in trainer.seen]
+    assert len(credited) == 2 + 7
+
+
+class Mine(GPT2LMHeadModel):
+    """A language model of another name."""
+
+
+def test_losses_are_those_of_the_model(tmp_path: Path) -> None:
+    """The mean over samples of as many labels each is the model's own loss."""
+    trainer = make(tmp_path, 6)
+    config, x = trainer.model.config, torch.randint(64, (5, 8))
+    config.num_labels, config.pad_token_id = 3, 0
+    models: list[Any] = [Mine(config), GPT2LMHeadModel(config)]
+    many = (torch.rand(5, 3) > 0.5).float()
+    models.append(GPT2ForSequenceClassification(config))
+    for model, labels in zip(models, (x, x, many), strict=True):
+        model.loss_type = "ForCausalLM" if labels is x else None
+        trainer.model = torch.compile(model.eval()) if model is models[1] else model.eval()
+        with torch.no_grad():
+            outputs = model(input_ids=x, labels=labels)
+            losses = PrioritizedTrainer.sample_losses(trainer, outputs, labels)
+            torch.testing.assert_close(losses.mean(), outputs.loss)
+            if labels is x:  # logits of a tuned prompt come first
+                outputs["logits"] = torch.cat([torch.randn(5, 4, 64), outputs["logits"]], 1)
+                again = PrioritizedTrainer.sample_losses(trainer, outputs, labels)
+                torch.testing.assert_close(again, losses)
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    for wrong in ({"alpha": -1}, {"floor": 2}, {"min_ess": 1.5}, {"cap": 0.5}, {"every": 2.5}):
+        (name,) = wrong
+        with pytest.raises(UsageError, match=f"Priorities: {name} must be .*, not {wrong[name]}"):
+            Priorities(**wrong)  # type: ignore[arg-type]
     for changed, says in (
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy = 'group_by_le"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
@@ -168,6 +229,10 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         make(tmp_path, 6, ignore_data_skip=True).train(resume_from_checkpoint=str(folder))
     with pytest.raises(ValueError, match="global_batch_size = 6, but this sampler has 5"):
         make(tmp_path, 5).train(resume_from_checkpoint=str(folder))
+    with pytest.raises(UsageError, match="saved with every = 2, not 4"):
+        half = make(tmp_path, 6, gradient_accumulation_steps=1)
+        half.priorities = replace(HOW, every=2 * EVERY)  # the same window
+        half.train(resume_from_checkpoint=str(folder))
     (folder / "priorities.pt").unlink()
     with pytest.raises(UsageError, match=r"no priorities\.pt: it is of a training without"):
         make(tmp_path, 6).train(resume_from_checkpoint=str(folder))

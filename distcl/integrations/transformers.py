@@ -225,7 +225,8 @@ class PrioritizedMixin(_Trainer):  # type: ignore[misc]
             and not getattr(config, "is_encoder_decoder", False)
         )
         if labels.ndim > 1 and causal:
-            logits = logits[:, -labels.shape[1] :]  # without a tuned prompt's
+            prompt = max(logits.shape[1] - labels.shape[1], 0)  # tuned, by peft: without labels
+            labels = F.pad(labels, (prompt, 0), value=-100)
             logits, labels = logits[:, :-1], labels[:, 1:]
         flat = logits.reshape(-1, logits.shape[-1]).float()
         losses = F.cross_entropy(flat, labels.reshape(-1), reduction="none").view(len(labels), -1)

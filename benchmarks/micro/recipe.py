@@ -24,7 +24,9 @@ MODELS: dict[str, tuple[dict[str, Any], int, int, str]] = {
 }
 """Name -> (``[model]``, samples of each experience, turns, target)."""
 ONCE = {"batch_size": 50, "epochs": 1}
-"""``[training]`` by which a round replays a stored sample once: more often, and it is uniform."""
+"""``[training]`` by which a round replays a stored sample once."""
+RECIPE = {name: RECOMMENDED[name] for name in ("continual_learning", "priority")}
+"""How ``distcl init`` has history drawn; the mean of weights has a row of its own."""
 
 
 def measure(quick: bool) -> list[Row]:
@@ -49,12 +51,12 @@ def steps(model: dict[str, Any], samples: int, repeats: int) -> list[float]:
     """
     runtime, works, trainers = Runtime(), list[Work](), list[ContinuousTrainer]()
     with tempfile.TemporaryDirectory() as out:
-        for recipe in (RECOMMENDED, {"continual_learning": {"update_mode": "er"}}):
+        for recipe in (RECIPE, {"continual_learning": {"update_mode": "er"}}):
             sections = {"model": model, "training": ONCE, **recipe}
             config = config_of(**sections)
             trainer = trainer_of(config, runtime, stream_of(config, samples), Path(out))
             trainers.append(trainer)
-            works.append(round_of(trainer, recipe is RECOMMENDED))
+            works.append(round_of(trainer, recipe is RECIPE))
         clock = CPU if runtime.world_size == 1 else WALL
         found = seconds_of(*works, repeats=repeats, clock=clock)
         found.append(trainers[0].parts.loader.round.priority_seconds)

@@ -21,10 +21,9 @@ from benchmarks.micro.cost import FAR, GPU, ROUND, job_of
 from benchmarks.micro.measure import CPU, on_ranks, seconds_of
 from benchmarks.micro.overhead import FISHER, METHODS
 from benchmarks.micro.priorities import PASSES
-from benchmarks.micro.recipe import MODELS, ONCE, STEPS, round_of
+from benchmarks.micro.recipe import MODELS, ONCE, RECIPE, STEPS, round_of
 from benchmarks.micro.rows import Row
 from benchmarks.micro.setting import config_of, stream_of, trainer_of
-from distcl.config.reference import RECOMMENDED
 from distcl.distributed.runtime import Runtime
 from distcl.errors import UsageError
 from distcl.sampling.sampler import DistributedWeightedSampler
@@ -71,12 +70,12 @@ def test_the_recipe_costs_little_more_than_uniform_replay() -> None:
 
 
 def test_the_recipe_that_is_measured_is_in_force(tmp_path: Path) -> None:
-    config = config_of(model=MODELS["perceptron"][0], training=ONCE, **RECOMMENDED)
+    config = config_of(model=MODELS["perceptron"][0], training=ONCE, **RECIPE)
     trainer = trainer_of(config, Runtime(), stream_of(config, 5_000), tmp_path)
     round_of(trainer, weighted=True)()
     drawn = trainer.parts.loader.round.log.told(10_000, 1)[0]
     weights = trainer.parts.loader.round.weights.parts["hist"].held
-    assert len(weights) == 2_000
+    assert len(weights) == 5_000
     assert drawn["draws"] == 100 * 100
 
 
